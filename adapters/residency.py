@@ -1,0 +1,263 @@
+"""Where the bytes of a version are, and the moves between the tiers: disk, host, device. No torch in here.
+
+All methods run on the engine's thread and return at once. Reading, checking and copying happen in reader threads; their
+results come back through a queue that `poll` empties. A slot is marked ready last, after its copy has arrived.
+"""
+
+import logging
+import queue
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Generic, Literal, Protocol, TypeVar
+
+from adapters.errors import AdapterError
+from adapters.host_cache import HostCache
+from adapters.slots import Slot, SlotTable
+
+log = logging.getLogger(__name__)
+
+Tier = Literal["disk", "host", "device"]
+
+RETRY_SECONDS = 1.0  # a version that failed to load is tried again no sooner
+
+
+class Packed(Protocol):
+    @property
+    def num_pages(self) -> int: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+P = TypeVar("P", bound=Packed)
+
+
+class MoveRefused(Exception):
+    """An explicit move cannot be done; `code` says which way."""
+
+    def __init__(self, code: Literal["busy", "invalid", "no_room"], message: str):
+        super().__init__(message)
+        self.code: Literal["busy", "invalid", "no_room"] = code
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    digest: str
+    source: Tier
+    target: Tier
+    outcome: Literal["ok", "failed"]
+    seconds: float
+    error: str | None = None
+
+
+@dataclass(slots=True)
+class _Done(Generic[P]):
+    """What a reader thread reports: a version read into host memory, or a slot filled."""
+
+    digest: str
+    started: float
+    packed: P | None = None
+    slot: Slot | None = None
+    error: str | None = None
+
+
+class Residency(Generic[P]):
+    """Keeps versions where they are needed.
+
+    `read(digest)` reads, checks and packs a version; `write(pages, packed)` copies it into device pages. Both run in
+    reader threads and may raise `AdapterError`.
+    """
+
+    def __init__(
+        self,
+        slots: SlotTable,
+        host: HostCache[P],
+        read: Callable[[str], P],
+        write: Callable[[list[int], P], None],
+        threads: int = 2,
+    ) -> None:
+        self.slots = slots
+        self.host = host
+        self._read = read
+        self._write = write
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="adapter-reader")
+        self._done: queue.SimpleQueue[_Done[P]] = queue.SimpleQueue()
+        self._reading: set[str] = set()
+        self._wanted: set[str] = set()  # on the device, as soon as they can be
+        self._failed: dict[str, tuple[str, float]] = {}
+        self._moves: list[Move] = []
+        self.changed = False  # set with every change of what `where` and `loading` tell; the reader clears it
+
+    # -- what the scheduler asks ---------------------------------------------------------------------------------
+
+    def acquire(self, digest: str) -> int | None:
+        """Take a reference on the version's slot; None when it is not there yet, which requests it."""
+        slot = self.slots.get(digest)
+        if slot is None or not slot.ready:
+            self.request(digest)
+            return None
+        slot.ref_count += 1
+        self.slots.touch(digest)
+        return slot.index
+
+    def release(self, digest: str) -> None:
+        slot = self.slots.get(digest)
+        assert slot is not None and slot.ref_count > 0, digest
+        slot.ref_count -= 1
+
+    def failure(self, digest: str) -> str | None:
+        failed = self._failed.get(digest)
+        return failed[0] if failed else None
+
+    def prefetch(self, digest: str) -> None:
+        """Bring a version into host memory."""
+        if digest in self._reading or digest in self._failed or self.slots.get(digest) or digest in self.host:
+            return
+        self._reading.add(digest)
+        self.changed = True
+        self._threads.submit(self._read_job, digest)
+
+    # -- moves ---------------------------------------------------------------------------------------------------
+
+    def request(self, digest: str) -> None:
+        """Bring a version to the device, over host memory, when a slot can be had."""
+        if digest in self._failed or self.slots.get(digest) is not None:
+            return
+        self._wanted.add(digest)
+        packed = self.host.get(digest)
+        if packed is None:
+            self.prefetch(digest)
+            return
+        slot, evicted = self.slots.reserve(digest, packed.num_pages)
+        for victim in evicted:
+            self._note(Move(victim, "device", "host", "ok", 0.0))
+        if slot is not None:
+            self._wanted.discard(digest)
+            self.changed = True
+            self._threads.submit(self._write_job, slot, packed)
+
+    def bring(self, digest: str, tier: Tier) -> None:
+        """An explicit load, asked again on every step until it is done. Raises `MoveRefused`."""
+        failed = self._failed.pop(digest, None)
+        if failed is not None:
+            raise MoveRefused("invalid", failed[0])
+        if tier == "host":
+            self.prefetch(digest)
+            return
+        self.request(digest)
+        if digest in self.host and digest in self._wanted:
+            self._wanted.discard(digest)
+            raise MoveRefused("no_room", "every slot is pinned or in use")
+
+    def allow_retry(self, digest: str) -> None:
+        """A new request for a version that failed to load: try again, unless that was just now."""
+        failed = self._failed.get(digest)
+        if failed is not None and time.monotonic() - failed[1] > RETRY_SECONDS:
+            del self._failed[digest]
+
+    def unload(self, digest: str) -> None:
+        """Free device and host memory. Raises `MoveRefused` while sequences use the version or it is loading."""
+        slot = self.slots.get(digest)
+        if (slot is not None and (slot.ref_count > 0 or not slot.ready)) or digest in self._reading:
+            raise MoveRefused("busy", "the adapter is in use")
+        self._wanted.discard(digest)
+        self._failed.pop(digest, None)
+        if slot is not None:
+            self.slots.drop(digest)
+            self._note(Move(digest, "device", "disk", "ok", 0.0))
+        elif digest in self.host:
+            self._note(Move(digest, "host", "disk", "ok", 0.0))
+        self.host.drop(digest)
+
+    def pin(self, digest: str) -> None:
+        """Protect a resident version from eviction. Raises `MoveRefused` when no slot would be left for others."""
+        slot = self.slots.get(digest)
+        assert slot is not None, digest
+        if not slot.pinned and self.num_pinned() >= self.slots.num_slots - 1:
+            raise MoveRefused("no_room", "no slot would be left for other adapters")
+        slot.pinned = True
+        self.changed = True
+
+    def unpin(self, digest: str) -> None:
+        slot = self.slots.get(digest)
+        if slot is not None:
+            slot.pinned = False
+            self.changed = True
+
+    def num_pinned(self) -> int:
+        return sum(slot.pinned for slot in self.slots.slots())
+
+    def where(self, digest: str) -> Tier:
+        slot = self.slots.get(digest)
+        if slot is not None and slot.ready:
+            return "device"
+        return "host" if digest in self.host else "disk"
+
+    def loading(self) -> list[str]:
+        return sorted(self._reading | {slot.digest for slot in self.slots.slots() if not slot.ready})
+
+    def take_moves(self) -> list[Move]:
+        """What moved since the last call."""
+        moves, self._moves = self._moves, []
+        return moves
+
+    def failures(self) -> dict[str, str]:
+        return {digest: reason for digest, (reason, _) in self._failed.items()}
+
+    def poll(self) -> None:
+        """Take in what the reader threads finished, and move wanted versions on."""
+        while not self._done.empty():
+            self._finish(self._done.get())
+        for digest in list(self._wanted):
+            self.request(digest)
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=True, cancel_futures=True)
+
+    # -- reader threads ------------------------------------------------------------------------------------------
+
+    def _read_job(self, digest: str) -> None:
+        done: _Done[P] = _Done(digest, time.monotonic())
+        try:
+            done.packed = self._read(digest)
+        except AdapterError as error:
+            done.error = str(error)
+        except Exception:  # a thread that ended without a report would leave its sequences waiting for ever
+            log.exception("reading adapter %s failed", digest)
+            done.error = "reading it failed"
+        self._done.put(done)
+
+    def _write_job(self, slot: Slot, packed: P) -> None:
+        done: _Done[P] = _Done(slot.digest, time.monotonic(), slot=slot)
+        try:
+            self._write(slot.pages, packed)
+        except Exception:
+            log.exception("copying adapter %s to the device failed", slot.digest)
+            done.error = "copying it to the device failed"
+        self._done.put(done)
+
+    def _finish(self, done: _Done[P]) -> None:
+        seconds = time.monotonic() - done.started
+        source: Tier = "host" if done.slot is not None else "disk"
+        target: Tier = "device" if done.slot is not None else "host"
+        if done.slot is None:
+            self._reading.discard(done.digest)
+        if done.error is not None:
+            self._wanted.discard(done.digest)
+            self._failed[done.digest] = (done.error, time.monotonic())
+            if done.slot is not None:
+                self.slots.drop(done.digest)
+            self._note(Move(done.digest, source, target, "failed", seconds, done.error))
+            return
+        if done.slot is not None:
+            done.slot.ready = True
+        elif done.packed is not None:
+            for victim in self.host.put(done.digest, done.packed):
+                self._note(Move(victim, "host", "disk", "ok", 0.0))
+        self._note(Move(done.digest, source, target, "ok", seconds))
+
+    def _note(self, move: Move) -> None:
+        self._moves.append(move)
+        self.changed = True

@@ -1,0 +1,94 @@
+"""Which version sits in which device slot, on which pages. Pure accounting: the tensors live in pool.py.
+
+A slot is what a batch row refers to; its pages are the rank columns that hold the version's weights, 16 to a page, by
+native rank: a rank-16 adapter takes one page where a rank-64 one takes four. Pages are handed out lowest first, so
+that what is in use stays together at the front of the pool.
+"""
+
+import heapq
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+PAGE_COLUMNS = 16
+
+
+@dataclass(slots=True)
+class Slot:
+    index: int
+    digest: str
+    pages: list[int]
+    ready: bool = False  # set last, when every copy has arrived
+    ref_count: int = 0  # running sequences
+    pinned: bool = False
+
+    @property
+    def evictable(self) -> bool:
+        return self.ready and self.ref_count == 0 and not self.pinned
+
+
+@dataclass(slots=True)
+class SlotTable:
+    """Slots in order of last use; a version is in at most one slot and every page in at most one slot."""
+
+    num_slots: int
+    num_pages: int
+    _slots: "OrderedDict[str, Slot]" = field(init=False, default_factory=OrderedDict)
+    _free_slots: list[int] = field(init=False)
+    _free_pages: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._free_slots = list(range(self.num_slots))
+        self._free_pages = list(range(self.num_pages))
+
+    def get(self, digest: str) -> Slot | None:
+        return self._slots.get(digest)
+
+    def slots(self) -> list[Slot]:
+        """Least recently used first."""
+        return list(self._slots.values())
+
+    def touch(self, digest: str) -> None:
+        self._slots.move_to_end(digest)
+
+    def reserve(self, digest: str, num_pages: int) -> tuple[Slot | None, list[str]]:
+        """A slot (not yet ready) with `num_pages` pages, evicting idle versions, least recently used first.
+
+        Returns the slot, or None when even evicting every idle version would not do, and the digests evicted for it
+        (none in that case).
+        """
+        victims = self._victims(num_pages)
+        if victims is None:
+            return None, []
+        for victim in victims:
+            self.drop(victim)
+        pages = [heapq.heappop(self._free_pages) for _ in range(num_pages)]
+        slot = self._slots[digest] = Slot(heapq.heappop(self._free_slots), digest, pages)
+        return slot, victims
+
+    def _victims(self, num_pages: int) -> list[str] | None:
+        victims: list[str] = []
+        slots, pages = len(self._free_slots), len(self._free_pages)
+        for slot in self._slots.values():
+            if slots >= 1 and pages >= num_pages:
+                break
+            if slot.evictable:
+                victims.append(slot.digest)
+                slots, pages = slots + 1, pages + len(slot.pages)
+        return victims if slots >= 1 and pages >= num_pages else None
+
+    def drop(self, digest: str) -> None:
+        slot = self._slots.pop(digest)
+        assert slot.ref_count == 0, f"slot {slot.index} is in use"
+        heapq.heappush(self._free_slots, slot.index)
+        for page in slot.pages:
+            heapq.heappush(self._free_pages, page)
+
+    def check_integrity(self, references: dict[str, int]) -> None:
+        """Raise AssertionError unless slots and pages add up and refcounts equal `references` (by digest)."""
+        slots = self._free_slots + [slot.index for slot in self._slots.values()]
+        pages = self._free_pages + [page for slot in self._slots.values() for page in slot.pages]
+        assert sorted(slots) == list(range(self.num_slots)), slots
+        assert sorted(pages) == list(range(self.num_pages)), pages
+        for slot in self._slots.values():
+            assert slot.ref_count == references.get(slot.digest, 0), slot
+        assert all(digest in self._slots for digest, count in references.items() if count), references

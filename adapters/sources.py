@@ -1,0 +1,81 @@
+"""Fetching an adapter from a place that the operator allowed: `file:///folder`, so far."""
+
+import os
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO
+from urllib.parse import unquote, urlsplit
+
+from adapters.errors import AdapterTooLarge, SourceNotAllowed, SourceNotFound
+from adapters.store import FILES
+
+_CHUNK_BYTES = 1 << 20
+
+
+def copy_from(source: str, allowed: Sequence[str], into: Path, *, max_bytes: int) -> None:
+    """Copy the two files of the adapter at `source` into the folder `into`.
+
+    `source` is `file:///absolute/folder`, inside one of the folders that `allowed` names in the same way; symbolic
+    links count as where they lead. Both files together are at most `max_bytes` bytes. Raises `SourceNotAllowed`,
+    `SourceNotFound` or `AdapterTooLarge`; their messages say nothing of the disk but `source` itself.
+    """
+    folder = _file_url_path(source)
+    roots = [_resolve(_file_url_path(entry), entry) for entry in allowed if entry.startswith("file:")]
+    left = max_bytes
+    for name in FILES:
+        path = _resolve(folder / name, source)
+        if not any(path.is_relative_to(root) for root in roots):
+            raise SourceNotAllowed(f"The source {source[:200]!r} is not one that this server may read.")
+        left -= _copy_file(path, into / name, left, source)
+
+
+def _file_url_path(url: str) -> Path:
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        raise SourceNotAllowed("The source is not a URL.") from None
+    if parts.scheme != "file":
+        raise SourceNotAllowed(f"Sources with the scheme {parts.scheme[:20]!r} are not served; file:///folder is.")
+    path = unquote(parts.path)
+    if parts.netloc or parts.query or parts.fragment or not path.startswith("/"):
+        raise SourceNotAllowed("A file source is written file:///absolute/folder.")
+    return Path(path)
+
+
+def _resolve(path: Path, source: str) -> Path:
+    """`path` with all symbolic links followed, whether or not it exists: presence outside a root stays unknown."""
+    try:
+        return path.resolve()
+    except (OSError, ValueError, RuntimeError):  # a NUL in the name, a loop of links, a name too long
+        raise _not_found(source) from None
+
+
+def _not_found(source: str) -> SourceNotFound:
+    return SourceNotFound(f"The source {source[:200]!r} does not have {' and '.join(FILES)}.")
+
+
+def _copy_file(path: Path, target: Path, max_bytes: int, source: str) -> int:
+    """Copy one regular file; returns its size in bytes."""
+    copied = 0
+    with _open(path, source) as reader, target.open("wb") as writer:
+        if not stat.S_ISREG(os.fstat(reader.fileno()).st_mode):
+            raise _not_found(source)
+        while chunk := reader.read(_CHUNK_BYTES):
+            copied += len(chunk)
+            if copied > max_bytes:
+                raise AdapterTooLarge("The adapter's files are larger than this server accepts.")
+            writer.write(chunk)
+    return copied
+
+
+def _open(path: Path, source: str) -> BinaryIO:
+    try:
+        return open(path, "rb", opener=_open_safely)
+    except OSError:
+        raise _not_found(source) from None
+
+
+def _open_safely(path: str, flags: int) -> int:
+    """A link that appeared after `_resolve` is not followed; a pipe is opened without waiting for a writer."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)

@@ -1,0 +1,254 @@
+"""`/v1/adapters`: upload, register, list, inspect, move between tiers, pin, roll back, delete."""
+
+import asyncio
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Query, Request
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ValidationError
+
+from adapters.registry import AdapterRecord
+from server.api import publishing
+from server.api.adapter_schemas import (
+    AdapterBody,
+    AdapterList,
+    DeletedBody,
+    DryRunBody,
+    LoadRequest,
+    RegisterRequest,
+    RollbackRequest,
+    State,
+    UploadForm,
+    VersionBody,
+    VersionList,
+)
+from server.api.auth import Key, key_of
+from server.api.context import AppContext, Context, LazyAdapter
+from server.api.errors import ApiError, error_answers, validation_error
+from server.engine.messages import Tier
+
+router = APIRouter(prefix="/v1/adapters", tags=["adapters"])
+Caller = Annotated[Key, Depends(key_of)]
+
+_REF = "#/components/schemas/"
+_UPLOAD_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "required": ["name", "adapter_config.json", "adapter_model.safetensors"],
+    "properties": {
+        "name": {"type": "string", "pattern": "^[a-z0-9][a-z0-9._-]{0,63}$"},
+        "adapter_config.json": {"type": "string", "format": "binary"},
+        "adapter_model.safetensors": {"type": "string", "format": "binary"},
+        "replace": {"type": "boolean", "default": False},
+        "pinned": {"type": "boolean", "default": False},
+    },
+}
+_CREATE_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {"schema": _UPLOAD_SCHEMA},
+            "application/json": {"schema": RegisterRequest.model_json_schema()},
+        },
+    }
+}
+_COMMON = error_answers(400, 401, 403, 404, 500)
+_MOVES = _COMMON | error_answers(409, 413, 415, 422, 503)
+_CREATED: dict[int | str, dict[str, Any]] = {
+    200: {"model": AdapterBody | DryRunBody, "description": "Already published under this name, or a dry run"},
+    201: {"model": AdapterBody, "description": "Published"},
+    202: {"model": AdapterBody, "description": "Being fetched"},
+    **_MOVES,
+    **error_answers(408, 411, 507),
+}
+
+
+@router.post("", responses=_CREATED, response_model=None, openapi_extra=_CREATE_BODY)
+async def create_adapter(request: Request, context: Context, key: Caller, dry_run: bool = False) -> JSONResponse:
+    """Upload an adapter as a form, or register one from an allowed source with JSON."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == "multipart/form-data":
+        return await _create_from_upload(request, context, key, dry_run)
+    if kind != "application/json":
+        raise ApiError(415, "Send multipart/form-data or application/json.", code="unsupported_media_type")
+    return await _create_from_source(context, key, _parse_json(await request.body()))
+
+
+async def _create_from_upload(request: Request, context: AppContext, key: Key, dry_run: bool) -> JSONResponse:
+    form, inspected, published = await publishing.upload(context, request, _parse_form, key, dry_run=dry_run)
+    if published is None:
+        version = f"sha256:{inspected.digest}"
+        body = DryRunBody(name=form.name, version=version, rank=inspected.rank, report=inspected.report)
+        return _json(body, 200)
+    record, created = published
+    return _json(record_body(context, record), 201 if created else 200)
+
+
+async def _create_from_source(context: AppContext, key: Key, body: RegisterRequest) -> JSONResponse:
+    publishing.check_writable(key, body.name)
+    if body.lazy:
+        return _json(_lazy_body(context, publishing.register_lazily(context, body)), 202)
+    record, created = await publishing.register(context, body)
+    return _json(record_body(context, record), 201 if created else 200)
+
+
+def _parse_form(fields: dict[str, str]) -> UploadForm:
+    try:
+        return UploadForm.model_validate(fields)
+    except ValidationError as error:
+        raise validation_error(error.errors()) from None
+
+
+def _parse_json(body: bytes) -> RegisterRequest:
+    try:
+        return RegisterRequest.model_validate_json(body)
+    except ValidationError as error:
+        raise validation_error(error.errors()) from None
+
+
+def _json(body: BaseModel, status: int) -> JSONResponse:
+    return JSONResponse(body.model_dump(), status)
+
+
+def record_body(context: AppContext, record: AdapterRecord) -> AdapterBody:
+    version, use = record.version, context.in_flight.uses.get(record.name)
+    state, error = _state(context, record)
+    return AdapterBody(
+        name=record.name,
+        version=f"sha256:{version.digest}",
+        state=state,
+        tier=context.tier_of(version.digest),
+        pinned=record.pinned,
+        base_model=context.base_model,
+        rank=version.rank,
+        target_modules=list(version.target_modules),
+        bytes=version.nbytes,
+        source=record.source,
+        created=record.created,
+        last_used=use.last_used if use else None,
+        in_flight=context.in_flight.count(record.name),
+        error=error,
+        report=version.report,
+    )
+
+
+def _state(context: AppContext, record: AdapterRecord) -> tuple[State, str | None]:
+    residency, digest = context.engine.residency, record.version.digest
+    error = context.registry.damaged.get(record.name) or residency.failed.get(digest)
+    if error is not None:
+        return "failed", error
+    return "loading" if digest in residency.loading else "ready", None
+
+
+def _lazy_body(context: AppContext, adapter: LazyAdapter) -> AdapterBody:
+    return AdapterBody(
+        name=adapter.name,
+        version=None,
+        state="failed" if adapter.error else "registered",
+        tier="disk",
+        pinned=False,
+        base_model=context.base_model,
+        rank=None,
+        target_modules=[],
+        bytes=0,
+        source=adapter.source,
+        created=adapter.created,
+        last_used=None,
+        in_flight=0,
+        error=adapter.error,
+        report={},
+    )
+
+
+@router.get("", responses=_COMMON)
+async def list_adapters(
+    context: Context,
+    key: Caller,
+    state: State | None = None,
+    tier: Tier | None = None,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+    after: Annotated[str, Query(max_length=256)] = "",
+) -> AdapterList:
+    """Adapters in the order of their names, those past `after`."""
+    published, _ = context.registry.records(limit=len(context.registry), after=after)
+    bodies = {name: _lazy_body(context, adapter) for name, adapter in context.lazy.items() if name > after}
+    bodies |= {record.name: record_body(context, record) for record in published}
+    wanted = [
+        body
+        for name, body in sorted(bodies.items())
+        if key.sees(name) and state in (None, body.state) and tier in (None, body.tier)
+    ]
+    return AdapterList(data=wanted[:limit], has_more=len(wanted) > limit)
+
+
+@router.get("/{name}", responses=_COMMON)
+async def get_adapter(name: str, context: Context, key: Caller) -> AdapterBody:
+    if name in context.lazy and key.sees(name):
+        return _lazy_body(context, context.lazy[name])
+    return record_body(context, publishing.find(context, key, name))
+
+
+@router.delete("/{name}", responses=_COMMON)
+async def delete_adapter(
+    name: str, context: Context, key: Caller, drain_timeout: Annotated[float, Query(ge=0, le=3600)] = 30.0
+) -> DeletedBody:
+    """New requests get 404 at once; running ones may finish until the timeout; then memory and disk are freed."""
+    lazy = context.lazy.get(name)
+    if lazy is not None and lazy.error is not None and key.sees(name):
+        del context.lazy[name]
+        return DeletedBody(name=name, drained=0, aborted=0)
+    publishing.find(context, key, name)
+    return await publishing.remove(context, name, drain_timeout)
+
+
+@router.post("/{name}/load", responses=_MOVES)
+async def load_adapter(name: str, context: Context, key: Caller, body: LoadRequest | None = None) -> AdapterBody:
+    """Warm an adapter up."""
+    record = publishing.find(context, key, name)
+    await context.engine.move_adapter(record.version.digest, body.tier if body else "device")
+    return record_body(context, record)
+
+
+@router.post("/{name}/unload", responses=_MOVES)
+async def unload_adapter(name: str, context: Context, key: Caller) -> AdapterBody:
+    """Free device and host memory; the adapter stays registered."""
+    record = publishing.find(context, key, name)
+    if record.pinned:
+        raise ApiError(409, "The adapter is pinned; unpin it first.", code="conflict")
+    if record.version.digest in context.in_flight.digests():
+        raise ApiError(409, "The adapter is in use.", code="conflict")
+    await context.engine.move_adapter(record.version.digest, "disk")
+    return record_body(context, record)
+
+
+@router.post("/{name}/pin", responses=_MOVES)
+async def pin_adapter(name: str, context: Context, key: Caller) -> AdapterBody:
+    """Load it to the device and protect it from eviction."""
+    async with context.lock(name):
+        return record_body(context, await publishing.pin(context, publishing.find(context, key, name)))
+
+
+@router.post("/{name}/unpin", responses=_MOVES)
+async def unpin_adapter(name: str, context: Context, key: Caller) -> AdapterBody:
+    async with context.lock(name):
+        return record_body(context, await publishing.unpin(context, publishing.find(context, key, name)))
+
+
+@router.get("/{name}/versions", responses=_COMMON)
+async def list_versions(name: str, context: Context, key: Caller) -> VersionList:
+    publishing.find(context, key, name)
+    history = context.registry.history(name)
+    versions = [VersionBody(version=f"sha256:{v.digest}", created=v.created, current=v.current) for v in history]
+    return VersionList(data=versions)
+
+
+@router.post("/{name}/rollback", responses=_MOVES)
+async def roll_back_adapter(
+    name: str, context: Context, key: Caller, body: RollbackRequest | None = None
+) -> AdapterBody:
+    """Point the name at the version before the current one, or at the one given."""
+    async with context.lock(name):
+        old = publishing.find(context, key, name)
+        version = body.version if body else None
+        record = await asyncio.to_thread(context.registry.rollback, name, version)
+        await publishing.follow(context, old, record)
+        return record_body(context, record)

@@ -1,0 +1,188 @@
+"""What handlers share: the parts of the server, and which sequences run for which adapter."""
+
+import asyncio
+import math
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Annotated, NamedTuple
+
+from fastapi import Depends, Request
+
+from adapters.registry import AdapterRegistry
+from adapters.spec import ModelSpec
+from server.api.auth import KeyRing
+from server.api.text import Tokenizer
+from server.config import ServeConfig
+from server.engine.client import EngineClient, EngineState, EngineUnavailable
+from server.engine.messages import EngineInfo, Tier
+from server.metrics import Metrics
+
+BASE_NAME = ""  # of the base model in the accounting; no adapter can be called so
+_RATE_SECONDS = 30.0  # the window over which a rate forgets
+
+
+class Rate:
+    """Tokens per second, fading out over the last half minute."""
+
+    def __init__(self) -> None:
+        self._value = 0.0
+        self._updated = time.monotonic()
+
+    def add(self, count: int) -> None:
+        self._value = self.current() + count / _RATE_SECONDS
+        self._updated = time.monotonic()
+
+    def current(self) -> float:
+        return self._value * math.exp((self._updated - time.monotonic()) / _RATE_SECONDS)
+
+
+@dataclass(slots=True)
+class AdapterUse:
+    """What one adapter (by name; "" is the base model) was used for since the server started."""
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    last_used: int | None = None
+    rate: Rate = field(default_factory=Rate)
+
+
+class Running(NamedTuple):
+    name: str
+    digest: str | None
+
+
+class InFlight:
+    """Sequences that were submitted and have not ended, by adapter."""
+
+    def __init__(self) -> None:
+        self._running: dict[str, Running] = {}
+        self._names: Counter[str] = Counter()
+        self._changed = asyncio.Event()
+        self.uses: dict[str, AdapterUse] = {}
+
+    def __len__(self) -> int:
+        return len(self._running)
+
+    def start(self, seq_id: str, name: str, digest: str | None) -> None:
+        self._running[seq_id] = Running(name, digest)
+        self._names[name] += 1
+
+    def finish(self, seq_id: str) -> None:
+        running = self._running.pop(seq_id)
+        self._names[running.name] -= 1
+        self._changed.set()
+
+    def use(self, name: str) -> AdapterUse:
+        return self.uses.setdefault(name, AdapterUse())
+
+    def count(self, name: str) -> int:
+        return self._names[name]
+
+    def sequences(self, name: str | None = None) -> list[str]:
+        """Ids of what runs for `name`, or of everything."""
+        return [seq_id for seq_id, running in self._running.items() if name in (None, running.name)]
+
+    def digests(self) -> set[str]:
+        """Versions that running sequences hold, current or not."""
+        return {running.digest for running in self._running.values() if running.digest is not None}
+
+    def forget(self, name: str) -> None:
+        self.uses.pop(name, None)
+        del self._names[name]
+
+    async def wait_idle(self, name: str | None, timeout: float) -> bool:
+        """Wait until nothing runs for `name` (None: at all). False when `timeout` came first."""
+        try:
+            async with asyncio.timeout(timeout):
+                while self.sequences(name):
+                    self._changed.clear()
+                    await self._changed.wait()
+        except TimeoutError:
+            return not self.sequences(name)
+        return True
+
+
+@dataclass(slots=True)
+class LazyAdapter:
+    """An adapter that was registered lazily and is still being fetched, or could not be."""
+
+    name: str
+    source: str
+    created: int
+    error: str | None = None
+
+
+@dataclass(slots=True, eq=False)
+class AppContext:
+    config: ServeConfig
+    engine: EngineClient
+    registry: AdapterRegistry
+    tokenizer: Tokenizer
+    keys: KeyRing
+    metrics: Metrics
+    base_model: str
+    started: float = field(default_factory=time.time)
+    draining: bool = False  # unready, but still serving: load balancers need time to notice
+    accepting: bool = True
+    in_flight: InFlight = field(default_factory=InFlight)
+    lazy: dict[str, LazyAdapter] = field(default_factory=dict)
+    background: set["asyncio.Task[None]"] = field(default_factory=set)
+    _locks: dict[str, asyncio.Lock] = field(default_factory=dict)
+
+    @property
+    def info(self) -> EngineInfo:
+        """What the engine loaded. Raises `EngineUnavailable` while it is not ready."""
+        if self.engine.info is None or self.engine.state is not EngineState.READY:
+            raise EngineUnavailable(self.engine.reason)
+        return self.engine.info
+
+    @property
+    def spec(self) -> ModelSpec:
+        return ModelSpec(modules=self.info.modules, max_rank=self.info.max_adapter_rank)
+
+    @property
+    def saturated(self) -> bool:
+        return len(self.in_flight) - self.engine.stats.running >= self.config.max_queue
+
+    def uptime(self) -> float:
+        return time.time() - self.started
+
+    def watch(self) -> None:
+        """Have the metrics follow the engine and the adapters."""
+        self.metrics.watch(self.engine, self.registry.names_of, self._published)
+
+    def _published(self) -> set[str]:
+        records, _ = self.registry.records(limit=len(self.registry))
+        return {record.version.digest for record in records}
+
+    def tier_of(self, digest: str) -> Tier:
+        residency = self.engine.residency
+        return "device" if digest in residency.device else "host" if digest in residency.host else "disk"
+
+    def lock(self, name: str) -> asyncio.Lock:
+        """Changes to one adapter name happen one after the other."""
+        return self._locks.setdefault(name, asyncio.Lock())
+
+    async def drain(self, timeout: float) -> None:
+        """Refuse new requests, let running ones finish for `timeout` seconds, then abort the rest."""
+        self.draining = True
+        self.accepting = False
+        if not await self.in_flight.wait_idle(None, timeout):
+            await self.abort(None)
+
+    async def abort(self, name: str | None) -> int:
+        """Abort what runs for `name` (None: everything), wait a moment for it to end, and say how many there were."""
+        sequences = self.in_flight.sequences(name)
+        self.engine.abort(sequences)
+        await self.in_flight.wait_idle(name, timeout=1.0)
+        return len(sequences)
+
+
+async def _context_of(request: Request) -> AppContext:
+    context: AppContext = request.app.state.context
+    return context
+
+
+Context = Annotated[AppContext, Depends(_context_of)]

@@ -1,0 +1,143 @@
+"""One error shape for every route and status, and the one place where exceptions become answers."""
+
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from adapters.errors import AdapterError, AdapterInvalid
+from server.api.schemas import ErrorBody
+from server.engine.client import AdapterMoveRefused, EngineState, EngineUnavailable
+
+RETRY_AFTER_SECONDS = 2
+_MAX_VALIDATION_ERRORS = 5
+
+_TYPES = {  # every other status is an invalid_request_error
+    401: "authentication_error",
+    403: "permission_error",
+    409: "conflict",
+    422: "adapter_invalid",
+    429: "rate_limit_exceeded",
+    500: "server_error",
+    503: "overloaded_error",
+    507: "insufficient_storage",
+}
+_CODES = {404: "not_found", 405: "method_not_allowed"}
+_REFUSAL_STATUS = {"busy": 409, "no_room": 409, "invalid": 422, "not_found": 404}
+
+
+class ApiError(HTTPException):
+    """A refusal with the contract's code. Being an `HTTPException`, it passes FastAPI's body reading untouched."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ):
+        super().__init__(status, message, dict(headers or {}))
+        self.code = code
+        self.param = param
+
+
+def bad_request(message: str, param: str | None = None, code: str | None = "invalid_value") -> ApiError:
+    return ApiError(400, message, code=code, param=param)
+
+
+def model_not_found(model: str) -> ApiError:
+    """The same bytes for an unknown model and for one that the key may not see."""
+    return ApiError(404, f"The model '{model}' does not exist.", code="model_not_found", param="model")
+
+
+def unavailable(message: str, code: str = "unavailable") -> ApiError:
+    """A 503 that is worth trying again."""
+    return ApiError(503, message, code=code, headers={"retry-after": str(RETRY_AFTER_SECONDS)})
+
+
+def engine_unavailable(state: EngineState) -> ApiError:
+    return unavailable(f"The engine is {state.value}; try again later.", "engine_unavailable")
+
+
+def error_body(status: int, message: str, *, code: str | None = None, param: str | None = None) -> dict[str, Any]:
+    kind = _TYPES.get(status, "invalid_request_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def error_response(error: HTTPException) -> JSONResponse:
+    code = error.code if isinstance(error, ApiError) else _CODES.get(error.status_code)
+    param = error.param if isinstance(error, ApiError) else None
+    body = error_body(error.status_code, str(error.detail), code=code, param=param)
+    return JSONResponse(body, error.status_code, headers=error.headers)
+
+
+def server_error() -> ApiError:
+    """What a client may know of an exception nobody foresaw; the log has the rest under the request's id."""
+    return ApiError(500, "The server failed to answer this request.", code="internal_error")
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(RequestValidationError, _on_validation_error)
+    app.add_exception_handler(AdapterError, _on_adapter_error)
+    app.add_exception_handler(AdapterMoveRefused, _on_move_refused)
+    app.add_exception_handler(EngineUnavailable, _on_engine_unavailable)
+
+
+async def _on_http_exception(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    return error_response(error)
+
+
+async def _on_validation_error(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    return error_response(validation_error(error.errors()))
+
+
+def validation_error(errors: Any) -> ApiError:
+    """Says which fields are wrong and why. Never echoes the input: NaN and lone surrogates do not serialise."""
+    found = list(errors[:_MAX_VALIDATION_ERRORS])
+    sentences = [f"{_field(e['loc']) or 'body'}: {e['msg']}" for e in found]
+    more = len(errors) - len(found)
+    message = "; ".join(sentences) + (f" (and {more} more)" if more else "")
+    unsupported = any(e["type"] == "unsupported" for e in found)
+    return bad_request(message, _field(found[0]["loc"]) or None, "unsupported" if unsupported else "invalid_value")
+
+
+def _field(location: tuple[int | str, ...]) -> str:
+    """The path of a field as the client wrote it: without FastAPI's source and pydantic's names of union members."""
+    parts = [str(part) for part in location[1:]] if location and location[0] in _SOURCES else list(map(str, location))
+    return ".".join(part for part in parts if part.isidentifier() or part.isdigit())[:200]
+
+
+_SOURCES = ("body", "query", "path", "header")
+
+
+async def _on_adapter_error(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, AdapterError)
+    body = error_body(error.status, str(error), code=error.code)
+    if isinstance(error, AdapterInvalid):
+        body["error"]["problems"] = [problem.as_dict() for problem in error.problems]
+    return JSONResponse(body, error.status)
+
+
+async def _on_move_refused(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, AdapterMoveRefused)
+    code = {422: "adapter_invalid", 404: "model_not_found"}.get(_REFUSAL_STATUS[error.code], "conflict")
+    return error_response(ApiError(_REFUSAL_STATUS[error.code], str(error), code=code))
+
+
+async def _on_engine_unavailable(request: Request, _: Exception) -> JSONResponse:
+    """Says the state only: the engine's reason is for the operator and may name the server's files."""
+    return error_response(engine_unavailable(request.app.state.context.engine.state))
+
+
+def error_answers(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """For the OpenAPI document: these statuses answer with the error body."""
+    return {status: {"model": ErrorBody, "description": HTTPStatus(status).phrase} for status in statuses}

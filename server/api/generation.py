@@ -1,0 +1,289 @@
+"""The sequences of one request: submit them, follow them as deltas of text, and let go of them however it ends."""
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncGenerator, Awaitable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Literal, TypeVar
+
+import msgspec
+from starlette.requests import ClientDisconnect, Request
+from starlette.types import Receive
+
+from server.api.admission import Target, resolve, sampling_params, token_budget
+from server.api.auth import Key
+from server.api.context import AppContext
+from server.api.errors import ApiError, engine_unavailable, server_error, unavailable
+from server.api.schemas import GenerationRequest, PromptTokensDetails, UsageBody
+from server.api.text import Detokenizer
+from server.engine.client import EngineState, Stream
+from server.engine.messages import SequenceOutput, Submit
+from server.metrics import RequestTimer
+from server.sequence import SamplingParams, TokenLogprobs
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class TokenScore:
+    """A generated token with its log-probabilities and where its text starts in the choice's text."""
+
+    token_id: int
+    logprobs: TokenLogprobs
+    offset: int
+
+
+@dataclass(slots=True)
+class Delta:
+    """What came of one choice since the last delta: often one token, more when the reader lags."""
+
+    index: int
+    text: str = ""
+    num_tokens: int = 0
+    scores: list[TokenScore] = field(default_factory=list)
+    finish_reason: Literal["stop", "length"] | None = None
+
+    def extend(self, delta: "Delta") -> None:
+        self.text += delta.text
+        self.num_tokens += delta.num_tokens
+        self.scores += delta.scores
+        self.finish_reason = delta.finish_reason
+
+
+class Choice:
+    """One sequence and the text it has become."""
+
+    def __init__(self, index: int, stream: Stream, detokenizer: Detokenizer, stop_ids: frozenset[int]):
+        self.index = index
+        self.seq_id = stream.seq_id
+        self.finished = False
+        self.num_tokens = 0
+        self.cached_tokens = 0
+        self._queue = stream.queue
+        self._detokenizer = detokenizer
+        self._stop_ids = stop_ids
+
+    async def advance(self) -> tuple[Delta, SequenceOutput]:
+        """Wait for output, take all there is, and return it with the engine's last word on it."""
+        delta = Delta(self.index)
+        output = await self._queue.get()
+        self._absorb(output, delta)
+        while not (self.finished or self._queue.empty()):
+            output = self._queue.get_nowait()
+            self._absorb(output, delta)
+        return delta, output
+
+    def _absorb(self, output: SequenceOutput, delta: Delta) -> None:
+        if output.finish_reason == "error" or output.finish_reason == "abort":
+            self.finished = True
+            raise EngineFailure(output.finish_reason, output.error)
+        self.cached_tokens = output.num_cached_tokens
+        text_ends = output.finish_reason == "stop" and output.token_ids and output.token_ids[-1] in self._stop_ids
+        for i, token_id in enumerate(output.token_ids):
+            delta.num_tokens += 1
+            self.num_tokens += 1
+            if text_ends and i == len(output.token_ids) - 1:
+                break  # what ended the sequence counts, but is no part of the text
+            if output.logprobs is not None:
+                delta.scores.append(TokenScore(token_id, output.logprobs[i], self._detokenizer.decoded_chars))
+            delta.text += self._detokenizer.feed(token_id)
+            if self._detokenizer.stopped:
+                self._finish(delta, "stop")
+                return
+        if output.finish_reason is not None:
+            delta.text += self._detokenizer.flush()
+            self._finish(delta, output.finish_reason)
+
+    def _finish(self, delta: Delta, reason: Literal["stop", "length"]) -> None:
+        self.finished = True
+        delta.finish_reason = reason
+
+
+class EngineFailure(Exception):
+    """The engine gave a sequence up."""
+
+    def __init__(self, reason: str, message: str | None):
+        super().__init__(message or reason)
+        self.reason = reason
+        self.message = message
+
+
+class Generation:
+    """The sequences of one request. `close` must run when the request ends, however it ends."""
+
+    def __init__(self, context: AppContext, target: Target, prefix: str, started: float):
+        self.id = f"{prefix}-{uuid.uuid4().hex}"
+        self.created = int(time.time())
+        self.target = target
+        self.prompt_tokens = 0
+        self.timer = RequestTimer(context.metrics, target.name, started)
+        self._context = context
+        self._choices: list[Choice] = []
+        self._n = 1
+        self._open: set[str] = set()
+
+    def submit(
+        self, key: Key, prompts: Sequence[list[int]], n: int, sampling: SamplingParams, stop: Sequence[str]
+    ) -> None:
+        """Start `n` sequences per prompt. Raises `EngineUnavailable`, having started none."""
+        stop_ids = frozenset((*self._context.info.eos_token_ids, *sampling.stop_token_ids))
+        self._n = n
+        use = self._context.in_flight.use(self.target.name)
+        use.requests += 1
+        use.last_used = self.created
+        try:
+            for prompt in prompts:
+                self.prompt_tokens += len(prompt)
+                for i in range(n):
+                    stream = self._start(prompt, _with_seed(sampling, i), key.tenant)
+                    text = Detokenizer(self._context.tokenizer, prompt, stop, sampling.min_tokens)
+                    self._choices.append(Choice(len(self._choices), stream, text, stop_ids))
+        except BaseException:
+            self.close()
+            raise
+        use.prompt_tokens += self.prompt_tokens
+        self.timer.submitted(self.prompt_tokens)
+
+    def _start(self, prompt: list[int], sampling: SamplingParams, tenant: str) -> Stream:
+        seq_id = f"{self.id}-{len(self._choices)}"
+        stream = self._context.engine.submit(Submit(seq_id, prompt, sampling, self.target.digest, tenant))
+        self._context.in_flight.start(seq_id, self.target.name, self.target.digest)
+        self._open.add(seq_id)
+        return stream
+
+    def __len__(self) -> int:
+        return len(self._choices)
+
+    async def deltas(self) -> AsyncGenerator[Delta, None]:
+        """Deltas of all choices as they come, until every choice has finished. Raises `ApiError` on a failure."""
+        try:
+            async with aclosing(_advances(self._choices)) as advances:
+                async for choice, delta, output in advances:
+                    self._account(choice, delta, output)
+                    yield delta
+        except EngineFailure as failure:
+            raise self._api_error(failure) from failure
+
+    def _account(self, choice: Choice, delta: Delta, output: SequenceOutput) -> None:
+        use = self._context.in_flight.use(self.target.name)
+        use.generated_tokens += delta.num_tokens
+        use.rate.add(delta.num_tokens)
+        self.timer.tokens(choice.index, delta.num_tokens, output.queue_seconds)
+        if choice.finished:
+            self._end([choice.seq_id], abort=output.finish_reason is None)
+
+    def _end(self, seq_ids: list[str], *, abort: bool) -> None:
+        if abort:
+            self._context.engine.abort(seq_ids)
+        for seq_id in seq_ids:
+            self._open.discard(seq_id)
+            self._context.in_flight.finish(seq_id)
+
+    def _api_error(self, failure: EngineFailure) -> ApiError:
+        if failure.reason == "abort":
+            return unavailable("The request was aborted: its adapter was deleted or the server stops.", "aborted")
+        if self._context.engine.state is not EngineState.READY:
+            return engine_unavailable(self._context.engine.state)
+        return ApiError(500, failure.message, code="engine_error") if failure.message else server_error()
+
+    def close(self) -> None:
+        """Abort what still runs and let go of it. Safe to call twice."""
+        self._end(list(self._open), abort=bool(self._open))
+        self.timer.ended()
+
+    def usage(self) -> UsageBody:
+        completion = sum(choice.num_tokens for choice in self._choices)
+        cached = sum(choice.cached_tokens for choice in self._choices[:: self._n])  # a prompt counts once
+        return UsageBody(
+            prompt_tokens=self.prompt_tokens,
+            completion_tokens=completion,
+            total_tokens=self.prompt_tokens + completion,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=cached),
+        )
+
+
+async def _advances(choices: Sequence[Choice]) -> AsyncGenerator[tuple[Choice, Delta, SequenceOutput], None]:
+    """What each choice has to say, whichever speaks first. A single one, the usual case, needs no tasks."""
+    if len(choices) == 1:
+        while not choices[0].finished:
+            yield choices[0], *await choices[0].advance()
+        return
+    waiting = {asyncio.ensure_future(choice.advance()): choice for choice in choices}
+    try:
+        while waiting:
+            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                choice = waiting.pop(task)
+                yield choice, *task.result()
+                if not choice.finished:
+                    waiting[asyncio.ensure_future(choice.advance())] = choice
+    finally:
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+
+
+def _with_seed(sampling: SamplingParams, i: int) -> SamplingParams:
+    """Each of n choices has its own seed, or they would all be the same."""
+    if i == 0 or sampling.seed is None:
+        return sampling
+    return msgspec.structs.replace(sampling, seed=(sampling.seed + i) % (1 << 63))
+
+
+def start(
+    request: Request,
+    context: AppContext,
+    key: Key,
+    body: GenerationRequest,
+    prompts: Sequence[list[int]],
+    *,
+    prefix: str,
+    asked: int | None,
+    default: int | None,
+    logprobs: int | None,
+) -> Generation:
+    """Resolve the model and submit, without a pause in which the adapter could be deleted."""
+    target = resolve(context, key, body.model)
+    request.state.adapter = target.name
+    sampling = sampling_params(context, body, token_budget(context, prompts, asked, default), logprobs)
+    generation = Generation(context, target, prefix, request.state.started)
+    generation.submit(key, prompts, body.n or 1, sampling, body.stop_strings)
+    return generation
+
+
+async def unless_disconnected(receive: Receive, work: Awaitable[T]) -> T:
+    """Run `work`, but cancel it and raise `ClientDisconnect` as soon as the client is gone."""
+    task = asyncio.ensure_future(work)
+    watcher = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        for pending in (task, watcher):
+            pending.cancel()
+        await asyncio.gather(task, watcher, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def collect(request: Request, generation: Generation) -> list[Delta]:
+    """The whole answer, one delta per choice. Stops the sequences when the client leaves."""
+    try:
+        return await unless_disconnected(request.receive, _collect(generation))
+    finally:
+        generation.close()
+
+
+async def _collect(generation: Generation) -> list[Delta]:
+    whole = [Delta(index) for index in range(len(generation))]
+    async with aclosing(generation.deltas()) as deltas:
+        async for delta in deltas:
+            whole[delta.index].extend(delta)
+    return whole

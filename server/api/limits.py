@@ -1,0 +1,71 @@
+"""What may be sent: content types and body sizes, judged by the headers first and counted while reading."""
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.api.errors import ApiError, error_response
+
+MAX_JSON_BYTES = 4 << 20
+_MULTIPART_OVERHEAD = 64 << 10  # boundaries and form fields around the files
+_UPLOAD_PATH = "/v1/adapters"
+
+
+class LimitsMiddleware:
+    """Refuses by the headers before the body is read; what lies about its length is cut off while reading."""
+
+    def __init__(self, app: ASGIApp, max_upload_bytes: int):
+        self._app = app
+        self._max_upload_bytes = max_upload_bytes + _MULTIPART_OVERHEAD
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        try:
+            limit = self._limit(scope["path"], Headers(scope=scope))
+        except ApiError as error:
+            await error_response(error)(scope, receive, send)
+        else:
+            await self._app(scope, _counted(receive, limit), send)
+
+    def _limit(self, path: str, headers: Headers) -> int:
+        length = _content_length(headers)
+        if length == 0 or (length is None and "transfer-encoding" not in headers):
+            return 0
+        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+        upload = kind == "multipart/form-data" and path == _UPLOAD_PATH
+        if not upload and kind != "application/json":
+            raise ApiError(415, "Send the body as application/json.", code="unsupported_media_type")
+        if upload and length is None:
+            raise ApiError(411, "An upload needs a Content-Length.", code="length_required")
+        limit = self._max_upload_bytes if upload else MAX_JSON_BYTES
+        if length is not None and length > limit:
+            raise _too_large(limit)
+        return limit
+
+
+def _content_length(headers: Headers) -> int | None:
+    value = headers.get("content-length")
+    if value is None:
+        return None
+    if not value.isascii() or not value.isdigit() or len(value) > 18:
+        raise ApiError(400, "Content-Length is not a number.", code="invalid_value")
+    return int(value)
+
+
+def _too_large(limit: int) -> ApiError:
+    return ApiError(413, f"The body is larger than {limit} bytes.", code="too_large")
+
+
+def _counted(receive: Receive, limit: int) -> Receive:
+    read = 0
+
+    async def counting_receive() -> Message:
+        nonlocal read
+        message = await receive()
+        read += len(message.get("body", b""))
+        if read > limit:
+            raise _too_large(limit)
+        return message
+
+    return counting_receive

@@ -1,0 +1,176 @@
+"""Bringing adapters in and taking them out: stage, validate, publish; retire, drain, free."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from starlette.requests import Request
+
+from adapters.errors import AdapterConflict, AdapterError, AdapterNotFound
+from adapters.registry import AdapterRecord, check_name
+from adapters.sources import copy_from
+from adapters.validation import Inspected, inspect
+from server.api.adapter_schemas import DeletedBody, RegisterRequest, UploadForm
+from server.api.auth import Key
+from server.api.context import AppContext, LazyAdapter
+from server.api.errors import ApiError, model_not_found
+from server.api.uploads import receive_upload
+from server.engine.client import AdapterMoveRefused, EngineUnavailable
+
+log = logging.getLogger(__name__)
+
+
+def find(context: AppContext, key: Key, name: str) -> AdapterRecord:
+    """The record of a name, damaged ones included. Raises 404 also for one that the key may not see."""
+    if "@" in name or not key.sees(name):
+        raise model_not_found(name)
+    if name in context.registry.damaged:
+        records, _ = context.registry.records(limit=len(context.registry))
+        return next(record for record in records if record.name == name)
+    try:
+        return context.registry.resolve(name)
+    except AdapterNotFound:
+        raise model_not_found(name) from None
+
+
+def check_writable(key: Key, name: str) -> None:
+    """Raises unless `name` may name an adapter and the key may publish it."""
+    check_name(name)
+    if not key.sees(name):
+        raise ApiError(403, "This API key may not publish under that name.", code="insufficient_scope")
+
+
+async def upload(
+    context: AppContext, request: Request, parse: Callable[[dict[str, str]], UploadForm], key: Key, *, dry_run: bool
+) -> tuple[UploadForm, Inspected, tuple[AdapterRecord, bool] | None]:
+    """Receive, validate and publish; a dry run (third value None) stops before publishing."""
+    spec = context.spec
+    with context.registry.store.stage() as folder:
+        form = parse(await receive_upload(request, folder))
+        check_writable(key, form.name)
+        inspected = await asyncio.to_thread(inspect, folder, spec)
+        if dry_run:
+            return form, inspected, None
+        published = await _publish(
+            context, form.name, inspected, folder, source="upload", replace=form.replace, pinned=form.pinned
+        )
+        return form, inspected, published
+
+
+async def register(context: AppContext, body: RegisterRequest) -> tuple[AdapterRecord, bool]:
+    """Fetch from an allowed source, validate and publish."""
+    config = context.config
+    with context.registry.store.stage() as folder:
+        await asyncio.to_thread(copy_from, body.source, config.allow_source, folder, max_bytes=config.max_upload_bytes)
+        inspected = await asyncio.to_thread(inspect, folder, context.spec)
+        return await _publish(
+            context, body.name, inspected, folder, source=body.source, replace=body.replace, pinned=body.pinned
+        )
+
+
+def register_lazily(context: AppContext, body: RegisterRequest) -> LazyAdapter:
+    """Fetch in the background; until that is done, or when it failed, `context.lazy` has the name."""
+    pending = context.lazy.get(body.name)
+    if pending is not None and pending.error is None:
+        raise AdapterConflict(f"The adapter '{body.name}' is being fetched already.")
+    adapter = context.lazy[body.name] = LazyAdapter(body.name, body.source, int(time.time()))
+    task = asyncio.create_task(_fetch(context, body, adapter))
+    context.background.add(task)
+    task.add_done_callback(context.background.discard)
+    return adapter
+
+
+async def _fetch(context: AppContext, body: RegisterRequest, adapter: LazyAdapter) -> None:
+    try:
+        await register(context, body)
+    except (AdapterError, AdapterMoveRefused, EngineUnavailable) as error:
+        adapter.error = str(error)
+    except Exception:
+        log.exception("adapter %s could not be fetched", body.name)
+        adapter.error = "The adapter could not be fetched."
+        raise
+    else:
+        del context.lazy[body.name]
+
+
+async def _publish(
+    context: AppContext,
+    name: str,
+    inspected: Inspected,
+    folder: Path,
+    *,
+    source: str,
+    replace: bool,
+    pinned: bool,
+) -> tuple[AdapterRecord, bool]:
+    async with context.lock(name):
+        old = _current(context, name)
+        record, created = await asyncio.to_thread(
+            context.registry.publish, name, inspected, folder, source=source, replace=replace
+        )
+        if pinned and not record.pinned:
+            record = await pin(context, record)
+        await follow(context, old, record)
+        return record, created
+
+
+def _current(context: AppContext, name: str) -> AdapterRecord | None:
+    try:
+        return context.registry.resolve(name)
+    except AdapterNotFound:
+        return None
+
+
+async def pin(context: AppContext, record: AdapterRecord) -> AdapterRecord:
+    await context.engine.pin_adapter(record.version.digest, True)
+    return await asyncio.to_thread(context.registry.set_pinned, record.name, True)
+
+
+async def unpin(context: AppContext, record: AdapterRecord) -> AdapterRecord:
+    unpinned = await asyncio.to_thread(context.registry.set_pinned, record.name, False)
+    await _unpin_unless_shared(context, record.version.digest)
+    return unpinned
+
+
+async def follow(context: AppContext, old: AdapterRecord | None, new: AdapterRecord) -> None:
+    """The pin of a name moves with its pointer from one version to the next."""
+    if old is not None and old.pinned and old.version.digest != new.version.digest:
+        if new.pinned:
+            await context.engine.pin_adapter(new.version.digest, True)
+        await _unpin_unless_shared(context, old.version.digest)
+
+
+async def _unpin_unless_shared(context: AppContext, digest: str) -> None:
+    names = context.registry.names_of(digest)
+    if not any(record.pinned for name in names if (record := _current(context, name))):
+        await context.engine.pin_adapter(digest, False)
+
+
+async def remove(context: AppContext, name: str, drain_timeout: float) -> DeletedBody:
+    """Retire at once, let running requests finish, abort those that take too long, free what no name needs."""
+    async with context.lock(name):
+        digests = {version.digest for version in context.registry.history(name)}
+        await asyncio.to_thread(context.registry.retire, name)
+        running = context.in_flight.count(name)
+        idle = await context.in_flight.wait_idle(name, drain_timeout)
+        aborted = 0 if idle else await context.abort(name)
+        for digest in digests:
+            if not context.registry.names_of(digest):
+                await _free(context, digest)
+        await asyncio.to_thread(context.registry.collect_garbage, context.in_flight.digests())
+        context.in_flight.forget(name)
+        context.metrics.forget(name)
+    return DeletedBody(name=name, drained=running - aborted, aborted=aborted)
+
+
+async def _free(context: AppContext, digest: str) -> None:
+    """Give back device and host memory. An engine that is away or busy with it forgets it by itself, later."""
+    residency = context.engine.residency
+    with suppress(AdapterMoveRefused, EngineUnavailable):
+        if digest in residency.pinned:
+            await context.engine.pin_adapter(digest, False)
+        if digest in (*residency.device, *residency.host, *residency.loading):
+            await context.engine.move_adapter(digest, "disk")

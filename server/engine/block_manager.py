@@ -1,0 +1,174 @@
+"""Who owns which block of the KV cache. Pure accounting: the tensors live in server/model/kv_cache.py.
+
+Every block is in exactly one of three places:
+
+    free list, unhashed     nothing of use in it
+    free list, hashed       content of a finished sequence, found again by prefix hash until it is reused
+    block tables            referenced by `ref_count` running sequences; full ones are hashed as well
+
+The free list is in order of release, so reuse takes the least recently used content first.
+"""
+
+import hashlib
+from array import array
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+from server.sequence import Sequence
+
+
+@dataclass(slots=True)
+class Block:
+    block_id: int
+    ref_count: int = 0
+    block_hash: bytes | None = None
+    token_ids: tuple[int, ...] = ()  # compared on a hit, so that a hash collision cannot serve wrong KV
+
+
+def chain_seed(adapter: str | None, cache_salt: str) -> bytes:
+    """Start of a sequence's hash chain: KV is shared only within one adapter version and one salt.
+
+    Fields are tagged and length-prefixed, so that no adapter's digest can look like another field's content.
+    """
+    digest = hashlib.sha256()
+    for tag, value in ((b"adapter", adapter or ""), (b"salt", cache_salt)):
+        data = value.encode()
+        digest.update(tag + len(data).to_bytes(8, "little") + data)
+    return digest.digest()
+
+
+def _block_hash(parent: bytes, token_ids: list[int]) -> bytes:
+    return hashlib.sha256(parent + array("q", token_ids).tobytes()).digest()
+
+
+@dataclass(slots=True)
+class BlockManager:
+    """Free list, refcounts and prefix cache over `num_blocks` blocks of `block_size` tokens."""
+
+    num_blocks: int
+    block_size: int
+    prefix_queries: int = 0  # prompt tokens looked up, in all
+    prefix_hits: int = 0  # of those, found
+    _blocks: list[Block] = field(init=False)
+    _free: "OrderedDict[int, None]" = field(init=False)
+    _cached: dict[bytes, int] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._blocks = [Block(i) for i in range(self.num_blocks)]
+        self._free = OrderedDict((i, None) for i in range(self.num_blocks))
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    @property
+    def num_used(self) -> int:
+        return self.num_blocks - len(self._free)
+
+    def blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+    def match_prefix(self, seq: Sequence) -> list[int]:
+        """Cached blocks that hold the start of `seq`, in order; takes no reference.
+
+        The last token is never matched: something must be computed to sample from.
+        """
+        self._extend_hashes(seq, (seq.num_tokens - 1) // self.block_size)
+        matched: list[int] = []
+        for index, block_hash in enumerate(seq.block_hashes):
+            if index == (seq.num_tokens - 1) // self.block_size:
+                break
+            block_id = self._cached.get(block_hash, -1)
+            if block_id < 0 or self._blocks[block_id].token_ids != self._tokens_of(seq, index):
+                break
+            matched.append(block_id)
+        return matched
+
+    def can_admit(self, seq: Sequence, matched: list[int]) -> bool:
+        """Whether the whole of `seq` fits next to what runs, given the cached blocks it would share."""
+        idle_matches = sum(1 for block_id in matched if self._blocks[block_id].ref_count == 0)
+        return self.blocks_for(seq.num_tokens) - len(matched) <= self.num_free - idle_matches
+
+    def admit(self, seq: Sequence, matched: list[int]) -> None:
+        """Give `seq` its cached prefix; the rest comes block by block through `grow`."""
+        assert not seq.block_table
+        for block_id in matched:
+            block = self._blocks[block_id]
+            if block.ref_count == 0:
+                del self._free[block_id]
+            block.ref_count += 1
+        seq.block_table = list(matched)
+        seq.num_computed_tokens = len(matched) * self.block_size
+        self.prefix_queries += seq.num_tokens
+        self.prefix_hits += seq.num_computed_tokens
+
+    def can_grow(self, seq: Sequence, num_tokens: int) -> bool:
+        return self.blocks_for(num_tokens) - len(seq.block_table) <= self.num_free
+
+    def grow(self, seq: Sequence, num_tokens: int) -> None:
+        """Extend the block table of `seq` to cover `num_tokens`. The caller asked `can_grow` first."""
+        for _ in range(self.blocks_for(num_tokens) - len(seq.block_table)):
+            block_id, _ = self._free.popitem(last=False)
+            block = self._blocks[block_id]
+            self._forget(block)
+            block.ref_count = 1
+            seq.block_table.append(block_id)
+
+    def commit(self, seq: Sequence, num_computed_tokens: int) -> None:
+        """Tokens up to `num_computed_tokens` are in the cache now: publish the blocks that became full."""
+        full_before, full_now = seq.num_computed_tokens // self.block_size, num_computed_tokens // self.block_size
+        self._extend_hashes(seq, full_now)
+        for index in range(full_before, full_now):
+            self._publish(seq, index)
+        seq.num_computed_tokens = num_computed_tokens
+
+    def free(self, seq: Sequence) -> None:
+        """Drop the references of `seq`. Later blocks are freed first, so prefixes stay cached longest."""
+        for block_id in reversed(seq.block_table):
+            block = self._blocks[block_id]
+            block.ref_count -= 1
+            if block.ref_count == 0:
+                self._free[block_id] = None
+                if block.block_hash is None:
+                    self._free.move_to_end(block_id, last=False)
+        seq.block_table = []
+        seq.num_computed_tokens = 0
+
+    def disown(self, seq: Sequence) -> list[int]:
+        """Take the blocks that only `seq` refers to out of the prefix cache; returns their ids."""
+        own = [block_id for block_id in seq.block_table if self._blocks[block_id].ref_count == 1]
+        for block_id in own:
+            self._forget(self._blocks[block_id])
+        return own
+
+    def check_integrity(self, running: list[Sequence]) -> None:
+        """Raise AssertionError when the books do not balance; tests call this after every operation."""
+        references = [0] * self.num_blocks
+        for seq in running:
+            for block_id in seq.block_table:
+                references[block_id] += 1
+        for block in self._blocks:
+            assert block.ref_count == references[block.block_id], block
+            assert (block.ref_count == 0) == (block.block_id in self._free), block
+        for block_hash, block_id in self._cached.items():
+            assert self._blocks[block_id].block_hash == block_hash
+
+    def _tokens_of(self, seq: Sequence, index: int) -> tuple[int, ...]:
+        return tuple(seq.token_ids[index * self.block_size : (index + 1) * self.block_size])
+
+    def _extend_hashes(self, seq: Sequence, num_full: int) -> None:
+        for index in range(len(seq.block_hashes), num_full):
+            parent = seq.block_hashes[-1] if seq.block_hashes else chain_seed(seq.adapter, seq.cache_salt)
+            seq.block_hashes.append(_block_hash(parent, list(self._tokens_of(seq, index))))
+
+    def _publish(self, seq: Sequence, index: int) -> None:
+        block = self._blocks[seq.block_table[index]]
+        block_hash = seq.block_hashes[index]
+        if block.block_hash is None and block_hash not in self._cached:
+            block.block_hash, block.token_ids = block_hash, self._tokens_of(seq, index)
+            self._cached[block_hash] = block.block_id
+
+    def _forget(self, block: Block) -> None:
+        if block.block_hash is not None:
+            del self._cached[block.block_hash]
+            block.block_hash, block.token_ids = None, ()

@@ -1,0 +1,261 @@
+"""The engine: token ids in, token ids out, one step at a time. Knows no HTTP and no text; owns no thread."""
+
+import logging
+import time
+from collections.abc import Iterator
+
+from adapters.pool import PackedAdapter
+from adapters.residency import MoveRefused, Residency
+from adapters.segments import Segments, build_segments, column_runs
+from adapters.slots import PAGE_COLUMNS
+from server.engine import messages
+from server.engine.messages import (
+    Abort,
+    AdapterMove,
+    EngineStats,
+    FromEngine,
+    MoveAdapter,
+    PinAdapter,
+    Reply,
+    SequenceOutput,
+    StepOutputs,
+    Submit,
+    ToEngine,
+)
+from server.engine.scheduler import Scheduler
+from server.model.batch import build_batch
+from server.model.runner import ModelRunner
+from server.model.sampler import Sample, sample
+from server.sequence import FinishReason, ScheduledBatch, ScheduledSequence, Sequence, SequenceStatus
+
+log = logging.getLogger(__name__)
+
+_TIERS = ("disk", "host", "device")
+
+
+class Engine:
+    """`handle` takes in one message, `step` runs one forward pass over what is scheduled."""
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        scheduler: Scheduler,
+        residency: Residency[PackedAdapter],
+        eos_token_ids: frozenset[int],
+        max_model_len: int,
+    ) -> None:
+        self.scheduler = scheduler
+        self.residency = residency
+        self._runner = runner
+        self._eos_token_ids = eos_token_ids
+        self._max_model_len = max_model_len
+        self._sequences: dict[str, Sequence] = {}
+        self._pending: list[MoveAdapter | PinAdapter] = []
+        self._outputs: list[SequenceOutput] = []
+        self._steps = 0
+
+    def has_work(self) -> bool:
+        return bool(self._sequences or self._pending or self._outputs or self.residency.changed)
+
+    def handle(self, message: ToEngine) -> None:
+        match message:
+            case Submit():
+                self._submit(message)
+            case Abort(seq_ids=seq_ids):
+                for seq_id in seq_ids:
+                    if seq_id in self._sequences:
+                        self._finish(self._sequences[seq_id], [], FinishReason.ABORT)
+            case MoveAdapter() | PinAdapter():
+                self._pending.append(message)
+
+    def step(self) -> list[FromEngine]:
+        """Advance everything that can run by one forward pass; returns what there is to say, outputs first."""
+        started = time.perf_counter()
+        self.residency.poll()
+        replies = self._settle_moves()
+        for seq, reason in self.scheduler.failed():
+            self._finish(seq, [], FinishReason.ERROR, error=f"the adapter could not be loaded: {reason}")
+        batch = self.scheduler.schedule()
+        if batch:
+            self._steps += 1
+            self._run(batch)
+        return [self._report(batch, time.perf_counter() - started), *replies]
+
+    # -- sequences -----------------------------------------------------------------------------------------------
+
+    def _submit(self, request: Submit) -> None:
+        seq = Sequence(
+            request.seq_id, request.token_ids, request.sampling, request.adapter, request.cache_salt, time.monotonic()
+        )
+        self._sequences[seq.seq_id] = seq
+        if seq.adapter is not None:
+            self.residency.allow_retry(seq.adapter)
+        self.scheduler.add(seq)
+
+    def _run(self, batch: ScheduledBatch) -> None:
+        """One forward pass. Whatever goes wrong in it ends the sequences of this batch and nothing else."""
+        now = time.monotonic()
+        for scheduled in batch.sequences:
+            if scheduled.seq.admitted is None:
+                scheduled.seq.admitted = now
+                scheduled.seq.num_cached_tokens = scheduled.start
+        try:
+            samples = self._forward(batch)
+        except Exception:
+            log.exception("a step failed; its %d sequences end with an error", len(batch.sequences))
+            for scheduled in batch.sequences:
+                self._abandon(scheduled.seq, "the engine failed to compute this step")
+            return
+        for scheduled in batch.sequences:
+            self._update(scheduled, next(samples) if scheduled.samples else None)
+
+    def _forward(self, batch: ScheduledBatch) -> Iterator[Sample]:
+        sampled = [scheduled.seq for scheduled in batch.sequences if scheduled.samples]
+        forward = build_batch(batch, self.scheduler.blocks.block_size, self._runner.device)
+        logits = self._runner.run(forward, *self._segments(batch))
+        return iter(sample(logits, sampled, self._eos_token_ids) if sampled else [])
+
+    def _segments(self, batch: ScheduledBatch) -> tuple[Segments, Segments]:
+        """Segments over all rows of the step, and over the sampled rows alone."""
+        columns = {slot.index: column_runs(slot.pages, PAGE_COLUMNS) for slot in self.residency.slots.slots()}
+        tokens = build_segments(((s.seq.slot, s.num_new_tokens) for s in batch.sequences), columns)
+        head = build_segments(((s.seq.slot, 1) for s in batch.sequences if s.samples), columns)
+        return tokens, head
+
+    def _update(self, scheduled: ScheduledSequence, sampled: Sample | None) -> None:
+        seq = scheduled.seq
+        if sampled is not None and sampled.token_id < 0:
+            self._abandon(seq, "the model produced numbers that are not finite")
+            return
+        self.scheduler.blocks.commit(seq, scheduled.end)
+        if sampled is None:
+            return
+        seq.token_ids.append(sampled.token_id)
+        self._finish(seq, [sampled.token_id], self._finish_reason(seq, sampled.token_id), sampled=sampled)
+
+    def _finish_reason(self, seq: Sequence, token_id: int) -> FinishReason | None:
+        params = seq.sampling
+        stops = token_id in params.stop_token_ids or (token_id in self._eos_token_ids and not params.ignore_eos)
+        if stops and seq.num_output_tokens >= params.min_tokens:
+            return FinishReason.STOP
+        if seq.num_output_tokens >= params.max_tokens or seq.num_tokens >= self._max_model_len:
+            return FinishReason.LENGTH
+        return None
+
+    def _finish(
+        self,
+        seq: Sequence,
+        token_ids: list[int],
+        reason: FinishReason | None,
+        sampled: Sample | None = None,
+        error: str | None = None,
+    ) -> None:
+        """Say what happened to `seq`; with a reason, take it out as well."""
+        self._outputs.append(
+            SequenceOutput(
+                seq.seq_id,
+                token_ids,
+                None if reason is None else reason.value,
+                [sampled.logprobs] if sampled is not None and sampled.logprobs is not None else None,
+                seq.num_cached_tokens,
+                (seq.admitted or time.monotonic()) - seq.arrival,
+                error,
+            )
+        )
+        if reason is not None:
+            self.scheduler.finish(seq)
+            del self._sequences[seq.seq_id]
+
+    def _abandon(self, seq: Sequence, error: str) -> None:
+        """End a sequence whose numbers went bad, and make sure that nobody ever reads them."""
+        if seq.status is SequenceStatus.RUNNING:
+            self._runner.kv_cache.scrub(self.scheduler.blocks.disown(seq))
+        self._finish(seq, [], FinishReason.ERROR, error=error)
+
+    # -- adapters ------------------------------------------------------------------------------------------------
+
+    def _settle_moves(self) -> list[FromEngine]:
+        """Answer the requested moves that are done, or cannot be."""
+        replies: list[FromEngine] = []
+        waiting = []
+        for request in self._pending:
+            try:
+                if not self._advance(request):
+                    waiting.append(request)
+                    continue
+                replies.append(Reply(request.request_id))
+            except MoveRefused as refused:
+                replies.append(Reply(request.request_id, (refused.code, str(refused))))
+        self._pending = waiting
+        return replies
+
+    def _advance(self, request: MoveAdapter | PinAdapter) -> bool:
+        """Whether `request` is done; if not, it was asked of residency. Raises `MoveRefused`."""
+        digest = request.digest
+        if isinstance(request, PinAdapter) and not request.pinned:
+            self.residency.unpin(digest)
+            return True
+        if isinstance(request, MoveAdapter) and request.tier == "disk":
+            self.residency.unload(digest)
+            return True
+        tier = request.tier if isinstance(request, MoveAdapter) else "device"
+        if _TIERS.index(self.residency.where(digest)) < _TIERS.index(tier):
+            self.residency.bring(digest, tier)
+            return False
+        if isinstance(request, PinAdapter):
+            self.residency.pin(digest)
+        return True
+
+    # -- report --------------------------------------------------------------------------------------------------
+
+    def _report(self, batch: ScheduledBatch, seconds: float) -> StepOutputs:
+        outputs, self._outputs = self._outputs, []
+        moves = [
+            AdapterMove(m.digest, m.source, m.target, m.outcome, m.seconds, m.error)
+            for m in self.residency.take_moves()
+        ]
+        changed, self.residency.changed = self.residency.changed, False
+        return StepOutputs(outputs, self._measure(batch, seconds), moves, self._residency() if changed else None)
+
+    def _measure(self, batch: ScheduledBatch, seconds: float) -> EngineStats:
+        blocks, slots = self.scheduler.blocks, self.residency.slots
+        return EngineStats(
+            steps=self._steps,
+            running=len(self.scheduler.running),
+            waiting=len(self.scheduler.waiting),
+            blocks_used=blocks.num_used,
+            blocks_total=blocks.num_blocks,
+            prefix_queries=blocks.prefix_queries,
+            prefix_hits=blocks.prefix_hits,
+            preemptions=self.scheduler.preemptions,
+            slots_used=len(slots.slots()),
+            slots_pinned=self.residency.num_pinned(),
+            slots_total=slots.num_slots,
+            step_seconds=seconds if batch else 0.0,
+            batch_tokens=batch.num_tokens,
+            batch_adapters=batch.num_adapters,
+            running_adapters=sorted({seq.adapter for seq in self.scheduler.running if seq.adapter}),
+            waiting_adapters=sorted({seq.adapter for seq in self.scheduler.waiting if seq.adapter}),
+        )
+
+    def _residency(self) -> messages.Residency:
+        slots = self.residency.slots.slots()
+        return messages.Residency(
+            device=[slot.digest for slot in slots if slot.ready],
+            host=self.residency.host.digests(),
+            loading=self.residency.loading(),
+            pinned=[slot.digest for slot in slots if slot.pinned],
+            failed=self.residency.failures(),
+        )
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError when any of the books do not balance; tests call this between steps."""
+        running = self.scheduler.running
+        self.scheduler.blocks.check_integrity(running)
+        references: dict[str, int] = {}
+        for seq in running:
+            assert seq.status is SequenceStatus.RUNNING
+            if seq.adapter is not None:
+                references[seq.adapter] = references.get(seq.adapter, 0) + 1
+        self.residency.slots.check_integrity(references)
+        assert {seq.seq_id for seq in [*running, *self.scheduler.waiting]} == set(self._sequences)

@@ -1,0 +1,97 @@
+"""The loop around an engine, and the transport that runs it in a thread of this process."""
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+
+from server.engine.engine import Engine
+from server.engine.messages import EngineInfo, Fatal, FromEngine, Ready, Shutdown, StepOutputs, ToEngine
+from server.model.loader import ModelRefused
+
+log = logging.getLogger(__name__)
+
+IDLE_SECONDS = 1.0  # how long an engine without work waits for a message at a time
+LOADING_SECONDS = 0.002  # the same while everything waits for adapters that are on their way
+HEARTBEAT_SECONDS = 0.5  # an engine with work says something at least this often
+
+Receive = Callable[[float], list[ToEngine]]  # waits so many seconds for a first message, then takes all there are
+Emit = Callable[[FromEngine], None]
+
+
+def run_loop(engine: Engine, receive: Receive, emit: Emit) -> None:
+    """Step while there is work, sleep while there is none, until told to shut down."""
+    last_emitted = 0.0
+    wait = 0.0
+    while True:
+        for message in receive(wait):
+            if isinstance(message, Shutdown):
+                engine.residency.close()
+                return
+            engine.handle(message)
+        if not engine.has_work():
+            wait = IDLE_SECONDS
+            continue
+        ran = False
+        for said in engine.step():
+            ran = ran or (isinstance(said, StepOutputs) and said.stats.batch_tokens > 0)
+            if _worth_saying(said) or time.monotonic() - last_emitted > HEARTBEAT_SECONDS:
+                emit(said)
+                last_emitted = time.monotonic()
+        wait = 0.0 if ran else LOADING_SECONDS
+
+
+def _worth_saying(message: FromEngine) -> bool:
+    """A step in which everything waited says nothing new."""
+    if not isinstance(message, StepOutputs):
+        return True
+    return bool(message.outputs or message.moves or message.residency or message.stats.batch_tokens)
+
+
+class ThreadTransport:
+    """Runs the engine in a thread of this process: for tests and debugging. Cannot be restarted after a crash."""
+
+    def __init__(self, build: Callable[[], tuple[Engine, EngineInfo]]):
+        self._build = build
+        self._inbox: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self.engine: Engine | None = None
+
+    async def start(self, on_message: Callable[[FromEngine], None], on_exit: Callable[[str], None]) -> None:
+        loop = asyncio.get_running_loop()
+
+        def emit(message: FromEngine) -> None:
+            loop.call_soon_threadsafe(on_message, message)
+
+        def run() -> None:
+            try:
+                self.engine, info = self._build()
+                emit(Ready(info))
+                run_loop(self.engine, self._receive, emit)
+            except ModelRefused as refused:
+                emit(Fatal(str(refused)))
+            except Exception as error:
+                log.exception("the engine thread died")
+                loop.call_soon_threadsafe(on_exit, repr(error))
+
+        self._thread = threading.Thread(target=run, name="engine", daemon=True)
+        self._thread.start()
+
+    def send(self, message: ToEngine) -> None:
+        self._inbox.put(message)
+
+    async def stop(self) -> None:
+        if self._thread is not None:
+            self._inbox.put(Shutdown())
+            await asyncio.to_thread(self._thread.join)
+
+    def _receive(self, timeout: float) -> list[ToEngine]:
+        received: list[ToEngine] = []
+        try:
+            received.append(self._inbox.get(timeout=timeout) if timeout else self._inbox.get_nowait())
+            while True:
+                received.append(self._inbox.get_nowait())
+        except queue.Empty:
+            return received

@@ -1,0 +1,162 @@
+"""What crosses between the API process and the engine: typed msgpack, never pickle."""
+
+from typing import Literal
+
+import msgspec
+
+from server.sequence import SamplingParams, TokenLogprobs
+
+Tier = Literal["disk", "host", "device"]
+
+
+class Submit(msgspec.Struct, frozen=True, tag=True):
+    """Start a sequence. `adapter` is a version digest (64 hex digits) or None for the base model."""
+
+    seq_id: str
+    token_ids: list[int]
+    sampling: SamplingParams
+    adapter: str | None = None
+    cache_salt: str = ""
+
+
+class Abort(msgspec.Struct, frozen=True, tag=True):
+    """Drop these sequences; unknown ids are ignored. An aborted sequence gets one last output, reason "abort"."""
+
+    seq_ids: list[str]
+
+
+class MoveAdapter(msgspec.Struct, frozen=True, tag=True):
+    """Bring a version up to `tier` ("host" or "device"), or down and out of both ("disk"). Answered by `Reply`."""
+
+    request_id: int
+    digest: str
+    tier: Tier
+
+
+class PinAdapter(msgspec.Struct, frozen=True, tag=True):
+    """Protect a version from eviction, or no longer. Pinning loads it to the device. Answered by `Reply`."""
+
+    request_id: int
+    digest: str
+    pinned: bool
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag=True):
+    """Abort everything and end the loop."""
+
+
+ToEngine = Submit | Abort | MoveAdapter | PinAdapter | Shutdown
+
+
+class SequenceOutput(msgspec.Struct, frozen=True, array_like=True):
+    """What one step did for one sequence. Every submitted sequence ends in exactly one with a `finish_reason`."""
+
+    seq_id: str
+    token_ids: list[int]
+    finish_reason: Literal["stop", "length", "abort", "error"] | None = None
+    logprobs: list[TokenLogprobs] | None = None  # one per token id, when asked for
+    num_cached_tokens: int = 0
+    queue_seconds: float = 0.0
+    error: str | None = None  # a sentence for the client, with reason "error"
+
+
+class AdapterMove(msgspec.Struct, frozen=True, array_like=True):
+    """A version moved between tiers, or failed to. Evictions move down ("device" to "host", "host" to "disk")."""
+
+    digest: str
+    source: Tier
+    target: Tier
+    outcome: Literal["ok", "failed"]
+    seconds: float
+    error: str | None = None
+
+
+class Residency(msgspec.Struct, frozen=True):
+    """Which versions are where right now (digests)."""
+
+    device: list[str] = []
+    host: list[str] = []
+    loading: list[str] = []
+    pinned: list[str] = []
+    failed: dict[str, str] = {}  # digest to reason
+
+
+class EngineStats(msgspec.Struct, frozen=True):
+    """Gauges and running totals, as of the end of a step."""
+
+    steps: int = 0
+    running: int = 0
+    waiting: int = 0
+    blocks_used: int = 0  # referenced by running sequences
+    blocks_total: int = 0
+    prefix_queries: int = 0  # prompt tokens looked up in the prefix cache, in all
+    prefix_hits: int = 0  # of those, found
+    preemptions: int = 0
+    slots_used: int = 0
+    slots_pinned: int = 0
+    slots_total: int = 0
+    step_seconds: float = 0.0  # of this step
+    batch_tokens: int = 0  # of this step
+    batch_adapters: int = 0  # distinct adapters in this step
+    running_adapters: list[str] = []
+    waiting_adapters: list[str] = []
+
+
+class EngineInfo(msgspec.Struct, frozen=True):
+    """What the engine loaded; sent once, when it is ready."""
+
+    base_fingerprint: str  # 12 hex digits over config, dtype, quantization and weights
+    vocab_size: int
+    max_model_len: int
+    modules: dict[str, tuple[int, int]]  # adaptable module name to (in_features, out_features)
+    max_adapter_rank: int
+    adapter_slots: int
+    num_blocks: int
+    block_size: int
+    eos_token_ids: list[int]
+    description: dict[str, str]  # device, dtype, quantization, attention, kernel: for logs and /version
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    info: EngineInfo
+
+
+class StepOutputs(msgspec.Struct, frozen=True, tag=True):
+    """Everything one step has to say, in one message. `residency` comes only when it changed."""
+
+    outputs: list[SequenceOutput]
+    stats: EngineStats
+    moves: list[AdapterMove] = []
+    residency: Residency | None = None
+
+
+class Reply(msgspec.Struct, frozen=True, tag=True):
+    """Answer to the request with that id; `error` is (code, sentence) when it failed."""
+
+    request_id: int
+    error: tuple[Literal["busy", "invalid", "not_found", "no_room"], str] | None = None
+
+
+class Fatal(msgspec.Struct, frozen=True, tag=True):
+    """The engine cannot start or go on; `reason` is for the operator."""
+
+    reason: str
+
+
+FromEngine = Ready | StepOutputs | Reply | Fatal
+
+_encoder = msgspec.msgpack.Encoder()
+_to_decoder: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
+_from_decoder: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
+
+
+def encode(message: ToEngine | FromEngine) -> bytes:
+    return _encoder.encode(message)
+
+
+def decode_to_engine(data: bytes) -> ToEngine:
+    return _to_decoder.decode(data)
+
+
+def decode_from_engine(data: bytes) -> FromEngine:
+    return _from_decoder.decode(data)

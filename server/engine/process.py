@@ -1,0 +1,192 @@
+"""The engine in a process of its own: the transport on this side, `main` on that side.
+
+Two ZeroMQ sockets in a private folder carry msgpack (never pickle). The child's standard input is a pipe from the
+parent: it carries the config, and its end tells the child that the parent is gone, however it went.
+"""
+
+import asyncio
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import zmq
+import zmq.asyncio
+
+from server import config as settings
+from server.config import ServeConfig
+from server.engine.messages import (
+    Fatal,
+    FromEngine,
+    Ready,
+    Shutdown,
+    ToEngine,
+    decode_from_engine,
+    decode_to_engine,
+    encode,
+)
+
+log = logging.getLogger(__name__)
+
+STOP_SECONDS = 5.0  # how long an engine gets to end by itself
+
+
+class ProcessTransport:
+    """Starts the child, and again after each death when asked to."""
+
+    def __init__(self, config: ServeConfig):
+        self._config = config
+        self._folder: Path | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._outbox: zmq.Socket[bytes] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process is not None else None
+
+    async def start(self, on_message: Callable[[FromEngine], None], on_exit: Callable[[str], None]) -> None:
+        await self._clean_up()
+        self._folder = Path(tempfile.mkdtemp(prefix="loraplex-"))  # mode 0700: nobody else can connect
+        self._outbox = zmq.Context.instance().socket(zmq.PUSH)
+        self._outbox.set_hwm(0)
+        self._outbox.bind(f"ipc://{self._folder}/to-engine")
+        inbox = zmq.asyncio.Context.instance().socket(zmq.PULL)
+        inbox.set_hwm(0)
+        inbox.bind(f"ipc://{self._folder}/from-engine")
+        self._process = _spawn(self._config, self._folder)
+        self._tasks = [
+            asyncio.create_task(_receive(inbox, on_message)),
+            asyncio.create_task(self._watch(self._process, on_exit)),
+        ]
+
+    def send(self, message: ToEngine) -> None:
+        if self._outbox is not None:
+            self._outbox.send(encode(message), zmq.NOBLOCK)
+
+    async def stop(self) -> None:
+        if self._process is not None and self._process.poll() is None:
+            for task in self._tasks[1:]:
+                task.cancel()  # this death is meant
+            self.send(Shutdown())
+            await asyncio.to_thread(_end, self._process)
+        await self._clean_up()
+
+    async def _watch(self, process: "subprocess.Popen[bytes]", on_exit: Callable[[str], None]) -> None:
+        """A thread waits for the child, so that its death is known at once."""
+        loop = asyncio.get_running_loop()
+        died = loop.create_future()
+        threading.Thread(target=lambda: _report_exit(process, loop, died), name="engine-watcher", daemon=True).start()
+        on_exit(f"the engine process ended with status {await died}")
+
+    async def _clean_up(self) -> None:
+        current = asyncio.current_task()
+        for task in self._tasks:
+            if task is not current:
+                task.cancel()
+        self._tasks = []
+        if self._outbox is not None:
+            self._outbox.close(linger=0)
+            self._outbox = None
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+
+
+def _report_exit(process: "subprocess.Popen[bytes]", loop: asyncio.AbstractEventLoop, died: Any) -> None:
+    status = process.wait()
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(lambda: None if died.done() else died.set_result(status))
+
+
+async def _receive(inbox: "zmq.asyncio.Socket", on_message: Callable[[FromEngine], None]) -> None:
+    try:
+        while True:
+            on_message(decode_from_engine(await inbox.recv()))
+    finally:
+        inbox.close(linger=0)
+
+
+def _spawn(config: ServeConfig, folder: Path) -> "subprocess.Popen[bytes]":
+    process = subprocess.Popen(
+        [sys.executable, "-m", "server.engine.process", str(folder)],
+        stdin=subprocess.PIPE,
+        start_new_session=True,  # Ctrl-C in the terminal is the parent's to handle
+    )
+    assert process.stdin is not None
+    process.stdin.write(json.dumps(settings.to_dict(config)).encode() + b"\n")
+    process.stdin.flush()
+    return process
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    try:
+        process.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+# -- the child ---------------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    config = settings.load(json.loads(sys.stdin.buffer.readline()))
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    folder = sys.argv[1]
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
+    inbox, outbox = context.socket(zmq.PULL), context.socket(zmq.PUSH)
+    for socket, name in ((inbox, "to-engine"), (outbox, "from-engine")):
+        socket.set_hwm(0)
+        socket.connect(f"ipc://{folder}/{name}")
+
+    def emit(message: FromEngine) -> None:
+        outbox.send(encode(message))
+
+    _serve(config, inbox, emit)
+    outbox.close(linger=1000)
+    inbox.close(linger=0)
+
+
+def _serve(config: ServeConfig, inbox: "zmq.Socket[bytes]", emit: Callable[[FromEngine], None]) -> None:
+    from server.engine.build import build_engine  # torch and transformers: the parent does without
+    from server.engine.loop import run_loop
+    from server.logs import configure_logging
+    from server.model.loader import ModelRefused
+
+    configure_logging(config.log_format)
+    try:
+        engine, info = build_engine(config)
+    except ModelRefused as refused:
+        emit(Fatal(str(refused)))
+        return
+    emit(Ready(info))
+    run_loop(engine, lambda timeout: _take_all(inbox, timeout), emit)
+
+
+def _take_all(inbox: "zmq.Socket[bytes]", timeout: float) -> list[ToEngine]:
+    received: list[ToEngine] = []
+    if timeout and not inbox.poll(int(timeout * 1000)):
+        return received
+    while True:
+        try:
+            received.append(decode_to_engine(inbox.recv(zmq.NOBLOCK)))
+        except zmq.Again:
+            return received
+
+
+def _exit_with_parent() -> None:
+    while sys.stdin.buffer.read(1):
+        pass
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

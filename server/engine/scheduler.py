@@ -1,0 +1,156 @@
+"""Which sequences take part in the next step, and with how many tokens. Pure accounting, no torch.
+
+There are no phases: every running sequence has tokens left to compute (one when it decodes, a chunk when it
+prefills), and the step's token budget is handed out first to what runs, then to what waits. (The idea of computed
+tokens chasing known tokens is vLLM's.)
+
+Adapters: a waiting sequence is admitted when its adapter has a device slot. One whose adapter is on its way is passed
+over, not waited for. Past `max_wait_steps` of being passed over, a sequence closes the door behind it: nothing that
+arrived later is admitted until it is, so a cold adapter cannot starve.
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from itertools import islice
+from typing import Protocol
+
+from server.engine.block_manager import BlockManager
+from server.sequence import ScheduledBatch, ScheduledSequence, Sequence, SequenceStatus
+
+PREFETCH_DEPTH = 32  # waiting sequences whose adapters are brought off the disk ahead of their turn
+
+
+class AdapterSlots(Protocol):
+    """What the scheduler asks of residency (adapters/residency.py)."""
+
+    def acquire(self, digest: str) -> int | None:
+        """Take a reference on the version's device slot; None when it is not there (yet), which requests it."""
+
+    def release(self, digest: str) -> None: ...
+
+    def prefetch(self, digest: str) -> None:
+        """The version will be needed soon: bring it off the disk."""
+
+    def failure(self, digest: str) -> str | None:
+        """Why the version cannot be loaded, if its last load failed."""
+
+
+class Admission(Enum):
+    ADMITTED = auto()
+    NO_ADAPTER = auto()  # passed over: later sequences may still run
+    NO_BLOCKS = auto()  # memory is handed out in order of arrival: nobody behind may take it
+
+
+@dataclass(slots=True)
+class Scheduler:
+    """Invariant: a sequence holds blocks and an adapter slot exactly while it is in `running`."""
+
+    blocks: BlockManager
+    adapters: AdapterSlots
+    max_num_seqs: int
+    max_batch_tokens: int
+    max_wait_steps: int
+    waiting: deque[Sequence] = field(default_factory=deque)
+    running: list[Sequence] = field(default_factory=list)
+    preemptions: int = 0
+
+    def add(self, seq: Sequence) -> None:
+        self.waiting.append(seq)
+
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def schedule(self) -> ScheduledBatch:
+        """Hand out the token budget. Empty when nothing can run (everything waits for adapters)."""
+        batch: list[ScheduledSequence] = []
+        budget = self._schedule_running(batch, self.max_batch_tokens)
+        self._schedule_waiting(batch, budget)
+        batch.sort(key=lambda scheduled: scheduled.seq.slot)
+        return ScheduledBatch(batch)
+
+    def finish(self, seq: Sequence) -> None:
+        """Take `seq` out, wherever it is, and give back what it held."""
+        if seq.status is SequenceStatus.RUNNING:
+            self.running.remove(seq)
+            self._release(seq)
+        elif seq.status is SequenceStatus.WAITING:
+            self.waiting.remove(seq)
+        seq.status = SequenceStatus.FINISHED
+
+    def failed(self) -> list[tuple[Sequence, str]]:
+        """Waiting sequences whose adapter could not be loaded, with the reason."""
+        reasons = [(seq, self.adapters.failure(seq.adapter)) for seq in self.waiting if seq.adapter is not None]
+        return [(seq, reason) for seq, reason in reasons if reason is not None]
+
+    def _schedule_running(self, batch: list[ScheduledSequence], budget: int) -> int:
+        for seq in list(self.running):  # oldest first: the newest are preempted for them
+            if seq.status is not SequenceStatus.RUNNING or budget == 0:
+                continue
+            num_new_tokens = min(seq.num_tokens - seq.num_computed_tokens, budget)
+            if self._make_room(seq, seq.num_computed_tokens + num_new_tokens):
+                self.blocks.grow(seq, seq.num_computed_tokens + num_new_tokens)
+                batch.append(ScheduledSequence(seq, num_new_tokens))
+                budget -= num_new_tokens
+        return budget
+
+    def _make_room(self, seq: Sequence, num_tokens: int) -> bool:
+        """Preempt newer sequences until `seq` fits; False when `seq` itself had to go."""
+        while not self.blocks.can_grow(seq, num_tokens):
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is seq:
+                return False
+        return True
+
+    def _preempt(self, seq: Sequence) -> None:
+        """Back to the head of the queue; its tokens are computed again (often from the prefix cache)."""
+        self.running.remove(seq)
+        self._release(seq)
+        seq.status = SequenceStatus.WAITING
+        self.waiting.appendleft(seq)
+        self.preemptions += 1
+
+    def _schedule_waiting(self, batch: list[ScheduledSequence], budget: int) -> None:
+        passed_over: list[Sequence] = []
+        while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
+            seq = self.waiting.popleft()
+            admission = self._try_admit(seq)
+            if admission is Admission.ADMITTED:
+                num_new_tokens = min(seq.num_tokens - seq.num_computed_tokens, budget)
+                self.blocks.grow(seq, seq.num_computed_tokens + num_new_tokens)
+                batch.append(ScheduledSequence(seq, num_new_tokens))
+                budget -= num_new_tokens
+                continue
+            passed_over.append(seq)
+            seq.waited_steps += 1
+            if admission is Admission.NO_BLOCKS or seq.waited_steps > self.max_wait_steps:
+                break
+        for seq in islice(self.waiting, PREFETCH_DEPTH):
+            if seq.adapter is not None:
+                self.adapters.prefetch(seq.adapter)
+        self.waiting.extendleft(reversed(passed_over))
+
+    def _try_admit(self, seq: Sequence) -> Admission:
+        """Take the adapter's slot and the cached prefix for `seq`; on refusal nothing stays taken."""
+        slot = -1
+        if seq.adapter is not None:
+            acquired = self.adapters.acquire(seq.adapter)
+            if acquired is None:
+                return Admission.NO_ADAPTER
+            slot = acquired
+        matched = self.blocks.match_prefix(seq)
+        if not self.blocks.can_admit(seq, matched):
+            if seq.adapter is not None:
+                self.adapters.release(seq.adapter)
+            return Admission.NO_BLOCKS
+        self.blocks.admit(seq, matched)
+        seq.slot, seq.status = slot, SequenceStatus.RUNNING
+        self.running.append(seq)
+        return Admission.ADMITTED
+
+    def _release(self, seq: Sequence) -> None:
+        self.blocks.free(seq)
+        if seq.adapter is not None:
+            self.adapters.release(seq.adapter)
+        seq.slot = -1

@@ -1,0 +1,119 @@
+"""One step's tensors: built once from the schedule, read by every layer."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from server.sequence import ScheduledBatch, ScheduledSequence
+
+
+@dataclass(slots=True)
+class DecodeGroup:
+    """Sequences with one new token each and contexts of similar length, attended to together."""
+
+    rows: torch.Tensor  # [B] int64, rows of the step
+    block_tables: torch.Tensor  # [B, blocks] int64, padded with block 0
+    context_lens: torch.Tensor  # [B] int64, keys per sequence, the new one included
+    masks: dict[int | None, torch.Tensor] = field(default_factory=dict)  # by sliding window; made on first use
+
+    def mask(self, window: int | None, block_size: int) -> torch.Tensor:
+        """`[B, 1, 1, blocks * block_size]` bool, True where a key may be attended to."""
+        if window not in self.masks:
+            positions = torch.arange(self.block_tables.shape[1] * block_size, device=self.rows.device)
+            mask = positions < self.context_lens[:, None]
+            if window is not None:
+                mask &= positions >= self.context_lens[:, None] - window
+            self.masks[window] = mask[:, None, None, :]
+        return self.masks[window]
+
+
+@dataclass(slots=True)
+class PrefillChunk:
+    """Rows `[start, end)` of the step are new tokens of one sequence; its context ends with them."""
+
+    start: int
+    end: int
+    block_table: torch.Tensor  # [blocks] int64
+    context_len: int
+    masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
+
+    def mask(self, window: int | None) -> torch.Tensor:
+        """`[new tokens, context_len]` bool, True where a key may be attended to."""
+        if window not in self.masks:
+            queries = torch.arange(self.context_len - (self.end - self.start), self.context_len)[:, None]
+            keys = torch.arange(self.context_len)[None, :]
+            mask = keys <= queries
+            if window is not None:
+                mask &= keys > queries - window
+            self.masks[window] = mask.to(self.block_table.device)
+        return self.masks[window]
+
+
+@dataclass(slots=True)
+class ForwardBatch:
+    """What the forward needs besides the weights. Rows are the flattened new tokens of all sequences, in batch order.
+
+    `sample_rows` are the rows whose logits are wanted: the last token of each sequence that reaches its end.
+    """
+
+    input_ids: torch.Tensor  # [rows] int64
+    positions: torch.Tensor  # [rows] int64
+    slot_mapping: torch.Tensor  # [rows] int64
+    sample_rows: torch.Tensor  # [samples] int64
+    decode_groups: list[DecodeGroup]
+    prefill_chunks: list[PrefillChunk]
+
+
+def build_batch(batch: ScheduledBatch, block_size: int, device: torch.device) -> ForwardBatch:
+    """Flatten a schedule. Every sequence's block table already covers its new tokens."""
+    ids: list[int] = []
+    positions, slots = [], []
+    sample_rows: list[int] = []
+    decodes: list[tuple[int, ScheduledSequence]] = []
+    chunks: list[PrefillChunk] = []
+    for scheduled in batch.sequences:
+        row = len(ids)
+        ids += scheduled.seq.token_ids[scheduled.start : scheduled.end]
+        span = np.arange(scheduled.start, scheduled.end)
+        positions.append(span)
+        slots.append(np.asarray(scheduled.seq.block_table)[span // block_size] * block_size + span % block_size)
+        if scheduled.samples:
+            sample_rows.append(len(ids) - 1)
+        if scheduled.num_new_tokens == 1:
+            decodes.append((row, scheduled))
+        else:
+            table = torch.tensor(scheduled.seq.block_table[: -(-scheduled.end // block_size)], device=device)
+            chunks.append(PrefillChunk(row, len(ids), table, scheduled.end))
+    return ForwardBatch(
+        input_ids=torch.tensor(ids, device=device),
+        positions=torch.from_numpy(np.concatenate(positions)).to(device),
+        slot_mapping=torch.from_numpy(np.concatenate(slots)).to(device),
+        sample_rows=torch.tensor(sample_rows, dtype=torch.int64, device=device),
+        decode_groups=_decode_groups(decodes, block_size, device),
+        prefill_chunks=chunks,
+    )
+
+
+def _decode_groups(
+    decodes: list[tuple[int, ScheduledSequence]], block_size: int, device: torch.device
+) -> list[DecodeGroup]:
+    """Group by context length within a factor of two, so that padding at most doubles the keys that are read."""
+    by_size: dict[int, list[tuple[int, ScheduledSequence]]] = {}
+    for row, scheduled in decodes:
+        by_size.setdefault((-(-scheduled.end // block_size)).bit_length(), []).append((row, scheduled))
+    groups = []
+    for members in by_size.values():
+        num_blocks = max(-(-scheduled.end // block_size) for _, scheduled in members)
+        tables = np.zeros((len(members), num_blocks), dtype=np.int64)
+        for index, (_, scheduled) in enumerate(members):
+            used = scheduled.seq.block_table[:num_blocks]
+            tables[index, : len(used)] = used
+        groups.append(
+            DecodeGroup(
+                rows=torch.tensor([row for row, _ in members], device=device),
+                block_tables=torch.from_numpy(tables).to(device),
+                context_lens=torch.tensor([scheduled.end for _, scheduled in members], device=device),
+            )
+        )
+    return groups

@@ -1,0 +1,44 @@
+"""The tensors of the paged KV cache. Who owns which block is accounted for in server/engine/block_manager.py."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class CacheShape:
+    """One layer's `(key/value heads, head dimension)` each; layers may differ."""
+
+    layers: tuple[tuple[int, int], ...]
+    dtype: torch.dtype
+
+    def bytes_per_token(self) -> int:
+        return sum(2 * heads * head_dim for heads, head_dim in self.layers) * self.dtype.itemsize
+
+
+class KVCache:
+    """Per layer a key and a value tensor `[num_blocks, block_size, kv_heads, head_dim]`.
+
+    A token's slot is `block_id * block_size + offset`; `slot_mapping` lists the slots of a step's tokens.
+    Invariant: every element is finite. Attention multiplies what lies past a sequence's end by zero.
+    """
+
+    def __init__(self, shape: CacheShape, num_blocks: int, block_size: int, device: torch.device) -> None:
+        self.block_size = block_size
+        self.keys, self.values = (
+            [
+                torch.zeros(num_blocks, block_size, heads, head_dim, dtype=shape.dtype, device=device)
+                for heads, head_dim in shape.layers
+            ]
+            for _ in range(2)
+        )
+
+    def write(self, layer: int, key: torch.Tensor, value: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+        """Store `key` and `value` `[tokens, kv_heads, head_dim]` in the slots `[tokens]` (int64)."""
+        self.keys[layer].flatten(0, 1).index_copy_(0, slot_mapping, key)
+        self.values[layer].flatten(0, 1).index_copy_(0, slot_mapping, value)
+
+    def scrub(self, block_ids: list[int]) -> None:
+        """Zero blocks that may hold something that is not finite, before they can be reused."""
+        for tensor in (*self.keys, *self.values):
+            tensor[block_ids] = 0

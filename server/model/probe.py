@@ -1,0 +1,148 @@
+"""What a freshly loaded model shows of itself when a short prompt runs through it.
+
+Nothing here goes by a model's name: the shapes of its KV cache, which linears see every token, and whether the paged
+attention gives the logits of the stock one are all observed. A model that does not pass is refused at start.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+
+from server.model import attention
+from server.model.batch import build_batch
+from server.model.kv_cache import CacheShape, KVCache
+from server.model.loader import LoadedModel, ModelRefused
+from server.sequence import SamplingParams, ScheduledBatch, ScheduledSequence, Sequence
+
+PROBE_TOKENS = 24
+PROBE_CHUNKS = (13, 10, 1)  # a first chunk, a second one that reads the cache, a decode step
+_RECORDER = "loraplex_recorder"
+# Largest RMS error allowed, relative to the spread of the logits: about three times what stock attention
+# implementations differ by among themselves. A wrong mask or scale is off by much more.
+_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 3e-2}
+
+
+@dataclass(slots=True)
+class Observation:
+    """`kv[layer]` is (heads, head_dim), `windows[layer]` the sliding window that the layer asked for."""
+
+    kv: dict[int, tuple[int, int]] = field(default_factory=dict)
+    windows: dict[int, int | None] = field(default_factory=dict)
+    rows: dict[str, list[int]] = field(default_factory=dict)  # by linear: rows of each of its calls
+
+
+def probe(loaded: LoadedModel, block_size: int) -> tuple[CacheShape, dict[str, tuple[int, int]]]:
+    """Shape of the model's KV cache and its adaptable linears. Raises `ModelRefused`.
+
+    Adaptable is a linear that sees exactly the step's rows (or, the head, the sampled rows) in one call: only then do
+    the segments of the step describe its input. Leaves the model on the paged attention.
+    """
+    seen = _observe(loaded)
+    _check_windows(loaded.config, seen)
+    if sorted(seen.kv) != list(range(len(seen.kv))) or not seen.kv:
+        raise ModelRefused("its attention layers do not go through transformers' attention interface")
+    shape = CacheShape(tuple(seen.kv[layer] for layer in range(len(seen.kv))), loaded.dtype)
+    _compare(loaded, shape, block_size)
+    expected = {name: [1] if name == loaded.head else [PROBE_TOKENS] for name in loaded.linears}
+    return shape, {name: dims for name, dims in loaded.linears.items() if seen.rows.get(name) == expected[name]}
+
+
+def _tokens(loaded: LoadedModel) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    vocab = loaded.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    return torch.randint(0, vocab, (1, PROBE_TOKENS), generator=generator).to(loaded.device)
+
+
+@torch.inference_mode()
+def _observe(loaded: LoadedModel) -> Observation:
+    seen = Observation()
+
+    def record(
+        module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **options: Any
+    ) -> tuple[torch.Tensor, None]:
+        if key.shape != value.shape:
+            raise ModelRefused("its keys and values differ in shape")
+        layer = int(module.layer_idx)  # type: ignore[arg-type]
+        seen.kv[layer] = (key.shape[1], key.shape[3])
+        seen.windows[layer] = options.get("sliding_window")
+        return query.transpose(1, 2), None
+
+    hooks = [
+        module.register_forward_hook(
+            lambda _module, args, _output, name=name: seen.rows.setdefault(name, []).append(args[0].shape[:-1].numel())
+        )
+        for name, module in loaded.model.named_modules()
+        if name in loaded.linears
+    ]
+    AttentionInterface.register(_RECORDER, record)
+    try:
+        _forward(loaded, _RECORDER, logits_to_keep=torch.tensor([PROBE_TOKENS - 1]))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+def _forward(loaded: LoadedModel, implementation: str, **options: Any) -> torch.Tensor:
+    model: Any = loaded.model
+    model.set_attn_implementation(implementation)
+    ids = _tokens(loaded)
+    positions = torch.arange(PROBE_TOKENS, device=loaded.device)[None]
+    logits: torch.Tensor = model(input_ids=ids, position_ids=positions, use_cache=False, **options).logits[0]
+    return logits
+
+
+def _check_windows(config: Any, seen: Observation) -> None:
+    """A layer that should slide must say so to the attention function, or its window would be lost in silence."""
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types:
+        sliding = [layer for layer, kind in enumerate(layer_types) if kind == "sliding_attention"]
+    elif getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        sliding = list(seen.windows)
+    else:
+        sliding = []
+    lost = [layer for layer in sliding if seen.windows.get(layer) is None]
+    if lost:
+        raise ModelRefused(f"layers {lost} use a sliding window but do not pass it to the attention interface")
+
+
+@torch.inference_mode()
+def _compare(loaded: LoadedModel, shape: CacheShape, block_size: int) -> None:
+    expected = _forward(loaded, "eager").float()
+    paged = _paged_logits(loaded, shape, block_size).float()
+    rows = [sum(PROBE_CHUNKS[: n + 1]) - 1 for n in range(len(PROBE_CHUNKS))]
+    error = (paged - expected[rows]).square().mean().sqrt() / expected[rows].std().clamp(min=1e-6)
+    if not error < _TOLERANCE[loaded.dtype]:
+        raise ModelRefused(
+            f"{loaded.config.model_type} cannot be served exactly: the paged attention differs from the stock one "
+            f"by {error:.2g} of the logits' spread"
+        )
+
+
+def _paged_logits(loaded: LoadedModel, shape: CacheShape, block_size: int) -> torch.Tensor:
+    """Logits after each of `PROBE_CHUNKS`, computed as the engine would."""
+    model: Any = loaded.model
+    attention.register()
+    model.set_attn_implementation(attention.IMPLEMENTATION)
+    num_blocks = -(-PROBE_TOKENS // block_size)
+    cache = KVCache(shape, num_blocks, block_size, loaded.device)
+    seq = Sequence("probe", [], SamplingParams(max_tokens=1), block_table=list(range(num_blocks))[::-1])
+    ids = _tokens(loaded)[0].tolist()
+    logits = []
+    for num_new_tokens in PROBE_CHUNKS:
+        seq.token_ids = ids[: seq.num_computed_tokens + num_new_tokens]
+        batch = build_batch(ScheduledBatch([ScheduledSequence(seq, num_new_tokens)]), block_size, loaded.device)
+        output = model(
+            input_ids=batch.input_ids[None],
+            position_ids=batch.positions[None],
+            use_cache=False,
+            logits_to_keep=batch.sample_rows,
+            batch=batch,
+            kv_cache=cache,
+        )
+        logits.append(output.logits[0])
+        seq.num_computed_tokens += num_new_tokens
+    return torch.cat(logits)

@@ -1,0 +1,52 @@
+"""Runs the base model over one step's flattened tokens, with the adapters of the step on top."""
+
+from typing import Any
+
+import torch
+
+from adapters.kernels import choose_kernel
+from adapters.layers import attach
+from adapters.pool import AdapterPool
+from adapters.segments import NO_SEGMENTS, Segments
+from adapters.spec import ModelSpec
+from server.model.batch import ForwardBatch
+from server.model.kv_cache import CacheShape, KVCache
+from server.model.loader import LoadedModel
+
+
+class ModelRunner:
+    """The model behind its two seams: attention reads `kv_cache`, the wrapped linears read `pool`."""
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        shape: CacheShape,
+        spec: ModelSpec,
+        *,
+        num_blocks: int,
+        block_size: int,
+        num_pages: int,
+    ) -> None:
+        self._model: Any = loaded.model
+        self.device = loaded.device
+        self.kv_cache = KVCache(shape, num_blocks, block_size, loaded.device)
+        kernel, self.kernel_reason = choose_kernel(loaded.device)
+        self.pool = AdapterPool(spec, num_pages, loaded.dtype, loaded.device, kernel)
+        attach(self._model, spec, self.pool, loaded.head)
+
+    @torch.inference_mode()
+    def run(self, batch: ForwardBatch, tokens: Segments = NO_SEGMENTS, head: Segments = NO_SEGMENTS) -> torch.Tensor:
+        """Logits `[samples, vocab]` of the batch's sample rows.
+
+        `tokens` are the adapter segments over all rows, `head` those over the sample rows alone.
+        """
+        self.pool.set_step(tokens, head)
+        logits: torch.Tensor = self._model(
+            input_ids=batch.input_ids[None],
+            position_ids=batch.positions[None],
+            use_cache=False,
+            logits_to_keep=batch.sample_rows,
+            batch=batch,
+            kv_cache=self.kv_cache,
+        ).logits[0]
+        return logits

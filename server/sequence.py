@@ -1,0 +1,126 @@
+"""The data every part of the server shares: what was asked, and how far it has come. No torch in here."""
+
+from dataclasses import dataclass, field
+from enum import Enum, StrEnum, auto
+
+import msgspec
+
+
+class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What the caller asked of the sampler. Bounds are the API's business; the engine trusts these."""
+
+    max_tokens: int
+    min_tokens: int = 0
+    temperature: float = 1.0  # 0 is greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0 is off
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    seed: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None  # None: none; n: the chosen token's and those of the n likeliest
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probabilities of one sampled position, from the unmodified model distribution."""
+
+    logprob: float
+    rank: int  # of the sampled token, 1 is the likeliest
+    top: list[tuple[int, float]]  # the n likeliest, best first
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+class SequenceStatus(Enum):
+    WAITING = auto()
+    RUNNING = auto()
+    FINISHED = auto()
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One stream of tokens. `num_computed_tokens` chases `num_tokens`: prefill, chunked prefill, decode, prefix
+    hits and recompute after preemption are all that one chase.
+
+    Invariant: `block_table` covers at least `num_computed_tokens` slots of the KV cache while RUNNING and is empty
+    otherwise; `adapter` never changes, so an answer cannot mix two versions.
+    """
+
+    seq_id: str
+    token_ids: list[int]
+    sampling: SamplingParams
+    adapter: str | None = None  # version digest; None is the base model
+    cache_salt: str = ""  # prefix-cache hits stay within one salt (the tenant)
+    arrival: float = 0.0
+    num_prompt_tokens: int = 0
+    num_computed_tokens: int = 0
+    num_cached_tokens: int = 0  # of the prompt, found in the prefix cache at first admission
+    status: SequenceStatus = SequenceStatus.WAITING
+    block_table: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)  # of the full blocks of token_ids, computed lazily
+    slot: int = -1  # device slot of the adapter while RUNNING; -1 is the base
+    waited_steps: int = 0
+    admitted: float | None = None  # when it first ran
+
+    def __post_init__(self) -> None:
+        self.num_prompt_tokens = len(self.token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        return self.token_ids[self.num_prompt_tokens :]
+
+
+@dataclass(slots=True)
+class ScheduledSequence:
+    """A sequence's share of one step: tokens `[start, start + num_new_tokens)` of it are computed."""
+
+    seq: Sequence
+    num_new_tokens: int
+
+    @property
+    def start(self) -> int:
+        return self.seq.num_computed_tokens
+
+    @property
+    def end(self) -> int:
+        return self.seq.num_computed_tokens + self.num_new_tokens
+
+    @property
+    def samples(self) -> bool:
+        """Whether this step reaches the sequence's last token, so that the next one can be sampled."""
+        return self.end == self.seq.num_tokens
+
+
+@dataclass(slots=True)
+class ScheduledBatch:
+    """One step's work, ordered by adapter slot so that each adapter's rows are one segment (base rows first)."""
+
+    sequences: list[ScheduledSequence]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(s.num_new_tokens for s in self.sequences)
+
+    @property
+    def num_adapters(self) -> int:
+        return len({s.seq.slot for s in self.sequences if s.seq.slot >= 0})
+
+    def __bool__(self) -> bool:
+        return bool(self.sequences)

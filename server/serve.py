@@ -1,0 +1,230 @@
+"""Composition root of `loraplex serve`: config → engine, registry, app → uvicorn. Nothing else constructs these."""
+
+import asyncio
+import dataclasses
+import logging
+import signal
+from pathlib import Path
+from types import FrameType
+
+import uvicorn
+from rich.console import Console
+
+from adapters.errors import AdapterError
+from adapters.registry import AdapterRegistry
+from adapters.sources import copy_from
+from adapters.validation import inspect
+from server.api.app import create_app
+from server.api.auth import KeyRing, check_bind
+from server.api.context import AppContext
+from server.api.text import Tokenizer
+from server.config import ConfigError, ServeConfig, default_data_dir
+from server.engine.client import AdapterMoveRefused, EngineClient, EngineTransport, EngineUnavailable
+from server.engine.process import ProcessTransport
+from server.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+DEMO_ADAPTERS = Path(__file__).parent.parent / "examples" / "adapters"
+MAX_HEADER_BYTES = 64 << 10
+
+
+class StartFailed(Exception):
+    """The server cannot start; the message is for the operator."""
+
+
+def complete(config: ServeConfig) -> ServeConfig:
+    """Fill in what is derived: the embedded model, the served name, the data folder."""
+    from server.model.default_model import DEFAULT_MODEL, DefaultModelMissing, prepare_default_model
+
+    model, name = config.model, config.served_model_name
+    if not model:
+        try:
+            model, name = str(prepare_default_model()), name or DEFAULT_MODEL
+        except DefaultModelMissing as missing:
+            raise ConfigError(str(missing)) from missing
+    data_dir = default_data_dir() if config.data_dir == Path() else config.data_dir
+    return dataclasses.replace(
+        config, model=model, served_model_name=name or Path(model).stem.lower(), data_dir=data_dir.absolute()
+    )
+
+
+def run(config: ServeConfig) -> None:
+    """Serve until a signal ends it. Raises `ConfigError` or `StartFailed`."""
+    config = complete(config)
+    keys = KeyRing.load(config)
+    check_bind(config, keys)
+    config.data_dir.mkdir(parents=True, exist_ok=True)
+    registry = AdapterRegistry(config.data_dir, reserved=[config.served_model_name])
+    try:
+        asyncio.run(_serve(config, keys, registry))
+    finally:
+        registry.close()
+
+
+async def _serve(config: ServeConfig, keys: KeyRing, registry: AdapterRegistry) -> None:
+    engine = EngineClient(_transport(config), hang_seconds=config.hang_seconds)
+    starting = asyncio.create_task(engine.start())
+    try:
+        tokenizer = await asyncio.to_thread(Tokenizer.load, config.model)
+        context = AppContext(
+            config=config,
+            engine=engine,
+            registry=registry,
+            tokenizer=tokenizer,
+            keys=keys,
+            metrics=Metrics(),
+            base_model=config.served_model_name,
+        )
+        server = Server(context)
+        bringing_up = asyncio.create_task(_bring_up(context, starting, server))
+        await server.serve()
+        if bringing_up.done():
+            bringing_up.result()
+        bringing_up.cancel()
+    finally:
+        starting.cancel()
+        await engine.stop()
+
+
+def _transport(config: ServeConfig) -> EngineTransport:
+    if config.in_process:
+        from server.engine.build import build_engine
+        from server.engine.loop import ThreadTransport
+
+        return ThreadTransport(lambda: build_engine(config))
+    return ProcessTransport(config)
+
+
+class Server(uvicorn.Server):
+    """uvicorn with our shutdown: unready first, then drained, then gone. A second signal skips the wait."""
+
+    def __init__(self, context: AppContext) -> None:
+        config = context.config
+        super().__init__(
+            uvicorn.Config(
+                create_app(context),
+                host=config.host,
+                port=config.port,
+                http="h11",  # it bounds headers, which httptools does not
+                h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=5,
+            )
+        )
+        self._context = context
+        self._draining: asyncio.Task[None] | None = None
+
+    @property
+    def url(self) -> str:
+        host, port = self.servers[0].sockets[0].getsockname()[:2]
+        return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._draining is None and sig in (signal.SIGTERM, signal.SIGINT):
+            self._draining = asyncio.get_running_loop().create_task(self._drain())
+        else:
+            super().handle_exit(sig, frame)
+
+    async def _drain(self) -> None:
+        self._context.draining = True
+        log.info("draining %d requests", len(self._context.in_flight))
+        await asyncio.sleep(self._context.config.drain_delay)
+        await self._context.drain(self._context.config.drain_timeout)
+        self.should_exit = True
+
+
+async def _bring_up(context: AppContext, starting: "asyncio.Task[None]", server: Server) -> None:
+    """Once the engine is there: adapters that the command line names, pins of the last run, and a word to the user."""
+    try:
+        await starting
+        for name, folder in _named_adapters(context.config):
+            await asyncio.to_thread(_register, context, name, folder)
+        await _restore(context)
+    except EngineUnavailable as error:
+        server.should_exit = True
+        raise StartFailed(str(error)) from error
+    except (AdapterError, ConfigError) as error:
+        server.should_exit = True
+        raise StartFailed(f"an adapter cannot be registered: {error}") from error
+    while not server.started:
+        await asyncio.sleep(0.01)
+    _greet(context, server.url)
+
+
+def _named_adapters(config: ServeConfig) -> list[tuple[str, Path]]:
+    named = []
+    for entry in config.adapter:
+        name, _, folder = entry.partition("=")
+        if not folder:
+            raise ConfigError(f"--adapter {entry}: expected name=folder")
+        named.append((name, Path(folder).absolute()))
+    if config.demo:
+        named += sorted((folder.name, folder) for folder in DEMO_ADAPTERS.iterdir())
+    return named
+
+
+def _register(context: AppContext, name: str, folder: Path) -> None:
+    """Publish an adapter that the operator named; the same bytes as last time change nothing."""
+    source = folder.resolve().as_uri()
+    with context.registry.store.stage() as staged:
+        copy_from(source, [source], staged, max_bytes=context.config.max_upload_bytes)
+        inspected = inspect(staged, context.spec)
+        context.registry.publish(name, inspected, staged, source=source, replace=True)
+
+
+async def _restore(context: AppContext) -> None:
+    records, _ = context.registry.records(limit=len(context.registry))
+    for record in records:
+        context.metrics.know(record.name)
+        if record.pinned:
+            try:
+                await context.engine.pin_adapter(record.version.digest, True)
+            except AdapterMoveRefused as refused:
+                log.warning("adapter %s stays unpinned: %s", record.name, refused)
+    for name, reason in context.registry.damaged.items():
+        log.warning("adapter %s cannot be served: %s", name, reason)
+
+
+def _greet(context: AppContext, url: str) -> None:
+    records, _ = context.registry.records(limit=3)
+    lines = [
+        f"[bold green]Loraplex is ready[/] at [bold]{url}[/] "
+        f"({context.base_model}, {len(context.registry)} adapters)\n",
+        _chat_line(context, url, context.base_model, "What is the capital of France?"),
+    ]
+    if records:
+        lines.append(_chat_line(context, url, records[-1].name, _DEMO_QUESTIONS.get(records[-1].name, "Hello!")))
+    if context.config.demo:
+        lines.append(_upload_line(context, url))
+    Console(soft_wrap=True, highlight=False).print("\n".join(lines))
+
+
+_DEMO_QUESTIONS = {
+    "extract-json": "Extract: Maria Lopez moved to Lisbon on 3 May 2021.",
+    "pirate": "How do I boil an egg?",
+    "sql": "Table employees(name, salary, city). Who earns more than 5000?",
+}
+
+
+def _authorization(context: AppContext) -> str:
+    return ' -H "Authorization: Bearer $LORAPLEX_API_KEY"' if context.keys else ""
+
+
+def _chat_line(context: AppContext, url: str, model: str, question: str) -> str:
+    body = f'{{"model": "{model}", "max_tokens": 48, "messages": [{{"role": "user", "content": "{question}"}}]}}'
+    return (
+        f"curl {url}/v1/chat/completions{_authorization(context)} -H 'Content-Type: application/json' -d '{body}'\n"
+    ).replace("[", "\\[")
+
+
+def _upload_line(context: AppContext, url: str) -> str:
+    folder = DEMO_ADAPTERS / "pirate"
+    return (
+        f"curl {url}/v1/adapters{_authorization(context)} -F name=my-pirate "
+        f"-F adapter_config.json=@{folder}/adapter_config.json "
+        f"-F adapter_model.safetensors=@{folder}/adapter_model.safetensors\n"
+    )

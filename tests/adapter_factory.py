@@ -1,0 +1,72 @@
+"""Small base models and PEFT adapters for tests: random, seeded, written by the real PEFT."""
+
+import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from adapters.spec import ModelSpec
+
+
+@contextmanager
+def _peft_asks_old_names() -> Iterator[None]:
+    """PEFT 0.21 reads an attribute that transformers 5.23 deprecates; nothing of ours could avoid the warning."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        yield
+
+
+def tiny_llama(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
+    """A random float32 Llama of 2 layers with grouped-query attention; `changes` override its config."""
+    sizes: dict[str, Any] = {
+        "vocab_size": 97,
+        "hidden_size": 64,
+        "intermediate_size": 112,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "tie_word_embeddings": False,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(LlamaConfig(**{**sizes, **changes})).eval()
+
+
+def write_adapter(model: nn.Module, folder: Path, *, seed: int = 0, scale: float = 0.05, **lora_config: Any) -> Path:
+    """Save a PEFT LoRA adapter with random non-zero A and B in `folder`; `model` stays as it was.
+
+    `scale` is the standard deviation of B; `lora_config` goes to `peft.LoraConfig` (default: rank 8, alpha 16,
+    q_proj and v_proj). Returns `folder`.
+    """
+    settings = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+    with _peft_asks_old_names(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        peft_model = get_peft_model(copy.deepcopy(model), LoraConfig(**{**settings, **lora_config}))
+        for name, parameter in peft_model.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter, std=scale)
+    peft_model.save_pretrained(folder)
+    return folder
+
+
+def with_peft(model: nn.Module, folder: Path) -> PeftModel:
+    """A copy of `model` with the adapter of `folder` attached by PEFT: what our own answers are compared with."""
+    with _peft_asks_old_names():
+        return PeftModel.from_pretrained(copy.deepcopy(model), str(folder)).eval()
+
+
+def spec_of(model: nn.Module, max_rank: int = 64) -> ModelSpec:
+    """Every `nn.Linear` of `model` as an adaptable module."""
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    sizes = {name: (module.in_features, module.out_features) for name, module in linears.items()}
+    return ModelSpec(modules=sizes, max_rank=max_rank)

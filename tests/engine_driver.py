@@ -1,0 +1,77 @@
+"""Drives an engine synchronously: what most engine tests need."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from adapters.spec import ModelSpec
+from adapters.store import AdapterStore
+from adapters.validation import inspect
+from server.config import ServeConfig
+from server.engine.build import build_engine
+from server.engine.engine import Engine
+from server.engine.messages import EngineInfo, Reply, SequenceOutput, StepOutputs, Submit
+from server.sequence import SamplingParams
+
+MIB = 1 << 20
+
+
+@dataclass
+class Driver:
+    engine: Engine
+    info: EngineInfo
+    store: AdapterStore
+    outputs: dict[str, list[SequenceOutput]] = field(default_factory=dict)
+    replies: dict[int, Reply] = field(default_factory=dict)
+    steps: list[StepOutputs] = field(default_factory=list)
+    check: bool = True  # the books after every step
+
+    def add_adapter(self, folder: Path) -> str:
+        """Put a PEFT folder into the engine's store; returns its version digest."""
+        with self.store.stage() as staged:
+            for name in ("adapter_config.json", "adapter_model.safetensors"):
+                (staged / name).write_bytes((folder / name).read_bytes())
+            digest = inspect(staged, ModelSpec(self.info.modules, self.info.max_adapter_rank)).digest
+            self.store.admit(staged, digest)
+        return digest
+
+    def submit(self, seq_id: str, prompt: list[int], adapter: str | None = None, **sampling: Any) -> None:
+        params = SamplingParams(**{"max_tokens": 8, "temperature": 0.0, "ignore_eos": True, **sampling})
+        self.engine.handle(Submit(seq_id, list(prompt), params, adapter))
+
+    def step(self) -> StepOutputs:
+        said = self.engine.step()
+        for message in said:
+            if isinstance(message, Reply):
+                self.replies[message.request_id] = message
+            elif isinstance(message, StepOutputs):
+                self.steps.append(message)
+                for output in message.outputs:
+                    self.outputs.setdefault(output.seq_id, []).append(output)
+        if self.check:
+            self.engine.check_integrity()
+        step = said[0]
+        assert isinstance(step, StepOutputs)
+        return step
+
+    def run(self, max_steps: int = 100_000) -> None:
+        """Step until nothing is left to do."""
+        for _ in range(max_steps):
+            if not self.engine.has_work():
+                return
+            self.step()
+        raise AssertionError("the engine does not come to an end")
+
+    def tokens(self, seq_id: str) -> list[int]:
+        return [token for output in self.outputs[seq_id] for token in output.token_ids]
+
+    def finish_reason(self, seq_id: str) -> str | None:
+        return self.outputs[seq_id][-1].finish_reason
+
+
+def make_driver(model: Path, data_dir: Path, **settings: Any) -> Driver:
+    """An engine over the model in a folder, fp32 and small unless told otherwise."""
+    defaults = {"dtype": "float32", "device": "cpu", "kv_cache_bytes": 8 * MIB, "adapter_slots": 4}
+    config = ServeConfig(model=str(model), data_dir=data_dir, **{**defaults, **settings})
+    engine, info = build_engine(config)
+    return Driver(engine, info, AdapterStore(data_dir / "store"))

@@ -1,0 +1,121 @@
+"""An engine without a model: it says the tokens it was told to say, one per step, and moves adapters in no time."""
+
+import asyncio
+from collections.abc import Callable
+
+from server.engine.messages import (
+    Abort,
+    AdapterMove,
+    EngineInfo,
+    EngineStats,
+    FromEngine,
+    MoveAdapter,
+    PinAdapter,
+    Ready,
+    Reply,
+    Residency,
+    SequenceOutput,
+    StepOutputs,
+    Submit,
+    ToEngine,
+)
+from server.sequence import TokenLogprobs
+
+
+class FakeTransport:
+    """`script` gives the tokens of a sequence; the last, if it is an end token, ends it. `slow` is one step's time."""
+
+    def __init__(self, info: EngineInfo, script: Callable[[Submit], list[int]]):
+        self.info = info
+        self.script = script
+        self.slow = 0.0
+        self.fail_after: int | None = None  # tokens after which a sequence fails, with `failure` for the client
+        self.failure: str | None = None
+        self.refuse: dict[str, tuple[str, str]] = {}  # digest to the error of its moves
+        self.submitted: list[Submit] = []
+        self.aborted: list[str] = []
+        self.device: set[str] = set()
+        self.pinned: set[str] = set()
+        self._running: dict[str, tuple[Submit, list[int]]] = {}
+        self._wake = asyncio.Event()
+
+    async def start(self, on_message: Callable[[FromEngine], None], on_exit: Callable[[str], None]) -> None:
+        self._emit, self._exit = on_message, on_exit
+        self._task = asyncio.create_task(self._run())
+        on_message(Ready(self.info))
+
+    async def stop(self) -> None:
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+    def die(self) -> None:
+        self._running.clear()
+        self._task.cancel()
+        self._exit("killed by a test")
+
+    def send(self, message: ToEngine) -> None:
+        match message:
+            case Submit():
+                self.submitted.append(message)
+                self._running[message.seq_id] = (message, list(self.script(message)))
+            case Abort(seq_ids=seq_ids):
+                self.aborted += seq_ids
+                ended = [SequenceOutput(i, [], "abort") for i in seq_ids if self._running.pop(i, None)]
+                asyncio.get_running_loop().call_soon(self._emit, StepOutputs(ended, self._stats()))
+            case MoveAdapter() | PinAdapter():
+                asyncio.get_running_loop().call_soon(self._move, message)
+        self._wake.set()
+
+    def _move(self, message: MoveAdapter | PinAdapter) -> None:
+        error, up = self.refuse.get(message.digest), getattr(message, "tier", "device") != "disk"
+        if error is None:
+            (self.device.add if up else self.device.discard)(message.digest)
+            if isinstance(message, PinAdapter):
+                (self.pinned.add if message.pinned else self.pinned.discard)(message.digest)
+        ends = ("disk", "device") if up else ("device", "disk")
+        move = AdapterMove(message.digest, *ends, "ok" if error is None else "failed", 0.01)
+        residency = Residency(device=sorted(self.device), pinned=sorted(self.pinned))
+        self._emit(StepOutputs([], self._stats(), [move], residency))
+        self._emit(Reply(message.request_id, error))
+
+    async def _run(self) -> None:
+        while True:
+            await self._wake.wait()
+            await asyncio.sleep(self.slow)
+            outputs = [self._advance(*running) for running in list(self._running.values())]
+            if not self._running:
+                self._wake.clear()
+            self._emit(StepOutputs(outputs, self._stats(batch_tokens=len(outputs))))
+
+    def _advance(self, submit: Submit, left: list[int]) -> SequenceOutput:
+        sampling, token = submit.sampling, left.pop(0)
+        said = sum(1 for _ in self.script(submit)) - len(left)
+        if self.fail_after is not None and said > self.fail_after:
+            return self._end(submit, SequenceOutput(submit.seq_id, [], "error", error=self.failure))
+        score = TokenLogprobs(-0.5, 1, [(token, -0.5), (65, -1.5), (66, float("-inf"))][: (sampling.logprobs or 0)])
+        reason = "stop" if token in self.info.eos_token_ids else "length" if said == sampling.max_tokens else None
+        scores = None if sampling.logprobs is None else [score]
+        output = SequenceOutput(submit.seq_id, [token], reason, scores, num_cached_tokens=4, queue_seconds=0.001)
+        return self._end(submit, output) if reason else output
+
+    def _end(self, submit: Submit, output: SequenceOutput) -> SequenceOutput:
+        del self._running[submit.seq_id]
+        return output
+
+    def _stats(self, batch_tokens: int = 0) -> EngineStats:
+        adapters = sorted({submit.adapter for submit, _ in self._running.values() if submit.adapter})
+        return EngineStats(
+            steps=1,
+            running=len(self._running),
+            blocks_used=len(self._running),
+            blocks_total=100,
+            prefix_queries=10,
+            prefix_hits=4,
+            slots_used=len(self.device),
+            slots_pinned=len(self.pinned),
+            slots_total=self.info.adapter_slots,
+            step_seconds=0.01,
+            batch_tokens=batch_tokens,
+            batch_adapters=len(adapters),
+            running_adapters=adapters,
+        )
