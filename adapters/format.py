@@ -12,7 +12,8 @@ from torch import Tensor
 
 from adapters.safetensors_header import TensorInfo
 
-CHUNK_BYTES = 4 << 20
+# Small enough that torch stays in this thread: on a busy machine its thread pool makes a scan ten times slower.
+CHUNK_BYTES = 64 << 10
 _TENSOR_NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.[^.]+)?\.weight")
 
 

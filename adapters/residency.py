@@ -85,7 +85,6 @@ class Residency(Generic[P]):
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="adapter-reader")
         self._done: queue.SimpleQueue[_Done[P]] = queue.SimpleQueue()
         self._reading: set[str] = set()
-        self._wanted: set[str] = set()  # on the device, as soon as they can be
         self._failed: dict[str, tuple[str, float]] = {}
         self._moves: list[Move] = []
         self.changed = False  # set with every change of what `where` and `loading` tell; the reader clears it
@@ -122,10 +121,9 @@ class Residency(Generic[P]):
     # -- moves ---------------------------------------------------------------------------------------------------
 
     def request(self, digest: str) -> None:
-        """Bring a version to the device, over host memory, when a slot can be had."""
+        """Bring a version to the device, over host memory, when a slot can be had. Asked again until it is there."""
         if digest in self._failed or self.slots.get(digest) is not None:
             return
-        self._wanted.add(digest)
         packed = self.host.get(digest)
         if packed is None:
             self.prefetch(digest)
@@ -134,7 +132,6 @@ class Residency(Generic[P]):
         for victim in evicted:
             self._note(Move(victim, "device", "host", "ok", 0.0))
         if slot is not None:
-            self._wanted.discard(digest)
             self.changed = True
             self._threads.submit(self._write_job, slot, packed)
 
@@ -147,8 +144,7 @@ class Residency(Generic[P]):
             self.prefetch(digest)
             return
         self.request(digest)
-        if digest in self.host and digest in self._wanted:
-            self._wanted.discard(digest)
+        if digest in self.host and self.slots.get(digest) is None:
             raise MoveRefused("no_room", "every slot is pinned or in use")
 
     def allow_retry(self, digest: str) -> None:
@@ -162,7 +158,6 @@ class Residency(Generic[P]):
         slot = self.slots.get(digest)
         if (slot is not None and (slot.ref_count > 0 or not slot.ready)) or digest in self._reading:
             raise MoveRefused("busy", "the adapter is in use")
-        self._wanted.discard(digest)
         self._failed.pop(digest, None)
         if slot is not None:
             self.slots.drop(digest)
@@ -207,11 +202,10 @@ class Residency(Generic[P]):
         return {digest: reason for digest, (reason, _) in self._failed.items()}
 
     def poll(self) -> None:
-        """Take in what the reader threads finished, and move wanted versions on."""
+        """Take in what the reader threads finished. Who wants a version asks again, in the order of the queue: were it
+        moved on from here, two versions that wait for one slot would push each other out before either is used."""
         while not self._done.empty():
             self._finish(self._done.get())
-        for digest in list(self._wanted):
-            self.request(digest)
 
     def close(self) -> None:
         self._threads.shutdown(wait=True, cancel_futures=True)
@@ -245,7 +239,6 @@ class Residency(Generic[P]):
         if done.slot is None:
             self._reading.discard(done.digest)
         if done.error is not None:
-            self._wanted.discard(done.digest)
             self._failed[done.digest] = (done.error, time.monotonic())
             if done.slot is not None:
                 self.slots.drop(done.digest)

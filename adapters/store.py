@@ -76,10 +76,11 @@ class AdapterStore:
 
     def delete(self, digest: str) -> None:
         """Remove `digest`; nothing happens when it is not there."""
+        place = self.path(digest)
         doomed = Path(tempfile.mkdtemp(dir=self._staging))
         with self._places, suppress(FileNotFoundError):
             # Renamed away before removal: a half-removed folder is never at an adapter's place.
-            self.path(digest).rename(doomed / digest)
+            place.rename(doomed / digest)
         shutil.rmtree(doomed, ignore_errors=True)
 
     def digests(self) -> list[str]:

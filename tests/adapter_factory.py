@@ -55,7 +55,7 @@ def write_adapter(model: nn.Module, folder: Path, *, seed: int = 0, scale: float
         for name, parameter in peft_model.named_parameters():
             if "lora_B" in name:
                 nn.init.normal_(parameter, std=scale)
-    peft_model.save_pretrained(folder)
+    peft_model.save_pretrained(folder, save_embedding_layers=False)  # only factors, also for lm_head
     return folder
 
 

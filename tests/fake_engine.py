@@ -31,6 +31,7 @@ class FakeTransport:
         self.slow = 0.0
         self.fail_after: int | None = None  # tokens after which a sequence fails, with `failure` for the client
         self.failure: str | None = None
+        self.comes_back = True  # after it died
         self.refuse: dict[str, tuple[str, str]] = {}  # digest to the error of its moves
         self.submitted: list[Submit] = []
         self.aborted: list[str] = []
@@ -42,7 +43,8 @@ class FakeTransport:
     async def start(self, on_message: Callable[[FromEngine], None], on_exit: Callable[[str], None]) -> None:
         self._emit, self._exit = on_message, on_exit
         self._task = asyncio.create_task(self._run())
-        on_message(Ready(self.info))
+        if self.comes_back:
+            on_message(Ready(self.info))
 
     async def stop(self) -> None:
         self._task.cancel()

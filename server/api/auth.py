@@ -7,8 +7,9 @@ import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Literal, get_args
 
+import msgspec
 from fastapi import Request
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -20,7 +21,7 @@ KeyScope = Literal["infer", "admin"]
 Need = Literal["open", "observe", "infer", "admin"]
 
 ALL_SCOPES: frozenset[KeyScope] = frozenset(get_args(KeyScope))
-_KEY_FIELDS = {"name", "key", "sha256", "scopes", "tenant", "adapters"}
+_NonEmpty = Annotated[str, msgspec.Meta(min_length=1)]
 
 # Exact paths. Whatever is not listed needs `admin`, so a new route is closed until someone opens it here.
 _NEEDS: dict[str, Need] = {
@@ -55,6 +56,27 @@ class Key:
         if need == "observe":
             return self.adapters is None
         return need == "open" or need in self.scopes
+
+
+class _KeyEntry(msgspec.Struct, forbid_unknown_fields=True):
+    """One `[[keys]]` table of `--keys-file`."""
+
+    name: _NonEmpty
+    key: _NonEmpty | None = None
+    sha256: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")] | None = None
+    scopes: frozenset[KeyScope] = frozenset({"infer"})
+    tenant: str | None = None
+    adapters: frozenset[str] | None = None
+
+    def as_key(self) -> Key:
+        if (self.key is None) == (self.sha256 is None):
+            raise ValueError(f"give '{self.name}' either 'key' or 'sha256'")
+        digest = self.sha256 or _digest(self.key or "")
+        return Key(self.name, digest, self.scopes, self.name if self.tenant is None else self.tenant, self.adapters)
+
+
+class _KeysFile(msgspec.Struct, forbid_unknown_fields=True):
+    keys: Annotated[list[_KeyEntry], msgspec.Meta(min_length=1)]
 
 
 ANYONE = Key("", "", ALL_SCOPES)
@@ -108,39 +130,10 @@ def _digest(secret: str) -> str:
 
 def _read_keys_file(path: Path) -> list[Key]:
     try:
-        entries = tomllib.loads(path.read_text()).get("keys", [])
-    except (OSError, ValueError) as error:
+        found = msgspec.convert(tomllib.loads(path.read_text()), _KeysFile)
+        return [entry.as_key() for entry in found.keys]
+    except (OSError, ValueError) as error:  # msgspec's and tomllib's errors are ValueErrors that say where
         raise ConfigError(f"--keys-file {path}: {error}") from error
-    if not isinstance(entries, list) or not entries:
-        raise ConfigError(f"--keys-file {path}: expected [[keys]] entries")
-    return [_parse_key(entry, f"--keys-file {path}, entry {i + 1}") for i, entry in enumerate(entries)]
-
-
-def _parse_key(entry: dict[str, Any], where: str) -> Key:
-    unknown = set(entry) - _KEY_FIELDS
-    if unknown:
-        raise ConfigError(f"{where}: unknown field '{sorted(unknown)[0]}'")
-    if not isinstance(entry.get("name"), str) or not entry["name"]:
-        raise ConfigError(f"{where}: 'name' is missing")
-    scopes = frozenset(entry.get("scopes", ["infer"]))
-    if not scopes <= ALL_SCOPES:
-        raise ConfigError(f"{where}: scopes are {', '.join(sorted(ALL_SCOPES))}")
-    adapters = frozenset(entry["adapters"]) if "adapters" in entry else None
-    tenant = str(entry.get("tenant", entry["name"]))
-    return Key(entry["name"], _key_digest(entry, where), scopes, tenant, adapters)
-
-
-def _key_digest(entry: dict[str, Any], where: str) -> str:
-    if ("key" in entry) == ("sha256" in entry):
-        raise ConfigError(f"{where}: give either 'key' or 'sha256'")
-    if "key" in entry:
-        if not entry["key"]:
-            raise ConfigError(f"{where}: 'key' is empty")
-        return _digest(str(entry["key"]))
-    digest = str(entry["sha256"]).lower()
-    if len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
-        raise ConfigError(f"{where}: 'sha256' is not 64 hex digits")
-    return digest
 
 
 def need_of(path: str) -> Need:

@@ -183,7 +183,7 @@ def _take_all(inbox: "zmq.Socket[bytes]", timeout: float) -> list[ToEngine]:
 
 
 def _exit_with_parent() -> None:
-    while sys.stdin.buffer.read(1):
+    while os.read(sys.stdin.fileno(), 1):  # not the buffered reader: its lock would outlive the interpreter
         pass
     os._exit(0)
 

@@ -95,13 +95,15 @@ def _penalise_answer(logits: torch.Tensor, output: list[int], params: SamplingPa
 def _draw(logits: torch.Tensor, seqs: list[Sequence]) -> torch.Tensor:
     """Inverse-CDF sampling, `[rows]` int64, over logits sorted best first."""
     device = logits.device
-    temperature = torch.tensor([seq.sampling.temperature for seq in seqs], device=device)[:, None]
+    # Below 1e-5 it is greedy anyway, and logits divided by it would overflow.
+    temperature = torch.tensor([max(seq.sampling.temperature, 1e-5) for seq in seqs], device=device)[:, None]
     probs, order = (logits / temperature).softmax(-1).sort(-1, descending=True)
     probs = _truncated(probs, seqs)
     cumulative = probs.cumsum(-1)
     uniform = torch.tensor([_uniform(seq) for seq in seqs], device=device)[:, None]
     picked = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
     last_kept = (probs > 0).sum(-1, keepdim=True) - 1  # rounding must not pick a token that was cut off
+    last_kept = last_kept.clamp(min=0)  # a row of NaN keeps none; its token is thrown away by the caller
     return order.gather(-1, picked.minimum(last_kept)).squeeze(-1)
 
 

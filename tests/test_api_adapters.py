@@ -1,0 +1,379 @@
+import asyncio
+import json
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from server.api.adapter_schemas import AdapterBody
+from tests.api_server import BASE, Api, adapter_files, assert_error, events, form, ids, listening, serving
+
+BAD_NAMES = [
+    "../x",
+    "%2e%2e",
+    "a/b",
+    ".",
+    "..",
+    "a..b",
+    "CON",
+    "nul\0",
+    "a\r\nb",
+    "x" * 65,
+    "аcme",
+    "_unknown",
+    "",
+    "a b",
+]
+
+
+async def digest(api: Api, name: str) -> str:
+    version: str = (await api.http.get(f"/v1/adapters/{name}")).json()["version"]
+    return version.removeprefix("sha256:")
+
+
+def staged(api: Api) -> list[Path]:
+    return list((api.context.config.data_dir / "data" / "store" / ".staging").iterdir())
+
+
+async def test_upload_and_serve(tmp_path: Path) -> None:
+    async with serving(tmp_path) as api:
+        created = await api.upload("acme")
+        assert created.status_code == 201
+        record = created.json()
+        AdapterBody.model_validate(record)
+        assert record["name"] == "acme" and record["state"] == "ready" and record["tier"] == "disk"
+        assert record["base_model"] == BASE and record["rank"] == 8 and record["source"] == "upload"
+        assert record["target_modules"] == ["q_proj", "v_proj"] and record["report"]["applied"]["modules"] == 4
+        assert record["last_used"] is None and record["in_flight"] == 0 and record["error"] is None
+
+        version = record["version"].removeprefix("sha256:")
+        for asked in ("acme", f"acme@{version[:12]}", f"acme@{version}"):
+            answer = (await api.chat(model=asked)).json()
+            assert answer["model"] == asked
+            assert answer["system_fingerprint"] == f"0123456789ab-{version[:12]}"
+            assert api.engine.submitted[-1].adapter == version
+        assert (await api.http.get("/v1/adapters/acme")).json()["last_used"] > 0
+        assert staged(api) == []
+
+
+async def test_same_bytes_again_conflicts_and_replacement(tmp_path: Path) -> None:
+    async with serving(tmp_path) as api:
+        assert (await api.upload("acme")).status_code == 201
+        first = await digest(api, "acme")
+        assert (await api.upload("acme")).status_code == 200
+        assert_error(await api.upload("acme", seed=1), 409, "conflict")
+        assert await digest(api, "acme") == first
+        assert (await api.upload("acme", seed=1, replace="true")).status_code == 201
+        assert await digest(api, "acme") != first
+        assert_error(await api.upload(BASE), 409, "conflict")
+        assert (await api.chat(model=f"acme@{first[:12]}")).status_code == 200
+
+
+async def test_a_dry_run_only_reports(tmp_path: Path) -> None:
+    async with serving(tmp_path) as api:
+        answer = await api.http.post("/v1/adapters?dry_run=true", data={"name": "acme"}, files=form())
+        assert answer.status_code == 200 and answer.json()["dry_run"] is True
+        assert answer.json()["report"]["applied"]["tensors"] == 8
+        assert_error(await api.http.get("/v1/adapters/acme"), 404, "model_not_found")
+
+
+async def test_an_unusable_adapter_lists_its_problems(tmp_path: Path) -> None:
+    async with serving(tmp_path) as api:
+        config = json.loads(adapter_files()["adapter_config.json"]) | {"use_dora": True, "r": 999}
+        files = form() | {"adapter_config.json": ("adapter_config.json", json.dumps(config).encode())}
+        answer = await api.http.post("/v1/adapters", data={"name": "acme"}, files=files)
+        problems = assert_error(answer, 422, "adapter_invalid")["problems"]
+        assert problems and all(p.keys() == {"where", "found", "expected", "code"} for p in problems)
+        assert staged(api) == []
+        assert_error(await api.http.get("/v1/adapters/acme"), 404)
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
+async def test_names_that_are_no_names(tmp_path: Path, name: str) -> None:
+    async with serving(tmp_path) as api:
+        assert_error(await api.upload(name), 400)
+        body = {"name": name, "source": "file:///nowhere"}
+        assert_error(await api.http.post("/v1/adapters", json=body), 400)
+        answer = await api.chat(model=name)
+        assert_error(answer, 404 if name else 400)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]
+
+
+async def test_forms_that_are_no_upload(tmp_path: Path) -> None:
+    async with serving(tmp_path) as api:
+        both = form()
+        config = {"adapter_config.json": both["adapter_config.json"]}
+
+        async def post(data: dict[str, Any], files: Any) -> httpx.Response:
+            return await api.http.post("/v1/adapters", data=data, files=files)
+
+        assert_error(await post({}, both), 400)
+        assert_error(await post({"name": "acme"}, config), 400)
+        assert_error(await post({"name": "acme", "replace": "perhaps"}, both), 400)
+        assert_error(await post({"name": "x" * 2000}, both), 400)
+        assert_error(await post({f"field{i}": "x" for i in range(9)}, both), 400)
+        assert_error(await post({"name": "acme"}, both | {"evil": ("../../evil.py", b"x")}), 415)
+        assert_error(await post({"name": "acme"}, {"adapter_model.bin": ("adapter_model.bin", b"x"), **config}), 415)
+        assert_error(await post({"name": "acme"}, [*both.items(), *config.items()]), 400)
+        for kind in ("multipart/form-data", "multipart/form-data; boundary=" + "x" * 300):
+            headers = {"content-type": kind}
+            assert_error(await api.http.post("/v1/adapters", content=b"xx", headers=headers), 400)
+        assert_error(await api.http.post("/v1/adapters", content=b"x", headers={"content-type": "text/plain"}), 415)
+        assert_error(await api.http.post("/v1/adapters"), 415)
+        assert staged(api) == []
+
+
+async def test_files_are_known_by_their_own_names_too(tmp_path: Path) -> None:
+    async with serving(tmp_path) as api:
+        files = [("files", part) for part in form().values()]
+        assert (await api.http.post("/v1/adapters", data={"name": "acme"}, files=files)).status_code == 201
+
+
+@pytest.mark.parametrize("keep", [0.1, 0.5, 0.99])
+async def test_a_body_cut_short_leaves_nothing(tmp_path: Path, keep: float) -> None:
+    async with serving(tmp_path) as api:
+        request = api.http.build_request("POST", "/v1/adapters", data={"name": "acme"}, files=form())
+        body = await request.aread()
+        headers = {"content-type": request.headers["content-type"]}
+        answer = await api.http.post("/v1/adapters", content=body[: int(len(body) * keep)], headers=headers)
+        assert_error(answer, 400)
+        assert staged(api) == []
+
+
+def test_a_client_that_leaves_during_an_upload_leaves_nothing(tmp_path: Path) -> None:
+    staging = tmp_path / "data" / "store" / ".staging"
+    with listening(tmp_path) as server:
+        for sent in (0, 100, 1000):
+            host, port = server.url.removeprefix("http://").split(":")
+            head = "POST /v1/adapters HTTP/1.1\r\nhost: x\r\ncontent-length: 100000\r\n"
+            head += "content-type: multipart/form-data; boundary=b\r\n\r\n"
+            part = '--b\r\ncontent-disposition: form-data; name="adapter_config.json"; filename="x"\r\n\r\n'
+            with socket.create_connection((host, int(port))) as client:
+                client.sendall((head + part).encode()[: len(head) + sent] + b"x" * sent)
+                time.sleep(0.1)
+                assert len(list(staging.iterdir())) == 1
+            time.sleep(0.1)
+            assert list(staging.iterdir()) == []
+
+
+async def test_a_late_failure_of_the_upload_keeps_what_was_there(tmp_path: Path) -> None:
+    async with serving(tmp_path) as api:
+        await api.upload("acme")
+        before = await digest(api, "acme")
+        files = form(1) | {"adapter_model.safetensors": ("adapter_model.safetensors", b"no tensors")}
+        answer = await api.http.post("/v1/adapters", data={"name": "acme", "replace": "true"}, files=files)
+        assert_error(answer, 422, "adapter_invalid")
+        assert await digest(api, "acme") == before
+
+
+async def test_register_from_a_source(tmp_path: Path) -> None:
+    source = _folder(tmp_path / "allowed" / "acme")
+    async with serving(tmp_path / "server", allow_source=(f"file://{tmp_path}/allowed",)) as api:
+        post = lambda **body: api.http.post("/v1/adapters", json=body)  # noqa: E731
+        created = await post(name="acme", source=f"file://{source}")
+        assert created.status_code == 201 and created.json()["source"] == f"file://{source}"
+        assert (await post(name="acme", source=f"file://{source}")).status_code == 200
+        for path, status in ((f"{tmp_path}", 403), (f"{tmp_path}/allowed/../allowed/none", 404)):
+            assert_error(await post(name="b", source=f"file://{path}"), status, sent=path)
+        for source_elsewhere in ("http://169.254.169.254/", "hf://org/repo", "s3://bucket", "/etc", "nonsense"):
+            assert_error(await post(name="b", source=source_elsewhere), 403)
+        assert_error(await post(name="b"), 400)
+
+
+async def test_register_lazily(tmp_path: Path) -> None:
+    source = _folder(tmp_path / "allowed" / "acme")
+    async with serving(tmp_path / "server", allow_source=(f"file://{tmp_path}/allowed",)) as api:
+        body = {"name": "acme", "source": f"file://{source}", "lazy": True}
+        pending = await api.http.post("/v1/adapters", json=body)
+        assert pending.status_code == 202 and pending.json()["state"] == "registered"
+        assert_error(await api.chat(model="acme"), 503, "adapter_loading")
+        await asyncio.gather(*api.context.background)
+        assert (await api.chat(model="acme")).status_code == 200
+
+        body = {"name": "gone", "source": f"file://{tmp_path}/allowed/gone", "lazy": True}
+        assert (await api.http.post("/v1/adapters", json=body)).status_code == 202
+        await asyncio.gather(*api.context.background)
+        failed = (await api.http.get("/v1/adapters/gone")).json()
+        assert failed["state"] == "failed" and failed["error"]
+        names = [r["name"] for r in (await api.http.get("/v1/adapters?state=failed")).json()["data"]]
+        assert names == ["gone"]
+        assert (await api.http.delete("/v1/adapters/gone")).status_code == 200
+        assert_error(await api.http.get("/v1/adapters/gone"), 404)
+
+
+def _folder(path: Path) -> Path:
+    path.mkdir(parents=True)
+    for name, data in adapter_files().items():
+        (path / name).write_bytes(data)
+    return path
+
+
+async def test_list_with_pages_and_filters(tmp_path: Path) -> None:
+    async with serving(tmp_path) as api:
+        for name in ("a", "b", "c"):
+            await api.upload(name, seed={"a": 0, "b": 1, "c": 0}[name])
+
+        async def names(query: str) -> tuple[list[str], bool]:
+            page = (await api.http.get(f"/v1/adapters?{query}")).json()
+            return [record["name"] for record in page["data"]], page["has_more"]
+
+        assert await names("") == (["a", "b", "c"], False)
+        assert await names("limit=2") == (["a", "b"], True)
+        assert await names("limit=2&after=b") == (["c"], False)
+        await api.http.post("/v1/adapters/b/load")
+        assert await names("tier=device") == (["b"], False)
+        assert await names("tier=disk&limit=1") == (["a"], True)
+        assert await names("state=failed") == ([], False)
+        for query in ("limit=0", "limit=x", "tier=moon", "state=", "limit=1001"):
+            assert_error(await api.http.get(f"/v1/adapters?{query}"), 400)
+        models = (await api.http.get("/v1/models")).json()["data"]
+        assert [(m["id"], m["parent"]) for m in models] == [(BASE, None), ("a", BASE), ("b", BASE), ("c", BASE)]
+        assert (await api.http.get("/v1/models/a")).json()["root"].startswith("a@")
+
+
+async def test_load_unload_and_pin(tmp_path: Path) -> None:
+    async with serving(tmp_path) as api:
+        await api.upload("acme")
+        post = lambda action, **body: api.http.post(f"/v1/adapters/acme/{action}", **body)  # noqa: E731
+        assert (await post("load")).json()["tier"] == "device"
+        assert (await post("unload")).json()["tier"] == "disk"
+        assert (await post("load", json={"tier": "host"})).status_code == 200
+        assert_error(await post("load", json={"tier": "moon"}), 400)
+        assert (await post("pin")).json()["pinned"] is True
+        assert api.engine.pinned == {await digest(api, "acme")}
+        assert_error(await post("unload"), 409, "conflict")
+        assert (await post("unpin")).json()["pinned"] is False
+        assert api.engine.pinned == set()
+        api.engine.refuse[await digest(api, "acme")] = ("no_room", "All slots are pinned.")
+        assert_error(await post("pin"), 409, "conflict")
+        assert (await api.http.get("/v1/adapters/acme")).json()["pinned"] is False
+        for action in ("load", "unload", "pin", "unpin", "rollback"):
+            assert_error(await api.http.post(f"/v1/adapters/nope/{action}"), 404, "model_not_found")
+
+
+async def test_unload_in_use_is_refused(tmp_path: Path) -> None:
+    async with serving(tmp_path) as api:
+        await api.upload("acme")
+        api.engine.slow = 0.01
+        running = asyncio.create_task(api.chat(model="acme"))
+        await _until(lambda: api.context.in_flight.count("acme"))
+        assert (await api.http.get("/v1/adapters/acme")).json()["in_flight"] == 1
+        assert_error(await api.http.post("/v1/adapters/acme/unload"), 409, "conflict")
+        assert (await running).status_code == 200
+
+
+async def test_an_adapter_whose_files_are_damaged(tmp_path: Path) -> None:
+    async with serving(tmp_path) as api:
+        await api.upload("acme")
+        api.context.registry.damaged["acme"] = "The stored files are gone."
+        record = (await api.http.get("/v1/adapters/acme")).json()
+        assert record["state"] == "failed" and record["error"] == "The stored files are gone."
+        assert [model["id"] for model in (await api.http.get("/v1/models")).json()["data"]] == [BASE]
+
+
+async def test_versions_and_rollback(tmp_path: Path) -> None:
+    async with serving(tmp_path) as api:
+        await api.upload("acme", pinned="true")
+        first = await digest(api, "acme")
+        assert_error(await api.http.post("/v1/adapters/acme/rollback"), 409, "conflict")
+        await api.upload("acme", seed=1, replace="true")
+        second = await digest(api, "acme")
+        assert api.engine.pinned == {second}  # the pin is the name's
+        versions = (await api.http.get("/v1/adapters/acme/versions")).json()["data"]
+        assert [(v["version"], v["current"]) for v in versions] == [
+            (f"sha256:{second}", True),
+            (f"sha256:{first}", False),
+        ]
+        assert (await api.http.post("/v1/adapters/acme/rollback")).json()["version"] == f"sha256:{first}"
+        assert api.engine.pinned == {first}
+        back = await api.http.post("/v1/adapters/acme/rollback", json={"version": second[:12]})
+        assert back.json()["version"] == f"sha256:{second}"
+        unknown = await api.http.post("/v1/adapters/acme/rollback", json={"version": "0" * 12})
+        assert_error(unknown, 404, "model_not_found")
+        assert_error(await api.http.post("/v1/adapters/acme/rollback", json={"version": "xyz"}), 400)
+
+
+async def test_running_requests_finish_on_the_version_they_began_with(tmp_path: Path) -> None:
+    async with serving(tmp_path) as api:
+        await api.upload("acme")
+        first = await digest(api, "acme")
+        api.engine.slow = 0.01
+        running = asyncio.create_task(api.chat(model="acme"))
+        await _until(lambda: api.context.in_flight.count("acme"))
+        await api.upload("acme", seed=1, replace="true")
+        assert (await running).json()["system_fingerprint"].endswith(first[:12])
+        later = (await api.chat(model="acme")).json()
+        assert later["system_fingerprint"].endswith((await digest(api, "acme"))[:12])
+
+
+async def test_delete_drains_then_aborts(tmp_path: Path) -> None:
+    async with serving(tmp_path) as api:
+        await api.upload("acme")
+        version = await digest(api, "acme")
+        await api.http.post("/v1/adapters/acme/load")
+        api.engine.slow = 0.005
+        endless, short = ids(api.context.tokenizer, "x") * 1000, api.engine.script
+        api.engine.script = lambda submit: endless if submit.sampling.seed else short(submit)
+        stuck = asyncio.create_task(api.chat(model="acme", seed=1, stream=True))
+        finishing = asyncio.create_task(api.chat(model="acme"))
+        base = asyncio.create_task(api.chat())
+        await _until(lambda: len(api.context.in_flight) == 3)
+        deleting = asyncio.create_task(api.http.delete("/v1/adapters/acme?drain_timeout=0.3"))
+        await asyncio.sleep(0.02)
+        assert_error(await api.chat(model="acme"), 404, "model_not_found")
+        assert (await deleting).json() == {"name": "acme", "deleted": True, "drained": 1, "aborted": 1}
+        assert (await finishing).status_code == 200 and (await base).status_code == 200
+        assert events(await stuck)[-1]["error"]["code"] == "aborted"
+        assert version not in api.engine.device
+        assert version not in api.context.registry.store
+        assert_error(await api.http.delete("/v1/adapters/acme"), 404, "model_not_found")
+        assert (await api.upload("acme")).status_code == 201
+
+
+async def test_delete_keeps_what_another_name_shares(tmp_path: Path) -> None:
+    async with serving(tmp_path) as api:
+        await api.upload("a")
+        await api.upload("b")
+        await api.http.post("/v1/adapters/a/load")
+        version = await digest(api, "a")
+        assert (await api.http.delete("/v1/adapters/a")).status_code == 200
+        assert version in api.engine.device and version in api.context.registry.store
+        assert (await api.chat(model="b")).status_code == 200
+
+
+async def test_vllm_routes(tmp_path: Path) -> None:
+    source = _folder(tmp_path / "allowed" / "my acme")
+    async with serving(tmp_path / "server", allow_source=(f"file://{tmp_path}/allowed",)) as api:
+
+        async def load(**body: Any) -> httpx.Response:
+            return await api.http.post("/v1/load_lora_adapter", json=body)
+
+        loaded = await load(lora_name="acme", lora_path=str(source))
+        assert loaded.status_code == 200 and loaded.headers["content-type"].startswith("text/plain")
+        assert loaded.text == "Success: LoRA adapter 'acme' added successfully."
+        assert_error(await load(lora_name="acme", lora_path=str(source)), 400)
+        assert (await load(lora_name="acme", lora_path=str(source), load_inplace=True)).status_code == 200
+        assert_error(await load(lora_name="b", lora_path="/etc"), 400, "source_not_allowed")
+        missing = f"{tmp_path}/allowed/none"
+        assert_error(await load(lora_name="b", lora_path=missing), 404, sent=missing)
+        assert_error(await load(lora_name="b", lora_path="relative"), 400)
+        assert_error(await load(lora_name="b"), 400)
+        unload = lambda name: api.http.post("/v1/unload_lora_adapter", json={"lora_name": name})  # noqa: E731
+        assert (await unload("acme")).text == "Success: LoRA adapter 'acme' removed successfully."
+        assert_error(await unload("acme"), 404, "model_not_found")
+
+
+async def test_concurrent_uploads_of_one_name_have_one_winner(tmp_path: Path) -> None:
+    async with serving(tmp_path) as api:
+        answers = await asyncio.gather(*(api.upload("acme", seed=i % 2) for i in range(8)))
+        statuses = sorted(answer.status_code for answer in answers)
+        assert statuses == [200] * 3 + [201] + [409] * 4
+
+
+async def _until(condition: Any) -> None:
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0.001)

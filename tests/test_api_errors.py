@@ -1,0 +1,253 @@
+import asyncio
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from server.api.limits import MAX_JSON_BYTES
+from tests.api_server import BASE, Api, assert_error, events, serving
+
+CHAT = "/v1/chat/completions"
+EXTREMES = ["NaN", "Infinity", "-Infinity", "1e999", "-1", "0", str(2**31), str(2**63), str(10**4000), "1" + "0" * 5000]
+NUMERIC_FIELDS = [
+    *("temperature", "top_p", "n", "max_tokens", "max_completion_tokens", "presence_penalty", "frequency_penalty"),
+    *("seed", "top_logprobs", "top_k", "min_p", "repetition_penalty", "min_tokens", "adapter_scale", "best_of"),
+]
+
+
+async def post(api: Api, raw: str | bytes, path: str = CHAT) -> httpx.Response:
+    return await api.http.post(path, content=raw, headers={"content-type": "application/json"})
+
+
+def with_field(name: str, raw: str) -> str:
+    return f'{{"model": "{BASE}", "messages": [{{"role": "user", "content": "x"}}], "logprobs": true, "{name}": {raw}}}'
+
+
+async def test_numeric_extremes_never_fail_the_server(tmp_path: Path) -> None:
+    async with serving(tmp_path) as api:
+        for name in NUMERIC_FIELDS:
+            for raw in (*EXTREMES, '"1"', '"x"', "true", "null", "[]", "{}"):
+                answer = await post(api, with_field(name, raw))
+                if answer.status_code != 200:
+                    assert_error(answer, 400)
+                    assert len(answer.content) < 2048
+        assert_error(await post(api, with_field("logit_bias", '{"1": NaN}')), 400)
+        assert_error(await post(api, with_field("logit_bias", '{"99999": 1}')), 400)
+        assert_error(await post(api, with_field("stop_token_ids", "[99999]")), 400)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"{",
+        b"null",
+        b"[]",
+        b'"x"',
+        b"\xff\xfe",
+        b'{"model": NaN}',
+        b'{"model": "\\ud800", "messages": []}',
+        b"[" * 100_000,
+        b'{"a":' * 50_000,
+        b'{"model": "tiny-base", "messages": [{"role": "user", "content": "\\udfff"}]}',
+    ],
+)
+async def test_bodies_that_are_no_request(tmp_path: Path, raw: bytes) -> None:
+    async with serving(tmp_path) as api:
+        for path in (CHAT, "/v1/completions", "/v1/adapters", "/v1/load_lora_adapter"):
+            assert_error(await post(api, raw, path), 400)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"messages": []},
+        {"messages": [{"role": "tool", "content": "x"}]},
+        {"messages": [{"role": "user"}]},
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}]},
+        {"model": ""},
+        {"model": None},
+        {"model": "x" * 257},
+        {"n": 9},
+        {"stop": ["a"] * 5},
+        {"stop": ""},
+        {"stop": "x" * 257},
+        {"logit_bias": {str(i): 1 for i in range(301)}},
+        {"logit_bias": {"x": 1}},
+        {"stream_options": {"include_usage": True}},
+        {"min_tokens": 3, "max_tokens": 2},
+    ],
+)
+async def test_values_out_of_bounds(tmp_path: Path, fields: dict[str, Any]) -> None:
+    async with serving(tmp_path) as api:
+        assert_error(await api.chat(**fields), 400, "invalid_value")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tools": [{"type": "function", "function": {"name": "f"}}]},
+        {"functions": [{"name": "f"}]},
+        {"response_format": {"type": "json_object"}},
+        {"adapters": [{"name": "a", "scale": 1.0}]},
+        {"adapter_scale": 0.5},
+        {"modalities": ["text", "audio"]},
+        {"chat_template": "{{ 1 }}"},
+        {"best_of": 2},
+        {"messages": [{"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}]},
+    ],
+)
+async def test_what_would_change_the_answer_is_refused(tmp_path: Path, fields: dict[str, Any]) -> None:
+    async with serving(tmp_path) as api:
+        error = assert_error(await api.chat(**fields), 400, "unsupported")
+        assert next(iter(fields)) in error["message"] or "tool_calls" in error["message"]
+
+
+async def test_neutral_values_and_novelties_are_accepted(tmp_path: Path) -> None:
+    async with serving(tmp_path) as api:
+        neutral = {"tools": [], "response_format": {"type": "text"}, "adapter_scale": 1.0, "modalities": ["text"]}
+        answer = await api.chat(**neutral, adapters=None, best_of=1, store=True, brand_new_field={"a": 1})
+        assert answer.status_code == 200
+        assert_error(await api.complete(echo=True), 400, "unsupported")
+        assert_error(await api.complete(suffix="x"), 400, "unsupported")
+
+
+async def test_many_wrong_items_cost_nothing(tmp_path: Path) -> None:
+    async with serving(tmp_path) as api:
+        bodies = ({"messages": [1] * 200_000}, {"stop": [1] * 200_000}, {"stop_token_ids": ["x"] * 200_000})
+        for fields in bodies:
+            started = time.monotonic()
+            answer = await api.chat(**fields)
+            assert time.monotonic() - started < 1.0
+            assert_error(answer, 400)
+            assert len(answer.content) < 2048
+        for prompt in ([None] * 200_000, ["x", None] * 100_000, [[None] * 200_000]):
+            assert_error(await api.complete(prompt), 400)
+
+
+async def test_unknown_models_and_routes(tmp_path: Path) -> None:
+    async with serving(tmp_path) as api:
+        for model in ("nope", "../etc/passwd", "/etc/passwd", "http://169.254.169.254/", "a\r\nb", "nope@" + "0" * 12):
+            error = assert_error(await api.chat(model=model), 404, "model_not_found")
+            assert error["param"] == "model"
+        assert_error(await api.http.get("/v1/models/nope"), 404, "model_not_found")
+        assert_error(await api.http.get("/nope"), 404, "not_found")
+        assert_error(await api.http.get("/v1/models/"), 404)
+        assert_error(await api.http.get(CHAT), 405, "method_not_allowed")
+        assert_error(await api.http.request("OPTIONS", CHAT), 405)
+
+
+async def test_content_types(tmp_path: Path) -> None:
+    async with serving(tmp_path) as api:
+        for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", ""):
+            answer = await api.http.post(CHAT, content=b"{}", headers={"content-type": kind})
+            assert_error(answer, 415, "unsupported_media_type")
+
+
+async def test_body_limits(tmp_path: Path) -> None:
+    async with serving(tmp_path, max_upload_bytes=1024) as api:
+        assert_error(await post(api, b" " * (MAX_JSON_BYTES + 1)), 413, "too_large")
+
+        async def chunks() -> Any:
+            for _ in range(5):
+                yield b" " * (1 << 20)
+
+        answer = await api.http.post(CHAT, content=chunks(), headers={"content-type": "application/json"})
+        assert_error(answer, 413, "too_large")
+        headers = {"content-type": "multipart/form-data; boundary=x"}
+        assert_error(await api.http.post("/v1/adapters", content=chunks(), headers=headers), 411)
+        big = await api.http.post("/v1/adapters", content=b"x" * 100_000, headers=headers)
+        assert_error(big, 413, "too_large")
+
+
+async def test_request_ids(tmp_path: Path) -> None:
+    async with serving(tmp_path) as api:
+        for given, kept in (("abc-1.2_x", True), ("a b", False), ("x" * 65, False), ("é".encode(), False)):
+            answer = await api.http.get("/livez", headers={"x-request-id": given})
+            assert (answer.headers["x-request-id"] == given) is kept
+
+
+async def test_what_nobody_foresaw_is_a_500_without_details(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async with serving(tmp_path) as api:
+
+        def broken(_: str) -> None:
+            raise RuntimeError("secret at /home/someone")
+
+        api.context.registry.resolve = broken  # type: ignore[method-assign,assignment]
+        answer = await api.chat(model="x")
+        assert_error(answer, 500, "internal_error")
+        assert answer.headers["x-request-id"] in caplog.text and "secret" in caplog.text
+        assert "secret" not in answer.text
+
+
+async def test_an_engine_that_dies(tmp_path: Path) -> None:
+    async with serving(tmp_path) as api:
+        api.engine.slow, api.engine.comes_back = 0.01, False
+        api.says("x", end=False)
+        streams = [asyncio.create_task(api.chat(stream=True)) for _ in range(2)]
+        await asyncio.sleep(0.1)
+        early = asyncio.create_task(api.chat())
+        await asyncio.sleep(0.005)
+        api.engine.die()
+        for stream in streams:
+            assert events(await stream)[-1]["error"]["code"] == "engine_unavailable"
+        for answer in (await early, await api.chat(), await api.http.get("/readyz"), await api.upload("acme")):
+            assert_error(answer, 503, "engine_unavailable")
+        assert (await api.http.get("/livez")).status_code == 200
+        assert len(api.context.in_flight) == 0
+
+
+async def test_a_full_queue(tmp_path: Path) -> None:
+    async with serving(tmp_path, max_queue=2) as api:
+        api.engine.slow = 0.05
+        first = [asyncio.create_task(api.chat()) for _ in range(2)]
+        while len(api.context.in_flight) < 2:
+            await asyncio.sleep(0)
+        assert_error(await api.chat(), 503, "queue_full")
+        assert_error(await api.http.get("/readyz"), 503, "queue_full")
+        assert [answer.status_code for answer in await asyncio.gather(*first)] == [200, 200]
+        assert (await api.http.get("/readyz")).status_code == 200
+
+
+async def test_drain_finishes_then_aborts(tmp_path: Path) -> None:
+    async with serving(tmp_path) as api:
+        api.engine.slow = 0.005
+        api.says("x", end=False)
+        endless = asyncio.create_task(api.chat(stream=True))
+        short = asyncio.create_task(api.chat(max_tokens=5))
+        while len(api.context.in_flight) < 2:
+            await asyncio.sleep(0)
+        api.context.draining = True
+        assert_error(await api.http.get("/readyz"), 503, "draining")
+        draining = asyncio.create_task(api.context.drain(timeout=0.3))
+        await asyncio.sleep(0)
+        assert_error(await api.chat(), 503, "draining")
+        await draining
+        assert (await short).json()["usage"]["completion_tokens"] == 5
+        assert events(await endless)[-1]["error"]["code"] == "aborted"
+        assert len(api.context.in_flight) == 0
+
+
+async def test_the_openapi_document_describes_everything(tmp_path: Path) -> None:
+    async with serving(tmp_path) as api:
+        document = (await api.http.get("/openapi.json")).json()
+        schemas = document["components"]["schemas"]
+        assert {"ErrorBody", "ChatCompletionRequest", "ChatCompletionChunk", "AdapterBody", "Stats"} <= schemas.keys()
+        assert "HTTPValidationError" not in json.dumps(document)
+        create = document["paths"]["/v1/adapters"]["post"]
+        assert create["requestBody"]["content"].keys() == {"multipart/form-data", "application/json"}
+        for path, operations in document["paths"].items():
+            for method, operation in operations.items():
+                assert any(status >= "400" for status in operation["responses"]), (method, path)
+        for reference in set(_references(document)):
+            assert reference.removeprefix("#/components/schemas/") in schemas
+
+
+def _references(node: Any) -> list[str]:
+    if isinstance(node, dict):
+        own = [node["$ref"]] if "$ref" in node else []
+        return own + [ref for value in node.values() for ref in _references(value)]
+    return [ref for value in node for ref in _references(value)] if isinstance(node, list) else []

@@ -1,0 +1,210 @@
+import hashlib
+import socket
+from pathlib import Path
+
+import pytest
+from fastapi.routing import APIRoute
+
+from server.api.auth import KeyRing, check_bind
+from server.config import ConfigError, ServeConfig
+from tests.api_server import Api, assert_error, listening, serving
+
+KEYS = f"""
+[[keys]]
+name = "app"
+key = "infer-secret"
+
+[[keys]]
+name = "ops"
+sha256 = "{hashlib.sha256(b"admin-secret").hexdigest()}"
+scopes = ["admin"]
+tenant = "operations"
+
+[[keys]]
+name = "tenant"
+key = "tenant-secret"
+scopes = ["infer", "admin"]
+adapters = ["mine"]
+
+[[keys]]
+name = "scraper"
+key = "scraper-secret"
+scopes = []
+"""
+OPEN = {"/livez", "/readyz", "/health"}
+OBSERVE = {"/metrics", "/version", "/v1/stats", "/openapi.json"}
+INFER = {"/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/models/{model:path}"}
+ADMIN = {
+    "/v1/adapters",
+    "/v1/adapters/{name}",
+    *(f"/v1/adapters/{{name}}/{action}" for action in ("load", "unload", "pin", "unpin", "versions", "rollback")),
+    "/v1/load_lora_adapter",
+    "/v1/unload_lora_adapter",
+}
+ALLOWED = {
+    "infer-secret": OPEN | OBSERVE | INFER,
+    "admin-secret": OPEN | OBSERVE | ADMIN,
+    "tenant-secret": OPEN | INFER | ADMIN,
+    "scraper-secret": OPEN | OBSERVE,
+}
+
+
+def ring(folder: Path, text: str = KEYS, api_key: str = "") -> KeyRing:
+    path = folder / "keys.toml"
+    path.write_text(text)
+    return KeyRing.load(ServeConfig(keys_file=path, api_key=api_key))
+
+
+def bearer(secret: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {secret}"}
+
+
+def routes(api: Api) -> list[tuple[str, str]]:
+    listed = [(route.path, method) for route in _flat(api.app.routes) for method in sorted(route.methods)]
+    return [*listed, ("/openapi.json", "GET")]
+
+
+def _flat(found: list) -> list[APIRoute]:  # type: ignore[type-arg]
+    routers = [getattr(route, "original_router", None) for route in found]
+    own = [route for route in found if isinstance(route, APIRoute)]
+    return own + [route for router in routers if router is not None for route in _flat(router.routes)]
+
+
+async def test_every_route_asks_for_what_it_should(tmp_path: Path) -> None:
+    async with serving(tmp_path, keys=ring(tmp_path)) as api:
+        assert {path for path, _ in routes(api)} == OPEN | OBSERVE | INFER | ADMIN
+        for path, method in routes(api):
+            url = path.replace("{name}", "x").replace("{model:path}", "x")
+            for headers in ({}, bearer("wrong"), {"authorization": "Basic infer-secret"}, bearer("")):
+                answer = await api.http.request(method, url, headers=headers)
+                if path in OPEN:
+                    assert answer.status_code == 200
+                else:
+                    assert_error(answer, 401, "invalid_api_key")
+                    assert answer.headers["www-authenticate"] == "Bearer"
+            for secret, allowed in ALLOWED.items():
+                answer = await api.http.request(method, url, headers=bearer(secret))
+                assert (answer.status_code not in (401, 403)) is (path in allowed), (secret, method, path)
+                if path not in allowed:
+                    assert_error(answer, 403, "insufficient_scope")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/nope",
+        "//v1/models",
+        "/v1%2f..%2flivez",
+        "/livez/",
+        "/LIVEZ",
+        "/livez;x",
+        "/livez%2f..%2fv1",
+        "/%2Fv1/models",
+        "/.",
+    ],
+)
+async def test_what_is_not_listed_is_closed(tmp_path: Path, path: str) -> None:
+    async with serving(tmp_path, keys=ring(tmp_path)) as api:
+        for method in ("GET", "POST", "OPTIONS", "HEAD", "DELETE"):
+            headers = {"host": "x/livez?", "x-forwarded-prefix": "/livez", "x-http-method-override": "GET"}
+            assert (await api.http.request(method, path, headers=headers)).status_code == 401
+        assert_error(await api.http.get(path, headers=bearer("admin-secret")), 404)
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["/v1/../livez", "/livez/../v1/models", "http://x/v1/models", "//livez", "/v1/models?x=/livez", "/v1/models#"],
+)
+def test_raw_targets_do_not_get_around_it(tmp_path: Path, target: str) -> None:
+    """An HTTP client would tidy these up before they are sent."""
+    with listening(tmp_path, keys=ring(tmp_path)) as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as client:
+            client.sendall(f"GET {target} HTTP/1.1\r\nhost: /livez?\r\nconnection: close\r\n\r\n".encode())
+            assert client.recv(1024).split()[1] in (b"401", b"400")
+
+
+async def test_a_refused_upload_is_not_read(tmp_path: Path) -> None:
+    read = 0
+
+    async def body():  # type: ignore[no-untyped-def]
+        nonlocal read
+        for _ in range(100):
+            read += 1
+            yield b"x" * 65536
+
+    async with serving(tmp_path, keys=ring(tmp_path)) as api:
+        headers = {"content-type": "multipart/form-data; boundary=x", "content-length": str(100 * 65536)}
+        assert_error(await api.http.post("/v1/adapters", content=body(), headers=headers), 401)
+        assert read <= 1
+
+
+async def test_an_allow_list_hides_everything_else(tmp_path: Path) -> None:
+    async with serving(tmp_path, keys=ring(tmp_path, api_key="all")) as api:
+        api.http.headers.update(bearer("all"))
+        await api.upload("mine")
+        await api.upload("theirs", seed=1)
+        api.http.headers.update(bearer("tenant-secret"))
+        models = (await api.http.get("/v1/models")).json()["data"]
+        assert [model["id"] for model in models] == ["tiny-base", "mine"]
+        records = (await api.http.get("/v1/adapters")).json()["data"]
+        assert [record["name"] for record in records] == ["mine"]
+        assert (await api.chat(model="mine")).status_code == 200
+        hidden, unknown = await api.chat(model="theirs"), await api.chat(model="theirz")
+        assert hidden.text.replace("theirs", "theirz") == unknown.text
+        assert_error(hidden, 404, "model_not_found")
+        for method, path in (("GET", ""), ("DELETE", ""), ("POST", "/pin"), ("GET", "/versions")):
+            assert_error(await api.http.request(method, f"/v1/adapters/theirs{path}"), 404, "model_not_found")
+        assert_error(await api.upload("theirs", seed=1, replace="true"), 403)
+        assert_error(await api.http.get("/v1/models/theirs"), 404)
+
+
+async def test_tenants_do_not_share_prefixes(tmp_path: Path) -> None:
+    async with serving(tmp_path, keys=ring(tmp_path)) as api:
+        for secret in ("infer-secret", "tenant-secret"):
+            api.http.headers.update(bearer(secret))
+            await api.chat()
+        assert [submit.cache_salt for submit in api.engine.submitted] == ["app", "tenant"]
+
+
+async def test_without_keys_everything_is_open(tmp_path: Path) -> None:
+    async with serving(tmp_path) as api:
+        for path in ("/metrics", "/version", "/v1/stats", "/v1/adapters", "/v1/models"):
+            assert (await api.http.get(path)).status_code == 200
+
+
+def test_only_loopback_without_keys(tmp_path: Path) -> None:
+    for host in ("127.0.0.1", "::1", "localhost", "127.1.2.3"):
+        check_bind(ServeConfig(host=host), KeyRing())
+    for host in ("0.0.0.0", "::", "192.168.1.1", "example.org", ""):
+        with pytest.raises(ConfigError):
+            check_bind(ServeConfig(host=host), KeyRing())
+        check_bind(ServeConfig(host=host), ring(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "keys = 3",
+        "keys = [3]",
+        "[[keys]]\nkey = 'x'",
+        "[[keys]]\nname = 'a'",
+        "[[keys]]\nname = 'a'\nkey = ''",
+        "[[keys]]\nname = 'a'\nkey = 'x'\nsha256 = 'y'",
+        "[[keys]]\nname = 'a'\nsha256 = 'short'",
+        "[[keys]]\nname = 'a'\nkey = 'x'\nscopes = ['root']",
+        "[[keys]]\nname = 'a'\nkey = 'x'\nscopes = 'infer'",
+        "[[keys]]\nname = 'a'\nkey = 'x'\nadapters = 'mine'",
+        "[[keys]]\nname = 'a'\nkey = 'x'\nrole = 'root'",
+        "[[keys",
+    ],
+)
+def test_keys_files_that_cannot_be_used(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError):
+        ring(tmp_path, text)
+
+
+def test_a_missing_keys_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError):
+        KeyRing.load(ServeConfig(keys_file=tmp_path / "none.toml"))

@@ -1,0 +1,247 @@
+"""The books of the KV cache: who owns which block, and what is found again by its prefix."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from server.engine.block_manager import BlockManager, chain_seed
+from server.sequence import SamplingParams, Sequence
+
+BLOCK = 4
+
+
+def make_seq(tokens: list[int] | range, adapter: str | None = None, salt: str = "") -> Sequence:
+    return Sequence("s", list(tokens), SamplingParams(max_tokens=8), adapter, salt)
+
+
+def compute(blocks: BlockManager, seq: Sequence, num_tokens: int | None = None) -> Sequence:
+    """Admit `seq` with whatever is cached, and compute it up to `num_tokens` (all of it by default)."""
+    end = seq.num_tokens if num_tokens is None else num_tokens
+    blocks.admit(seq, blocks.match_prefix(seq))
+    blocks.grow(seq, end)
+    blocks.commit(seq, end)
+    return seq
+
+
+def test_a_sequence_takes_blocks_as_it_grows_and_gives_them_back() -> None:
+    blocks = BlockManager(num_blocks=4, block_size=BLOCK)
+    seq = make_seq(range(10))
+    blocks.admit(seq, [])
+    blocks.grow(seq, 3)
+    assert (len(seq.block_table), blocks.num_used) == (1, 1)
+    blocks.grow(seq, 4)
+    assert len(seq.block_table) == 1  # a full block needs no second one
+    blocks.grow(seq, 5)
+    assert len(seq.block_table) == 2
+    blocks.check_integrity([seq])
+    blocks.free(seq)
+    assert (seq.block_table, seq.num_computed_tokens, blocks.num_free) == ([], 0, 4)
+    blocks.check_integrity([])
+
+
+def test_growth_is_refused_when_the_blocks_are_gone() -> None:
+    blocks = BlockManager(num_blocks=2, block_size=BLOCK)
+    seq = make_seq(range(12))
+    assert not blocks.can_admit(seq, [])
+    blocks.admit(seq, [])
+    assert blocks.can_grow(seq, 8)
+    assert not blocks.can_grow(seq, 9)
+
+
+def test_a_cached_prefix_is_shared_and_counted_by_reference() -> None:
+    blocks = BlockManager(num_blocks=8, block_size=BLOCK)
+    first = compute(blocks, make_seq(range(10)))
+    second = compute(blocks, make_seq([*range(8), 50, 51]))
+    assert second.block_table[:2] == first.block_table[:2]
+    assert second.block_table[2] != first.block_table[2]
+    assert blocks.num_used == 4
+    blocks.check_integrity([first, second])
+    blocks.free(first)
+    assert blocks.num_used == 3  # the second still refers to the shared ones
+    blocks.check_integrity([second])
+
+
+def test_what_a_finished_sequence_computed_is_found_again() -> None:
+    blocks = BlockManager(num_blocks=8, block_size=BLOCK)
+    first = compute(blocks, make_seq(range(10)))
+    table = list(first.block_table)
+    blocks.free(first)
+    again = make_seq(range(10))
+    assert blocks.match_prefix(again) == table[:2]
+    assert blocks.num_free == 8  # matching takes nothing
+    compute(blocks, again)
+    assert (blocks.prefix_queries, blocks.prefix_hits) == (20, 8)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 4, 5, 8, 9])
+def test_the_last_token_is_never_matched(num_tokens: int) -> None:
+    """Something must be computed to sample from, even when every block of the prompt is cached."""
+    blocks = BlockManager(num_blocks=8, block_size=BLOCK)
+    blocks.free(compute(blocks, make_seq(range(12))))
+    matched = blocks.match_prefix(make_seq(range(num_tokens)))
+    assert len(matched) == (num_tokens - 1) // BLOCK
+
+
+@pytest.mark.parametrize(
+    ("adapter", "salt", "blocks_found"),
+    [("a", "tenant", 2), (None, "tenant", 0), ("b", "tenant", 0), ("a", "other", 0), ("a", "", 0)],
+)
+def test_a_prefix_is_found_only_within_its_adapter_version_and_salt(
+    adapter: str | None, salt: str, blocks_found: int
+) -> None:
+    blocks = BlockManager(num_blocks=8, block_size=BLOCK)
+    blocks.free(compute(blocks, make_seq(range(9), "a", "tenant")))
+    assert len(blocks.match_prefix(make_seq(range(9), adapter, salt))) == blocks_found
+
+
+def test_no_adapter_and_salt_can_be_mistaken_for_another_pair() -> None:
+    pairs = [(None, ""), ("a", ""), (None, "a"), ("ab", "c"), ("a", "bc"), ("a", "salt"), ("asalt", "")]
+    assert len({chain_seed(adapter, salt) for adapter, salt in pairs}) == len(pairs)
+
+
+def test_only_full_blocks_are_published() -> None:
+    blocks = BlockManager(num_blocks=8, block_size=BLOCK)
+    running = make_seq(range(12))
+    compute(blocks, running, 7)
+    assert blocks.match_prefix(make_seq(range(12))) == running.block_table[:1]
+    blocks.grow(running, 8)
+    blocks.commit(running, 8)
+    assert blocks.match_prefix(make_seq(range(12))) == running.block_table[:2]
+
+
+def test_a_block_in_the_middle_is_of_no_use_without_those_before_it() -> None:
+    blocks = BlockManager(num_blocks=8, block_size=BLOCK)
+    blocks.free(compute(blocks, make_seq(range(9))))
+    assert blocks.match_prefix(make_seq([99, *range(1, 9)])) == []
+
+
+def test_tokens_are_compared_when_hashes_collide() -> None:
+    blocks = BlockManager(num_blocks=8, block_size=BLOCK)
+    first = compute(blocks, make_seq(range(9)))
+    impostor = make_seq(range(50, 59))
+    impostor.block_hashes = list(first.block_hashes)
+    assert blocks.match_prefix(impostor) == []
+    compute(blocks, impostor)  # cannot publish under a hash that is taken, and must not disturb it
+    assert blocks.match_prefix(make_seq(range(9))) == first.block_table[:2]
+    blocks.check_integrity([first, impostor])
+
+
+def test_the_least_recently_used_content_is_reused_first() -> None:
+    blocks = BlockManager(num_blocks=4, block_size=BLOCK)
+    old, new = compute(blocks, make_seq(range(8))), compute(blocks, make_seq(range(20, 28)))
+    blocks.free(old)
+    blocks.free(new)
+    compute(blocks, make_seq(range(40, 44)))
+    assert len(blocks.match_prefix(make_seq(range(20, 29)))) == 2
+    assert len(blocks.match_prefix(make_seq(range(9)))) == 1  # its tail went first, its start is still of use
+
+
+def test_content_that_was_used_again_outlives_what_was_not() -> None:
+    blocks = BlockManager(num_blocks=4, block_size=BLOCK)
+    for tokens in (range(5), range(20, 25), range(5)):
+        blocks.free(compute(blocks, make_seq(tokens)))
+    compute(blocks, make_seq(range(40, 52)))  # takes three of the four blocks
+    assert len(blocks.match_prefix(make_seq(range(5)))) == 1
+    assert blocks.match_prefix(make_seq(range(20, 25))) == []
+
+
+def test_blocks_without_content_are_reused_before_any_with() -> None:
+    blocks = BlockManager(num_blocks=3, block_size=BLOCK)
+    blocks.free(compute(blocks, make_seq(range(6))))  # one full block, one half full
+    compute(blocks, make_seq(range(40, 47)))
+    assert len(blocks.match_prefix(make_seq(range(5)))) == 1
+
+
+def test_admission_counts_idle_matches_as_taken() -> None:
+    """A match that nobody else refers to occupies a free block as soon as it is taken."""
+    blocks = BlockManager(num_blocks=3, block_size=BLOCK)
+    blocks.free(compute(blocks, make_seq(range(9))))
+    other = compute(blocks, make_seq(range(40, 43)))
+    longer = make_seq(range(12))
+    matched = blocks.match_prefix(longer)
+    assert len(matched) == 2
+    assert not blocks.can_admit(longer, matched)
+    blocks.free(other)
+    assert blocks.can_admit(longer, matched)
+
+
+def test_disowned_blocks_are_never_found_again() -> None:
+    blocks = BlockManager(num_blocks=8, block_size=BLOCK)
+    seq = compute(blocks, make_seq(range(10)))
+    assert sorted(blocks.disown(seq)) == sorted(seq.block_table)
+    assert blocks.match_prefix(make_seq(range(10))) == []
+    blocks.free(seq)
+    blocks.check_integrity([])
+
+
+def test_shared_blocks_are_not_disowned() -> None:
+    blocks = BlockManager(num_blocks=8, block_size=BLOCK)
+    first, second = compute(blocks, make_seq(range(10))), compute(blocks, make_seq(range(10)))
+    assert blocks.disown(second) == second.block_table[2:]
+    assert blocks.match_prefix(make_seq(range(10))) == first.block_table[:2]
+    blocks.check_integrity([first, second])
+
+
+class Ledger:
+    """A block manager beside a record of what was really written to each block."""
+
+    def __init__(self) -> None:
+        self.blocks = BlockManager(num_blocks=9, block_size=2)
+        self.running: list[Sequence] = []
+        self.content: dict[int, tuple[Any, ...]] = {}
+
+    def admit(self, pick: int) -> None:
+        # Two tokens, two adapters, two salts: prefixes meet often.
+        tokens = [(pick >> bit) & 1 for bit in range(1 + pick % 9)]
+        seq = make_seq(tokens, (None, "a")[pick >> 9 & 1], ("", "t")[pick >> 10 & 1])
+        matched = self.blocks.match_prefix(seq)
+        for index, block_id in enumerate(matched):
+            assert self.content[block_id] == self.expected(seq, index)
+        if self.blocks.can_admit(seq, matched):
+            self.blocks.admit(seq, matched)
+            self.running.append(seq)
+
+    def expected(self, seq: Sequence, index: int) -> tuple[Any, ...]:
+        return (seq.adapter, seq.cache_salt, *seq.token_ids[: (index + 1) * self.blocks.block_size])
+
+    def compute(self, pick: int) -> None:
+        seq = self.running[pick % len(self.running)]
+        end = min(seq.num_tokens, seq.num_computed_tokens + 1 + pick % 3)
+        if not self.blocks.can_grow(seq, end):
+            return
+        self.blocks.grow(seq, end)
+        for position in range(seq.num_computed_tokens, end):
+            index = position // self.blocks.block_size
+            self.content[seq.block_table[index]] = self.expected(seq, index)
+        self.blocks.commit(seq, end)
+        if end == seq.num_tokens:
+            seq.token_ids.append(pick % 2)
+
+    def free(self, pick: int) -> None:
+        self.blocks.free(self.running.pop(pick % len(self.running)))
+
+    def disown(self, pick: int) -> None:
+        for block_id in self.blocks.disown(self.running[pick % len(self.running)]):
+            self.content.pop(block_id, None)
+        self.free(pick)
+
+
+OPERATIONS = st.tuples(
+    st.sampled_from(["admit", "admit", "compute", "compute", "compute", "free", "disown"]), st.integers(0, 2047)
+)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(st.lists(OPERATIONS, min_size=20, max_size=80))
+def test_after_any_operations_the_books_balance_and_every_match_is_true(operations: list[tuple[str, int]]) -> None:
+    ledger = Ledger()
+    for name, pick in operations:
+        if ledger.running or name == "admit":
+            getattr(ledger, name)(pick)
+        ledger.blocks.check_integrity(ledger.running)
+    for seq in ledger.running:
+        ledger.blocks.free(seq)
+    ledger.blocks.check_integrity([])
+    assert ledger.blocks.num_free == ledger.blocks.num_blocks

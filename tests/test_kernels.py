@@ -1,0 +1,196 @@
+"""Every LoRA kernel against a float64 computation from the stored values: any mix of ranks, any popularity of adapters,
+odd sizes, scattered pages; and base rows keep their bits."""
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from adapters.kernels import LoRAKernel, choose_kernel, grouped
+from adapters.kernels.grouped import DensePlan, GroupedKernel
+from adapters.kernels.reference import ReferenceKernel
+from adapters.segments import Segments, build_segments, column_runs
+from adapters.slots import PAGE_COLUMNS
+
+CPU = torch.device("cpu")
+RANKS = (1, 4, 8, 16, 24, 40, 64)
+SIZES = ((64, 200), (200, 576), (576, 64), (64, 64))
+
+
+class DenseKernel(GroupedKernel):
+    """The dense form, whatever it costs."""
+
+    def plan(self, segments: Segments) -> DensePlan | Segments:
+        items = segments.items
+        start, end = min(s.start for s in items), max(s.end for s in items)
+        lo, hi = min(s.lo for s in items), max(s.hi for s in items)
+        return DensePlan(start, end, lo, hi, grouped._foreign_columns(items, start, end, lo, hi))
+
+
+class SegmentKernel(GroupedKernel):
+    """The form of two matmuls per segment, whatever it costs."""
+
+    def plan(self, segments: Segments) -> DensePlan | Segments:
+        return segments
+
+
+KERNELS: dict[str, Callable[[], LoRAKernel]] = {
+    "reference": ReferenceKernel,
+    "grouped": lambda: GroupedKernel(CPU),
+    "dense": lambda: DenseKernel(CPU),
+    "per segment": lambda: SegmentKernel(CPU),
+    "chosen": lambda: choose_kernel(CPU)[0],
+}
+
+
+@dataclass
+class Pool:
+    """Rank columns of one adapter per rank, on pages that lie anywhere; `columns[slot]` are its real ones."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    runs: dict[int, list[tuple[int, int]]]
+    columns: dict[int, list[int]]
+
+
+def make_pool(seed: int, in_features: int, out_features: int, dtype: torch.dtype, scattered: bool = True) -> Pool:
+    generator = torch.Generator().manual_seed(seed)
+    num_pages = [-(-rank // PAGE_COLUMNS) for rank in RANKS]
+    order = list(range(sum(num_pages) + 3))  # three pages belong to nobody
+    if scattered:
+        random.Random(seed).shuffle(order)
+    # Pages of nobody keep what their last owner left.
+    a = torch.randn(len(order) * PAGE_COLUMNS, in_features, generator=generator) / in_features**0.5
+    b = torch.randn(len(order) * PAGE_COLUMNS, out_features, generator=generator)
+    runs, columns = {}, {}
+    for slot, (rank, count) in enumerate(zip(RANKS, num_pages, strict=True)):
+        pages, order = sorted(order[:count]), order[count:]
+        runs[slot] = column_runs(pages, PAGE_COLUMNS)
+        own = [page * PAGE_COLUMNS + column for page in pages for column in range(PAGE_COLUMNS)]
+        columns[slot], padding = own[:rank], own[rank:]
+        a[padding], b[padding] = 0, 0
+        b[columns[slot]] /= rank**0.5  # deltas are near 1 for every rank
+    return Pool(a.to(dtype), b.to(dtype), runs, columns)
+
+
+def slots_of_rows(popularity: str, num_rows: int, seed: int) -> list[int]:
+    chance = random.Random(seed)
+    every = range(len(RANKS))
+    match popularity:
+        case "one":
+            return [chance.choice(every)] * num_rows
+        case "uniform":
+            return sorted(chance.choice(every) for _ in range(num_rows))
+        case "zipf":
+            return sorted(chance.choices(every, [1 / (1 + slot) for slot in every], k=num_rows))
+        case "distinct":
+            return sorted(row % len(RANKS) for row in range(num_rows))
+        case "some base":
+            return sorted(chance.choice([-1, -1, *every]) for _ in range(num_rows))
+        case "only the first and the last":
+            return sorted(chance.choice([0, len(RANKS) - 1]) for _ in range(num_rows))
+    raise AssertionError(popularity)
+
+
+POPULARITIES = ("one", "uniform", "zipf", "distinct", "some base", "only the first and the last")
+
+
+def exact(y: torch.Tensor, x: torch.Tensor, pool: Pool, slots: list[int]) -> torch.Tensor:
+    """Row by row in float64, from the real columns of the row's adapter alone."""
+    out = y.double()
+    for row, slot in enumerate(slots):
+        if slot >= 0:
+            own = pool.columns[slot]
+            out[row] += (pool.a[own].double() @ x[row].double()) @ pool.b[own].double()
+    return out
+
+
+def apply(kernel: LoRAKernel, y: torch.Tensor, x: torch.Tensor, pool: Pool, slots: list[int]) -> torch.Tensor:
+    segments = build_segments(((slot, 1) for slot in slots), pool.runs)
+    out = y.clone()
+    if segments:  # as the linears do: a step without adapters does not reach the kernel
+        kernel.add_lora(out, x, pool.a, pool.b, kernel.plan(segments))
+    return out
+
+
+def cases(num_rows: int) -> Iterator[tuple[str, int, int, int]]:
+    """Every popularity, each with one of the sizes; which one changes with the number of rows."""
+    for index, popularity in enumerate(POPULARITIES):
+        yield popularity, *SIZES[(index + num_rows) % len(SIZES)], index + num_rows
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 7, 16, 17, 33, 129])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_kernel_computes_the_products_and_leaves_base_rows_alone(
+    name: str, dtype: torch.dtype, num_rows: int
+) -> None:
+    kernel = KERNELS[name]()
+    # A rounding of v (bf16 keeps 8 bits), one of the sum, and for outputs near 1 nothing more.
+    tolerance = {torch.float32: 2e-5, torch.bfloat16: 3e-2}[dtype]
+    for popularity, in_features, out_features, seed in cases(num_rows):
+        pool = make_pool(seed, in_features, out_features, dtype)
+        slots = slots_of_rows(popularity, num_rows, seed)
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(num_rows, in_features, generator=generator).to(dtype)
+        y = torch.randn(num_rows, out_features, generator=generator).to(dtype)
+        got = apply(kernel, y, x, pool, slots)
+        torch.testing.assert_close(got.double(), exact(y, x, pool, slots), atol=tolerance, rtol=tolerance)
+        reference = apply(ReferenceKernel(), y, x, pool, slots)
+        torch.testing.assert_close(got, reference, atol=tolerance, rtol=tolerance)
+        base = [row for row, slot in enumerate(slots) if slot < 0]
+        assert torch.equal(got[base].view(torch.uint8), y[base].view(torch.uint8))
+
+
+def test_the_deltas_are_large_enough_to_be_missed() -> None:
+    """The tolerances above would not hide a delta that is left out or taken from the neighbour."""
+    pool = make_pool(0, 64, 200, torch.float32)
+    x, y = torch.randn(14, 64, generator=torch.Generator().manual_seed(0)), torch.zeros(14, 200)
+    slots = slots_of_rows("distinct", 14, 0)
+    right = exact(y, x, pool, slots)
+    wrong = exact(y, x, pool, [(slot + 1) % len(RANKS) for slot in slots])
+    assert right.abs().amax(-1).min() > 0.1
+    assert (right - wrong).abs().amax(-1).min() > 0.1
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_an_overflow_of_one_adapter_stays_in_its_own_rows(name: str) -> None:
+    """Row 1's adapter overflows for everybody's input: inf in the intermediate, which times zero would be NaN."""
+    pool = make_pool(0, 64, 200, torch.float32, scattered=False)
+    slots = [-1, 1, 1, 3, 3, 6]
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(6, 64, generator=generator), torch.randn(6, 200, generator=generator)
+    before = exact(y, x, pool, slots)
+    pool.a[pool.columns[1]] = 3e38
+    got = apply(KERNELS[name](), y, x, pool, slots)
+    others = [0, 3, 4, 5]
+    torch.testing.assert_close(got[others].double(), before[others], atol=2e-5, rtol=2e-5)
+    assert torch.equal(got[0], y[0])
+    assert not torch.isfinite(got[1:3]).all()
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_a_bad_row_does_not_spoil_its_neighbours(name: str, bad: float) -> None:
+    pool = make_pool(0, 64, 200, torch.float32)
+    slots = [-1, -1, 0, 0, 2, 5]
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(6, 64, generator=generator), torch.randn(6, 200, generator=generator)
+    before = exact(y, x, pool, slots)
+    x[2], x[0] = bad, bad
+    got = apply(KERNELS[name](), y, x, pool, slots)
+    others = [0, 1, 3, 4, 5]
+    torch.testing.assert_close(got[others].double(), before[others], atol=2e-5, rtol=2e-5)
+
+
+def test_many_small_segments_take_the_dense_form_and_long_ones_do_not() -> None:
+    kernel = GroupedKernel(CPU)
+    runs = {slot: [(16 * slot, 16 * slot + 16)] for slot in range(8)}
+    decode = kernel.plan(build_segments(((slot, 1) for slot in range(8)), runs))
+    assert isinstance(decode, DensePlan)
+    prefill = kernel.plan(build_segments(((slot, 500) for slot in range(8)), runs))
+    assert isinstance(prefill, Segments)
+    alone = kernel.plan(build_segments([(3, 1)], runs))
+    assert isinstance(alone, Segments)

@@ -1,0 +1,137 @@
+import asyncio
+from pathlib import Path
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from server.metrics import MAX_ADAPTER_LABELS, METRICS, Metrics
+from tests.api_server import Api, serving
+
+Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
+
+
+async def samples(api: Api) -> Samples:
+    text = (await api.http.get("/metrics")).text
+    return {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+async def test_everything_declared_is_exposed_and_nothing_else(tmp_path: Path) -> None:
+    async with serving(tmp_path) as api:
+        await api.upload("acme")
+        await api.http.post("/v1/adapters/acme/load")
+        await api.http.post("/v1/adapters/acme/unload")
+        await api.chat(model="acme")
+        text = (await api.http.get("/metrics")).text
+        families = {family.name: family for family in text_string_to_metric_families(text)}
+        created = {name for name in families if name.endswith("_created")}
+        assert families.keys() - created == {spec.name.removesuffix("_total") for spec in METRICS}
+        for spec in METRICS:
+            family = families[spec.name.removesuffix("_total")]
+            assert family.type == spec.type and family.documentation == spec.help
+            labels = {label for sample in family.samples for label in sample.labels} - {"le"}
+            assert labels == set(spec.labels), spec.name
+
+
+async def test_requests_are_counted_by_adapter_route_and_status(tmp_path: Path) -> None:
+    async with serving(tmp_path) as api:
+        await api.upload("acme")
+        await api.chat(model="acme")
+        await api.complete()
+        await api.chat(model="nope")
+        await api.chat(n=99)
+        api.engine.fail_after = 2
+        await api.chat(stream=True)
+        found = await samples(api)
+        chat, plain = "/v1/chat/completions", "/v1/completions"
+        expected = {
+            ("acme", chat, "200"),
+            ("_base", plain, "200"),
+            ("_unknown", chat, "404"),
+            ("_unknown", chat, "400"),
+        }
+        expected.add(("_base", chat, "500"))  # the stream that began well and failed
+        counted = {
+            tuple(dict(labels)[label] for label in ("adapter", "route", "status"))
+            for name, labels in found
+            if name == "loraplex_requests_total"
+        }
+        assert counted == expected
+        acme = (("adapter", "acme"),)
+        assert found["loraplex_generated_tokens_total", acme] == 12
+        assert found["loraplex_prompt_tokens_total", acme] > 0
+        for histogram in ("time_to_first_token_seconds", "request_duration_seconds", "queue_seconds"):
+            assert found[f"loraplex_{histogram}_count", acme] == 1
+        assert found["loraplex_inter_token_latency_seconds_count", acme] == 11
+
+
+async def test_a_client_that_names_unknown_models_makes_no_series(tmp_path: Path) -> None:
+    async with serving(tmp_path) as api:
+        await api.chat(model="nope-0")
+        before = len(await samples(api))
+        for i in range(50):
+            await api.chat(model=f"nope-{i}")
+        assert len(await samples(api)) == before
+
+
+async def test_a_deleted_adapter_leaves_no_series(tmp_path: Path) -> None:
+    async with serving(tmp_path) as api:
+        await api.upload("acme")
+        api.engine.slow = 0.01
+        running = asyncio.create_task(api.chat(model="acme"))
+        await asyncio.sleep(0.05)
+        await api.http.delete("/v1/adapters/acme")
+        await running
+        text = (await api.http.get("/metrics")).text
+        assert "acme" not in text
+        stats = (await api.http.get("/v1/stats")).json()
+        assert [use["name"] for use in stats["adapters"]] == []
+
+
+def test_labels_are_bounded() -> None:
+    metrics = Metrics()
+    for i in range(MAX_ADAPTER_LABELS + 10):
+        metrics.know(f"a{i}")
+    assert metrics.label("") == "_base" and metrics.label("a0") == "a0"
+    assert metrics.label(f"a{MAX_ADAPTER_LABELS}") == "_other"
+    metrics.forget("a0")
+    assert metrics.label("a0") == "_other"
+    metrics.know("late")
+    assert metrics.label("late") == "late"
+
+
+async def test_gauges_say_what_the_engine_said_last(tmp_path: Path) -> None:
+    async with serving(tmp_path) as api:
+        await api.upload("acme")
+        await api.upload("beta", seed=1)
+        await api.http.post("/v1/adapters/acme/pin")
+        api.engine.slow = 0.02
+        running = asyncio.create_task(api.chat(model="acme"))
+        await asyncio.sleep(0.1)
+        found = await samples(api)
+        await running
+        assert found["loraplex_requests_running", ()] == found["vllm:num_requests_running", ()] == 1
+        assert found["loraplex_kv_cache_usage_ratio", ()] == found["vllm:kv_cache_usage_perc", ()] == 0.01
+        assert found["loraplex_adapter_slots", (("state", "pinned"),)] == 1
+        assert found["loraplex_adapter_slots", (("state", "free"),)] == 3
+        assert found["loraplex_adapters", (("state", "ready"), ("tier", "device"))] == 1
+        assert found["loraplex_adapters", (("state", "ready"), ("tier", "disk"))] == 1
+        labels = next(dict(labels) for name, labels in found if name == "vllm:lora_requests_info")
+        assert labels == {"max_lora": "4", "running_lora_adapters": "acme", "waiting_lora_adapters": ""}
+
+
+async def test_stats(tmp_path: Path) -> None:
+    async with serving(tmp_path) as api:
+        await api.upload("acme")
+        await api.chat(model="acme")
+        await api.chat()
+        stats = (await api.http.get("/v1/stats")).json()
+        assert stats["engine"]["state"] == "ready" and stats["slots"]["total"] == 4
+        by_name = {use["name"]: use for use in stats["adapters"]}
+        assert by_name.keys() == {"acme", "tiny-base"}
+        assert by_name["acme"]["generated_tokens"] == 12 and by_name["acme"]["requests"] == 1
+        assert by_name["acme"]["tokens_per_second"] > 0
+        version = (await api.http.get("/version")).json()
+        assert version["base_fingerprint"] == "0123456789ab" and version["base_model"] == "tiny-base"

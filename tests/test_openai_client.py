@@ -1,0 +1,95 @@
+"""The official client against a real port: what it accepts is what OpenAI compatibility means."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from tests.api_server import BASE, LiveServer, form, ids, listening
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[LiveServer]:
+    with listening(tmp_path) as live:
+        yield live
+
+
+@pytest.fixture
+def client(server: LiveServer) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=10) as found:
+        yield found
+
+
+HI: list[dict[str, str]] = [{"role": "user", "content": "hi"}]
+
+
+def test_models(server: LiveServer, client: openai.OpenAI) -> None:
+    httpx.post(f"{server.url}/v1/adapters", data={"name": "acme"}, files=form()).raise_for_status()
+    assert [model.id for model in client.models.list()] == [BASE, "acme"]
+    assert client.models.retrieve("acme").owned_by == "loraplex"
+    with pytest.raises(openai.NotFoundError) as missing:
+        client.models.retrieve("nope")
+    assert missing.value.code == "model_not_found"
+
+
+def test_chat(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(model=BASE, messages=HI, logprobs=True, top_logprobs=2)  # type: ignore[arg-type]
+    assert answer.choices[0].message.content == "Hello world"
+    assert answer.usage is not None and answer.usage.prompt_tokens_details is not None
+    assert answer.choices[0].logprobs is not None and answer.choices[0].logprobs.content is not None
+    assert answer.choices[0].logprobs.content[0].top_logprobs[0].token == "H"
+
+
+def test_chat_stream(client: openai.OpenAI) -> None:
+    stream = client.chat.completions.create(
+        model=BASE,
+        messages=HI,  # type: ignore[arg-type]
+        stream=True,
+        stream_options={"include_usage": True},
+        extra_body={"top_k": 5, "min_p": 0.1},
+    )
+    chunks = list(stream)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == "Hello world"
+    assert chunks[-1].usage is not None and chunks[-1].usage.completion_tokens == 12
+
+
+def test_completions(client: openai.OpenAI) -> None:
+    answer = client.completions.create(model=BASE, prompt=["a", "b"], logprobs=1)
+    assert [choice.text for choice in answer.choices] == ["Hello world"] * 2
+    assert answer.choices[0].logprobs is not None and answer.choices[0].logprobs.text_offset is not None
+    stream = client.completions.create(model=BASE, prompt="a", stream=True)
+    assert "".join(chunk.choices[0].text for chunk in stream) == "Hello world"
+
+
+def test_errors_become_the_client_s_own(server: LiveServer, client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(model="nope", messages=HI)  # type: ignore[arg-type]
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.chat.completions.create(model=BASE, messages=HI, temperature=9)  # type: ignore[arg-type]
+    assert refused.value.param == "temperature"
+    server.engine.fail_after = 0
+    with pytest.raises(openai.InternalServerError):
+        client.chat.completions.create(model=BASE, messages=HI)  # type: ignore[arg-type]
+    with pytest.raises(openai.InternalServerError):
+        client.chat.completions.create(model=BASE, messages=HI, stream=True)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("after", [1, 10])
+def test_a_stream_that_fails_raises(server: LiveServer, client: openai.OpenAI, after: int) -> None:
+    server.engine.fail_after = after
+    stream = client.chat.completions.create(model=BASE, messages=HI, stream=True)  # type: ignore[arg-type]
+    with pytest.raises(openai.APIError):
+        list(stream)
+
+
+def test_a_stream_that_the_client_closes_is_aborted(server: LiveServer, client: openai.OpenAI) -> None:
+    server.engine.slow = 0.005
+    tokens = ids(server.context.tokenizer, "x") * 1000
+    server.engine.script = lambda _: tokens
+    stream = client.chat.completions.create(model=BASE, messages=HI, stream=True, n=2)  # type: ignore[arg-type]
+    next(iter(stream))
+    stream.close()
+    server.wait_idle()
+    assert len(server.engine.aborted) == 2

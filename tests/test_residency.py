@@ -1,0 +1,430 @@
+"""Where a version's bytes are: the moves between disk, host and device, and what becomes of those that fail."""
+
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import pytest
+
+from adapters.errors import AdapterInvalid, Problem
+from adapters.host_cache import HostCache
+from adapters.residency import RETRY_SECONDS, Move, MoveRefused, Residency
+from adapters.slots import SlotTable
+
+
+@dataclass(frozen=True)
+class Weights:
+    digest: str
+    num_pages: int
+    nbytes: int
+
+
+@dataclass
+class Tiers:
+    """Disk and device of a test: what is there, what is held up, what breaks, and how often each was touched."""
+
+    sizes: dict[str, int] = field(default_factory=dict)  # pages; one byte each
+    read_errors: dict[str, BaseException] = field(default_factory=dict)
+    write_errors: dict[str, Exception] = field(default_factory=dict)
+    gates: dict[str, threading.Event] = field(default_factory=dict)  # "read x", "write x": waits until it is set
+    reads: Counter[str] = field(default_factory=Counter)
+    pages: dict[int, str] = field(default_factory=dict)
+
+    def hold(self, name: str) -> threading.Event:
+        self.gates[name] = threading.Event()
+        return self.gates[name]
+
+    def read(self, digest: str) -> Weights:
+        self.reads[digest] += 1
+        self._pass("read " + digest)
+        if digest in self.read_errors:
+            raise self.read_errors[digest]
+        pages = self.sizes.get(digest, 1)
+        return Weights(digest, pages, nbytes=pages)
+
+    def write(self, pages: list[int], packed: Weights) -> None:
+        self._pass("write " + packed.digest)
+        if packed.digest in self.write_errors:
+            raise self.write_errors[packed.digest]
+        for page in pages:
+            self.pages[page] = packed.digest
+
+    def _pass(self, name: str) -> None:
+        if name in self.gates:
+            assert self.gates[name].wait(10)
+
+
+@pytest.fixture
+def tiers() -> Iterator[Tiers]:
+    made = Tiers()
+    yield made
+    for gate in made.gates.values():
+        gate.set()
+
+
+@pytest.fixture
+def residency(tiers: Tiers) -> Iterator[Residency[Weights]]:
+    """Three slots of eight pages, ten bytes of host memory."""
+    yield from opened(tiers, num_slots=3)
+
+
+@pytest.fixture
+def single(tiers: Tiers) -> Iterator[Residency[Weights]]:
+    """One slot."""
+    yield from opened(tiers, num_slots=1)
+
+
+def opened(tiers: Tiers, num_slots: int) -> Iterator[Residency[Weights]]:
+    made: Residency[Weights] = Residency(SlotTable(num_slots, 8), HostCache(10), tiers.read, tiers.write)
+    yield made
+    for gate in tiers.gates.values():
+        gate.set()
+    made.close()
+
+
+def wait_until(residency: Residency[Weights], condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to pass"
+        residency.poll()
+        time.sleep(0.001)
+
+
+def acquire(residency: Residency[Weights], digest: str) -> int:
+    """Ask on every step, as the scheduler does, until the version is there."""
+    got: list[int] = []
+
+    def ask() -> bool:
+        slot = residency.acquire(digest)
+        if slot is not None:
+            got.append(slot)
+        return bool(got)
+
+    wait_until(residency, ask)
+    return got[0]
+
+
+def moves(residency: Residency[Weights]) -> list[tuple[str, str, str, str]]:
+    return [(move.digest, move.source, move.target, move.outcome) for move in residency.take_moves()]
+
+
+def test_a_version_is_asked_for_and_arrives_over_the_host(residency: Residency[Weights], tiers: Tiers) -> None:
+    assert residency.where("a") == "disk"
+    assert residency.acquire("a") is None
+    slot = acquire(residency, "a")
+    assert residency.where("a") == "device"
+    held = residency.slots.get("a")
+    assert held is not None and held.index == slot
+    assert [tiers.pages[page] for page in held.pages] == ["a"]
+    assert moves(residency) == [("a", "disk", "host", "ok"), ("a", "host", "device", "ok")]
+    assert residency.take_moves() == []
+    residency.slots.check_integrity({"a": 1})
+    residency.release("a")
+    residency.slots.check_integrity({})
+
+
+def test_many_requests_for_one_version_read_it_once(residency: Residency[Weights], tiers: Tiers) -> None:
+    gate = tiers.hold("read a")
+    for _ in range(20):
+        assert residency.acquire("a") is None
+        residency.prefetch("a")
+        residency.poll()
+    assert residency.loading() == ["a"]
+    gate.set()
+    acquire(residency, "a")
+    assert residency.acquire("a") is not None
+    assert tiers.reads["a"] == 1
+    residency.slots.check_integrity({"a": 2})
+
+
+def test_a_slot_is_ready_only_after_its_copy_arrived(residency: Residency[Weights], tiers: Tiers) -> None:
+    gate = tiers.hold("write a")
+    wait_until(residency, lambda: residency.acquire("a") or residency.slots.get("a"))
+    time.sleep(0.01)
+    residency.poll()
+    assert residency.acquire("a") is None
+    assert residency.where("a") == "host"
+    assert residency.loading() == ["a"]
+    gate.set()
+    acquire(residency, "a")
+    assert residency.loading() == []
+
+
+def test_a_slow_version_does_not_hold_up_another(residency: Residency[Weights], tiers: Tiers) -> None:
+    tiers.hold("read slow")
+    residency.acquire("slow")
+    acquire(residency, "quick")
+    assert residency.where("slow") == "disk"
+
+
+def test_polling_and_asking_return_at_once_while_a_read_hangs(residency: Residency[Weights], tiers: Tiers) -> None:
+    tiers.hold("read a")
+    started = time.monotonic()
+    for _ in range(100):
+        residency.acquire("a")
+        residency.poll()
+    assert time.monotonic() - started < 1
+
+
+def test_prefetching_stops_at_the_host(residency: Residency[Weights], tiers: Tiers) -> None:
+    residency.prefetch("a")
+    wait_until(residency, lambda: residency.where("a") == "host")
+    for _ in range(5):
+        residency.prefetch("a")
+        residency.poll()
+    assert residency.slots.slots() == []
+    assert tiers.reads["a"] == 1
+
+
+def test_an_idle_version_makes_room_and_its_eviction_is_reported(residency: Residency[Weights]) -> None:
+    for digest in "abc":
+        acquire(residency, digest)
+        residency.release(digest)
+    residency.take_moves()
+    acquire(residency, "d")
+    assert residency.where("a") == "host"
+    assert ("a", "device", "host", "ok") in moves(residency)
+    residency.slots.check_integrity({"d": 1})
+
+
+def test_host_evictions_are_reported(residency: Residency[Weights], tiers: Tiers) -> None:
+    tiers.sizes.update(a=6, b=6)
+    for digest in "ab":
+        residency.prefetch(digest)
+        wait_until(residency, lambda digest=digest: residency.where(digest) == "host")
+    assert residency.where("a") == "disk"
+    assert ("a", "host", "disk", "ok") in moves(residency)
+
+
+def test_while_every_slot_is_in_use_a_version_waits_on_the_host(single: Residency[Weights]) -> None:
+    acquire(single, "a")
+    assert single.acquire("b") is None
+    wait_until(single, lambda: single.where("b") == "host")
+    assert single.acquire("b") is None
+    assert single.where("a") == "device"
+    single.release("a")
+    acquire(single, "b")
+    assert single.where("a") == "host"
+
+
+def test_a_version_that_has_just_arrived_is_not_pushed_out_by_another_that_waits(
+    single: Residency[Weights],
+) -> None:
+    """Two sequences ask for two versions on every step, and there is one slot: the first one is served."""
+    order = ["a", "b"]
+    for _ in range(2000):
+        single.poll()
+        if single.acquire(order[0]) is not None:
+            single.release(order.pop(0))
+        if len(order) == 2:
+            assert single.acquire(order[1]) is None
+        if not order:
+            return
+        time.sleep(0.0005)
+    raise AssertionError("nobody is ever served")
+
+
+def test_nobody_waits_for_what_was_asked_for_and_given_up(single: Residency[Weights]) -> None:
+    """A version that an aborted sequence had asked for does not take the slot of one that is used."""
+    acquire(single, "a")
+    single.acquire("b")
+    wait_until(single, lambda: single.where("b") == "host")
+    single.release("a")
+    for _ in range(10):
+        single.poll()
+        time.sleep(0.001)
+    assert single.where("a") == "device"
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (AdapterInvalid([Problem("adapter_model.safetensors", "no file", "a file", "malformed_file")]), "no file"),
+        (OSError("disk on fire"), "reading it failed"),
+        (MemoryError(), "reading it failed"),
+        (KeyError("x"), "reading it failed"),
+    ],
+)
+def test_whatever_a_reader_raises_is_reported(
+    residency: Residency[Weights], tiers: Tiers, error: BaseException, reason: str
+) -> None:
+    tiers.read_errors["a"] = error
+    residency.acquire("a")
+    wait_until(residency, lambda: residency.failure("a"))
+    assert reason in str(residency.failure("a"))
+    assert residency.loading() == []
+    assert moves(residency) == [("a", "disk", "host", "failed")]
+    assert residency.failures().keys() == {"a"}
+    residency.slots.check_integrity({})
+
+
+def test_a_copy_that_fails_gives_its_slot_back(residency: Residency[Weights], tiers: Tiers) -> None:
+    tiers.write_errors["a"] = RuntimeError("out of memory")
+    wait_until(residency, lambda: residency.acquire("a") or residency.failure("a"))
+    assert residency.slots.slots() == []
+    assert ("a", "host", "device", "failed") in moves(residency)
+    residency.slots.check_integrity({})
+    acquire(residency, "b")
+
+
+def test_a_failed_version_is_tried_again_but_not_at_once(residency: Residency[Weights], tiers: Tiers) -> None:
+    tiers.read_errors["a"] = OSError("not yet")
+    residency.acquire("a")
+    wait_until(residency, lambda: residency.failure("a"))
+    tiers.read_errors.clear()
+    residency.allow_retry("a")
+    assert residency.acquire("a") is None
+    assert residency.failure("a") is not None
+    assert tiers.reads["a"] == 1
+    time.sleep(RETRY_SECONDS + 0.01)
+    assert residency.acquire("a") is None  # asking alone does not try again: a new request does
+    assert tiers.reads["a"] == 1
+    residency.allow_retry("a")
+    acquire(residency, "a")
+    assert residency.failures() == {}
+
+
+def test_unloading_frees_both_tiers(residency: Residency[Weights]) -> None:
+    acquire(residency, "a")
+    residency.release("a")
+    residency.take_moves()
+    residency.unload("a")
+    assert residency.where("a") == "disk"
+    assert residency.host.digests() == []
+    assert moves(residency) == [("a", "device", "disk", "ok")]
+    residency.slots.check_integrity({})
+    residency.unload("a")  # it is where it should be
+    assert residency.take_moves() == []
+
+
+def test_unloading_is_refused_while_sequences_use_the_version(residency: Residency[Weights]) -> None:
+    acquire(residency, "a")
+    with pytest.raises(MoveRefused) as refused:
+        residency.unload("a")
+    assert refused.value.code == "busy"
+    assert residency.where("a") == "device"
+
+
+@pytest.mark.parametrize("stage", ["read a", "write a"])
+def test_unloading_is_refused_while_the_version_loads(
+    residency: Residency[Weights], tiers: Tiers, stage: str
+) -> None:
+    gate = tiers.hold(stage)
+    residency.acquire("a")
+    if stage == "write a":
+        wait_until(residency, lambda: residency.acquire("a") or residency.slots.get("a"))
+    with pytest.raises(MoveRefused) as refused:
+        residency.unload("a")
+    assert refused.value.code == "busy"
+    gate.set()
+    acquire(residency, "a")
+
+
+def test_a_pinned_version_stays_and_one_slot_is_left_for_others(residency: Residency[Weights]) -> None:
+    for digest in "abc":
+        acquire(residency, digest)
+        residency.release(digest)
+    residency.pin("a")
+    residency.pin("b")
+    residency.pin("b")  # again is no error and takes no more room
+    with pytest.raises(MoveRefused) as refused:
+        residency.pin("c")
+    assert refused.value.code == "no_room"
+    acquire(residency, "d")
+    assert {slot.digest for slot in residency.slots.slots()} == {"a", "b", "d"}
+    residency.unpin("a")
+    assert residency.num_pinned() == 1
+    residency.unpin("never heard of")
+
+
+def test_an_explicit_load_is_asked_again_until_it_is_done(residency: Residency[Weights]) -> None:
+    for tier in ("host", "device"):
+        wait_until(residency, lambda tier=tier: residency.bring("a", tier) or residency.where("a") == tier)
+    assert [target for _, _, target, _ in moves(residency)] == ["host", "device"]
+
+
+def test_an_explicit_load_without_room_is_refused(single: Residency[Weights]) -> None:
+    acquire(single, "a")
+    with pytest.raises(MoveRefused) as refused:
+        wait_until(single, lambda: single.bring("b", "device"))
+    assert refused.value.code == "no_room"
+    assert single.where("a") == "device"
+
+
+def test_an_explicit_load_that_fails_says_why_once(residency: Residency[Weights], tiers: Tiers) -> None:
+    tiers.read_errors["a"] = OSError("disk on fire")
+    with pytest.raises(MoveRefused, match="reading it failed") as refused:
+        wait_until(residency, lambda: residency.bring("a", "device"))
+    assert refused.value.code == "invalid"
+    tiers.read_errors.clear()
+    residency.bring("a", "device")
+    acquire(residency, "a")
+
+
+def test_every_change_is_announced(residency: Residency[Weights]) -> None:
+    def announced() -> bool:
+        changed, residency.changed = residency.changed, False
+        return changed
+
+    residency.poll()
+    assert not announced()
+    residency.prefetch("a")
+    assert announced()
+    wait_until(residency, lambda: residency.where("a") == "host")
+    assert announced()
+    acquire(residency, "a")
+    assert announced()
+    residency.pin("a")
+    assert announced()
+    residency.unpin("a")
+    assert announced()
+    residency.release("a")
+    residency.unload("a")
+    assert announced()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_after_any_operations_the_books_balance_and_nothing_is_stuck(
+    residency: Residency[Weights], tiers: Tiers, seed: int
+) -> None:
+    chance = random.Random(seed)
+    digests = "abcdef"
+    tiers.sizes.update({digest: chance.randint(1, 3) for digest in digests})
+    tiers.read_errors["f"] = OSError("broken")
+    references: Counter[str] = Counter()
+    for _ in range(300):
+        digest = chance.choice(digests)
+        action = chance.choice(["acquire", "acquire", "release", "prefetch", "unload", "pin", "unpin", "retry"])
+        if action == "acquire" and residency.acquire(digest) is not None:
+            references[digest] += 1
+            slot = residency.slots.get(digest)
+            assert slot is not None and all(tiers.pages[page] == digest for page in slot.pages)
+        elif action == "release" and references[digest]:
+            residency.release(digest)
+            references[digest] -= 1
+        elif action == "prefetch":
+            residency.prefetch(digest)
+        elif action == "retry":
+            residency.allow_retry(digest)
+        elif action == "unpin":
+            residency.unpin(digest)
+        elif action in ("unload", "pin") and (action == "unload" or residency.where(digest) == "device"):
+            try:
+                getattr(residency, action)(digest)
+            except MoveRefused as refused:
+                assert refused.code == ("busy" if action == "unload" else "no_room")
+        residency.poll()
+        residency.slots.check_integrity(dict(references))
+        if chance.random() < 0.2:
+            time.sleep(0.001)
+    for digest, count in references.items():
+        for _ in range(count):
+            residency.release(digest)
+    for digest in "abcde":
+        acquire(residency, digest)
+        residency.release(digest)
+    assert all(isinstance(move, Move) for move in residency.take_moves())
+    assert "f" not in {slot.digest for slot in residency.slots.slots()}

@@ -1,0 +1,361 @@
+"""Adapters as the real PEFT writes them are applied exactly; everything else is refused with every reason."""
+
+import json
+import math
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from adapters.errors import AdapterInvalid, Problem
+from adapters.spec import ModelSpec
+from adapters.validation import inspect, load
+from tests.adapter_factory import spec_of, tiny_llama, with_peft, write_adapter
+
+Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    return tiny_llama()
+
+
+@pytest.fixture(scope="module")
+def spec(model: LlamaForCausalLM) -> ModelSpec:
+    return spec_of(model)
+
+
+@pytest.fixture(scope="module")
+def plain(model: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_adapter(model, tmp_path_factory.mktemp("plain"))
+
+
+@pytest.fixture
+def folder(plain: Path, tmp_path: Path) -> Path:
+    """A copy of a good adapter, to be spoilt."""
+    return Path(shutil.copytree(plain, tmp_path / "adapter"))
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({**config, **changes}))
+
+
+def change_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    tensors = {name: tensor.clone() for name, tensor in load_file(folder / WEIGHTS).items()}
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS)
+
+
+def refused(folder: Path, spec: ModelSpec) -> list[Problem]:
+    """The problems, which `inspect` and `load` agree on."""
+    with pytest.raises(AdapterInvalid) as inspected:
+        inspect(folder, spec)
+    with pytest.raises(AdapterInvalid) as loaded:
+        load(folder, spec)
+    assert inspected.value.problems == loaded.value.problems
+    assert str(folder) not in str(inspected.value.problems)
+    return inspected.value.problems
+
+
+# --- what PEFT writes is served as PEFT serves it ---
+
+SERVED: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "every linear": {"target_modules": "all-linear"},
+    "a regular expression": {"target_modules": r".*layers\.1\..*(q|k)_proj"},
+    "lm_head": {"target_modules": ["lm_head", "q_proj"]},
+    "full names": {"target_modules": ["model.layers.0.self_attn.q_proj", "layers.1.mlp.down_proj"]},
+    "rslora": {"use_rslora": True, "r": 6, "lora_alpha": 5},
+    "one layer": {"layers_to_transform": [1]},
+    "layer number": {"layers_to_transform": 1, "layers_pattern": "layers"},
+    "excluded": {"exclude_modules": ["layers.0.self_attn.q_proj"], "target_modules": ["q_proj"]},
+    "patterns": {
+        "use_rslora": True,
+        "target_modules": ["q_proj", "v_proj", "gate_proj"],
+        "rank_pattern": {"v_proj": 3, "^model.layers.0.self_attn.q_proj": 5, "layers.1.mlp.gate_proj": 16},
+        "alpha_pattern": {"layers.1.self_attn.v_proj": 7, "v_proj": 9, "gate_proj": 40},
+    },
+    "gaussian": {"init_lora_weights": "gaussian"},
+    "no task": {"task_type": None},
+}
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_matches_peft(name: str, model: LlamaForCausalLM, spec: ModelSpec, tmp_path: Path) -> None:
+    folder = write_adapter(model, tmp_path, **SERVED[name])
+    reference = {
+        module_name.removeprefix("base_model.model."): module
+        for module_name, module in with_peft(model, folder).named_modules()
+        if hasattr(module, "lora_A")
+    }
+    inspected = inspect(folder, spec)
+    weights = load(folder, spec, inspected.digest)
+    assert weights.factors.keys() == reference.keys()
+    for module, factors in weights.factors.items():
+        assert factors.scaling == reference[module].scaling["default"]
+        assert torch.equal(factors.a, reference[module].lora_A["default"].weight)
+        assert torch.equal(factors.b, reference[module].lora_B["default"].weight)
+    assert weights.rank == inspected.rank == max(module.r["default"] for module in reference.values())
+    assert inspected.report["applied"] == {"modules": len(reference), "tensors": 2 * len(reference)}
+    assert weights.nbytes == inspected.nbytes == sum(4 * (f.a.numel() + f.b.numel()) for f in weights.factors.values())
+    assert set(inspected.target_modules) == {module.rpartition(".")[2] for module in reference}
+
+
+def test_reports_features_and_a_stable_digest(model: LlamaForCausalLM, spec: ModelSpec, tmp_path: Path) -> None:
+    one = inspect(write_adapter(model, tmp_path / "1", use_rslora=True, target_modules=["q_proj"]), spec)
+    two = inspect(write_adapter(model, tmp_path / "2", use_rslora=True, target_modules=["q_proj"]), spec)
+    other = inspect(write_adapter(model, tmp_path / "3", seed=1, use_rslora=True, target_modules=["q_proj"]), spec)
+    assert one == two
+    assert one.digest != other.digest
+    assert one.report == {"applied": {"modules": 2, "tensors": 4}, "features": ["rslora"]}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_tensors_stay_as_they_are_stored(folder: Path, spec: ModelSpec, dtype: torch.dtype) -> None:
+    change_tensors(folder, lambda t: t.update({name: tensor.to(dtype) for name, tensor in t.items()}))
+    weights = load(folder, spec)
+    assert all(f.a.dtype is dtype and f.b.dtype is dtype for f in weights.factors.values())
+
+
+def test_names_with_an_adapters_name_inside(folder: Path, spec: ModelSpec) -> None:
+    before = load(folder, spec).factors
+
+    def rename(tensors: dict[str, Tensor]) -> None:
+        for name in list(tensors):
+            tensors[name.replace(".weight", ".default.weight")] = tensors.pop(name)
+
+    change_tensors(folder, rename)
+    after = load(folder, spec).factors
+    assert all(torch.equal(after[module].a, before[module].a) for module in before)
+
+
+def test_odd_but_finite_numbers_are_served(folder: Path, spec: ModelSpec) -> None:
+    values = torch.tensor([-0.0, 1e-45, 1e-39, -3e38, 3e38])
+    change_tensors(folder, lambda t: t[f"{Q0}.lora_A.weight"].view(-1)[:5].copy_(values))
+    assert inspect(folder, spec)
+
+
+# --- refusals ---
+
+
+def set_item(name: str, index: int, value: float) -> Callable[[dict[str, Tensor]], object]:
+    return lambda tensors: tensors[f"{Q0}.{name}.weight"].view(-1)[index : index + 1 or None].fill_(value)
+
+
+def replace(name: str, *shape: int) -> Callable[[dict[str, Tensor]], object]:
+    return lambda tensors: tensors.update({name: torch.ones(shape)})
+
+
+BAD_TENSORS: dict[str, tuple[Callable[[dict[str, Tensor]], object], str, str]] = {
+    "NaN first": (set_item("lora_A", 0, math.nan), "nonfinite", Q0),
+    "NaN last": (set_item("lora_B", -1, math.nan), "nonfinite", Q0),
+    "infinity": (set_item("lora_A", 100, math.inf), "nonfinite", Q0),
+    "minus infinity": (set_item("lora_A", 99, -math.inf), "nonfinite", Q0),
+    "scaled to infinity": (set_item("lora_B", 3, 3e38), "nonfinite", Q0),
+    "scaled to minus infinity": (set_item("lora_B", 3, -3e38), "nonfinite", Q0),
+    "A too wide": (replace(f"{Q0}.lora_A.weight", 8, 65), "shape_mismatch", Q0),
+    "A too narrow": (replace(f"{Q0}.lora_A.weight", 8, 63), "shape_mismatch", Q0),
+    "A of rank 4": (replace(f"{Q0}.lora_A.weight", 4, 64), "shape_mismatch", Q0),
+    "A turned": (replace(f"{Q0}.lora_A.weight", 64, 8), "shape_mismatch", Q0),
+    "A as vector": (replace(f"{Q0}.lora_A.weight", 512), "shape_mismatch", Q0),
+    "A as convolution": (replace(f"{Q0}.lora_A.weight", 8, 64, 1, 1), "shape_mismatch", Q0),
+    "A as scalar": (replace(f"{Q0}.lora_A.weight"), "shape_mismatch", Q0),
+    "B too tall": (replace(f"{Q0}.lora_B.weight", 65, 8), "shape_mismatch", Q0),
+    "no B": (lambda tensors: tensors.pop(f"{Q0}.lora_B.weight"), "shape_mismatch", f"{Q0}.lora_A"),
+    "no A": (lambda tensors: tensors.pop(f"{Q0}.lora_A.weight"), "shape_mismatch", f"{Q0}.lora_B"),
+    "a second A": (replace(f"{Q0}.lora_A.default.weight", 8, 64), "malformed_file", f"{Q0}.lora_A"),
+    "DoRA's magnitude": (replace(f"{Q0}.lora_magnitude_vector", 64), "unsupported_feature", Q0),
+    "embedding": (
+        replace("base_model.model.model.embed_tokens.lora_embedding_A", 8, 97),
+        "unsupported_feature",
+        "base_model.model.model.embed_tokens",
+    ),
+    "lora_bias": (replace(f"{Q0}.lora_B.bias", 64), "unsupported_feature", f"{Q0}.lora_B.bias"),
+    "a saved module": (replace("base_model.model.lm_head.weight", 97, 64), "unsupported_feature", "base_model"),
+    "the base's own layer": (
+        replace("base_model.model.lm_head.base_layer.weight", 97, 64),
+        "unsupported_feature",
+        "base",
+    ),
+    "no prefix": (replace("model.layers.0.self_attn.k_proj.lora_A.weight", 8, 64), "unsupported_feature", "model."),
+}
+
+
+@pytest.mark.parametrize("name", BAD_TENSORS)
+def test_refuses_bad_tensors_by_name(name: str, folder: Path, spec: ModelSpec) -> None:
+    change, code, where = BAD_TENSORS[name]
+    change_tensors(folder, change)
+    (problem,) = refused(folder, spec)
+    assert problem.code == code
+    assert problem.where.startswith(where)
+
+
+def test_half_precision_overflows_at_its_own_limit(folder: Path, spec: ModelSpec) -> None:
+    def halve(tensors: dict[str, Tensor]) -> None:
+        tensors.update({name: tensor.half() for name, tensor in tensors.items()})
+        tensors[f"{Q0}.lora_B.weight"][0, 0] = 40_000  # times the scaling of 2
+
+    change_tensors(folder, halve)
+    (problem,) = refused(folder, spec)
+    assert (problem.code, problem.where) == ("nonfinite", f"{Q0}.lora_B.weight")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("position", [0, 12_345, 2_100_000, 2_199_999])
+def test_finds_one_nan_among_millions(dtype: torch.dtype, position: int, tmp_path: Path, plain: Path) -> None:
+    a, b = torch.zeros(8, 275_000, dtype=dtype), torch.zeros(4, 8, dtype=dtype)
+    a.view(-1)[position] = math.nan
+    save_file({"base_model.model.big.lora_A.weight": a, "base_model.model.big.lora_B.weight": b}, tmp_path / WEIGHTS)
+    shutil.copy(plain / CONFIG, tmp_path)
+    change_config(tmp_path, target_modules=["big"])
+    (problem,) = refused(tmp_path, ModelSpec({"big": (275_000, 4)}, max_rank=8))
+    assert problem.code == "nonfinite"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden_size": 32},
+        {"hidden_size": 128},
+        {"num_key_value_heads": 4},
+        {"num_key_value_heads": 1},
+        {"head_dim": 32},
+    ],
+)
+def test_refuses_another_base_smaller_or_larger(changes: dict[str, Any], plain: Path) -> None:
+    problems = refused(plain, spec_of(tiny_llama(**changes)))
+    assert {problem.code for problem in problems} == {"shape_mismatch"}
+
+
+def test_refuses_a_deeper_base(model: LlamaForCausalLM, spec: ModelSpec, tmp_path: Path) -> None:
+    folder = write_adapter(tiny_llama(num_hidden_layers=3), tmp_path)
+    problems = refused(folder, spec)
+    assert {problem.code for problem in problems} == {"base_mismatch"}
+    assert all("layers.2." in problem.where for problem in problems)
+    assert len(problems) == 2  # q_proj and v_proj
+
+
+def test_refuses_an_adapter_that_touches_nothing(folder: Path) -> None:
+    problems = refused(folder, ModelSpec({"transformer.h.0.attn.c_attn": (64, 192)}, max_rank=64))
+    assert [problem.code for problem in problems] == ["no_target"]
+
+
+def test_refuses_declared_targets_without_tensors(folder: Path, spec: ModelSpec) -> None:
+    change_config(folder, target_modules=["q_proj", "v_proj", "k_proj", "gate_proj"])
+    problems = refused(folder, spec)
+    assert [problem.code for problem in problems] == ["no_target"] * 2
+    assert ["gate_proj" in problems[0].found, "k_proj" in problems[1].found] == [True, True]
+
+
+def test_refuses_tensors_that_peft_would_drop(folder: Path, spec: ModelSpec) -> None:
+    change_config(folder, target_modules=["q_proj"])
+    problems = refused(folder, spec)
+    assert [problem.code for problem in problems] == ["no_target"] * 2
+    assert all("v_proj" in problem.where for problem in problems)
+
+
+def test_refuses_a_rank_above_the_limit(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    folder = write_adapter(model, tmp_path, rank_pattern={"layers.1.self_attn.v_proj": 9})
+    problems = refused(folder, spec_of(model, max_rank=8))
+    assert [(problem.code, problem.found, problem.expected) for problem in problems] == [
+        ("rank_too_large", "9", "at most 8")
+    ]
+
+
+def test_refuses_a_rank_that_the_tensors_do_not_have(folder: Path, spec: ModelSpec) -> None:
+    change_config(folder, rank_pattern={"q_proj": 4})
+    problems = refused(folder, spec)
+    assert {problem.code for problem in problems} == {"shape_mismatch"}
+    assert len(problems) == 4 and all("q_proj" in problem.where for problem in problems)
+
+
+def test_collects_everything_at_once(folder: Path, spec: ModelSpec) -> None:
+    def spoil(tensors: dict[str, Tensor]) -> None:
+        tensors[f"{Q0}.lora_A.weight"][0, 0] = math.nan
+        tensors[f"{Q0}.lora_B.weight"] = torch.ones(3, 3)
+        tensors["base_model.model.nowhere.lora_A.weight"] = torch.ones(8, 64)
+        tensors["extra"] = torch.ones(1)
+
+    change_tensors(folder, spoil)
+    change_config(folder, use_dora=True, tomorrow=1, target_modules=["q_proj", "v_proj", "nowhere", "k_proj"])
+    codes = [problem.code for problem in refused(folder, spec)]
+    assert sorted(codes) == sorted(
+        [
+            "unsupported_feature",  # use_dora
+            "unknown_key",  # tomorrow
+            "unsupported_feature",  # extra
+            "base_mismatch",  # nowhere
+            "shape_mismatch",  # nowhere has no B
+            "no_target",  # k_proj
+            "shape_mismatch",  # B
+            "nonfinite",  # A
+        ]
+    )
+
+
+def test_tensors_are_judged_also_beside_a_broken_config(folder: Path, spec: ModelSpec) -> None:
+    (folder / CONFIG).write_text("{")
+    change_tensors(folder, set_item("lora_A", 0, math.nan))
+    assert sorted(problem.code for problem in refused(folder, spec)) == ["malformed_file", "nonfinite"]
+
+
+def test_a_config_is_judged_also_beside_a_broken_file(folder: Path, spec: ModelSpec) -> None:
+    change_config(folder, use_dora=True)
+    (folder / WEIGHTS).write_bytes(b"PK\x03\x04")
+    assert [problem.code for problem in refused(folder, spec)] == ["unsupported_feature", "malformed_file"]
+
+
+@pytest.mark.parametrize("missing", [CONFIG, WEIGHTS])
+def test_refuses_a_missing_file(missing: str, folder: Path, spec: ModelSpec) -> None:
+    (folder / missing).unlink()
+    (problem,) = refused(folder, spec)
+    assert (problem.where, problem.code) == (missing, "malformed_file")
+
+
+def test_a_config_above_the_cap_is_not_read(folder: Path, spec: ModelSpec) -> None:
+    (folder / CONFIG).write_bytes(b" " * (1 << 20))
+    (problem,) = refused(folder, spec)
+    assert (problem.where, problem.code) == (CONFIG, "malformed_file")
+
+
+def test_load_refuses_content_that_changed(folder: Path, spec: ModelSpec) -> None:
+    digest = inspect(folder, spec).digest
+    load(folder, spec, digest)
+    data = bytearray((folder / WEIGHTS).read_bytes())
+    data[-3] ^= 1
+    (folder / WEIGHTS).write_bytes(data)
+    with pytest.raises(AdapterInvalid) as caught:
+        load(folder, spec, digest)
+    assert [problem.code for problem in caught.value.problems] == ["malformed_file"]
+
+
+def test_a_config_imports_nothing(folder: Path, spec: ModelSpec) -> None:
+    change_config(folder, auto_mapping={"base_model_class": "x", "parent_library": "antigravity"})
+    before = set(sys.modules)
+    inspect(folder, spec)
+    assert set(sys.modules) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_inspects_at_the_speed_of_reading(dtype: torch.dtype, tmp_path: Path, plain: Path) -> None:
+    inputs = (64 << 20) // dtype.itemsize // 8
+    a, b = torch.zeros(8, inputs, dtype=dtype), torch.zeros(4, 8, dtype=dtype)
+    save_file({"base_model.model.big.lora_A.weight": a, "base_model.model.big.lora_B.weight": b}, tmp_path / WEIGHTS)
+    shutil.copy(plain / CONFIG, tmp_path)
+    change_config(tmp_path, target_modules=["big"])
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        inspect(tmp_path, ModelSpec({"big": (inputs, 4)}, max_rank=8))
+        times.append(time.perf_counter() - start)
+    assert min(times) < 0.64  # 100 MB/s: a wide margin below what one core does, for a busy machine
