@@ -82,7 +82,7 @@ class AdapterPool:
             for index, page in enumerate(pages):
                 rows = slice(page * PAGE_COLUMNS, (page + 1) * PAGE_COLUMNS)
                 if source is None:
-                    b[rows] = 0
+                    a[rows], b[rows] = 0, 0  # A as well: what is left of another's could overflow, and inf * 0 is NaN
                 else:
                     own = slice(index * PAGE_COLUMNS, (index + 1) * PAGE_COLUMNS)
                     a[rows], b[rows] = source[0][own], source[1][own]

@@ -86,6 +86,7 @@ class Residency(Generic[P]):
         self._done: queue.SimpleQueue[_Done[P]] = queue.SimpleQueue()
         self._reading: set[str] = set()
         self._failed: dict[str, tuple[str, float]] = {}
+        self._retired: set[str] = set()  # to be unloaded as soon as nothing uses them
         self._moves: list[Move] = []
         self.changed = False  # set with every change of what `where` and `loading` tell; the reader clears it
 
@@ -105,6 +106,8 @@ class Residency(Generic[P]):
         slot = self.slots.get(digest)
         assert slot is not None and slot.ref_count > 0, digest
         slot.ref_count -= 1
+        if slot.ref_count == 0 and digest in self._retired:
+            self.unload(digest)
 
     def failure(self, digest: str) -> str | None:
         failed = self._failed.get(digest)
@@ -147,17 +150,28 @@ class Residency(Generic[P]):
         if digest in self.host and self.slots.get(digest) is None:
             raise MoveRefused("no_room", "every slot is pinned or in use")
 
-    def allow_retry(self, digest: str) -> None:
-        """A new request for a version that failed to load: try again, unless that was just now."""
+    def expect(self, digest: str) -> None:
+        """A new request for the version: it is not retired (any more), and a failed load is tried again, unless that
+        was just now."""
+        self._retired.discard(digest)
         failed = self._failed.get(digest)
         if failed is not None and time.monotonic() - failed[1] > RETRY_SECONDS:
             del self._failed[digest]
+
+    def retire(self, digest: str) -> None:
+        """Nobody will ask for the version again: unload it now, or when its last sequence ends."""
+        self.unpin(digest)
+        try:
+            self.unload(digest)
+        except MoveRefused:
+            self._retired.add(digest)
 
     def unload(self, digest: str) -> None:
         """Free device and host memory. Raises `MoveRefused` while sequences use the version or it is loading."""
         slot = self.slots.get(digest)
         if (slot is not None and (slot.ref_count > 0 or not slot.ready)) or digest in self._reading:
             raise MoveRefused("busy", "the adapter is in use")
+        self._retired.discard(digest)
         self._failed.pop(digest, None)
         if slot is not None:
             self.slots.drop(digest)

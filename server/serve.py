@@ -17,7 +17,7 @@ from adapters.validation import inspect
 from server.api.app import create_app
 from server.api.auth import KeyRing, check_bind
 from server.api.context import AppContext
-from server.api.text import Tokenizer
+from server.api.text import Tokenizer, TokenizerUnusable
 from server.config import ConfigError, ServeConfig, default_data_dir
 from server.engine.client import AdapterMoveRefused, EngineClient, EngineTransport, EngineUnavailable
 from server.engine.process import ProcessTransport
@@ -55,7 +55,10 @@ def run(config: ServeConfig) -> None:
     keys = KeyRing.load(config)
     check_bind(config, keys)
     config.data_dir.mkdir(parents=True, exist_ok=True)
-    registry = AdapterRegistry(config.data_dir, reserved=[config.served_model_name])
+    try:
+        registry = AdapterRegistry(config.data_dir, reserved=[config.served_model_name])
+    except AdapterError as error:
+        raise StartFailed(str(error)) from error
     try:
         asyncio.run(_serve(config, keys, registry))
     finally:
@@ -66,7 +69,7 @@ async def _serve(config: ServeConfig, keys: KeyRing, registry: AdapterRegistry) 
     engine = EngineClient(_transport(config), hang_seconds=config.hang_seconds)
     starting = asyncio.create_task(engine.start())
     try:
-        tokenizer = await asyncio.to_thread(Tokenizer.load, config.model)
+        tokenizer = await asyncio.to_thread(_load_tokenizer, config.model)
         context = AppContext(
             config=config,
             engine=engine,
@@ -85,6 +88,13 @@ async def _serve(config: ServeConfig, keys: KeyRing, registry: AdapterRegistry) 
     finally:
         starting.cancel()
         await engine.stop()
+
+
+def _load_tokenizer(model: str) -> Tokenizer:
+    try:
+        return Tokenizer.load(model)
+    except (OSError, ValueError, TokenizerUnusable) as error:
+        raise StartFailed(f"cannot load the tokenizer of '{model}': {error}") from error
 
 
 def _transport(config: ServeConfig) -> EngineTransport:
@@ -200,6 +210,7 @@ def _greet(context: AppContext, url: str) -> None:
         lines.append(_chat_line(context, url, records[-1].name, _DEMO_QUESTIONS.get(records[-1].name, "Hello!")))
     if context.config.demo:
         lines.append(_upload_line(context, url))
+    lines.append("Stop it with Ctrl-C.")
     Console(soft_wrap=True, highlight=False).print("\n".join(lines))
 
 

@@ -42,6 +42,10 @@ TEMPLATE = (
 
 
 def byte_tokenizer(template: str | None = TEMPLATE) -> Tokenizer:
+    return Tokenizer(fast_byte_tokenizer(template))
+
+
+def fast_byte_tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
     """One token per byte, so that tests can say what every token is."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Backend(models.BPE({char: i for i, char in enumerate(alphabet)}, []))
@@ -49,7 +53,7 @@ def byte_tokenizer(template: str | None = TEMPLATE) -> Tokenizer:
     backend.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=EOS, additional_special_tokens=["<|start|>"])
     fast.chat_template = template
-    return Tokenizer(fast)
+    return fast
 
 
 def ids(tokenizer: Tokenizer, text: str) -> list[int]:

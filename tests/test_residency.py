@@ -275,14 +275,14 @@ def test_a_failed_version_is_tried_again_but_not_at_once(residency: Residency[We
     residency.acquire("a")
     wait_until(residency, lambda: residency.failure("a"))
     tiers.read_errors.clear()
-    residency.allow_retry("a")
+    residency.expect("a")
     assert residency.acquire("a") is None
     assert residency.failure("a") is not None
     assert tiers.reads["a"] == 1
     time.sleep(RETRY_SECONDS + 0.01)
     assert residency.acquire("a") is None  # asking alone does not try again: a new request does
     assert tiers.reads["a"] == 1
-    residency.allow_retry("a")
+    residency.expect("a")
     acquire(residency, "a")
     assert residency.failures() == {}
 
@@ -408,7 +408,7 @@ def test_after_any_operations_the_books_balance_and_nothing_is_stuck(
         elif action == "prefetch":
             residency.prefetch(digest)
         elif action == "retry":
-            residency.allow_retry(digest)
+            residency.expect(digest)
         elif action == "unpin":
             residency.unpin(digest)
         elif action in ("unload", "pin") and (action == "unload" or residency.where(digest) == "device"):

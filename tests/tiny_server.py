@@ -16,19 +16,19 @@ import httpx
 import psutil
 
 from tests.adapter_factory import tiny_llama
-from tests.api_server import byte_tokenizer
+from tests.api_server import fast_byte_tokenizer
 
 BASE = "tiny-base"
 
 
 def write_tiny_model(folder: Path) -> Path:
     """A tiny Llama with a tokenizer of one token per byte, so that its answers can be compared as text."""
-    tokenizer = byte_tokenizer()
-    model = tiny_llama(vocab_size=tokenizer.vocab_size, initializer_range=0.3, max_position_embeddings=2048)
+    tokenizer = fast_byte_tokenizer()
+    model = tiny_llama(vocab_size=len(tokenizer), initializer_range=0.3, max_position_embeddings=2048)
     model.generation_config.eos_token_id = None
     model.config.eos_token_id = None
     model.save_pretrained(folder)
-    tokenizer.save(folder)
+    tokenizer.save_pretrained(folder)
     return folder
 
 
@@ -80,17 +80,16 @@ def running_server(data_dir: Path, *flags: str, environment: dict[str, str] | No
 
 
 def _wait_until_ready(process: "subprocess.Popen[str]") -> tuple[str, "subprocess.Popen[str]", str]:
-    """The greeting ends where the curl lines do: after the first empty line behind a line of `curl`."""
     assert process.stdout is not None
     lines: list[str] = []
     for line in process.stdout:
         lines.append(line)
-        if "ready at" in line:
+        if line.startswith("Stop it with Ctrl-C"):
             break
     else:
         raise RuntimeError(f"the server ended with status {process.wait()}")
-    url = lines[-1].split("ready at ")[1].split()[0]
-    return url, process, "".join(lines)
+    banner = "".join(lines)
+    return banner.split("ready at ")[1].split()[0], process, banner
 
 
 def wait_for(condition: Any, seconds: float, what: str) -> float:

@@ -136,11 +136,16 @@ async def unpin(context: AppContext, record: AdapterRecord) -> AdapterRecord:
 
 
 async def follow(context: AppContext, old: AdapterRecord | None, new: AdapterRecord) -> None:
-    """The pin of a name moves with its pointer from one version to the next."""
-    if old is not None and old.pinned and old.version.digest != new.version.digest:
-        if new.pinned:
-            await context.engine.pin_adapter(new.version.digest, True)
+    """A name moved from one version to the next: its pin moves along, and what it left behind is let go."""
+    if old is None or old.version.digest == new.version.digest:
+        return
+    if new.pinned:
+        await context.engine.pin_adapter(new.version.digest, True)
+    if not context.registry.names_of(old.version.digest):
+        context.engine.retire_adapter(old.version.digest)
+    elif old.pinned:
         await _unpin_unless_shared(context, old.version.digest)
+    await asyncio.to_thread(context.registry.collect_garbage, context.in_flight.digests())
 
 
 async def _unpin_unless_shared(context: AppContext, digest: str) -> None:

@@ -26,6 +26,7 @@ from server.engine.messages import (
     Ready,
     Reply,
     Residency,
+    RetireAdapter,
     SequenceOutput,
     StepOutputs,
     Submit,
@@ -154,6 +155,12 @@ class EngineClient:
             self._pins.add(digest)
         else:
             self._pins.discard(digest)
+
+    def retire_adapter(self, digest: str) -> None:
+        """No name points at the version any more; its memory goes when its last sequence has ended."""
+        self._pins.discard(digest)
+        if self.state is EngineState.READY:
+            self._transport.send(RetireAdapter(digest))
 
     def is_alive(self) -> bool:
         """False when the engine is dead, or has work and made no step for the hang threshold."""

@@ -17,6 +17,7 @@ from server.engine.messages import (
     MoveAdapter,
     PinAdapter,
     Reply,
+    RetireAdapter,
     SequenceOutput,
     StepOutputs,
     Submit,
@@ -67,6 +68,8 @@ class Engine:
                         self._finish(self._sequences[seq_id], [], FinishReason.ABORT)
             case MoveAdapter() | PinAdapter():
                 self._pending.append(message)
+            case RetireAdapter(digest=digest):
+                self.residency.retire(digest)
 
     def step(self) -> list[FromEngine]:
         """Advance everything that can run by one forward pass; returns what there is to say, outputs first."""
@@ -89,7 +92,7 @@ class Engine:
         )
         self._sequences[seq.seq_id] = seq
         if seq.adapter is not None:
-            self.residency.allow_retry(seq.adapter)
+            self.residency.expect(seq.adapter)
         self.scheduler.add(seq)
 
     def _run(self, batch: ScheduledBatch) -> None:

@@ -41,11 +41,17 @@ class PinAdapter(msgspec.Struct, frozen=True, tag=True):
     pinned: bool
 
 
+class RetireAdapter(msgspec.Struct, frozen=True, tag=True):
+    """No name points at the version any more: free its memory when its last sequence has ended. Not answered."""
+
+    digest: str
+
+
 class Shutdown(msgspec.Struct, frozen=True, tag=True):
     """Abort everything and end the loop."""
 
 
-ToEngine = Submit | Abort | MoveAdapter | PinAdapter | Shutdown
+ToEngine = Submit | Abort | MoveAdapter | PinAdapter | RetireAdapter | Shutdown
 
 
 class SequenceOutput(msgspec.Struct, frozen=True, array_like=True):

@@ -75,7 +75,10 @@ class ProcessTransport:
         if self._process is not None and self._process.poll() is None:
             for task in self._tasks[1:]:
                 task.cancel()  # this death is meant
-            self.send(Shutdown())
+            try:
+                self.send(Shutdown())
+            except zmq.Again:  # it has not connected yet, so it cannot be asked
+                self._process.kill()
             await asyncio.to_thread(_end, self._process)
         await self._clean_up()
 

@@ -13,7 +13,7 @@ class DecodeGroup:
     """Sequences with one new token each and contexts of similar length, attended to together."""
 
     rows: torch.Tensor  # [B] int64, rows of the step
-    block_tables: torch.Tensor  # [B, blocks] int64, padded with block 0
+    block_tables: torch.Tensor  # [B, blocks] int64, padded with the sequence's own last block
     context_lens: torch.Tensor  # [B] int64, keys per sequence, the new one included
     masks: dict[int | None, torch.Tensor] = field(default_factory=dict)  # by sliding window; made on first use
 
@@ -109,6 +109,7 @@ def _decode_groups(
         for index, (_, scheduled) in enumerate(members):
             used = scheduled.seq.block_table[:num_blocks]
             tables[index, : len(used)] = used
+            tables[index, len(used) :] = used[-1]  # not another's: masked keys still spread NaN
         groups.append(
             DecodeGroup(
                 rows=torch.tensor([row for row, _ in members], device=device),

@@ -1,0 +1,244 @@
+"""The server as its user runs it, on a tiny model: what only whole processes show."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from transformers import AutoModelForCausalLM
+
+from tests.adapter_factory import write_adapter
+from tests.tiny_server import RunningServer, running_server, sse_events, wait_for, write_tiny_model
+
+VERSIONS = 8
+STREAMS = 8
+SWAPS = 200
+ENGINE_FLAGS = (
+    *("--served-model-name", "tiny-base", "--dtype", "float32", "--threads", "1"),
+    *("--kv-cache-bytes", "33554432"),
+)
+    "--served-model-name",
+    "tiny-base",
+    "--dtype",
+    "float32",
+    "--threads",
+    "1",
+    "--kv-cache-bytes",
+    "33554432",
+)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the model and adapters version-0, version-1, …, which answer differently."""
+    folder = tmp_path_factory.mktemp("tiny")
+    write_tiny_model(folder / "model")
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    for index in range(VERSIONS):
+        write_adapter(
+            model, folder / f"version-{index}", seed=index, r=2 + 2 * index, scale=0.3, target_modules="all-linear"
+        )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    with running_server(tmp_path_factory.mktemp("data"), "--model", str(tiny / "model"), *ENGINE_FLAGS) as running:
+        yield running
+
+
+def answer_of(server: RunningServer, client: httpx.Client, model: str, prompt: str = "hello") -> str:
+    return str(server.complete(client, model, prompt)["choices"][0]["text"])
+
+
+def test_200_hot_swaps_under_8_streams(server: RunningServer, tiny: Path) -> None:
+    """No request fails, every answer is one version's whole answer, and the memory is given back."""
+    with server.client() as client:
+        expected = {}
+        for index in range(VERSIONS):
+            server.upload(client, f"solo-{index}", tiny / f"version-{index}").raise_for_status()
+            expected[answer_of(server, client, f"solo-{index}")] = index
+            client.delete(f"/v1/adapters/solo-{index}").raise_for_status()
+        assert len(expected) == VERSIONS
+        before = client.get("/v1/stats").json()
+        memory_before = psutil.Process(server.engine_pid()).memory_info().rss
+
+        server.upload(client, "swapped", tiny / "version-0").raise_for_status()
+        seen: list[str] = []
+        stop = threading.Event()
+
+        def stream() -> None:
+            with server.client() as own:
+                while not stop.is_set():
+                    seen.append(answer_of(server, own, "swapped"))
+
+        threads = [threading.Thread(target=stream) for _ in range(STREAMS)]
+        for thread in threads:
+            thread.start()
+        for swap in range(1, SWAPS + 1):
+            folder = tiny / f"version-{swap % VERSIONS}"
+            assert server.upload(client, "swapped", folder, replace="true").status_code == 201
+        stop.set()
+        for thread in threads:
+            thread.join()
+
+        assert set(seen) <= set(expected), set(seen) - set(expected)
+        assert len(set(seen)) == VERSIONS and len(seen) > SWAPS // 4
+        assert expected[answer_of(server, client, "swapped")] == SWAPS % VERSIONS
+        client.delete("/v1/adapters/swapped").raise_for_status()
+        wait_for(lambda: client.get("/v1/stats").json()["tiers"] == before["tiers"], 5, "freeing the versions")
+        grown = psutil.Process(server.engine_pid()).memory_info().rss - memory_before
+        assert grown < 64 << 20, f"{grown >> 20} MiB"
+
+
+def test_replacing_a_name_changes_new_requests_and_not_running_ones(server: RunningServer, tiny: Path) -> None:
+    with server.client() as client, server.client() as other:
+        server.upload(client, "moving", tiny / "version-1").raise_for_status()
+        solo = server.complete(client, "moving", "abc", max_tokens=400)
+        body = {"model": "moving", "prompt": "abc", "temperature": 0, "max_tokens": 400, "stream": True}
+        text = ""
+        with client.stream("POST", "/v1/completions", json=body) as stream:
+            for number, event in enumerate(sse_events(stream.iter_lines())):
+                if number == 2:
+                    server.upload(other, "moving", tiny / "version-2", replace="true").raise_for_status()
+                    after = server.complete(other, "moving", "abc")
+                if event is not None:
+                    text += event["choices"][0]["text"]
+                    assert event["system_fingerprint"] == solo["system_fingerprint"]
+        assert text == solo["choices"][0]["text"]
+        assert after["system_fingerprint"] != solo["system_fingerprint"]
+        assert after["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+        client.delete("/v1/adapters/moving").raise_for_status()
+
+
+def test_kill_9_of_the_engine_under_load(server: RunningServer, tiny: Path) -> None:
+    """Every running stream gets an error frame within a second; the server comes back by itself, adapters included."""
+    with server.client() as client:
+        server.upload(client, "survivor", tiny / "version-3").raise_for_status()
+        before = answer_of(server, client, "survivor")
+        frames: list[tuple[float, dict[str, Any] | None]] = []
+        killed = 0.0
+        started = threading.Barrier(5)
+
+        def stream(model: str) -> None:
+            body = {"model": model, "prompt": "abc", "temperature": 0, "max_tokens": 1900, "stream": True}
+            with server.client() as own, own.stream("POST", "/v1/completions", json=body) as answer:
+                events = sse_events(answer.iter_lines())
+                next(events)
+                started.wait()
+                frames.extend((time.monotonic(), event) for event in events if event is None or "error" in event)
+
+        threads = [threading.Thread(target=stream, args=(model,)) for model in ("survivor", "tiny-base") * 2]
+        for thread in threads:
+            thread.start()
+        started.wait()
+        killed = time.monotonic()
+        os.kill(server.engine_pid(), signal.SIGKILL)
+        wait_for(lambda: client.get("/readyz").status_code == 503, 1, "readiness turning false")
+        for thread in threads:
+            thread.join()
+        assert len(frames) == 8 and sum(event is None for _, event in frames) == 4
+        assert max(when for when, _ in frames) - killed < 1.0
+        assert all(event is None or event["error"]["type"] == "overloaded_error" for _, event in frames)
+        assert client.get("/livez").status_code == 200
+        wait_for(lambda: client.get("/readyz").status_code == 200, 60, "the restart")
+        assert answer_of(server, client, "survivor") == before
+        client.delete("/v1/adapters/survivor").raise_for_status()
+
+
+def test_adapters_survive_a_restart_and_a_kill_9_of_everything(tiny: Path, tmp_path: Path) -> None:
+    flags = ("--model", str(tiny / "model"), *ENGINE_FLAGS)
+    with running_server(tmp_path, *flags) as running, running.client() as client:
+        running.upload(client, "kept", tiny / "version-4", pinned="true").raise_for_status()
+        before = answer_of(running, client, "kept")
+        record = client.get("/v1/adapters/kept").json()
+        engine = running.engine_pid()
+        running.process.kill()
+        running.process.wait()
+        wait_for(lambda: not psutil.pid_exists(engine), 5, "the orphaned engine's end")
+    with running_server(tmp_path, *flags) as running, running.client() as client:
+        after = client.get("/v1/adapters/kept").json()
+        assert {key: after[key] for key in ("version", "bytes", "created", "report")} == {
+            key: record[key] for key in ("version", "bytes", "created", "report")
+        }
+        assert after["pinned"] and after["tier"] == "device"
+        assert answer_of(running, client, "kept") == before
+
+
+def test_an_upload_that_is_cut_half_way_leaves_nothing(server: RunningServer, tmp_path: Path) -> None:
+    host, port = server.url.removeprefix("http://").split(":")
+
+
+    with server.client() as client:
+        names = client.get("/v1/adapters").json()
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(
+                b"POST /v1/adapters HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=b\r\n"
+                b'Content-Length: 100000\r\n\r\n--b\r\nContent-Disposition: form-data; name="name"\r\n\r\ncut\r\n--b\r\n'
+            )
+            time.sleep(0.2)
+        time.sleep(0.2)
+        assert client.get("/v1/adapters").json() == names
+        assert client.get("/v1/adapters/cut").status_code == 404
+
+
+def test_sigterm_lets_running_requests_finish(tiny: Path, tmp_path: Path) -> None:
+    with running_server(tmp_path, "--model", str(tiny / "model"), *ENGINE_FLAGS) as running:
+        answers: list[int] = []
+
+        def ask() -> None:
+            with running.client() as client:
+                found = running.complete(client, "tiny-base", "abc", max_tokens=600)
+                answers.append(found["usage"]["completion_tokens"])
+
+        threads = [threading.Thread(target=ask) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        with running.client() as client:
+            wait_for(lambda: client.get("/v1/stats").json()["queue"]["running"] == 4, 10, "four running requests")
+        running.process.send_signal(signal.SIGTERM)
+        for thread in threads:
+            thread.join()
+        assert answers == [600] * 4
+        assert running.process.wait(10) == 0
+
+
+def test_a_model_that_cannot_be_served_ends_the_start_with_the_reason(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    command = [sys.executable, "-m", "server", "serve", "--port", "0", "--model", str(tmp_path / "empty")]
+    command += ["--data-dir", str(tmp_path / "data")]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2
+    assert "error:" in ended.stderr and "Traceback" not in ended.stderr
+
+
+def test_a_second_server_on_the_same_data_is_refused(server: RunningServer, tiny: Path) -> None:
+    data_dir = next(arg for arg in psutil.Process(server.process.pid).cmdline() if "data" in arg and "/" in arg)
+    command = [sys.executable, "-m", "server", "serve", "--port", "0", "--model", str(tiny / "model")]
+    ended = subprocess.run([*command, "--data-dir", data_dir], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2
+    assert str(server.process.pid) in ended.stderr and "Traceback" not in ended.stderr
+
+
+def test_json_logs_are_one_object_a_line(tiny: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "server", "serve", "--port", "0", "--log-format", "json"]
+    command += ["--model", str(tiny / "model"), "--data-dir", str(tmp_path), *ENGINE_FLAGS]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("Stop it"):
+            break
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=20)
+    logged = [json.loads(line) for line in errors.splitlines() if line.startswith("{")]
+    assert {"time", "level", "logger", "message"} <= set(logged[0])
