@@ -81,11 +81,21 @@ def step_until_running(driver: Driver, *seq_ids: str) -> None:
     raise AssertionError(f"{seq_ids} never ran")
 
 
+def settled(driver: Driver, request: MoveAdapter | PinAdapter) -> str | None:
+    """Code of the reply, None when it was done."""
+    driver.engine.handle(request)
+    deadline = time.monotonic() + 10
+    while request.request_id not in driver.replies:
+        assert time.monotonic() < deadline, "it is never answered"
+        driver.step()
+    error = driver.replies[request.request_id].error
+    return None if error is None else error[0]
+
+
 def bring_to_device(driver: Driver, *digests: str) -> None:
+    """One after the other, so that their slots are in this order."""
     for request_id, digest in enumerate(digests, start=1000):
-        driver.engine.handle(MoveAdapter(request_id, digest, "device"))
-    driver.run()
-    assert all(driver.replies[1000 + index].error is None for index in range(len(digests)))
+        assert settled(driver, MoveAdapter(request_id, digest, "device")) is None
 
 
 def next_logits(driver: Driver) -> dict[str, torch.Tensor]:
@@ -326,9 +336,9 @@ def test_an_adapter_that_overflows_ends_its_own_requests_only(
     driver: Driver, adapters: dict[str, Path], tmp_path: Path
 ) -> None:
     bad, good = driver.add_adapter(overflowing_adapter(tmp_path / "bad")), driver.add_adapter(adapters["r16"])
+    bring_to_device(driver, bad, good)
     for name, adapter in (("bad", bad), ("good", good), ("base", None)):
         driver.submit(name, prompt_of(20), adapter)
-    bring_to_device(driver, bad, good)
     driver.run()
     assert driver.finish_reason("bad") == "error"
     assert driver.tokens("base") == greedy(tiny_llama(), prompt_of(20), 8)
@@ -366,17 +376,6 @@ def test_a_step_that_fails_ends_its_batch_and_nothing_else(drivers: Drivers) -> 
 
 
 # -- moves on request --------------------------------------------------------------------------------------------------
-
-
-def settled(driver: Driver, request: MoveAdapter | PinAdapter) -> str | None:
-    """Code of the reply, None when it was done."""
-    driver.engine.handle(request)
-    deadline = time.monotonic() + 10
-    while request.request_id not in driver.replies:
-        assert time.monotonic() < deadline, "it is never answered"
-        driver.step()
-    error = driver.replies[request.request_id].error
-    return None if error is None else error[0]
 
 
 def test_a_version_is_moved_up_and_down_on_request(driver: Driver, adapters: dict[str, Path]) -> None:
@@ -486,6 +485,16 @@ def test_logprobs_come_with_every_token(driver: Driver) -> None:
     for output in driver.outputs["s"]:
         assert output.logprobs is not None and len(output.logprobs) == len(output.token_ids)
         assert output.logprobs[0].top[0][0] == output.token_ids[0]  # greedy takes the likeliest
+
+
+def test_a_prompt_that_several_requests_share_stays_as_it_was(driver: Driver) -> None:
+    """Without a process in between, the engine gets the very list that the caller holds."""
+    prompt = prompt_of(5)
+    submit(driver, "a", prompt, None, salt="")
+    submit(driver, "b", prompt, None, salt="")
+    driver.run()
+    assert prompt == prompt_of(5)
+    assert driver.tokens("a") == driver.tokens("b") == greedy(tiny_llama(), prompt, 8)
 
 
 def test_every_sequence_ends_exactly_once_and_the_queue_time_is_told(driver: Driver) -> None:

@@ -27,15 +27,6 @@ ENGINE_FLAGS = (
     *("--served-model-name", "tiny-base", "--dtype", "float32", "--threads", "1"),
     *("--kv-cache-bytes", "33554432"),
 )
-    "--served-model-name",
-    "tiny-base",
-    "--dtype",
-    "float32",
-    "--threads",
-    "1",
-    "--kv-cache-bytes",
-    "33554432",
-)
 
 
 @pytest.fixture(scope="module")
@@ -178,13 +169,13 @@ def test_adapters_survive_a_restart_and_a_kill_9_of_everything(tiny: Path, tmp_p
 def test_an_upload_that_is_cut_half_way_leaves_nothing(server: RunningServer, tmp_path: Path) -> None:
     host, port = server.url.removeprefix("http://").split(":")
 
-
     with server.client() as client:
         names = client.get("/v1/adapters").json()
         with socket.create_connection((host, int(port))) as connection:
             connection.sendall(
                 b"POST /v1/adapters HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=b\r\n"
-                b'Content-Length: 100000\r\n\r\n--b\r\nContent-Disposition: form-data; name="name"\r\n\r\ncut\r\n--b\r\n'
+                b"Content-Length: 100000\r\n\r\n--b\r\n"
+                b'Content-Disposition: form-data; name="name"\r\n\r\ncut\r\n--b\r\n'
             )
             time.sleep(0.2)
         time.sleep(0.2)

@@ -88,7 +88,7 @@ class Engine:
 
     def _submit(self, request: Submit) -> None:
         seq = Sequence(
-            request.seq_id, request.token_ids, request.sampling, request.adapter, request.cache_salt, time.monotonic()
+            request.seq_id, [*request.token_ids], request.sampling, request.adapter, request.cache_salt, time.monotonic()
         )
         self._sequences[seq.seq_id] = seq
         if seq.adapter is not None:
