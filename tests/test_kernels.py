@@ -4,15 +4,19 @@ odd sizes, scattered pages; and base rows keep their bits."""
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 
 from adapters.kernels import LoRAKernel, choose_kernel, grouped
 from adapters.kernels.grouped import DensePlan, GroupedKernel
+from adapters.kernels.native import NativeKernel, NativeUnavailable, build
 from adapters.kernels.reference import ReferenceKernel
+from adapters.pool import AdapterPool, PackedAdapter
 from adapters.segments import Segments, build_segments, column_runs
 from adapters.slots import PAGE_COLUMNS
+from adapters.spec import ModelSpec
 
 CPU = torch.device("cpu")
 RANKS = (1, 4, 8, 16, 24, 40, 64)
@@ -41,8 +45,16 @@ KERNELS: dict[str, Callable[[], LoRAKernel]] = {
     "grouped": lambda: GroupedKernel(CPU),
     "dense": lambda: DenseKernel(CPU),
     "per segment": lambda: SegmentKernel(CPU),
-    "chosen": lambda: choose_kernel(CPU)[0],
+    "native": lambda: native_kernel(),
+    "chosen": lambda: choose_kernel(CPU, torch.float32)[0],
 }
+
+
+def native_kernel() -> LoRAKernel:
+    try:
+        return NativeKernel(build())
+    except NativeUnavailable as unavailable:
+        pytest.skip(f"the native kernel needs a compiler: {unavailable}")
 
 
 @dataclass
@@ -194,3 +206,38 @@ def test_many_small_segments_take_the_dense_form_and_long_ones_do_not() -> None:
     assert isinstance(prefill, Segments)
     alone = kernel.plan(build_segments([(3, 1)], runs))
     assert isinstance(alone, Segments)
+
+
+def test_pages_that_change_hands_keep_nothing_of_their_last_owner() -> None:
+    """The next owner does not touch the module: not even an overflow through the old A may reach its rows."""
+    pool = AdapterPool(ModelSpec({"m": (8, 8)}, 16), 1, torch.float32, CPU, KERNELS["chosen"]())
+    pool.write([0], PackedAdapter(1, {"m": (torch.full((16, 8), 3e38), torch.ones(16, 8))}, nbytes=0))
+    pool.write([0], PackedAdapter(1, {}, nbytes=0))
+    x, y = torch.ones(2, 8), torch.ones(2, 8)
+    a, b = pool.buffers["m"]
+    pool.kernel.add_lora(y, x, a, b, pool.kernel.plan(build_segments([(0, 2)], {0: [(0, 16)]})))
+    assert torch.equal(y, torch.ones(2, 8))
+
+
+def test_the_native_kernel_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    native_kernel()
+    library = build(tmp_path)
+    built = library.stat().st_mtime_ns
+    assert build(tmp_path) == library and library.stat().st_mtime_ns == built
+    assert [file.name for file in tmp_path.iterdir()] == [library.name]
+
+
+@pytest.mark.parametrize("compiler", ["/nowhere/g++", "false"])
+def test_without_a_working_compiler_torch_does_it(
+    compiler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", compiler)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    kernel, reason = choose_kernel(CPU, torch.float32)
+    assert kernel.name == "grouped" and compiler in reason
+    assert not list(tmp_path.rglob("*.so"))
+
+
+def test_a_dtype_that_the_native_kernel_does_not_know_goes_to_torch() -> None:
+    kernel, reason = choose_kernel(CPU, torch.float16)
+    assert kernel.name == "grouped" and "float16" in reason

@@ -27,8 +27,16 @@ class LoRAKernel(Protocol):
     def add_lora(self, y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, plan: Any) -> None: ...
 
 
-def choose_kernel(device: torch.device) -> tuple[LoRAKernel, str]:
+def choose_kernel(device: torch.device, dtype: torch.dtype) -> tuple[LoRAKernel, str]:
     """The fastest kernel for `device`, and the reason for the choice in words for the log."""
     from adapters.kernels.grouped import GroupedKernel
+    from adapters.kernels.native import NativeKernel, NativeUnavailable, build
 
-    return GroupedKernel(device), f"torch matmuls ({device.type}: no native kernel is built for it)"
+    if device.type != "cpu":
+        return GroupedKernel(device), f"torch matmuls: there is no native kernel for {device.type}"
+    if dtype not in NativeKernel.DTYPES:
+        return GroupedKernel(device), f"torch matmuls: the native kernel does not know {dtype}"
+    try:
+        return NativeKernel(build()), "native C++ kernel"
+    except NativeUnavailable as unavailable:
+        return GroupedKernel(device), f"torch matmuls: {unavailable}"

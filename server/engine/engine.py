@@ -67,6 +67,7 @@ class Engine:
                     if seq_id in self._sequences:
                         self._finish(self._sequences[seq_id], [], FinishReason.ABORT)
             case MoveAdapter() | PinAdapter():
+                self.residency.expect(message.digest)
                 self._pending.append(message)
             case RetireAdapter(digest=digest):
                 self.residency.retire(digest)
@@ -88,7 +89,12 @@ class Engine:
 
     def _submit(self, request: Submit) -> None:
         seq = Sequence(
-            request.seq_id, [*request.token_ids], request.sampling, request.adapter, request.cache_salt, time.monotonic()
+            request.seq_id,
+            [*request.token_ids],
+            request.sampling,
+            request.adapter,
+            request.cache_salt,
+            time.monotonic(),
         )
         self._sequences[seq.seq_id] = seq
         if seq.adapter is not None:

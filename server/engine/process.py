@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,10 @@ class ProcessTransport:
         ]
 
     def send(self, message: ToEngine) -> None:
+        with suppress(zmq.Again):  # the child is gone, which `on_exit` is about to say
+            self._send(message)
+
+    def _send(self, message: ToEngine) -> None:
         if self._outbox is not None:
             self._outbox.send(encode(message), zmq.NOBLOCK)
 
@@ -76,7 +81,7 @@ class ProcessTransport:
             for task in self._tasks[1:]:
                 task.cancel()  # this death is meant
             try:
-                self.send(Shutdown())
+                self._send(Shutdown())
             except zmq.Again:  # it has not connected yet, so it cannot be asked
                 self._process.kill()
             await asyncio.to_thread(_end, self._process)
@@ -95,6 +100,8 @@ class ProcessTransport:
             if task is not current:
                 task.cancel()
         self._tasks = []
+        if self._process is not None and self._process.stdin is not None:
+            self._process.stdin.close()
         if self._outbox is not None:
             self._outbox.close(linger=0)
             self._outbox = None

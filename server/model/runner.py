@@ -30,7 +30,7 @@ class ModelRunner:
         self._model: Any = loaded.model
         self.device = loaded.device
         self.kv_cache = KVCache(shape, num_blocks, block_size, loaded.device)
-        kernel, self.kernel_reason = choose_kernel(loaded.device)
+        kernel, self.kernel_reason = choose_kernel(loaded.device, loaded.dtype)
         self.pool = AdapterPool(spec, num_pages, loaded.dtype, loaded.device, kernel)
         attach(self._model, spec, self.pool, loaded.head)
 

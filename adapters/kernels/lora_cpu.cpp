@@ -1,0 +1,131 @@
+// The LoRA product on a CPU, for segments of few rows: y[rows] += (x[rows] @ a[lo:hi].T) @ b[lo:hi].
+//
+// Plain C interface, plain loops: the compiler vectorises them for the machine it runs on (AVX-512, AVX2, NEON).
+// Sums are fp32 throughout and y is rounded once. A work item is up to ROWS rows of one segment, so that every rank
+// column is read once for all of them; items are shared out among the OpenMP threads.
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+constexpr int ROWS = 4;
+constexpr int TILE = 256;  // output columns whose fp32 sums stay in the first-level cache
+
+struct Segment { int64_t start, end, lo, hi; };
+struct Item { const Segment* segment; int64_t row; int rows; };
+
+struct bf16 { uint16_t bits; };
+
+inline float load(bf16 value) {
+    uint32_t wide = uint32_t(value.bits) << 16;
+    float out;
+    std::memcpy(&out, &wide, 4);
+    return out;
+}
+inline float load(float value) { return value; }
+
+inline void store(bf16* to, float value) {  // round to nearest even
+    uint32_t wide;
+    std::memcpy(&wide, &value, 4);
+    to->bits = uint16_t((wide + 0x7fffu + ((wide >> 16) & 1u)) >> 16);
+}
+inline void store(float* to, float value) { *to = value; }
+
+// v[row][column] = x[row] . a[column]
+template <typename T, int N>
+void shrink(const T* x, int64_t ldx, const T* a, int64_t columns, int64_t in, float* v) {
+    for (int64_t c = 0; c < columns; c++) {
+        const T* column = a + c * in;
+        float sum[N] = {};
+        for (int r = 0; r < N; r++) {
+            const T* row = x + r * ldx;
+            float s = 0;
+#pragma omp simd reduction(+ : s)
+            for (int64_t k = 0; k < in; k++) s += load(row[k]) * load(column[k]);
+            sum[r] = s;
+        }
+        for (int r = 0; r < N; r++) v[r * columns + c] = sum[r];
+    }
+}
+
+// y[row] += sum over columns of v[row][column] * b[column]
+template <typename T, int N>
+void expand(T* y, int64_t ldy, const T* b, int64_t columns, int64_t out, const float* v) {
+    for (int64_t n0 = 0; n0 < out; n0 += TILE) {
+        int64_t width = out - n0 < TILE ? out - n0 : TILE;
+        float sum[N][TILE];
+        for (int r = 0; r < N; r++)
+            for (int64_t n = 0; n < width; n++) sum[r][n] = load(y[r * ldy + n0 + n]);
+        for (int64_t c = 0; c < columns; c++) {
+            const T* column = b + c * out + n0;
+            for (int r = 0; r < N; r++) {
+                float weight = v[r * columns + c];
+#pragma omp simd
+                for (int64_t n = 0; n < width; n++) sum[r][n] += weight * load(column[n]);
+            }
+        }
+        for (int r = 0; r < N; r++)
+            for (int64_t n = 0; n < width; n++) store(&y[r * ldy + n0 + n], sum[r][n]);
+    }
+}
+
+template <typename T, int N>
+void apply(const Item& item, T* y, int64_t ldy, const T* x, int64_t ldx, const T* a, const T* b, int64_t in, int64_t out) {
+    const Segment& s = *item.segment;
+    int64_t columns = s.hi - s.lo;
+    float v[ROWS * 1024];  // the caller bounds columns
+    shrink<T, N>(x + item.row * ldx, ldx, a + s.lo * in, columns, in, v);
+    expand<T, N>(y + item.row * ldy, ldy, b + s.lo * out, columns, out, v);
+}
+
+template <typename T>
+void run(T* y, int64_t ldy, const T* x, int64_t ldx, const T* a, const T* b, int64_t in, int64_t out,
+         const Segment* segments, int64_t first, int64_t last, int threads) {
+    // Segments of one row range follow each other (their deltas add up), so a row range is never split between threads.
+    constexpr int MAX_ITEMS = 4096;
+    static thread_local Item items[MAX_ITEMS];
+    static thread_local int64_t offsets[MAX_ITEMS + 1];
+    int64_t groups = 0, count = 0;
+    for (int64_t i = first; i < last;) {
+        int64_t next = i;
+        while (next < last && segments[next].start == segments[i].start) next++;
+        for (int64_t row = segments[i].start; row < segments[i].end; row += ROWS) {
+            offsets[groups++] = count;
+            for (int64_t j = i; j < next; j++) {
+                int64_t left = segments[i].end - row;
+                items[count++] = Item{&segments[j], row, int(left < ROWS ? left : ROWS)};
+            }
+        }
+        i = next;
+    }
+    offsets[groups] = count;
+    const Item* shared_items = items;
+    const int64_t* shared_offsets = offsets;
+#pragma omp parallel for schedule(static) num_threads(threads) if (groups > 1)
+    for (int64_t g = 0; g < groups; g++)
+        for (int64_t j = shared_offsets[g]; j < shared_offsets[g + 1]; j++) {
+            const Item& item = shared_items[j];
+            switch (item.rows) {
+                case 1: apply<T, 1>(item, y, ldy, x, ldx, a, b, in, out); break;
+                case 2: apply<T, 2>(item, y, ldy, x, ldx, a, b, in, out); break;
+                case 3: apply<T, 3>(item, y, ldy, x, ldx, a, b, in, out); break;
+                default: apply<T, 4>(item, y, ldy, x, ldx, a, b, in, out);
+            }
+        }
+}
+
+}  // namespace
+
+// x [rows, in] and y [rows, out] with row strides ldx and ldy, a [columns, in], b [columns, out], all of one type.
+// At most 1024 columns a segment, and at most 1024 segments of at most 16 rows each.
+extern "C" void lora_add_bf16(void* y, int64_t ldy, const void* x, int64_t ldx, const void* a, const void* b, int64_t in,
+                              int64_t out, const void* segments, int64_t count, int threads) {
+    run((bf16*)y, ldy, (const bf16*)x, ldx, (const bf16*)a, (const bf16*)b, in, out, (const Segment*)segments, 0, count,
+        threads);
+}
+
+extern "C" void lora_add_f32(void* y, int64_t ldy, const void* x, int64_t ldx, const void* a, const void* b, int64_t in,
+                             int64_t out, const void* segments, int64_t count, int threads) {
+    run((float*)y, ldy, (const float*)x, ldx, (const float*)a, (const float*)b, in, out, (const Segment*)segments, 0,
+        count, threads);
+}

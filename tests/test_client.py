@@ -1,0 +1,279 @@
+"""The API's side of the engine: over a thread with a real engine, and over a transport that does as it is told."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from server.config import ServeConfig
+from server.engine.build import build_engine
+from server.engine.client import AdapterMoveRefused, EngineClient, EngineState, EngineUnavailable, Stream
+from server.engine.loop import ThreadTransport
+from server.engine.messages import (
+    Abort,
+    EngineInfo,
+    EngineStats,
+    Fatal,
+    FromEngine,
+    MoveAdapter,
+    PinAdapter,
+    Ready,
+    Reply,
+    SequenceOutput,
+    StepOutputs,
+    Submit,
+    ToEngine,
+)
+from server.sequence import SamplingParams
+from tests.adapter_factory import tiny_llama, write_adapter
+from tests.engine_driver import MIB, make_driver
+from tests.test_architectures import greedy
+
+PROMPT = [5, 9, 33, 2, 60]
+
+
+def request(seq_id: str, max_tokens: int = 8, adapter: str | None = None) -> Submit:
+    return Submit(seq_id, list(PROMPT), SamplingParams(max_tokens, temperature=0.0, ignore_eos=True), adapter)
+
+
+async def collect(stream: Stream) -> tuple[list[int], str | None]:
+    outputs = [output async for output in stream]
+    return [token for output in outputs for token in output.token_ids], outputs[-1].finish_reason
+
+
+async def eventually(condition: Callable[[], object], seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to pass"
+        await asyncio.sleep(0.01)
+
+
+# -- with an engine in a thread ----------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def client_over(model: Path, data_dir: Path) -> AsyncIterator[EngineClient]:
+    config = ServeConfig(
+        model=str(model), data_dir=data_dir, dtype="float32", device="cpu", kv_cache_bytes=8 * MIB, adapter_slots=2
+    )
+    client = EngineClient(ThreadTransport(lambda: build_engine(config)))
+    await client.start()
+    try:
+        yield client
+    finally:
+        await client.stop()
+
+
+async def test_streams_run_side_by_side(llama_folder: Path, tmp_path: Path) -> None:
+    async with client_over(llama_folder, tmp_path) as client:
+        assert client.state is EngineState.READY
+        assert client.info is not None and client.info.vocab_size == 97
+        streams = [client.submit(request(f"s{index}", 8 + index)) for index in range(4)]
+        answers = await asyncio.gather(*(collect(stream) for stream in streams))
+    expected = greedy(tiny_llama(), PROMPT, 11)
+    assert answers == [(expected[: 8 + index], "length") for index in range(4)]
+
+
+async def test_an_abort_ends_the_stream_and_only_that(llama_folder: Path, tmp_path: Path) -> None:
+    async with client_over(llama_folder, tmp_path) as client:
+        long, short = client.submit(request("long", 400)), client.submit(request("short"))
+        await anext(aiter(long))
+        client.abort(["long", "never heard of"])
+        assert (await collect(long))[1] == "abort"
+        assert (await collect(short))[1] == "length"
+        client.abort(["long"])  # it is over: no error
+        await eventually(lambda: client.stats.running == 0)
+
+
+async def test_adapters_are_moved_pinned_and_used(llama_folder: Path, tmp_path: Path) -> None:
+    driver = make_driver(llama_folder, tmp_path)
+    digest = driver.add_adapter(write_adapter(tiny_llama(), tmp_path / "adapter", scale=0.3))
+    driver.submit("s", PROMPT, digest)
+    driver.run()
+    driver.engine.residency.close()
+    async with client_over(llama_folder, tmp_path) as client:
+        await client.move_adapter(digest, "host")
+        await eventually(lambda: client.residency.host == [digest])
+        await client.pin_adapter(digest, True)
+        await eventually(lambda: client.residency.pinned == [digest])
+        assert await collect(client.submit(request("s", adapter=digest))) == (driver.tokens("s"), "length")
+        await client.pin_adapter(digest, False)
+        await client.move_adapter(digest, "disk")
+        await eventually(lambda: client.residency.device == client.residency.host == [])
+        with pytest.raises(AdapterMoveRefused) as refused:
+            await client.move_adapter("f" * 64, "device")
+        assert refused.value.code == "invalid"
+
+
+async def test_a_missing_adapter_ends_its_stream_with_a_reason(llama_folder: Path, tmp_path: Path) -> None:
+    async with client_over(llama_folder, tmp_path) as client:
+        outputs = [output async for output in client.submit(request("s", adapter="f" * 64))]
+    assert outputs[-1].finish_reason == "error"
+    assert "adapter could not be loaded" in str(outputs[-1].error)
+
+
+async def test_stopping_ends_what_runs(llama_folder: Path, tmp_path: Path) -> None:
+    async with client_over(llama_folder, tmp_path) as client:
+        stream = client.submit(request("s", 480))
+        await anext(aiter(stream))
+    assert (await collect(stream))[1] in ("error", "abort")
+    assert not client.is_alive()
+    with pytest.raises(EngineUnavailable, match="shutting down"):
+        client.submit(request("late"))
+
+
+async def test_a_model_that_cannot_be_loaded_is_reported_by_start(tmp_path: Path) -> None:
+    with pytest.raises(EngineUnavailable, match="cannot load"):
+        async with client_over(tmp_path / "nothing here", tmp_path):
+            raise AssertionError("it started")
+
+
+# -- with a transport that does as it is told --------------------------------------------------------------------------
+
+
+class FakeTransport:
+    """Keeps what was sent; the test says what the engine answers."""
+
+    def __init__(self) -> None:
+        self.sent: list[ToEngine] = []
+        self.starts = 0
+        self.stops = 0
+
+    async def start(self, on_message: Callable[[FromEngine], None], on_exit: Callable[[str], None]) -> None:
+        self.starts += 1
+        self.say, self.die = on_message, on_exit
+        asyncio.get_running_loop().call_soon(self.say, Ready(info()))
+
+    def send(self, message: ToEngine) -> None:
+        self.sent.append(message)
+
+    async def stop(self) -> None:
+        self.stops += 1
+
+    def output(self, seq_id: str, *tokens: int, **end: Any) -> None:
+        self.say(StepOutputs([SequenceOutput(seq_id, list(tokens), **end)], EngineStats(running=1)))
+
+
+def info() -> EngineInfo:
+    return EngineInfo("0" * 12, 97, 512, {}, 64, 2, 8, 16, [2], {})
+
+
+@pytest.fixture
+def transport() -> FakeTransport:
+    return FakeTransport()
+
+
+@pytest.fixture
+async def client(transport: FakeTransport) -> AsyncIterator[EngineClient]:
+    made = EngineClient(transport, hang_seconds=0.2)
+    await made.start()
+    yield made
+    await made.stop()
+
+
+async def test_before_it_is_ready_nothing_is_taken(transport: FakeTransport) -> None:
+    client = EngineClient(transport)
+    assert client.state is EngineState.STARTING
+    with pytest.raises(EngineUnavailable, match="loading"):
+        client.submit(request("s"))
+    with pytest.raises(EngineUnavailable):
+        await client.move_adapter("a", "host")
+
+
+async def test_when_the_engine_dies_every_stream_and_call_ends_and_it_starts_again(
+    transport: FakeTransport, client: EngineClient
+) -> None:
+    streams = [client.submit(request(f"s{index}")) for index in range(3)]
+    move = asyncio.create_task(client.move_adapter("a" * 64, "device"))
+    await asyncio.sleep(0)
+    transport.output("s0", 7)
+    transport.die("killed")
+    assert client.state is EngineState.RESTARTING
+    with pytest.raises(EngineUnavailable, match="restarting"):
+        client.submit(request("late"))
+    answers = [await collect(stream) for stream in streams]
+    assert answers == [([7], "error"), ([], "error"), ([], "error")]
+    with pytest.raises(EngineUnavailable):
+        await move
+    await eventually(lambda: client.state is EngineState.READY)
+    assert (transport.starts, client.restarts) == (2, 1)
+    stream = client.submit(request("s0"))
+    transport.output("s0", 8, finish_reason="length")
+    assert await collect(stream) == ([8], "length")
+
+
+async def test_pins_outlive_a_restart(transport: FakeTransport, client: EngineClient) -> None:
+    for digest, pinned in (("kept", True), ("dropped", True), ("dropped", False)):
+        call = asyncio.create_task(client.pin_adapter(digest, pinned))
+        await asyncio.sleep(0)
+        sent = transport.sent[-1]
+        assert isinstance(sent, PinAdapter)
+        transport.say(Reply(sent.request_id))
+        await call
+    transport.sent.clear()
+    transport.die("killed")
+    await eventually(lambda: client.state is EngineState.READY)
+    assert [(m.digest, m.pinned) for m in transport.sent if isinstance(m, PinAdapter)] == [("kept", True)]
+
+
+async def test_an_engine_that_stops_stepping_is_replaced(transport: FakeTransport, client: EngineClient) -> None:
+    await asyncio.sleep(0.4)
+    assert client.is_alive()  # without work, silence is no sign of anything
+    stream = client.submit(request("s"))
+    assert client.is_alive()
+    await asyncio.sleep(0.1)
+    transport.output("s", 1)
+    await asyncio.sleep(0.15)
+    assert client.is_alive()  # it made a step in between
+    assert (await collect(stream)) == ([1], "error")
+    await eventually(lambda: client.state is EngineState.READY)
+    assert (transport.stops, transport.starts) == (1, 2)
+    assert client.is_alive()
+
+
+async def test_an_engine_that_cannot_go_on_is_not_started_again(transport: FakeTransport, client: EngineClient) -> None:
+    stream = client.submit(request("s"))
+    transport.say(Fatal("the disk is gone"))
+    transport.die("status 1")
+    assert await collect(stream) == ([], "error")
+    assert (client.state, transport.starts) == (EngineState.DEAD, 1)
+    assert not client.is_alive()
+    with pytest.raises(EngineUnavailable, match="the disk is gone"):
+        client.submit(request("late"))
+
+
+async def test_a_refused_move_raises_its_code(transport: FakeTransport, client: EngineClient) -> None:
+    call = asyncio.create_task(client.move_adapter("a", "disk"))
+    await asyncio.sleep(0)
+    sent = transport.sent[-1]
+    assert isinstance(sent, MoveAdapter)
+    transport.say(Reply(sent.request_id, ("busy", "the adapter is in use")))
+    with pytest.raises(AdapterMoveRefused, match="in use") as refused:
+        await call
+    assert refused.value.code == "busy"
+
+
+async def test_listeners_hear_every_step_and_strangers_are_ignored(
+    transport: FakeTransport, client: EngineClient
+) -> None:
+    heard: list[StepOutputs] = []
+    client.add_listener(heard.append)
+    transport.output("nobody", 1)
+    transport.say(Reply(12345))
+    assert len(heard) == 1
+    assert client.stats.running == 1
+
+
+async def test_only_running_sequences_are_aborted(transport: FakeTransport, client: EngineClient) -> None:
+    client.submit(request("a"))
+    over = client.submit(request("b"))
+    transport.output("b", finish_reason="length")
+    await collect(over)
+    transport.sent.clear()
+    client.abort(["b"])
+    client.abort(["a", "b"])
+    assert transport.sent == [Abort(["a"])]

@@ -1,0 +1,194 @@
+"""The engine in a child process: it serves, it dies, it hangs, it is replaced, and it leaves nothing behind."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import psutil
+import pytest
+
+from server.config import ServeConfig
+from server.engine.client import EngineClient, EngineState, EngineUnavailable, Stream
+from server.engine.messages import SequenceOutput
+from server.engine.process import ProcessTransport
+from tests.adapter_factory import tiny_llama, write_adapter
+from tests.engine_driver import MIB, make_driver
+from tests.test_architectures import greedy
+from tests.test_client import PROMPT, collect, eventually, request
+
+ROOT = Path(__file__).parent.parent
+START_SECONDS = 120.0  # importing torch takes most of it
+
+
+def make_transport(model: Path, data_dir: Path) -> ProcessTransport:
+    return ProcessTransport(
+        ServeConfig(
+            model=str(model),
+            data_dir=data_dir,
+            dtype="float32",
+            device="cpu",
+            kv_cache_bytes=8 * MIB,
+            adapter_slots=2,
+            threads=1,
+        )
+    )
+
+
+def is_gone(pid: int) -> bool:
+    """An orphan that nobody waits for stays a zombie."""
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+async def first(stream: Stream) -> SequenceOutput:
+    return await asyncio.wait_for(stream.queue.get(), 30)
+
+
+@pytest.fixture
+async def stack() -> AsyncIterator[AsyncExitStack]:
+    """Ends the clients of a test that did not get to do it."""
+    async with AsyncExitStack() as made:
+        yield made
+
+
+async def test_a_killed_engine_is_noticed_replaced_and_leaves_nothing_behind(
+    llama_folder: Path, tmp_path: Path, stack: AsyncExitStack
+) -> None:
+    driver = make_driver(llama_folder, tmp_path)
+    digest = driver.add_adapter(write_adapter(tiny_llama(), tmp_path / "adapter", scale=0.3))
+    driver.submit("s", PROMPT, digest)
+    driver.run()
+    driver.engine.residency.close()
+
+    transport = make_transport(llama_folder, tmp_path)
+    client = EngineClient(transport)
+    stack.push_async_callback(client.stop)
+    await client.start()
+    assert client.state is EngineState.READY
+    assert transport.pid is not None and transport.pid != os.getpid()
+    await client.move_adapter(digest, "device")
+    base, lora = client.submit(request("base")), client.submit(request("lora", adapter=digest))
+    assert await collect(base) == (greedy(tiny_llama(), PROMPT, 8), "length")
+    assert await collect(lora) == (driver.tokens("s"), "length")
+    aborted = client.submit(request("aborted", 480))
+    await first(aborted)
+    client.abort(["aborted"])
+    assert (await collect(aborted))[1] == "abort"
+
+    killed, folders = transport.pid, {transport._folder}
+    streams = [client.submit(request(f"s{index}", 480)) for index in range(5)]
+    for stream in streams:
+        await first(stream)
+    os.kill(killed, signal.SIGKILL)
+    started = time.monotonic()
+    for stream in streams:
+        assert (await collect(stream))[1] == "error"
+    assert time.monotonic() - started < 1
+    assert client.state is EngineState.RESTARTING
+    with pytest.raises(EngineUnavailable, match="restarting"):
+        client.submit(request("too early"))
+    await eventually(lambda: client.state is EngineState.READY, START_SECONDS)
+    assert await collect(client.submit(request("after"))) == (greedy(tiny_llama(), PROMPT, 8), "length")
+
+    second = transport.pid
+    folders.add(transport._folder)
+    running = client.submit(request("running", 480))
+    await first(running)
+    await client.stop()
+    assert (await collect(running))[1] in ("error", "abort")
+    assert second is not None and is_gone(killed) and is_gone(second)
+    assert transport._process is not None and transport._process.returncode == 0  # it went by itself
+    assert len(folders) == 2 and not any(folder is not None and folder.exists() for folder in folders)
+
+
+async def test_an_engine_that_hangs_is_replaced(llama_folder: Path, tmp_path: Path) -> None:
+    transport = make_transport(llama_folder, tmp_path)
+    client = EngineClient(transport, hang_seconds=2.0)
+    await client.start()
+    try:
+        hung = transport.pid
+        assert hung is not None
+        stream = client.submit(request("s", 480))
+        await first(stream)
+        os.kill(hung, signal.SIGSTOP)
+        assert client.is_alive()
+        await eventually(lambda: not client.is_alive(), 5)
+        assert (await asyncio.wait_for(collect(stream), 10))[1] == "error"
+        await eventually(lambda: client.state is EngineState.READY, START_SECONDS)
+        assert client.is_alive() and is_gone(hung)
+        assert (await collect(client.submit(request("after"))))[1] == "length"
+    finally:
+        await client.stop()
+
+
+async def test_a_request_in_the_moment_of_death_ends_with_an_error(llama_folder: Path, tmp_path: Path) -> None:
+    """The child is gone, and nobody has noticed yet."""
+    transport = make_transport(llama_folder, tmp_path)
+    client = EngineClient(transport)
+    await client.start()
+    try:
+        assert transport.pid is not None
+        os.kill(transport.pid, signal.SIGKILL)
+        time.sleep(0.3)  # the event loop does not get to run
+        assert client.state is EngineState.READY
+        assert await asyncio.wait_for(collect(client.submit(request("s"))), 5) == ([], "error")
+    finally:
+        await client.stop()
+
+
+async def test_stopping_while_the_model_loads_leaves_nothing_behind(llama_folder: Path, tmp_path: Path) -> None:
+    transport = make_transport(llama_folder, tmp_path)
+    client = EngineClient(transport)
+    starting = asyncio.create_task(client.start())
+    await eventually(lambda: transport.pid is not None)
+    pid, folder = transport.pid, transport._folder
+    await client.stop()
+    assert pid is not None and is_gone(pid)
+    assert folder is not None and not folder.exists()
+    starting.cancel()
+
+
+async def test_a_model_that_cannot_be_loaded_is_reported_by_start(tmp_path: Path) -> None:
+    transport = make_transport(tmp_path / "nothing here", tmp_path)
+    client = EngineClient(transport)
+    with pytest.raises(EngineUnavailable, match=r"cannot load .*nothing here"):
+        await client.start()
+    assert client.state is EngineState.DEAD
+    assert client.restarts == 0
+    await client.stop()
+    assert transport.pid is not None and is_gone(transport.pid)
+
+
+PARENT = """
+import asyncio, sys
+from pathlib import Path
+from server.config import ServeConfig
+from server.engine.client import EngineClient
+from server.engine.process import ProcessTransport
+
+async def main():
+    transport = ProcessTransport(ServeConfig(model=sys.argv[1], data_dir=Path(sys.argv[2]), kv_cache_bytes=1 << 22))
+    await EngineClient(transport).start()
+    print(transport.pid, flush=True)
+    await asyncio.sleep(600)
+
+asyncio.run(main())
+"""
+
+
+def test_the_engine_goes_when_its_parent_is_killed(llama_folder: Path, tmp_path: Path) -> None:
+    arguments = [sys.executable, "-c", PARENT, str(llama_folder), str(tmp_path)]
+    with subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        assert not is_gone(child)
+        parent.kill()
+    deadline = time.monotonic() + 5
+    while not is_gone(child):
+        assert time.monotonic() < deadline, "the engine outlives its parent"
+        time.sleep(0.02)
