@@ -23,6 +23,9 @@ class HostCache(Generic[T]):
     def __contains__(self, digest: str) -> bool:
         return digest in self._entries
 
+    def is_full(self) -> bool:
+        return self.nbytes >= self.max_bytes
+
     def digests(self) -> list[str]:
         return list(self._entries)
 

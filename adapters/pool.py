@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from adapters.errors import AdapterInvalid, Problem
 from adapters.kernels import LoRAKernel
 from adapters.segments import NO_SEGMENTS, Segments
 from adapters.slots import PAGE_COLUMNS
@@ -25,12 +26,19 @@ class PackedAdapter:
 
 
 def pack(weights: "AdapterWeights", dtype: torch.dtype) -> PackedAdapter:
-    """Convert checked weights to the pool's layout. Runs in a reader thread."""
+    """Convert checked weights to the pool's layout. Runs in a reader thread.
+
+    Raises `AdapterInvalid` when a weight is finite in its own dtype but not in `dtype`.
+    """
     num_pages = -(-weights.rank // PAGE_COLUMNS)
     modules = {}
     for name, factors in weights.factors.items():
         a = _padded(factors.a.to(dtype), num_pages)
         b = _padded((factors.b.float() * factors.scaling).to(dtype).T, num_pages)
+        if not (a.isfinite().all() and b.isfinite().all()):
+            raise AdapterInvalid(
+                [Problem(name, f"weights beyond {dtype}", "a scaled B that the base's dtype can hold", "nonfinite")]
+            )
         modules[name] = (a, b)
     nbytes = sum(t.numel() * t.element_size() for pair in modules.values() for t in pair)
     return PackedAdapter(num_pages, modules, nbytes)

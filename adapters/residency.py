@@ -86,7 +86,6 @@ class Residency(Generic[P]):
         self._done: queue.SimpleQueue[_Done[P]] = queue.SimpleQueue()
         self._reading: set[str] = set()
         self._failed: dict[str, tuple[str, float]] = {}
-        self._retired: set[str] = set()  # to be unloaded as soon as nothing uses them
         self._moves: list[Move] = []
         self.changed = False  # set with every change of what `where` and `loading` tell; the reader clears it
 
@@ -106,15 +105,17 @@ class Residency(Generic[P]):
         slot = self.slots.get(digest)
         assert slot is not None and slot.ref_count > 0, digest
         slot.ref_count -= 1
-        if slot.ref_count == 0 and digest in self._retired:
-            self.unload(digest)
 
     def failure(self, digest: str) -> str | None:
         failed = self._failed.get(digest)
         return failed[0] if failed else None
 
     def prefetch(self, digest: str) -> None:
-        """Bring a version into host memory."""
+        """Bring a version into host memory ahead of its use, while nothing has to go for it."""
+        if not self.host.is_full():
+            self._read_to_host(digest)
+
+    def _read_to_host(self, digest: str) -> None:
         if digest in self._reading or digest in self._failed or self.slots.get(digest) or digest in self.host:
             return
         self._reading.add(digest)
@@ -129,7 +130,7 @@ class Residency(Generic[P]):
             return
         packed = self.host.get(digest)
         if packed is None:
-            self.prefetch(digest)
+            self._read_to_host(digest)
             return
         slot, evicted = self.slots.reserve(digest, packed.num_pages)
         for victim in evicted:
@@ -144,34 +145,23 @@ class Residency(Generic[P]):
         if failed is not None:
             raise MoveRefused("invalid", failed[0])
         if tier == "host":
-            self.prefetch(digest)
+            self._read_to_host(digest)
             return
         self.request(digest)
         if digest in self.host and self.slots.get(digest) is None:
             raise MoveRefused("no_room", "every slot is pinned or in use")
 
     def expect(self, digest: str) -> None:
-        """A new request for the version: it is not retired (any more), and a failed load is tried again, unless that
-        was just now."""
-        self._retired.discard(digest)
+        """A new request for the version: if it failed to load, try again, unless that was just now."""
         failed = self._failed.get(digest)
         if failed is not None and time.monotonic() - failed[1] > RETRY_SECONDS:
             del self._failed[digest]
-
-    def retire(self, digest: str) -> None:
-        """Nobody will ask for the version again: unload it now, or when its last sequence ends."""
-        self.unpin(digest)
-        try:
-            self.unload(digest)
-        except MoveRefused:
-            self._retired.add(digest)
 
     def unload(self, digest: str) -> None:
         """Free device and host memory. Raises `MoveRefused` while sequences use the version or it is loading."""
         slot = self.slots.get(digest)
         if (slot is not None and (slot.ref_count > 0 or not slot.ready)) or digest in self._reading:
             raise MoveRefused("busy", "the adapter is in use")
-        self._retired.discard(digest)
         self._failed.pop(digest, None)
         if slot is not None:
             self.slots.drop(digest)

@@ -63,6 +63,7 @@ class Sequence:
     arrival: float = 0.0
     num_prompt_tokens: int = 0
     num_computed_tokens: int = 0
+    num_verified_tokens: int = 0  # of the computed ones: finite logits have come of their keys and values
     num_cached_tokens: int = 0  # of the prompt, found in the prefix cache at first admission
     status: SequenceStatus = SequenceStatus.WAITING
     block_table: list[int] = field(default_factory=list)

@@ -46,6 +46,9 @@ class FakeTransport:
         if self.comes_back:
             on_message(Ready(self.info))
 
+    def kill(self) -> None:
+        self.die()
+
     async def stop(self) -> None:
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)

@@ -1,4 +1,4 @@
-"""Every architecture on the list, as a tiny random model: the engine's greedy tokens are `generate`'s, token by token."""
+"""Every architecture on the list, as a tiny random model: greedy tokens are those of `generate`, one by one."""
 
 from pathlib import Path
 from typing import Any

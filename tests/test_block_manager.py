@@ -170,7 +170,7 @@ def test_admission_counts_idle_matches_as_taken() -> None:
 def test_disowned_blocks_are_never_found_again() -> None:
     blocks = BlockManager(num_blocks=8, block_size=BLOCK)
     seq = compute(blocks, make_seq(range(10)))
-    assert sorted(blocks.disown(seq)) == sorted(seq.block_table)
+    assert sorted(blocks.disown_unverified(seq)) == sorted(seq.block_table)
     assert blocks.match_prefix(make_seq(range(10))) == []
     blocks.free(seq)
     blocks.check_integrity([])
@@ -179,7 +179,7 @@ def test_disowned_blocks_are_never_found_again() -> None:
 def test_shared_blocks_are_not_disowned() -> None:
     blocks = BlockManager(num_blocks=8, block_size=BLOCK)
     first, second = compute(blocks, make_seq(range(10))), compute(blocks, make_seq(range(10)))
-    assert blocks.disown(second) == second.block_table[2:]
+    assert blocks.disown_unverified(second) == second.block_table[2:]
     assert blocks.match_prefix(make_seq(range(10))) == first.block_table[:2]
     blocks.check_integrity([first, second])
 
@@ -223,7 +223,7 @@ class Ledger:
         self.blocks.free(self.running.pop(pick % len(self.running)))
 
     def disown(self, pick: int) -> None:
-        for block_id in self.blocks.disown(self.running[pick % len(self.running)]):
+        for block_id in self.blocks.disown_unverified(self.running[pick % len(self.running)]):
             self.content.pop(block_id, None)
         self.free(pick)
 

@@ -142,6 +142,7 @@ class FakeTransport:
         self.sent: list[ToEngine] = []
         self.starts = 0
         self.stops = 0
+        self.kills = 0
 
     async def start(self, on_message: Callable[[FromEngine], None], on_exit: Callable[[str], None]) -> None:
         self.starts += 1
@@ -150,6 +151,10 @@ class FakeTransport:
 
     def send(self, message: ToEngine) -> None:
         self.sent.append(message)
+
+    def kill(self) -> None:
+        self.kills += 1
+        self.die("killed")
 
     async def stop(self) -> None:
         self.stops += 1
@@ -231,7 +236,7 @@ async def test_an_engine_that_stops_stepping_is_replaced(transport: FakeTranspor
     assert client.is_alive()  # it made a step in between
     assert (await collect(stream)) == ([1], "error")
     await eventually(lambda: client.state is EngineState.READY)
-    assert (transport.stops, transport.starts) == (1, 2)
+    assert (transport.kills, transport.starts) == (1, 2)
     assert client.is_alive()
 
 

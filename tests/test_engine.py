@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from adapters.residency import RETRY_SECONDS
-from server.engine.messages import Abort, MoveAdapter, PinAdapter, Submit
+from server.engine.messages import Abort, MoveAdapter, PinAdapter, RetireAdapter, Submit
 from server.model.batch import build_batch
 from server.sequence import SamplingParams, Sequence
 from tests.adapter_factory import tiny_llama, with_peft, write_adapter
@@ -345,7 +345,6 @@ def test_an_adapter_that_overflows_ends_its_own_requests_only(
     assert_the_cache_is_finite(driver)
 
 
-@pytest.mark.xfail(strict=True, reason="blocks of a prefill that was never sampled from are handed on as they are")
 def test_what_an_aborted_prefill_left_behind_is_not_read_by_others(drivers: Drivers, tmp_path: Path) -> None:
     """A long prompt on an overflowing adapter, dropped before anything was sampled from it."""
     driver = drivers.make(kv_cache_bytes=8 * BLOCK_BYTES, max_batch_tokens=16)
@@ -439,6 +438,39 @@ def test_pinning_loads_and_protects(drivers: Drivers, adapters: dict[str, Path])
 
 
 # -- how an answer ends ------------------------------------------------------------------------------------------------
+
+
+def test_a_retired_version_goes_when_its_last_sequence_ends(driver: Driver, adapters: dict[str, Path]) -> None:
+    """Running and waiting sequences keep it; then device and host memory are free, even if it was pinned."""
+    digest = driver.add_adapter(next(iter(adapters.values())))
+    assert settled(driver, PinAdapter(0, digest, True)) is None
+    driver.submit("running", prompt_of(20), digest, max_tokens=8)
+    step_until_running(driver, "running")
+    driver.submit("waiting", prompt_of(20, seed=1), digest, max_tokens=8)
+    driver.engine.handle(RetireAdapter(digest))
+    driver.run()
+    assert driver.finish_reason("running") == driver.finish_reason("waiting") == "length"
+    assert driver.engine.residency.where(digest) == "disk"
+    assert driver.engine.residency.num_pinned() == 0
+
+
+def test_an_idle_version_that_is_retired_goes_at_once(driver: Driver, adapters: dict[str, Path]) -> None:
+    digest = driver.add_adapter(next(iter(adapters.values())))
+    bring_to_device(driver, digest)
+    driver.engine.handle(RetireAdapter(digest))
+    driver.engine.handle(RetireAdapter("0" * 64))
+    driver.run()
+    assert driver.engine.residency.where(digest) == "disk"
+
+
+def test_a_retired_version_that_is_asked_for_again_stays(driver: Driver, adapters: dict[str, Path]) -> None:
+    digest = driver.add_adapter(next(iter(adapters.values())))
+    driver.submit("before", prompt_of(20), digest, max_tokens=8)
+    step_until_running(driver, "before")
+    driver.engine.handle(RetireAdapter(digest))
+    driver.submit("after", prompt_of(20), digest, max_tokens=8)
+    driver.run()
+    assert driver.engine.residency.where(digest) == "device"
 
 
 def test_an_answer_ends_at_max_tokens(driver: Driver) -> None:

@@ -68,7 +68,7 @@ def test_quantization_changes_the_fingerprint(llama: Path, tmp_path: Path) -> No
 
 
 def test_bfloat16_tokens_are_the_likeliest_within_its_own_rounding(llama: Path, tmp_path: Path) -> None:
-    """In bfloat16 two implementations may order near-ties differently; nothing beyond two of its steps may be picked."""
+    """In bfloat16 two implementations may order near-ties differently; none is picked beyond two steps."""
     driver = make_driver(llama / "model", tmp_path, dtype="bfloat16")
     _, base = served(driver, driver.add_adapter(llama / "adapter"))
     model = AutoModelForCausalLM.from_pretrained(llama / "model", dtype=torch.bfloat16).eval()

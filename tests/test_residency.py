@@ -335,38 +335,6 @@ def test_unloading_is_refused_while_the_version_loads(residency: Residency[Weigh
     acquire(residency, "a")
 
 
-def test_a_retired_version_goes_when_its_last_sequence_ends(residency: Residency[Weights]) -> None:
-    acquire(residency, "a")
-    acquire(residency, "a")
-    residency.retire("a")
-    residency.release("a")
-    assert residency.where("a") == "device"
-    residency.release("a")
-    assert residency.where("a") == "disk"
-    assert residency.host.digests() == []
-    residency.slots.check_integrity({})
-
-
-def test_an_idle_version_that_is_retired_goes_at_once_even_when_pinned(residency: Residency[Weights]) -> None:
-    for digest in "ab":
-        acquire(residency, digest)
-        residency.release(digest)
-    residency.pin("a")
-    residency.retire("a")
-    residency.retire("never heard of")
-    assert residency.where("a") == "disk"
-    assert residency.where("b") == "device"
-    assert residency.num_pinned() == 0
-
-
-def test_a_retired_version_that_is_asked_for_again_stays(residency: Residency[Weights]) -> None:
-    acquire(residency, "a")
-    residency.retire("a")
-    residency.expect("a")
-    residency.release("a")
-    assert residency.where("a") == "device"
-
-
 def test_a_pinned_version_stays_and_one_slot_is_left_for_others(residency: Residency[Weights]) -> None:
     for digest in "abc":
         acquire(residency, digest)
@@ -441,9 +409,7 @@ def test_after_any_operations_the_books_balance_and_nothing_is_stuck(
     references: Counter[str] = Counter()
     for _ in range(300):
         digest = chance.choice(digests)
-        action = chance.choice(
-            ["acquire", "acquire", "release", "prefetch", "unload", "pin", "unpin", "expect", "retire"]
-        )
+        action = chance.choice(["acquire", "acquire", "release", "prefetch", "unload", "pin", "unpin", "expect"])
         if action == "acquire" and residency.acquire(digest) is not None:
             references[digest] += 1
             slot = residency.slots.get(digest)
@@ -453,8 +419,8 @@ def test_after_any_operations_the_books_balance_and_nothing_is_stuck(
             references[digest] -= 1
         elif action == "prefetch":
             residency.prefetch(digest)
-        elif action in ("expect", "retire"):
-            getattr(residency, action)(digest)
+        elif action == "expect":
+            residency.expect(digest)
         elif action == "unpin":
             residency.unpin(digest)
         elif action in ("unload", "pin") and (action == "unload" or residency.where(digest) == "device"):

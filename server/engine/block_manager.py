@@ -134,9 +134,15 @@ class BlockManager:
         seq.block_table = []
         seq.num_computed_tokens = 0
 
-    def disown(self, seq: Sequence) -> list[int]:
-        """Take the blocks that only `seq` refers to out of the prefix cache; returns their ids."""
-        own = [block_id for block_id in seq.block_table if self._blocks[block_id].ref_count == 1]
+    def disown_unverified(self, seq: Sequence) -> list[int]:
+        """Blocks that only `seq` refers to and whose content never led to finite logits, out of the prefix cache now.
+
+        They may hold NaN (of an adapter that overflows, say), which whoever gets them next must not read.
+        """
+        if seq.num_verified_tokens >= seq.num_computed_tokens:
+            return []
+        suspect = seq.block_table[max(seq.num_verified_tokens, 0) // self.block_size :]
+        own = [block_id for block_id in suspect if self._blocks[block_id].ref_count == 1]
         for block_id in own:
             self._forget(self._blocks[block_id])
         return own

@@ -66,6 +66,9 @@ class EngineTransport(Protocol):
 
     def send(self, message: ToEngine) -> None: ...
 
+    def kill(self) -> None:
+        """End an engine that hangs, at once; `on_exit` follows."""
+
     async def stop(self) -> None:
         """End the engine, by force when it does not go by itself."""
 
@@ -229,6 +232,9 @@ class EngineClient:
     def _on_exit(self, reason: str) -> None:
         if self.state is EngineState.DEAD:
             return
+        if self.state is EngineState.STARTING:  # a first start that fails would fail again
+            self._on_fatal(reason)
+            return
         log.error("engine lost: %s", reason)
         self.state, self.reason = EngineState.RESTARTING, "the engine is restarting"
         self.stats, self.residency = EngineStats(), Residency()
@@ -246,8 +252,8 @@ class EngineClient:
         while True:
             await asyncio.sleep(min(1.0, self._hang_seconds / 4))
             if self.state is EngineState.READY and self._hangs():
-                await self._transport.stop()
-                self._on_exit(f"no step for {self._hang_seconds:g} s with work to do")
+                log.error("no step for %g s with work to do", self._hang_seconds)
+                self._transport.kill()
 
     def _fail_everything(self, reason: str) -> None:
         """Invariant: every submitted sequence ends in exactly one terminal output, even when the engine is gone."""

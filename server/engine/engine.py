@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 
 from adapters.pool import PackedAdapter
 from adapters.residency import MoveRefused, Residency
@@ -51,12 +52,13 @@ class Engine:
         self._eos_token_ids = eos_token_ids
         self._max_model_len = max_model_len
         self._sequences: dict[str, Sequence] = {}
+        self._retired: set[str] = set()  # versions that no name points at: unloaded once nothing uses them
         self._pending: list[MoveAdapter | PinAdapter] = []
         self._outputs: list[SequenceOutput] = []
         self._steps = 0
 
     def has_work(self) -> bool:
-        return bool(self._sequences or self._pending or self._outputs or self.residency.changed)
+        return bool(self._sequences or self._pending or self._retired or self._outputs or self.residency.changed)
 
     def handle(self, message: ToEngine) -> None:
         match message:
@@ -70,13 +72,15 @@ class Engine:
                 self.residency.expect(message.digest)
                 self._pending.append(message)
             case RetireAdapter(digest=digest):
-                self.residency.retire(digest)
+                self.residency.unpin(digest)
+                self._retired.add(digest)
 
     def step(self) -> list[FromEngine]:
         """Advance everything that can run by one forward pass; returns what there is to say, outputs first."""
         started = time.perf_counter()
         self.residency.poll()
         replies = self._settle_moves()
+        self._unload_retired()
         for seq, reason in self.scheduler.failed():
             self._finish(seq, [], FinishReason.ERROR, error=f"the adapter could not be loaded: {reason}")
         batch = self.scheduler.schedule()
@@ -98,6 +102,7 @@ class Engine:
         )
         self._sequences[seq.seq_id] = seq
         if seq.adapter is not None:
+            self._retired.discard(seq.adapter)  # a name points at it again
             self.residency.expect(seq.adapter)
         self.scheduler.add(seq)
 
@@ -120,6 +125,7 @@ class Engine:
 
     def _forward(self, batch: ScheduledBatch) -> Iterator[Sample]:
         sampled = [scheduled.seq for scheduled in batch.sequences if scheduled.samples]
+        self._runner.kv_cache.scrub(self.scheduler.take_suspect_blocks())
         forward = build_batch(batch, self.scheduler.blocks.block_size, self._runner.device)
         logits = self._runner.run(forward, *self._segments(batch))
         return iter(sample(logits, sampled, self._eos_token_ids) if sampled else [])
@@ -139,6 +145,7 @@ class Engine:
         self.scheduler.blocks.commit(seq, scheduled.end)
         if sampled is None:
             return
+        seq.num_verified_tokens = scheduled.end
         seq.token_ids.append(sampled.token_id)
         self._finish(seq, [sampled.token_id], self._finish_reason(seq, sampled.token_id), sampled=sampled)
 
@@ -176,9 +183,8 @@ class Engine:
             del self._sequences[seq.seq_id]
 
     def _abandon(self, seq: Sequence, error: str) -> None:
-        """End a sequence whose numbers went bad, and make sure that nobody ever reads them."""
-        if seq.status is SequenceStatus.RUNNING:
-            self._runner.kv_cache.scrub(self.scheduler.blocks.disown(seq))
+        """End a sequence whose numbers went bad; nothing of what it computed can be trusted."""
+        seq.num_verified_tokens = -1
         self._finish(seq, [], FinishReason.ERROR, error=error)
 
     # -- adapters ------------------------------------------------------------------------------------------------
@@ -214,6 +220,13 @@ class Engine:
         if isinstance(request, PinAdapter):
             self.residency.pin(digest)
         return True
+
+    def _unload_retired(self) -> None:
+        used = {seq.adapter for seq in self._sequences.values()} if self._retired else set()
+        for digest in self._retired - used:
+            with suppress(MoveRefused):  # it is just being loaded
+                self.residency.unload(digest)
+                self._retired.discard(digest)
 
     # -- report --------------------------------------------------------------------------------------------------
 

@@ -61,6 +61,7 @@ class ThreadTransport:
 
     async def start(self, on_message: Callable[[FromEngine], None], on_exit: Callable[[str], None]) -> None:
         loop = asyncio.get_running_loop()
+        self._inbox = queue.SimpleQueue()  # what was sent to the last engine is not for this one
 
         def emit(message: FromEngine) -> None:
             loop.call_soon_threadsafe(on_message, message)
@@ -81,6 +82,9 @@ class ThreadTransport:
 
     def send(self, message: ToEngine) -> None:
         self._inbox.put(message)
+
+    def kill(self) -> None:
+        """A thread cannot be ended from outside; whoever needs that runs the engine in a process."""
 
     async def stop(self) -> None:
         if self._thread is not None:

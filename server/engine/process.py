@@ -76,6 +76,10 @@ class ProcessTransport:
         if self._outbox is not None:
             self._outbox.send(encode(message), zmq.NOBLOCK)
 
+    def kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+
     async def stop(self) -> None:
         if self._process is not None and self._process.poll() is None:
             for task in self._tasks[1:]:

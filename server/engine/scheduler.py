@@ -54,6 +54,7 @@ class Scheduler:
     waiting: deque[Sequence] = field(default_factory=deque)
     running: list[Sequence] = field(default_factory=list)
     preemptions: int = 0
+    _suspect_blocks: list[int] = field(default_factory=list)
 
     def add(self, seq: Sequence) -> None:
         self.waiting.append(seq)
@@ -77,6 +78,11 @@ class Scheduler:
         elif seq.status is SequenceStatus.WAITING:
             self.waiting.remove(seq)
         seq.status = SequenceStatus.FINISHED
+
+    def take_suspect_blocks(self) -> list[int]:
+        """Blocks freed since the last call whose content must be zeroed before anyone reads it."""
+        blocks, self._suspect_blocks = self._suspect_blocks, []
+        return blocks
 
     def failed(self) -> list[tuple[Sequence, str]]:
         """Waiting sequences whose adapter could not be loaded, with the reason."""
@@ -150,7 +156,9 @@ class Scheduler:
         return Admission.ADMITTED
 
     def _release(self, seq: Sequence) -> None:
+        self._suspect_blocks += self.blocks.disown_unverified(seq)
         self.blocks.free(seq)
+        seq.num_verified_tokens = 0
         if seq.adapter is not None:
             self.adapters.release(seq.adapter)
         seq.slot = -1

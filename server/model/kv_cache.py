@@ -40,5 +40,7 @@ class KVCache:
 
     def scrub(self, block_ids: list[int]) -> None:
         """Zero blocks that may hold something that is not finite, before they can be reused."""
-        for tensor in (*self.keys, *self.values):
-            tensor[block_ids] = 0
+        if block_ids:
+            indices = torch.tensor(block_ids, device=self.keys[0].device)
+            for tensor in (*self.keys, *self.values):
+                tensor.index_fill_(0, indices, 0)
