@@ -77,12 +77,13 @@ class Residency(Generic[P]):
         read: Callable[[str], P],
         write: Callable[[list[int], P], None],
         threads: int = 2,
+        on_thread_start: Callable[[], None] = lambda: None,
     ) -> None:
         self.slots = slots
         self.host = host
         self._read = read
         self._write = write
-        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="adapter-reader")
+        self._threads = ThreadPoolExecutor(threads, "adapter-reader", initializer=on_thread_start)
         self._done: queue.SimpleQueue[_Done[P]] = queue.SimpleQueue()
         self._reading: set[str] = set()
         self._failed: dict[str, tuple[str, float]] = {}

@@ -56,7 +56,14 @@ def _residency(config: ServeConfig, spec: ModelSpec, runner: ModelRunner, num_pa
         HostCache(config.adapter_host_bytes),
         read=lambda digest: pack(load(store.path(digest), spec, digest), runner.pool.dtype),
         write=runner.pool.write,
+        on_thread_start=_stay_single_threaded,
     )
+
+
+def _stay_single_threaded() -> None:
+    """A reader thread that ran parallel torch code would get OpenMP workers of its own. With more workers than cores
+    libgomp no longer spins between parallel regions, and every step of the model takes almost twice as long."""
+    torch.set_num_threads(1)
 
 
 def _size_kv_cache(config: ServeConfig, loaded: LoadedModel, shape: CacheShape) -> tuple[int, int]:
