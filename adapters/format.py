@@ -12,8 +12,7 @@ from torch import Tensor
 
 from adapters.safetensors_header import TensorInfo
 
-# Small enough that torch stays in this thread: on a busy machine its thread pool makes a scan ten times slower.
-CHUNK_BYTES = 64 << 10
+CHUNK_BYTES = 1 << 20  # large enough that a reading thread seldom asks for the interpreter lock
 _TENSOR_NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.[^.]+)?\.weight")
 
 

@@ -77,9 +77,9 @@ TABLES: dict[str, Callable[[], str]] = {
 def render(text: str) -> str:
     """`text` with every `<!-- table: name -->` … `<!-- end -->` section made anew."""
     for name, make in TABLES.items():
-        section = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        assert section.search(text), f"no section for the table of {name}"
-        text = section.sub(lambda found, made=make(): f"{found[1]}{made}\n{found[2]}", text)
+        section = re.search(rf"<!-- table: {name} -->\n(.*?)<!-- end -->", text, re.DOTALL)
+        assert section is not None, f"no section for the table of {name}"
+        text = text[: section.start(1)] + make() + "\n" + text[section.end(1) :]
     return text
 
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from server import adapter_commands
 from server import config as settings
 from server.config import HINTS, ConfigError, ServeConfig
 
@@ -59,6 +60,8 @@ _CONFIG_FLAG = inspect.Parameter(
 serve.__signature__ = inspect.Signature([_CONFIG_FLAG, *(_flag(name) for name in HINTS)])  # type: ignore[attr-defined]
 serve.__annotations__ = {p.name: p.annotation for p in serve.__signature__.parameters.values()}  # type: ignore[attr-defined]
 app.command()(serve)
+app.command()(adapter_commands.chat)
+app.add_typer(adapter_commands.app, name="adapters")
 
 
 def main() -> None:

@@ -2,11 +2,13 @@
 
 import asyncio
 import dataclasses
+import json
 import logging
 import signal
 from pathlib import Path
 from types import FrameType
 
+import torch
 import uvicorn
 from rich.console import Console
 
@@ -103,6 +105,7 @@ def _transport(config: ServeConfig) -> EngineTransport:
         from server.engine.loop import ThreadTransport
 
         return ThreadTransport(lambda: build_engine(config))
+    torch.set_num_threads(1)  # checking uploads must not take the cores from the engine
     return ProcessTransport(config)
 
 
@@ -226,9 +229,10 @@ def _authorization(context: AppContext) -> str:
 
 
 def _chat_line(context: AppContext, url: str, model: str, question: str) -> str:
-    body = f'{{"model": "{model}", "max_tokens": 48, "messages": [{{"role": "user", "content": "{question}"}}]}}'
+    body = {"model": model, "temperature": 0, "max_tokens": 48, "messages": [{"role": "user", "content": question}]}
     return (
-        f"curl {url}/v1/chat/completions{_authorization(context)} -H 'Content-Type: application/json' -d '{body}'\n"
+        f"curl {url}/v1/chat/completions{_authorization(context)} "
+        f"-H 'Content-Type: application/json' -d '{json.dumps(body)}'\n"
     ).replace("[", "\\[")
 
 

@@ -14,6 +14,7 @@ from server.engine.messages import (
     Ready,
     Reply,
     Residency,
+    RetireAdapter,
     SequenceOutput,
     StepOutputs,
     Submit,
@@ -69,6 +70,9 @@ class FakeTransport:
                 asyncio.get_running_loop().call_soon(self._emit, StepOutputs(ended, self._stats()))
             case MoveAdapter() | PinAdapter():
                 asyncio.get_running_loop().call_soon(self._move, message)
+            case RetireAdapter(digest=digest):
+                self.pinned.discard(digest)
+                self.device.discard(digest)
         self._wake.set()
 
     def _move(self, message: MoveAdapter | PinAdapter) -> None:

@@ -84,6 +84,7 @@ def run_step(scheduler: Scheduler) -> ScheduledBatch:
         assert len(seq.block_table) * BLOCK >= end, "the step's tokens have no place to go"
         scheduler.blocks.commit(seq, end)
         if samples:
+            seq.num_verified_tokens = end
             seq.token_ids.append(next_token(seq))
             if seq.num_output_tokens >= seq.sampling.max_tokens:
                 scheduler.finish(seq)

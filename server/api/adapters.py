@@ -182,6 +182,7 @@ async def list_adapters(
 
 @router.get("/{name}", responses=_COMMON)
 async def get_adapter(name: str, context: Context, key: Caller) -> AdapterBody:
+    """One adapter's record."""
     if name in context.lazy and key.sees(name):
         return _lazy_body(context, context.lazy[name])
     return record_body(context, publishing.find(context, key, name))
@@ -229,12 +230,14 @@ async def pin_adapter(name: str, context: Context, key: Caller) -> AdapterBody:
 
 @router.post("/{name}/unpin", responses=_MOVES)
 async def unpin_adapter(name: str, context: Context, key: Caller) -> AdapterBody:
+    """Let it be evicted again."""
     async with context.lock(name):
         return record_body(context, await publishing.unpin(context, publishing.find(context, key, name)))
 
 
 @router.get("/{name}/versions", responses=_COMMON)
 async def list_versions(name: str, context: Context, key: Caller) -> VersionList:
+    """The name's history, newest first."""
     publishing.find(context, key, name)
     history = context.registry.history(name)
     versions = [VersionBody(version=f"sha256:{v.digest}", created=v.created, current=v.current) for v in history]

@@ -25,6 +25,7 @@ async def list_models(context: Context, key: Caller) -> ModelList:
 
 @router.get("/v1/models/{model:path}", responses=error_answers(400, 401, 403, 404))
 async def get_model(model: str, context: Context, key: Caller) -> ModelBody:
+    """One of them."""
     if model == context.base_model:
         return _base(context)
     return _adapter(context, resolve_record(context, key, model), model)

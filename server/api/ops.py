@@ -115,6 +115,7 @@ async def metrics(context: Context) -> Response:
 
 @router.get("/version", responses=error_answers(401, 403))
 async def version(context: Context) -> VersionInfo:
+    """What is running: release, base model, precision, kernels."""
     info = context.engine.info
     return VersionInfo(
         version=server.__version__,

@@ -35,6 +35,7 @@ async def load_lora_adapter(body: VllmLoadRequest, context: Context, key: Caller
 
 @router.post("/unload_lora_adapter", responses=_ANSWERS)
 async def unload_lora_adapter(body: VllmUnloadRequest, context: Context, key: Caller) -> str:
+    """Take an adapter out once its running requests have ended."""
     publishing.find(context, key, body.lora_name)
     await publishing.remove(context, body.lora_name, context.config.drain_timeout)
     return f"Success: LoRA adapter '{body.lora_name}' removed successfully."

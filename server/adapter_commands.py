@@ -1,0 +1,204 @@
+"""`loraplex adapters …` and `loraplex chat`: the client side, over HTTP.
+
+The server and the key come from `LORAPLEX_URL` and `LORAPLEX_API_KEY`.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import httpx
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(no_args_is_help=True, help="Manage the adapters of a running server.")
+Json = Annotated[bool, typer.Option("--json", help="Print the server's JSON")]
+Name = Annotated[str, typer.Argument(help="The adapter's name")]
+FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+def _client() -> httpx.Client:
+    key = os.environ.get("LORAPLEX_API_KEY", "")
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    return httpx.Client(base_url=os.environ.get("LORAPLEX_URL", "http://127.0.0.1:8000"), headers=headers, timeout=120)
+
+
+def _call(method: str, path: str, **options: Any) -> Any:
+    """The server's JSON. Ends the command with the server's own words when it refuses."""
+    try:
+        with _client() as client:
+            answer = client.request(method, path, **options)
+    except httpx.HTTPError as error:
+        _fail(f"cannot reach the server: {error}")
+    body = answer.json()
+    if answer.is_error:
+        problems = body["error"].get("problems") or []
+        lines = [f"  {p['where']}: found {p['found']}, expected {p['expected']}" for p in problems]
+        _fail("\n".join([body["error"]["message"], *lines]))
+    return body
+
+
+def _fail(message: str) -> NoReturn:
+    typer.secho(f"error: {message}", fg=typer.colors.RED, err=True)
+    raise typer.Exit(1)
+
+
+def _show(records: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
+    table = Table(*columns, box=None)
+    for record in records:
+        table.add_row(*(_cell(record[column]) for column in columns))
+    Console().print(table)
+
+
+def _cell(value: Any) -> str:
+    text = ",".join(value) if isinstance(value, list) else str(value)
+    return text.removeprefix("sha256:")[:12] if text.startswith("sha256:") else text
+
+
+_COLUMNS = ("name", "version", "state", "tier", "pinned", "rank", "bytes", "in_flight")
+
+
+def _print(record: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(record))
+    else:
+        _show([record], _COLUMNS)
+
+
+@app.command("ls")
+def list_adapters(as_json: Json = False) -> None:
+    """List all adapters."""
+    records = list(_pages())
+    if as_json:
+        typer.echo(json.dumps(records))
+    else:
+        _show(records, _COLUMNS)
+
+
+def _pages() -> Iterator[dict[str, Any]]:
+    after, more = "", True
+    while more:
+        page = _call("GET", "/v1/adapters", params={"after": after, "limit": 100})
+        yield from page["data"]
+        more = page["has_more"]
+        after = page["data"][-1]["name"] if page["data"] else ""
+
+
+@app.command()
+def push(
+    name: Name,
+    folder: Annotated[Path, typer.Argument(help="Folder that PEFT's save_pretrained wrote")],
+    replace: Annotated[bool, typer.Option(help="Point an existing name at the new version")] = False,
+    pinned: Annotated[bool, typer.Option(help="Protect it from eviction")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Only check it")] = False,
+    as_json: Json = False,
+) -> None:
+    """Upload an adapter."""
+    missing = [file for file in FILES if not (folder / file).is_file()]
+    if missing:
+        _fail(f"{folder} has no {' and no '.join(missing)}")
+    fields = {"name": name, "replace": str(replace).lower(), "pinned": str(pinned).lower()}
+    files = {file: (file, (folder / file).read_bytes()) for file in FILES}
+    record = _call("POST", "/v1/adapters", data=fields, files=files, params={"dry_run": dry_run})
+    if dry_run:
+        typer.echo(json.dumps(record))
+    else:
+        _print(record, as_json)
+
+
+@app.command()
+def show(name: Name) -> None:
+    """Print one adapter's record."""
+    typer.echo(json.dumps(_call("GET", f"/v1/adapters/{name}"), indent=2))
+
+
+@app.command()
+def rm(name: Name, drain_timeout: Annotated[float, typer.Option(help="Seconds for running requests")] = 30.0) -> None:
+    """Remove an adapter; running requests may finish."""
+    typer.echo(json.dumps(_call("DELETE", f"/v1/adapters/{name}", params={"drain_timeout": drain_timeout})))
+
+
+@app.command()
+def load(
+    name: Name, tier: Annotated[str, typer.Option(help="device or host")] = "device", as_json: Json = False
+) -> None:
+    """Warm an adapter up."""
+    _print(_call("POST", f"/v1/adapters/{name}/load", json={"tier": tier}), as_json)
+
+
+@app.command()
+def unload(name: Name, as_json: Json = False) -> None:
+    """Free the adapter's device and host memory; it stays registered."""
+    _print(_call("POST", f"/v1/adapters/{name}/unload"), as_json)
+
+
+@app.command()
+def pin(name: Name, as_json: Json = False) -> None:
+    """Load an adapter and protect it from eviction."""
+    _print(_call("POST", f"/v1/adapters/{name}/pin"), as_json)
+
+
+@app.command()
+def unpin(name: Name, as_json: Json = False) -> None:
+    """Let an adapter be evicted again."""
+    _print(_call("POST", f"/v1/adapters/{name}/unpin"), as_json)
+
+
+@app.command()
+def versions(name: Name, as_json: Json = False) -> None:
+    """List the versions a name has pointed at, newest first."""
+    history = _call("GET", f"/v1/adapters/{name}/versions")["data"]
+    if as_json:
+        typer.echo(json.dumps(history))
+    else:
+        _show(history, ("version", "created", "current"))
+
+
+@app.command()
+def rollback(
+    name: Name,
+    version: Annotated[str | None, typer.Option(help="Default: the one before")] = None,
+    as_json: Json = False,
+) -> None:
+    """Point a name at an earlier version."""
+    _print(_call("POST", f"/v1/adapters/{name}/rollback", json={"version": version}), as_json)
+
+
+def chat(
+    model: Annotated[str, typer.Argument(help="The base model or an adapter; default: the base")] = "",
+    max_tokens: Annotated[int, typer.Option(help="Longest answer")] = 256,
+) -> None:
+    """Talk to a model; an empty line or Ctrl-D ends it."""
+    model = model or next(m["id"] for m in _call("GET", "/v1/models")["data"] if m["parent"] is None)
+    messages: list[dict[str, str]] = []
+    while question := _ask():
+        messages.append({"role": "user", "content": question})
+        answer = ""
+        for delta in _stream({"model": model, "messages": messages, "max_tokens": max_tokens, "stream": True}):
+            typer.echo(delta, nl=False)
+            answer += delta
+        typer.echo()
+        messages.append({"role": "assistant", "content": answer})
+
+
+def _ask() -> str:
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return ""
+
+
+def _stream(body: dict[str, Any]) -> Iterator[str]:
+    with _client() as client, client.stream("POST", "/v1/chat/completions", json=body) as answer:
+        if answer.is_error:
+            answer.read()
+            _fail(answer.json()["error"]["message"])
+        for line in answer.iter_lines():
+            if line.startswith("data: {"):
+                event = json.loads(line[6:])
+                if "error" in event:
+                    _fail(event["error"]["message"])
+                yield from (choice["delta"].get("content") or "" for choice in event["choices"])
