@@ -65,6 +65,22 @@ def with_peft(model: nn.Module, folder: Path) -> PeftModel:
         return PeftModel.from_pretrained(copy.deepcopy(model), str(folder)).eval()
 
 
+def greedy(model: Any, prompt: list[int], new_tokens: int) -> list[int]:
+    """The tokens of transformers' own greedy `generate`, which is made to go on past any end token."""
+    ids = torch.tensor([prompt])
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    found: list[int] = out[0, len(prompt) :].tolist()
+    return found
+
+
 def spec_of(model: nn.Module, max_rank: int = 64) -> ModelSpec:
     """Every `nn.Linear` of `model` as an adaptable module."""
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}

@@ -9,7 +9,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from server.model.loader import ModelRefused
-from tests.adapter_factory import with_peft, write_adapter
+from tests.adapter_factory import greedy, with_peft, write_adapter
 from tests.engine_driver import make_driver
 
 SIZES: dict[str, Any] = {
@@ -57,19 +57,6 @@ def build(kind: str) -> PreTrainedModel:
     class_name = {"GPT2": "GPT2LMHeadModel"}.get(name, f"{name}ForCausalLM")
     torch.manual_seed(0)
     return getattr(transformers, class_name)(config).eval()
-
-
-def greedy(model: Any, prompt: list[int], new_tokens: int) -> list[int]:
-    ids = torch.tensor([prompt])
-    out = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=new_tokens,
-        min_new_tokens=new_tokens,
-        do_sample=False,
-        eos_token_id=None,
-    )
-    return out[0, len(prompt) :].tolist()
 
 
 PROMPTS = [

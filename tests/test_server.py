@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -211,6 +212,20 @@ def test_a_model_that_cannot_be_served_ends_the_start_with_the_reason(tmp_path: 
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 2
     assert "error:" in ended.stderr and "Traceback" not in ended.stderr
+
+
+def test_a_hub_id_is_served_out_of_the_hub_s_cache(tiny: Path, tmp_path: Path) -> None:
+    """As `huggingface-cli download` leaves it: nothing is fetched."""
+    snapshot = tmp_path / "hub" / "models--acme--tiny" / "snapshots" / ("0" * 40)
+    shutil.copytree(tiny / "model", snapshot)
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs" / "main").write_text("0" * 40)
+    environment = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    with (
+        running_server(tmp_path / "data", "--model", "acme/tiny", "--threads", "1", environment=environment) as running,
+        running.client() as client,
+    ):
+        assert running.complete(client, "tiny", "abc")["usage"]["completion_tokens"] == 16
 
 
 def test_a_second_server_on_the_same_data_is_refused(server: RunningServer, tiny: Path) -> None:

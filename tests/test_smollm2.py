@@ -18,7 +18,7 @@ from examples.traits import TRAITS
 from server.api.text import Tokenizer
 from server.model.default_model import DEFAULT_MODEL, prepare_default_model
 from server.model.loader import load_model
-from tests.adapter_factory import write_adapter
+from tests.adapter_factory import greedy, write_adapter
 from tests.engine_driver import make_driver
 from tests.tiny_server import RunningServer, running_server
 
@@ -184,18 +184,3 @@ def test_32_streams_over_16_adapters_and_the_base_equal_peft_alone(tmp_path: Pat
             model = oracle if kind == 0 else oracle.unload()
     finally:
         torch.set_num_threads(threads)
-
-
-def greedy(model: torch.nn.Module, prompt: list[int], new_tokens: int) -> list[int]:
-    ids = torch.tensor([prompt])
-    out = model.generate(  # type: ignore[operator]
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=new_tokens,
-        min_new_tokens=new_tokens,
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    found: list[int] = out[0, len(prompt) :].tolist()
-    return found
