@@ -12,6 +12,7 @@ from adapters.spec import ModelSpec
 from server.model.batch import ForwardBatch
 from server.model.kv_cache import CacheShape, KVCache
 from server.model.loader import LoadedModel
+from server.model.packed_linear import pack_linears
 
 
 class ModelRunner:
@@ -32,6 +33,7 @@ class ModelRunner:
         self.kv_cache = KVCache(shape, num_blocks, block_size, loaded.device)
         kernel, self.kernel_reason = choose_kernel(loaded.device, loaded.dtype)
         self.pool = AdapterPool(spec, num_pages, loaded.dtype, loaded.device, kernel)
+        pack_linears(self._model)
         attach(self._model, spec, self.pool, loaded.head)
 
     @torch.inference_mode()

@@ -1,0 +1,39 @@
+"""Packed weights change the speed of a linear, not what it computes."""
+
+import pytest
+import torch
+from torch import nn
+
+from server.model.packed_linear import PackedLinear, pack_linears
+
+pytestmark = pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this processor has no bf16 arithmetic"
+)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8, 64, 513])
+@pytest.mark.parametrize("bias", [True, False])
+@torch.inference_mode()
+def test_a_packed_linear_gives_the_same_product(rows: int, bias: bool) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    linear = nn.Linear(192, 576, bias=bias, dtype=torch.bfloat16)
+    x = torch.randn(1, rows, 192, generator=generator).bfloat16()
+    packed = PackedLinear(linear)
+    torch.testing.assert_close(packed(x), linear(x), rtol=2**-8, atol=2**-8)  # a step, where sums are ordered anew
+    assert torch.equal(packed.weight, linear.weight)
+
+
+def test_only_plain_bf16_linears_are_packed() -> None:
+    class Special(nn.Linear):
+        pass
+
+    model = nn.ModuleDict(
+        {
+            "plain": nn.Linear(64, 64, dtype=torch.bfloat16),
+            "fp32": nn.Linear(64, 64),
+            "special": Special(64, 64, dtype=torch.bfloat16),
+        }
+    )
+    assert pack_linears(model) == 1
+    assert isinstance(model["plain"], PackedLinear)
+    assert type(model["fp32"]) is nn.Linear and type(model["special"]) is Special
