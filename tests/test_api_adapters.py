@@ -357,6 +357,7 @@ async def test_vllm_routes(tmp_path: Path) -> None:
         assert_error(await load(lora_name="acme", lora_path=str(source)), 400)
         assert (await load(lora_name="acme", lora_path=str(source), load_inplace=True)).status_code == 200
         assert_error(await load(lora_name="b", lora_path="/etc"), 400, "source_not_allowed")
+        assert_error(await load(lora_name="b", lora_path="/" + "ä" * 1000), 400)  # three times as long as a URL
         missing = f"{tmp_path}/allowed/none"
         assert_error(await load(lora_name="b", lora_path=missing), 404, sent=missing)
         assert_error(await load(lora_name="b", lora_path="relative"), 400)

@@ -1,21 +1,27 @@
 """vLLM's own adapter routes, so that its clients and controllers work unchanged."""
 
-from typing import Annotated
+from typing import Annotated, Any
 from urllib.parse import quote
 
 from fastapi import APIRouter, Depends
 from fastapi.responses import PlainTextResponse
+from pydantic import ValidationError
 
 from adapters.errors import AdapterConflict, AdapterInvalid, SourceNotAllowed
 from server.api import publishing
 from server.api.adapter_schemas import RegisterRequest, VllmLoadRequest, VllmUnloadRequest
 from server.api.auth import Key, key_of
 from server.api.context import Context
-from server.api.errors import bad_request, error_answers
+from server.api.errors import bad_request, error_answers, validation_error
 
 router = APIRouter(prefix="/v1", tags=["adapters"], default_response_class=PlainTextResponse)
 Caller = Annotated[Key, Depends(key_of)]
-_ANSWERS = error_answers(400, 401, 403, 404, 413, 415, 500, 503, 507)
+# Success is plain text and errors are JSON: named by reference, or FastAPI would document them as plain text too.
+_ERROR_JSON = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorBody"}}}
+_ANSWERS: dict[int | str, dict[str, Any]] = {
+    status: {"description": answer["description"], "content": _ERROR_JSON}
+    for status, answer in error_answers(400, 401, 403, 404, 413, 415, 500, 503, 507).items()
+}
 
 
 @router.post("/load_lora_adapter", responses=_ANSWERS)
@@ -23,11 +29,13 @@ async def load_lora_adapter(body: VllmLoadRequest, context: Context, key: Caller
     """Register the folder `lora_path`, which has to be under an allowed `file://` source."""
     publishing.check_writable(key, body.lora_name)
     source = body.lora_path if "://" in body.lora_path else f"file://{quote(body.lora_path)}"
-    request = RegisterRequest(name=body.lora_name, source=source, replace=body.load_inplace, lazy=False)
     try:
+        request = RegisterRequest(name=body.lora_name, source=source, replace=body.load_inplace, lazy=False)
         _, created = await publishing.register(context, request)
     except (AdapterConflict, AdapterInvalid, SourceNotAllowed) as error:
         raise bad_request(str(error), code=error.code) from None
+    except ValidationError as error:  # the path as a URL can be longer than a source may be
+        raise validation_error(error.errors()) from None
     if not created and not body.load_inplace:
         raise bad_request(f"The adapter '{body.lora_name}' is loaded already; set load_inplace.", "lora_name")
     return f"Success: LoRA adapter '{body.lora_name}' added successfully."
