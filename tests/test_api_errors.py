@@ -1,5 +1,6 @@
 import asyncio
 import json
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import httpx
 import pytest
 
 from server.api.limits import MAX_JSON_BYTES
-from tests.api_server import BASE, Api, assert_error, events, serving
+from tests.api_server import BASE, Api, LiveServer, assert_error, events, listening, serving
 
 CHAT = "/v1/chat/completions"
 EXTREMES = ["NaN", "Infinity", "-Infinity", "1e999", "-1", "0", str(2**31), str(2**63), str(10**4000), "1" + "0" * 5000]
@@ -251,3 +252,18 @@ def _references(node: Any) -> list[str]:
         own = [node["$ref"]] if "$ref" in node else []
         return own + [ref for value in node.values() for ref in _references(value)]
     return [ref for value in node for ref in _references(value)] if isinstance(node, list) else []
+
+
+def live_address(live: LiveServer) -> tuple[str, int]:
+    host, port = live.url.removeprefix("http://").split(":")
+    return host, int(port)
+
+
+@pytest.mark.parametrize("route", ["/v1/chat/completions", "/v1/adapters"])
+def test_a_body_that_stops_arriving_is_given_up(route: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.api.limits.IDLE_SECONDS", 0.2)
+    kind = "multipart/form-data; boundary=b" if route == "/v1/adapters" else "application/json"
+    with listening(tmp_path) as live, socket.create_connection(live_address(live)) as connection:
+        head = f"POST {route} HTTP/1.1\r\nHost: x\r\nContent-Type: {kind}\r\nContent-Length: 1000\r\n\r\n"
+        connection.sendall(head.encode() + b"--b")
+        assert connection.recv(1000).startswith(b"HTTP/1.1 408 ")

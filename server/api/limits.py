@@ -1,4 +1,6 @@
-"""What may be sent: content types and body sizes, judged by the headers first and counted while reading."""
+"""What may be sent: content types and body sizes, judged by the headers first, counted and timed while reading."""
+
+import asyncio
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -6,6 +8,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server.api.errors import ApiError, error_response
 
 MAX_JSON_BYTES = 4 << 20
+IDLE_SECONDS = 30.0  # between two pieces of a body
 _MULTIPART_OVERHEAD = 64 << 10  # boundaries and form fields around the files
 _UPLOAD_PATH = "/v1/adapters"
 
@@ -26,7 +29,7 @@ class LimitsMiddleware:
         except ApiError as error:
             await error_response(error)(scope, receive, send)
         else:
-            await self._app(scope, _counted(receive, limit), send)
+            await self._app(scope, _bounded(receive, limit), send)
 
     def _limit(self, path: str, headers: Headers) -> int:
         length = _content_length(headers)
@@ -57,15 +60,25 @@ def _too_large(limit: int) -> ApiError:
     return ApiError(413, f"The body is larger than {limit} bytes.", code="too_large")
 
 
-def _counted(receive: Receive, limit: int) -> Receive:
-    read = 0
+def _bounded(receive: Receive, limit: int) -> Receive:
+    """`receive`, but for a body of more than `limit` bytes or one that stops arriving."""
+    read, complete = 0, False
 
-    async def counting_receive() -> Message:
-        nonlocal read
-        message = await receive()
+    async def bounded_receive() -> Message:
+        nonlocal read, complete
+        message = await (receive() if complete else _soon(receive))
+        complete = complete or not message.get("more_body", False)
         read += len(message.get("body", b""))
         if read > limit:
             raise _too_large(limit)
         return message
 
-    return counting_receive
+    return bounded_receive
+
+
+async def _soon(receive: Receive) -> Message:
+    try:
+        async with asyncio.timeout(IDLE_SECONDS):
+            return await receive()
+    except TimeoutError:
+        raise ApiError(408, "Nothing came of the body for too long.", code="timeout") from None

@@ -1,7 +1,6 @@
 """Multipart uploads, streamed straight into a staging folder: nothing is spooled or held in memory."""
 
 import asyncio
-from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from pathlib import Path
 from typing import BinaryIO
@@ -14,7 +13,6 @@ from starlette.requests import Request
 from adapters.store import FILES
 from server.api.errors import ApiError, bad_request
 
-_IDLE_SECONDS = 30.0
 _MAX_FIELD_BYTES = 1024
 _MAX_FIELDS = 8
 
@@ -24,18 +22,9 @@ async def receive_upload(request: Request, folder: Path) -> dict[str, str]:
     _, options = parse_options_header(request.headers["content-type"])
     with _Upload(options.get(b"boundary", b""), folder) as upload:
         async with aclosing(request.stream()) as chunks:
-            while chunk := await _next(chunks):
+            async for chunk in chunks:
                 await asyncio.to_thread(upload.feed, chunk)
         return upload.finish()
-
-
-async def _next(chunks: AsyncGenerator[bytes, None]) -> bytes:
-    """The next chunk; empty at the end."""
-    try:
-        async with asyncio.timeout(_IDLE_SECONDS):
-            return await anext(chunks, b"")
-    except TimeoutError:
-        raise ApiError(408, "Nothing came of the upload for too long.", code="timeout") from None
 
 
 class _Upload:
