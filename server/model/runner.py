@@ -32,7 +32,7 @@ class ModelRunner:
         self.kv_cache = KVCache(shape, num_blocks, block_size, loaded.device)
         kernel, self.kernel_reason = choose_kernel(loaded.device, loaded.dtype)
         self.pool = AdapterPool(spec, num_pages, loaded.dtype, loaded.device, kernel)
-        attach(self._model, spec, self.pool, loaded.head)
+        self.bases = attach(self._model, spec, self.pool, loaded.head)
 
     @torch.inference_mode()
     def run(self, batch: ForwardBatch, tokens: Segments = NO_SEGMENTS, head: Segments = NO_SEGMENTS) -> torch.Tensor:
