@@ -4,43 +4,53 @@ The config beside them is read by `peft_config`."""
 import hashlib
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO, Literal, cast
 
 from torch import Tensor
 
 from adapters.safetensors_header import TensorInfo
 
 CHUNK_BYTES = 1 << 20  # large enough that a reading thread seldom asks for the interpreter lock
-_TENSOR_NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.[^.]+)?\.weight")
+TensorKind = Literal["A", "B", "lora_bias", "magnitude", "base_bias", "bias"]
+# The module's name is as short as can be: `q.lora_B.bias` is the bias of q's lora_B, not that of a module `q.lora_B`.
+_TENSOR_NAME = re.compile(
+    r"base_model\.model\.(.+?)\.(?:"
+    r"(?P<A>lora_A(?:\.[^.]+)?\.weight)|(?P<B>lora_B(?:\.[^.]+)?\.weight)|(?P<lora_bias>lora_B(?:\.[^.]+)?\.bias)|"
+    r"(?P<magnitude>lora_magnitude_vector)|(?P<base_bias>base_layer\.bias)|(?P<bias>bias))"
+)
 
 
 @dataclass(frozen=True, slots=True)
 class LoraFactors:
-    """One module's `a [r, in]` and `b [out, r]`, as stored; the module adds `scaling * b @ a @ x`."""
+    """One module's `a [r, in]` and `b [out, r]`, as stored; the module adds `scaling * (b @ a @ x + bias)`, and with
+    DoRA's `magnitude` scales its rows. Both vectors are `[out]`."""
 
     a: Tensor
     b: Tensor
     scaling: float
+    bias: Tensor | None = None
+    magnitude: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterWeights:
-    """An adapter in memory: `rank` is the largest of its modules, `nbytes` the size of all tensors in bytes."""
+    """An adapter in memory: `rank` is the largest of its modules, `nbytes` the size of all tensors in bytes; `biases`
+    take the place of the base's own."""
 
     digest: str
     rank: int
     factors: dict[str, LoraFactors]
     nbytes: int
+    biases: dict[str, Tensor] = field(default_factory=dict)
 
 
-def parse_tensor_name(name: str) -> tuple[str, Literal["A", "B"]] | None:
-    """The base model's module and which factor; None for anything but a plain LoRA factor of a linear layer."""
+def parse_tensor_name(name: str) -> tuple[str, TensorKind] | None:
+    """The base model's module and what the tensor is to it; None for anything that PEFT's LoRA of a linear layer does
+    not have. A trained bias is a `base_bias` where PEFT wrapped the layer and a `bias` where it did not."""
     match = _TENSOR_NAME.fullmatch(name)
-    if match is None:
-        return None
-    return match[1], "A" if match[2] == "A" else "B"
+    return (match[1], cast(TensorKind, match.lastgroup)) if match else None
 
 
 def read_chunks(file: BinaryIO, info: TensorInfo) -> Iterator[bytearray]:

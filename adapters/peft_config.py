@@ -30,6 +30,9 @@ SERVED_KEYS = frozenset(
         "alpha_pattern",
         "target_modules",
         "layers_to_transform",
+        "bias",
+        "lora_bias",
+        "use_dora",
     }
 )
 # These say how an adapter was made or where it came from; no value of theirs changes what the tensors mean.
@@ -54,7 +57,6 @@ HARMLESS_KEYS = frozenset(
 REFUSED_KEYS: dict[str, tuple[Any, ...]] = {
     "alora_invocation_tokens": (),
     "arrow_config": (),
-    "bias": ("none",),
     "corda_config": (),
     "ensure_weight_tying": (),
     # All other ways to initialise subtract the start from the base's weights (pissa, olora, corda, loftq, lora_ga).
@@ -62,7 +64,6 @@ REFUSED_KEYS: dict[str, tuple[Any, ...]] = {
     "kasa_config": (),
     "layer_replication": (),
     "loftq_config": (),
-    "lora_bias": (),
     "lora_ga_config": (),
     "megatron_config": (),
     "megatron_core": ("megatron.core",),
@@ -71,7 +72,6 @@ REFUSED_KEYS: dict[str, tuple[Any, ...]] = {
     "target_parameters": (),
     "trainable_token_indices": (),
     "use_bdlora": (),
-    "use_dora": (),
     "use_qalora": (),
     "velora_config": (),
 }
@@ -80,7 +80,11 @@ FEATURES = {
     "rank_pattern": "rank_pattern",
     "alpha_pattern": "alpha_pattern",
     "layers_to_transform": "layers_to_transform",
+    "bias": "bias",
+    "lora_bias": "lora_bias",
+    "use_dora": "dora",
 }
+BIASES = ("none", "lora_only", "all")
 
 _LITERAL_PATTERN = re.compile(r"\^?[A-Za-z0-9_.]+")
 
@@ -104,13 +108,16 @@ class ModulePatterns:
 class LoraSettings:
     """What a config says of the tensors beside it.
 
-    `target_modules` is None where the config leaves the choice to the tensors; `features` are named in the report;
-    `canonical` is the config as the digest sees it.
+    `target_modules` is None where the config leaves the choice to the tensors; `bias` is one of `BIASES`; `features`
+    are named in the report; `canonical` is the config as the digest sees it.
     """
 
     r: int
     lora_alpha: float
     use_rslora: bool
+    use_dora: bool
+    lora_bias: bool
+    bias: str
     rank_pattern: ModulePatterns
     alpha_pattern: ModulePatterns
     target_modules: tuple[str, ...] | None
@@ -163,10 +170,13 @@ class _Reader:
             r=self._rank("r", self._config.get("r", 8)),
             lora_alpha=self._alpha("lora_alpha", self._config.get("lora_alpha", 8)),
             use_rslora=self._switch("use_rslora"),
+            use_dora=self._switch("use_dora"),
+            lora_bias=self._lora_bias(),
+            bias=self._bias(),
             rank_pattern=self._patterns("rank_pattern", self._rank),
             alpha_pattern=self._patterns("alpha_pattern", self._alpha),
             target_modules=self._target_modules(),
-            features=tuple(name for key, name in FEATURES.items() if not _is_empty(self._config.get(key))),
+            features=tuple(name for key, name in FEATURES.items() if _is_used(self._config.get(key))),
             canonical=canonical,
         )
 
@@ -187,6 +197,18 @@ class _Reader:
         if value is not None and not isinstance(value, bool):
             self._refuse(key, value, "true or false", "malformed_file")
         return value is True
+
+    def _lora_bias(self) -> bool:
+        used = self._switch("lora_bias")
+        if used and self._config.get("use_dora") is True:
+            self._refuse("lora_bias", True, "one of lora_bias and use_dora, as in PEFT", "unsupported_feature")
+        return used
+
+    def _bias(self) -> str:
+        value = self._config.get("bias")
+        if value is not None and value not in BIASES:
+            self._refuse("bias", value, " or ".join(map(json.dumps, BIASES)), "unsupported_feature")
+        return value if value in BIASES else "none"
 
     def _patterns(self, key: str, read: Callable[[str, Any], float]) -> ModulePatterns:
         patterns = self._config.get(key) or {}
@@ -249,6 +271,10 @@ def dotted_suffixes(module: str) -> list[str]:
 
 def _is_empty(value: Any) -> bool:
     return value is None or value is False or value in ("", [], {})
+
+
+def _is_used(value: Any) -> bool:
+    return not _is_empty(value) and value != "none"
 
 
 def _finite(number: str) -> float:

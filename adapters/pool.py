@@ -1,47 +1,68 @@
 """Device tier: the tensors that hold the resident adapters' rank columns, and what a step reads of them."""
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torch import nn
 
+from adapters.affine import AffinePlan, AffineTables
 from adapters.errors import AdapterInvalid, Problem
+from adapters.fold import dora_scale, output_vectors
+from adapters.format import AdapterWeights, LoraFactors
 from adapters.kernels import LoRAKernel
 from adapters.segments import NO_SEGMENTS, Segments
-from adapters.slots import PAGE_COLUMNS
+from adapters.slots import PAGE_COLUMNS, Slot
 from adapters.spec import ModelSpec
-
-if TYPE_CHECKING:
-    from adapters.format import AdapterWeights
 
 
 @dataclass(frozen=True, slots=True)
 class PackedAdapter:
     """A version in the pool's own layout and dtype: per module A `[columns, in]` and B `[columns, out]` with the
-    scaling folded in before rounding, zero-padded to whole pages."""
+    scaling (and DoRA's) folded in before rounding, zero-padded to whole pages. `vectors` are the output vectors of
+    the modules that have some."""
 
     num_pages: int
     modules: dict[str, tuple[torch.Tensor, torch.Tensor]]
     nbytes: int
+    vectors: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
-def pack(weights: "AdapterWeights", dtype: torch.dtype) -> PackedAdapter:
-    """Convert checked weights to the pool's layout. Runs in a reader thread.
+def pack(weights: AdapterWeights, dtype: torch.dtype, bases: Mapping[str, nn.Module]) -> PackedAdapter:
+    """Convert checked weights for the linears in `bases` to the pool's layout. Runs in a reader thread.
 
     Raises `AdapterInvalid` when a weight is finite in its own dtype but not in `dtype`.
     """
     num_pages = -(-weights.rank // PAGE_COLUMNS)
-    modules = {}
-    for name, factors in weights.factors.items():
-        a = _padded(factors.a.to(dtype), num_pages)
-        b = _padded((factors.b.float() * factors.scaling).to(dtype).T, num_pages)
-        if not (a.isfinite().all() and b.isfinite().all()):
-            raise AdapterInvalid(
-                [Problem(name, f"weights beyond {dtype}", "a scaled B that the base's dtype can hold", "nonfinite")]
-            )
-        modules[name] = (a, b)
-    nbytes = sum(t.numel() * t.element_size() for pair in modules.values() for t in pair)
-    return PackedAdapter(num_pages, modules, nbytes)
+    modules, vectors = {}, {}
+    for name in weights.factors.keys() | weights.biases.keys():
+        factors = weights.factors.get(name)
+        scale = None if factors is None else dora_scale(bases[name], factors)
+        if factors is not None:
+            modules[name] = _columns(factors, scale, num_pages, dtype)
+        affine = output_vectors(bases[name], scale, factors, weights.biases.get(name))
+        if affine is not None:
+            vectors[name] = affine
+        _check_finite(name, dtype, [*modules.get(name, ()), *vectors.get(name, ())])
+    tensors = [*(tensor for pair in modules.values() for tensor in pair), *vectors.values()]
+    return PackedAdapter(num_pages, modules, sum(t.numel() * t.element_size() for t in tensors), vectors)
+
+
+def _columns(
+    factors: LoraFactors, scale: torch.Tensor | None, num_pages: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    b = factors.b.float() * factors.scaling
+    if scale is not None:
+        b *= scale[:, None]
+    return _padded(factors.a.to(dtype), num_pages), _padded(b.to(dtype).T, num_pages)
+
+
+def _check_finite(name: str, dtype: torch.dtype, tensors: list[torch.Tensor]) -> None:
+    if not all(tensor.to(dtype).isfinite().all() for tensor in tensors):
+        raise AdapterInvalid(
+            [Problem(name, f"weights beyond {dtype}", "a scaled B that the base's dtype can hold", "nonfinite")]
+        )
 
 
 def _padded(columns: torch.Tensor, num_pages: int) -> torch.Tensor:
@@ -53,11 +74,12 @@ def _padded(columns: torch.Tensor, num_pages: int) -> torch.Tensor:
 class StepPlan:
     """What the wrapped linears of one kind read during a step; set before the forward, the same object for all."""
 
-    __slots__ = ("active", "plan")
+    __slots__ = ("active", "affine", "plan")
 
     def __init__(self) -> None:
         self.active = False
         self.plan: Any = None
+        self.affine: AffinePlan | None = None  # None unless an adapter of the step has output vectors
 
 
 class AdapterPool:
@@ -73,6 +95,7 @@ class AdapterPool:
         columns = num_pages * PAGE_COLUMNS
         self.dtype = dtype
         self.kernel = kernel
+        self.affine = AffineTables(device)
         self.buffers: dict[str, tuple[torch.Tensor, torch.Tensor]] = {
             name: (
                 torch.zeros(columns, in_features, dtype=dtype, device=device),
@@ -83,11 +106,12 @@ class AdapterPool:
         self.token_plan = StepPlan()  # for linears that see every token of the step
         self.head_plan = StepPlan()  # for the output head, which sees only the rows that are sampled from
 
-    def write(self, pages: list[int], packed: PackedAdapter) -> None:
-        """Fill the pages with an adapter; modules that it does not touch become zero."""
+    def write(self, slot: Slot, packed: PackedAdapter) -> None:
+        """Fill the slot with an adapter; modules that it does not touch become zero."""
+        self.affine.write(slot.index, packed.vectors)
         for name, (a, b) in self.buffers.items():
             source = packed.modules.get(name)
-            for index, page in enumerate(pages):
+            for index, page in enumerate(slot.pages):
                 rows = slice(page * PAGE_COLUMNS, (page + 1) * PAGE_COLUMNS)
                 if source is None:
                     a[rows], b[rows] = 0, 0  # A as well: what is left of another's could overflow, and inf * 0 is NaN
@@ -100,6 +124,7 @@ class AdapterPool:
         for plan, segments in ((self.token_plan, tokens), (self.head_plan, head)):
             plan.active = bool(segments)
             plan.plan = self.kernel.plan(segments) if segments else None
+            plan.affine = self.affine.plan(segments.rows) if segments else None
 
     def nbytes(self) -> int:
         return sum(t.numel() * t.element_size() for pair in self.buffers.values() for t in pair)

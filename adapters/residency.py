@@ -66,7 +66,7 @@ class _Done(Generic[P]):
 class Residency(Generic[P]):
     """Keeps versions where they are needed.
 
-    `read(digest)` reads, checks and packs a version; `write(pages, packed)` copies it into device pages. Both run in
+    `read(digest)` reads, checks and packs a version; `write(slot, packed)` copies it into the slot's pages. Both run in
     reader threads and may raise `AdapterError`.
     """
 
@@ -75,7 +75,7 @@ class Residency(Generic[P]):
         slots: SlotTable,
         host: HostCache[P],
         read: Callable[[str], P],
-        write: Callable[[list[int], P], None],
+        write: Callable[[Slot, P], None],
         threads: int = 2,
         on_thread_start: Callable[[], None] = lambda: None,
     ) -> None:
@@ -231,7 +231,7 @@ class Residency(Generic[P]):
     def _write_job(self, slot: Slot, packed: P) -> None:
         done: _Done[P] = _Done(slot.digest, time.monotonic(), slot=slot)
         try:
-            self._write(slot.pages, packed)
+            self._write(slot, packed)
         except Exception:
             log.exception("copying adapter %s to the device failed", slot.digest)
             done.error = "copying it to the device failed"

@@ -15,11 +15,21 @@ class Segment:
 
 
 @dataclass(frozen=True, slots=True)
+class SlotRows:
+    """Rows `[start, end)` of the batch belong to `slot`."""
+
+    slot: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
 class Segments:
     """Rows of base requests are in no segment. An adapter whose pages are not adjacent has one segment per run of
-    pages over the same rows; their deltas add up."""
+    pages over the same rows; their deltas add up. `rows` has the same rows by slot, each once."""
 
     items: tuple[Segment, ...]
+    rows: tuple[SlotRows, ...] = ()
 
     def __bool__(self) -> bool:
         return bool(self.items)
@@ -45,19 +55,17 @@ def build_segments(rows: Iterable[tuple[int, int]], columns_of_slot: dict[int, l
 
     Neighbouring entries of one slot become one segment.
     """
-    merged: list[tuple[int, int, int]] = []
+    owned = tuple(r for r in _merged(rows) if r.slot >= 0 and r.end > r.start)
+    return Segments(tuple(Segment(r.start, r.end, lo, hi) for r in owned for lo, hi in columns_of_slot[r.slot]), owned)
+
+
+def _merged(rows: Iterable[tuple[int, int]]) -> list[SlotRows]:
+    merged: list[SlotRows] = []
     position = 0
     for slot, count in rows:
-        if merged and merged[-1][0] == slot:
-            merged[-1] = (slot, merged[-1][1], position + count)
+        if merged and merged[-1].slot == slot:
+            merged[-1] = SlotRows(slot, merged[-1].start, position + count)
         else:
-            merged.append((slot, position, position + count))
+            merged.append(SlotRows(slot, position, position + count))
         position += count
-    return Segments(
-        tuple(
-            Segment(start, end, lo, hi)
-            for slot, start, end in merged
-            if slot >= 0 and end > start
-            for lo, hi in columns_of_slot[slot]
-        )
-    )
+    return merged

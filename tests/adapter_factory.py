@@ -43,7 +43,8 @@ def tiny_llama(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
 
 
 def write_adapter(model: nn.Module, folder: Path, *, seed: int = 0, scale: float = 0.05, **lora_config: Any) -> Path:
-    """Save a PEFT LoRA adapter with random non-zero A and B in `folder`; `model` stays as it was.
+    """Save a PEFT LoRA adapter with random non-zero A and B in `folder`, trained biases and magnitudes moved away from
+    where they start; `model` stays as it was.
 
     `scale` is the standard deviation of B; `lora_config` goes to `peft.LoraConfig` (default: rank 8, alpha 16,
     q_proj and v_proj). Returns `folder`.
@@ -55,7 +56,13 @@ def write_adapter(model: nn.Module, folder: Path, *, seed: int = 0, scale: float
         for name, parameter in peft_model.named_parameters():
             if "lora_B" in name:
                 nn.init.normal_(parameter, std=scale)
-    peft_model.save_pretrained(folder, save_embedding_layers=False)  # only factors, also for lm_head
+            elif "lora_magnitude_vector" in name:
+                parameter.data *= 1 + 0.3 * torch.randn_like(parameter)
+            elif name.endswith(".bias") and parameter.requires_grad:
+                parameter.data += 0.3 * torch.randn_like(parameter)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*invalid shape: .*lora_B.bias")  # PEFT takes it for a broken factor
+        peft_model.save_pretrained(folder, save_embedding_layers=False)  # no weights of lm_head's own
     return folder
 
 
@@ -85,4 +92,5 @@ def spec_of(model: nn.Module, max_rank: int = 64) -> ModelSpec:
     """Every `nn.Linear` of `model` as an adaptable module."""
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     sizes = {name: (module.in_features, module.out_features) for name, module in linears.items()}
-    return ModelSpec(modules=sizes, max_rank=max_rank)
+    biased = frozenset(name for name, module in linears.items() if module.bias is not None)
+    return ModelSpec(sizes, max_rank, biased)

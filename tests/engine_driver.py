@@ -32,7 +32,8 @@ class Driver:
         with self.store.stage() as staged:
             for name in ("adapter_config.json", "adapter_model.safetensors"):
                 (staged / name).write_bytes((folder / name).read_bytes())
-            digest = inspect(staged, ModelSpec(self.info.modules, self.info.max_adapter_rank)).digest
+            spec = ModelSpec(self.info.modules, self.info.max_adapter_rank, frozenset(self.info.biased_modules))
+            digest = inspect(staged, spec).digest
             self.store.admit(staged, digest)
         return digest
 

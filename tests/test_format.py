@@ -68,10 +68,9 @@ def test_absent_keys_have_pefts_defaults() -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("use_dora", True),
-        ("bias", "all"),
-        ("bias", "lora_only"),
-        ("lora_bias", True),
+        ("bias", "bias_only"),
+        ("bias", True),
+        ("bias", ["all"]),
         ("modules_to_save", ["lm_head"]),
         ("trainable_token_indices", [1, 2]),
         ("trainable_token_indices", {"embed_tokens": [1]}),
@@ -121,6 +120,11 @@ def test_refuses_a_feature_by_its_name(key: str, value: Any) -> None:
     [
         *((key, empty) for key in REFUSED_KEYS for empty in (None, False, [], {})),
         ("bias", "none"),
+        ("bias", "lora_only"),
+        ("bias", "all"),
+        ("bias", None),
+        ("lora_bias", True),
+        ("use_dora", True),
         ("megatron_core", "megatron.core"),
         ("init_lora_weights", True),
         ("init_lora_weights", "gaussian"),
@@ -138,7 +142,7 @@ def test_refuses_a_feature_by_its_name(key: str, value: Any) -> None:
         ("a_key_of_tomorrow", ""),
     ],
 )
-def test_serves_what_leaves_plain_lora(key: str, value: Any) -> None:
+def test_serves_what_can_be_applied(key: str, value: Any) -> None:
     settings_of(**{key: value})
 
 
@@ -153,6 +157,8 @@ def test_refuses_unknown_keys_with_a_value(value: Any) -> None:
     [
         *(("r", value) for value in (0, -1, 1.5, 8.0, True, "8", None, [8], 2**31, 10**4000)),
         *(("lora_alpha", value) for value in (0, -16, 10_001, True, "16", None, {}, 10**400, -(10**400))),
+        ("use_dora", "yes"),
+        ("lora_bias", 1),
         ("use_rslora", "yes"),
         ("use_rslora", 1),
         ("rank_pattern", [4]),
@@ -199,7 +205,7 @@ def test_refuses_a_config_that_is_no_json_object(data: bytes) -> None:
 
 
 def test_lists_every_problem_of_a_config() -> None:
-    _, problems = parse(use_dora=True, bias="all", r=0, rank_pattern={"a*": 1}, tomorrow=1)
+    _, problems = parse(use_qalora=True, bias="some", r=0, rank_pattern={"a*": 1}, tomorrow=1)
     assert sorted(problem.code for problem in problems) == [
         "malformed_file",
         "unknown_key",
@@ -280,8 +286,17 @@ def test_many_patterns_cost_nothing_per_module() -> None:
 
 
 def test_reports_the_features_in_use() -> None:
-    found = settings_of(use_rslora=True, rank_pattern={"a": 1}, alpha_pattern={"a": 1}, layers_to_transform=[0])
+    found = settings_of(use_rslora=True, rank_pattern={"a": 1}, alpha_pattern={"a": 1}, layers_to_transform=0)
     assert found.features == ("rslora", "rank_pattern", "alpha_pattern", "layers_to_transform")
+    assert settings_of(use_dora=True, bias="lora_only").features == ("bias", "dora")
+    assert settings_of(lora_bias=True, bias="none").features == ("lora_bias",)
+
+
+def test_dora_and_lora_bias_exclude_each_other_as_in_peft() -> None:
+    with pytest.raises(ValueError, match="lora_bias"):
+        peft.LoraConfig(use_dora=True, lora_bias=True)
+    _, problems = parse(use_dora=True, lora_bias=True)
+    assert [(p.where, p.code) for p in problems] == [("adapter_config.json: lora_bias", "unsupported_feature")]
 
 
 # --- tensor names ---
@@ -294,9 +309,13 @@ def test_reports_the_features_in_use() -> None:
         ("base_model.model.model.layers.0.mlp.up_proj.lora_B.weight", ("model.layers.0.mlp.up_proj", "B")),
         ("base_model.model.q.lora_A.default.weight", ("q", "A")),
         ("base_model.model.q.lora_B.my-adapter_2.weight", ("q", "B")),
-        ("base_model.model.q.lora_B.bias", None),
+        ("base_model.model.q.lora_B.bias", ("q", "lora_bias")),
+        ("base_model.model.q.lora_B.default.bias", ("q", "lora_bias")),
+        ("base_model.model.q.base_layer.bias", ("q", "base_bias")),
+        ("base_model.model.q.bias", ("q", "bias")),
+        ("base_model.model.bias", None),
         ("base_model.model.embed_tokens.lora_embedding_A", None),
-        ("base_model.model.q.lora_magnitude_vector", None),
+        ("base_model.model.q.lora_magnitude_vector", ("q", "magnitude")),
         ("base_model.model.q.lora_magnitude_vector.default.weight", None),
         ("base_model.model.lm_head.modules_to_save.weight", None),
         ("base_model.model.q.weight", None),

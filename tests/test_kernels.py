@@ -15,7 +15,7 @@ from adapters.kernels.native import NativeKernel, NativeUnavailable, build
 from adapters.kernels.reference import ReferenceKernel
 from adapters.pool import AdapterPool, PackedAdapter
 from adapters.segments import Segments, build_segments, column_runs
-from adapters.slots import PAGE_COLUMNS
+from adapters.slots import PAGE_COLUMNS, Slot
 from adapters.spec import ModelSpec
 
 CPU = torch.device("cpu")
@@ -211,8 +211,9 @@ def test_many_small_segments_take_the_dense_form_and_long_ones_do_not() -> None:
 def test_pages_that_change_hands_keep_nothing_of_their_last_owner() -> None:
     """The next owner does not touch the module: not even an overflow through the old A may reach its rows."""
     pool = AdapterPool(ModelSpec({"m": (8, 8)}, 16), 1, torch.float32, CPU, KERNELS["chosen"]())
-    pool.write([0], PackedAdapter(1, {"m": (torch.full((16, 8), 3e38), torch.ones(16, 8))}, nbytes=0))
-    pool.write([0], PackedAdapter(1, {}, nbytes=0))
+    slot = Slot(0, "", [0])
+    pool.write(slot, PackedAdapter(1, {"m": (torch.full((16, 8), 3e38), torch.ones(16, 8))}, nbytes=0))
+    pool.write(slot, PackedAdapter(1, {}, nbytes=0))
     x, y = torch.ones(2, 8), torch.ones(2, 8)
     a, b = pool.buffers["m"]
     pool.kernel.add_lora(y, x, a, b, pool.kernel.plan(build_segments([(0, 2)], {0: [(0, 16)]})))

@@ -12,7 +12,7 @@ import pytest
 from adapters.errors import AdapterInvalid, Problem
 from adapters.host_cache import HostCache
 from adapters.residency import RETRY_SECONDS, Move, MoveRefused, Residency
-from adapters.slots import SlotTable
+from adapters.slots import Slot, SlotTable
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,11 @@ class Tiers:
         pages = self.sizes.get(digest, 1)
         return Weights(digest, pages, nbytes=pages)
 
-    def write(self, pages: list[int], packed: Weights) -> None:
+    def write(self, slot: Slot, packed: Weights) -> None:
         self._pass("write " + packed.digest)
         if packed.digest in self.write_errors:
             raise self.write_errors[packed.digest]
-        for page in pages:
+        for page in slot.pages:
             self.pages[page] = packed.digest
 
     def _pass(self, name: str) -> None:

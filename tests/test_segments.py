@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from adapters.segments import NO_SEGMENTS, Segment, build_segments, column_runs
+from adapters.segments import NO_SEGMENTS, Segment, SlotRows, build_segments, column_runs
 
 
 def test_adjacent_pages_are_one_run_of_columns() -> None:
@@ -17,11 +17,13 @@ def test_adjacent_pages_are_one_run_of_columns() -> None:
 def test_rows_of_one_adapter_are_one_segment() -> None:
     segments = build_segments([(-1, 3), (0, 1), (0, 4), (2, 1)], {0: [(0, 16)], 2: [(16, 32)]})
     assert segments.items == (Segment(3, 8, 0, 16), Segment(8, 9, 16, 32))
+    assert segments.rows == (SlotRows(0, 3, 8), SlotRows(2, 8, 9))
 
 
 def test_an_adapter_on_scattered_pages_has_a_segment_per_run_over_the_same_rows() -> None:
     segments = build_segments([(1, 2)], {1: [(0, 16), (48, 64)]})
     assert segments.items == (Segment(0, 2, 0, 16), Segment(0, 2, 48, 64))
+    assert segments.rows == (SlotRows(1, 0, 2),)
 
 
 @pytest.mark.parametrize("rows", [[], [(-1, 5)], [(-1, 5), (-1, 1)], [(0, 0)]])

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from adapters.errors import AdapterInvalid, Problem
 from adapters.spec import ModelSpec
@@ -21,6 +21,7 @@ from adapters.validation import inspect, load
 from tests.adapter_factory import spec_of, tiny_llama, with_peft, write_adapter
 
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
+K0 = "base_model.model.model.layers.0.self_attn.k_proj"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -54,6 +55,18 @@ def change_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) 
     tensors = {name: tensor.clone() for name, tensor in load_file(folder / WEIGHTS).items()}
     change(tensors)
     save_file(tensors, folder / WEIGHTS)
+
+
+def set_item(name: str, index: int, value: float) -> Callable[[dict[str, Tensor]], object]:
+    return lambda tensors: tensors[f"{Q0}.{name}.weight"].view(-1)[index : index + 1 or None].fill_(value)
+
+
+def replace(name: str, *shape: int) -> Callable[[dict[str, Tensor]], object]:
+    return lambda tensors: tensors.update({name: torch.ones(shape)})
+
+
+def drop(name: str) -> Callable[[dict[str, Tensor]], object]:
+    return lambda tensors: tensors.pop(name)
 
 
 def refused(folder: Path, spec: ModelSpec) -> list[Problem]:
@@ -145,15 +158,121 @@ def test_odd_but_finite_numbers_are_served(folder: Path, spec: ModelSpec) -> Non
     assert inspect(folder, spec)
 
 
+# --- biases and magnitudes ---
+
+
+@pytest.fixture(scope="module")
+def biased() -> LlamaForCausalLM:
+    """Biases at the projections of its attention and at no other linear."""
+    return tiny_llama(attention_bias=True)
+
+
+VECTORS: dict[str, tuple[dict[str, Any], tuple[str, ...], int]] = {
+    "bias lora_only": ({"bias": "lora_only"}, ("bias",), 2 * 2),
+    "bias lora_only where there is none": ({"bias": "lora_only", "target_modules": ["up_proj"]}, ("bias",), 0),
+    "bias all": ({"bias": "all"}, ("bias",), 2 * 4),
+    "lora_bias": ({"lora_bias": True}, ("lora_bias",), 2 * 2),
+    "lora_bias and bias": ({"lora_bias": True, "bias": "all"}, ("bias", "lora_bias"), 2 * 2 + 2 * 4),
+    "dora": ({"use_dora": True}, ("dora",), 2 * 2),
+    "dora, rslora": ({"use_dora": True, "use_rslora": True}, ("dora", "rslora"), 2 * 2),
+}
+
+
+@pytest.mark.parametrize("name", VECTORS)
+def test_vectors_are_read_as_peft_wrote_them(name: str, biased: LlamaForCausalLM, tmp_path: Path) -> None:
+    settings, features, count = VECTORS[name]
+    folder = write_adapter(biased, tmp_path, **settings)
+    stored = load_file(folder / WEIGHTS)
+    weights = load(folder, spec_of(biased))
+    found = {f"base_model.model.{m}.lora_B.bias": f.bias for m, f in weights.factors.items()}
+    found |= {f"base_model.model.{m}.lora_magnitude_vector": f.magnitude for m, f in weights.factors.items()}
+    infixes = {m: ".base_layer" * (m in weights.factors) for m in weights.biases}
+    found |= {f"base_model.model.{m}{infixes[m]}.bias": bias for m, bias in weights.biases.items()}
+    vectors = {name: tensor for name, tensor in found.items() if tensor is not None}
+    assert vectors.keys() == {name for name in stored if stored[name].ndim == 1} and len(vectors) == count
+    assert all(torch.equal(vectors[name], stored[name]) for name in vectors)
+    report = inspect(folder, spec_of(biased)).report
+    assert set(report["features"]) == set(features)
+    assert report["applied"] == {
+        "modules": len(weights.factors.keys() | weights.biases.keys()),
+        "tensors": 2 * len(weights.factors) + count,
+    }
+
+
+BAD_VECTORS: dict[str, tuple[dict[str, Any], Callable[[dict[str, Tensor]], object], str, str]] = {
+    "no magnitude": ({"use_dora": True}, drop(f"{Q0}.lora_magnitude_vector"), "shape_mismatch", Q0),
+    "a short magnitude": ({"use_dora": True}, replace(f"{Q0}.lora_magnitude_vector", 63), "shape_mismatch", Q0),
+    "an old magnitude": ({"use_dora": True}, replace(f"{Q0}.lora_magnitude_vector", 1, 64), "shape_mismatch", Q0),
+    "no lora_bias": ({"lora_bias": True}, drop(f"{Q0}.lora_B.bias"), "shape_mismatch", Q0),
+    "a long lora_bias": ({"lora_bias": True}, replace(f"{Q0}.lora_B.bias", 65), "shape_mismatch", Q0),
+    "no bias": ({"bias": "lora_only"}, drop(f"{Q0}.base_layer.bias"), "shape_mismatch", Q0),
+    "a short bias": ({"bias": "lora_only"}, replace(f"{Q0}.base_layer.bias", 63), "shape_mismatch", Q0),
+    "too many biases": ({"bias": "lora_only"}, replace(f"{K0}.bias", 32), "unsupported_feature", f"{K0}.bias"),
+    "a bias missing of all": (
+        {"bias": "all"},
+        drop(f"{K0}.bias"),
+        "shape_mismatch",
+        "adapter_model.safetensors: model",
+    ),
+    "a short bias of all": ({"bias": "all"}, replace(f"{K0}.bias", 31), "shape_mismatch", f"{K0}.bias"),
+    "a bias that PEFT would drop": ({"bias": "all"}, replace(f"{Q0}.bias", 64), "unsupported_feature", f"{Q0}.bias"),
+    "a bias that the base lacks": (
+        {"bias": "all"},
+        replace("base_model.model.lm_head.bias", 97),
+        "unsupported_feature",
+        "base_model.model.lm_head.bias",
+    ),
+    "NaN": (
+        {"use_dora": True},
+        lambda tensors: tensors[f"{Q0}.lora_magnitude_vector"].fill_(math.nan),
+        "nonfinite",
+        f"{Q0}.lora_magnitude_vector",
+    ),
+    "scaled to infinity": (
+        {"lora_bias": True},
+        lambda tensors: tensors[f"{Q0}.lora_B.bias"].fill_(3e38),
+        "nonfinite",
+        f"{Q0}.lora_B.bias",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_VECTORS)
+def test_refuses_vectors_that_are_not_what_the_config_declares(
+    name: str, biased: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    settings, change, code, where = BAD_VECTORS[name]
+    folder = write_adapter(biased, tmp_path, **settings)
+    change_tensors(folder, change)
+    (problem,) = refused(folder, spec_of(biased))
+    assert problem.code == code
+    assert problem.where.startswith(where)
+
+
+@pytest.mark.parametrize("name", ["lora_magnitude_vector", "lora_B.bias", "base_layer.bias"])
+def test_refuses_vectors_of_a_layer_without_factors(name: str, folder: Path, spec: ModelSpec) -> None:
+    change_tensors(folder, replace(f"{K0}.{name}", 32))
+    problems = refused(folder, spec)
+    assert [problem.code for problem in problems] == ["shape_mismatch", "no_target"]
+    assert {problem.where for problem in problems} == {f"{K0}.{name}"}
+
+
+def test_refuses_the_biases_of_norms(tmp_path: Path) -> None:
+    """GPT-2's LayerNorms have biases, so what PEFT saves of them with bias="all" cannot be served."""
+    config = GPT2Config(n_embd=64, n_layer=1, n_head=4, vocab_size=97, bos_token_id=1, eos_token_id=2)
+    model = GPT2LMHeadModel(config)
+    folder = write_adapter(model, tmp_path, target_modules=["c_attn"], fan_in_fan_out=True, bias="all")
+    blocks = {"attn.c_attn": (64, 192), "attn.c_proj": (64, 64), "mlp.c_fc": (64, 256), "mlp.c_proj": (256, 64)}
+    sizes = {f"transformer.h.0.{name}": size for name, size in blocks.items()}
+    problems = refused(folder, ModelSpec(sizes, 64, frozenset(sizes)))
+    assert {problem.where.removeprefix("base_model.model.transformer.") for problem in problems} == {
+        "h.0.ln_1.bias",
+        "h.0.ln_2.bias",
+        "ln_f.bias",
+    }
+
+
 # --- refusals ---
-
-
-def set_item(name: str, index: int, value: float) -> Callable[[dict[str, Tensor]], object]:
-    return lambda tensors: tensors[f"{Q0}.{name}.weight"].view(-1)[index : index + 1 or None].fill_(value)
-
-
-def replace(name: str, *shape: int) -> Callable[[dict[str, Tensor]], object]:
-    return lambda tensors: tensors.update({name: torch.ones(shape)})
 
 
 BAD_TENSORS: dict[str, tuple[Callable[[dict[str, Tensor]], object], str, str]] = {
@@ -181,6 +300,13 @@ BAD_TENSORS: dict[str, tuple[Callable[[dict[str, Tensor]], object], str, str]] =
         "base_model.model.model.embed_tokens",
     ),
     "lora_bias": (replace(f"{Q0}.lora_B.bias", 64), "unsupported_feature", f"{Q0}.lora_B.bias"),
+    "the bias of an adapted layer": (replace(f"{Q0}.base_layer.bias", 64), "unsupported_feature", f"{Q0}.base_layer"),
+    "the bias of another layer": (replace(f"{K0}.bias", 32), "unsupported_feature", f"{K0}.bias"),
+    "the bias of a norm": (
+        replace("base_model.model.model.norm.bias", 64),
+        "unsupported_feature",
+        "base_model.model.model.norm.bias",
+    ),
     "a saved module": (replace("base_model.model.lm_head.weight", 97, 64), "unsupported_feature", "base_model"),
     "the base's own layer": (
         replace("base_model.model.lm_head.base_layer.weight", 97, 64),
@@ -287,11 +413,11 @@ def test_collects_everything_at_once(folder: Path, spec: ModelSpec) -> None:
         tensors["extra"] = torch.ones(1)
 
     change_tensors(folder, spoil)
-    change_config(folder, use_dora=True, tomorrow=1, target_modules=["q_proj", "v_proj", "nowhere", "k_proj"])
+    change_config(folder, use_qalora=True, tomorrow=1, target_modules=["q_proj", "v_proj", "nowhere", "k_proj"])
     codes = [problem.code for problem in refused(folder, spec)]
     assert sorted(codes) == sorted(
         [
-            "unsupported_feature",  # use_dora
+            "unsupported_feature",  # use_qalora
             "unknown_key",  # tomorrow
             "unsupported_feature",  # extra
             "base_mismatch",  # nowhere
@@ -310,7 +436,7 @@ def test_tensors_are_judged_also_beside_a_broken_config(folder: Path, spec: Mode
 
 
 def test_a_config_is_judged_also_beside_a_broken_file(folder: Path, spec: ModelSpec) -> None:
-    change_config(folder, use_dora=True)
+    change_config(folder, use_qalora=True)
     (folder / WEIGHTS).write_bytes(b"PK\x03\x04")
     assert [problem.code for problem in refused(folder, spec)] == ["unsupported_feature", "malformed_file"]
 

@@ -140,7 +140,7 @@ class AppContext:
 
     @property
     def spec(self) -> ModelSpec:
-        return ModelSpec(modules=self.info.modules, max_rank=self.info.max_adapter_rank)
+        return ModelSpec(self.info.modules, self.info.max_adapter_rank, frozenset(self.info.biased_modules))
 
     @property
     def saturated(self) -> bool:

@@ -33,7 +33,8 @@ def build_engine(config: ServeConfig) -> tuple[Engine, EngineInfo]:
         torch.set_num_threads(config.threads)
     loaded = load_model(config.model, config.dtype, config.quantization, config.device, config.max_model_len)
     shape, linears = probe(loaded, BLOCK_SIZE)
-    spec = ModelSpec(linears, config.max_adapter_rank)
+    biased = frozenset(name for name in linears if loaded.model.get_submodule(name).bias is not None)
+    spec = ModelSpec(linears, config.max_adapter_rank, biased)
     num_blocks, max_model_len = _size_kv_cache(config, loaded, shape)
     num_pages = config.adapter_slots * -(-config.max_adapter_rank // PAGE_COLUMNS)
     runner = ModelRunner(loaded, shape, spec, num_blocks=num_blocks, block_size=BLOCK_SIZE, num_pages=num_pages)
@@ -54,7 +55,7 @@ def _residency(config: ServeConfig, spec: ModelSpec, runner: ModelRunner, num_pa
     return Residency(
         SlotTable(config.adapter_slots, num_pages),
         HostCache(config.adapter_host_bytes),
-        read=lambda digest: pack(load(store.path(digest), spec, digest), runner.pool.dtype),
+        read=lambda digest: pack(load(store.path(digest), spec, digest), runner.pool.dtype, runner.bases),
         write=runner.pool.write,
         on_thread_start=_stay_single_threaded,
     )
@@ -101,6 +102,7 @@ def _info(
         vocab_size=loaded.config.vocab_size,
         max_model_len=max_model_len,
         modules=spec.modules,
+        biased_modules=sorted(spec.biased),
         max_adapter_rank=spec.max_rank,
         adapter_slots=config.adapter_slots,
         num_blocks=num_blocks,

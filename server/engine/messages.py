@@ -121,6 +121,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     block_size: int
     eos_token_ids: list[int]
     description: dict[str, str]  # device, dtype, quantization, attention, kernel: for logs and /version
+    biased_modules: list[str] = []  # those of `modules` that have a bias
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):

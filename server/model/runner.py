@@ -34,7 +34,7 @@ class ModelRunner:
         kernel, self.kernel_reason = choose_kernel(loaded.device, loaded.dtype)
         self.pool = AdapterPool(spec, num_pages, loaded.dtype, loaded.device, kernel)
         pack_linears(self._model)
-        attach(self._model, spec, self.pool, loaded.head)
+        self.bases = attach(self._model, spec, self.pool, loaded.head)
 
     @torch.inference_mode()
     def run(self, batch: ForwardBatch, tokens: Segments = NO_SEGMENTS, head: Segments = NO_SEGMENTS) -> torch.Tensor:

@@ -1,0 +1,268 @@
+"""What PEFT computes for an adapter alone is what its rows get in a mixed batch, by feature and by kind of base."""
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes
+import pytest
+import torch
+from peft.utils.integrations import dequantize_module_weight
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
+
+from adapters.fold import dora_scale
+from adapters.format import LoraFactors
+from server.engine.messages import Abort
+from server.model.batch import build_batch
+from tests.adapter_factory import tiny_llama, with_peft, write_adapter
+from tests.engine_driver import Driver, make_driver
+
+ALL = {"target_modules": "all-linear", "r": 4, "lora_alpha": 6, "scale": 0.2}
+GPT2 = {**ALL, "fan_in_fan_out": True}
+LLAMA_CASES: dict[str, dict[str, Any]] = {
+    "plain": ALL,
+    "rslora": {**ALL, "use_rslora": True},
+    "patterns": {**ALL, "rank_pattern": {"v_proj": 3, "layers.1.mlp.up_proj": 17}, "alpha_pattern": {"q_proj": 9}},
+    "lora_bias": {**ALL, "lora_bias": True},
+    "bias lora_only": {**ALL, "target_modules": ["q_proj", "down_proj"], "bias": "lora_only"},
+    "bias all": {**ALL, "target_modules": ["v_proj", "up_proj"], "bias": "all"},
+    "lora_bias and bias": {**ALL, "lora_bias": True, "bias": "lora_only"},
+    "dora": {**ALL, "use_dora": True},
+    "dora, rslora": {**ALL, "use_dora": True, "use_rslora": True, "r": 20},
+    "dora, bias all": {**ALL, "use_dora": True, "bias": "all", "target_modules": ["k_proj", "gate_proj"]},
+    "dora on lm_head": {**ALL, "use_dora": True, "target_modules": ["lm_head", "o_proj"]},
+}
+GPT2_CASES: dict[str, dict[str, Any]] = {
+    "plain": GPT2,
+    "lora_bias": {**GPT2, "lora_bias": True},
+    "bias lora_only": {**GPT2, "bias": "lora_only"},
+    "dora": {**GPT2, "use_dora": True},
+    "dora, bias": {**GPT2, "use_dora": True, "bias": "lora_only", "target_modules": ["c_attn", "c_fc"]},
+}
+CASES = {"llama": LLAMA_CASES, "gpt2": GPT2_CASES}
+BASES = {"fp32": torch.float32, "bf16": torch.bfloat16, "nf4": torch.float32}
+NEW_TOKENS = 6
+
+
+def with_biases(model: nn.Module) -> nn.Module:
+    """Biases start at zero, which would hide what is done to them."""
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if name.endswith(".bias"):
+            parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def build(kind: str) -> nn.Module:
+    if kind == "llama":
+        return with_biases(tiny_llama(initializer_range=0.2, intermediate_size=128, attention_bias=True, mlp_bias=True))
+    torch.manual_seed(0)
+    sizes = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128, "vocab_size": 97}
+    config = GPT2Config(**sizes, initializer_range=0.2, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False)
+    return with_biases(GPT2LMHeadModel(config).eval())
+
+
+@dataclasses.dataclass
+class World:
+    """One base model under an engine of 4 slots, with every case's adapter in its store."""
+
+    base: str
+    folder: Path
+    driver: Driver
+    digests: dict[str, str]
+    logits: dict[str, list[Tensor]]
+
+    def reference(self, case: str | None) -> Any:
+        """PEFT with that adapter alone, on the same base."""
+        dtype, options = BASES[self.base], {}
+        if self.base == "nf4":
+            options["quantization_config"] = BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=dtype,
+            )
+        model = AutoModelForCausalLM.from_pretrained(self.folder / "model", dtype=dtype, **options).eval()
+        return model if case is None else with_peft(model, self.folder / case)
+
+    def run(self, *cases: str | None, seed: int = 0, length: int = 21) -> list[tuple[list[int], list[int], Tensor]]:
+        """Prompt, tokens and logits of one sequence per case, all in one batch; None is the base."""
+        generator = torch.Generator().manual_seed(seed)
+        prompt = torch.randint(3, 97, (length,), generator=generator).tolist()
+        self.logits.clear()
+        for index, case in enumerate(cases):
+            adapter = None if case is None else self.digests[case]
+            self.driver.submit(f"s{index}", prompt, adapter, max_tokens=NEW_TOKENS)
+            self.driver.outputs.pop(f"s{index}", None)
+        self.driver.run()
+        ids = [f"s{index}" for index in range(len(cases))]
+        return [(prompt, self.driver.tokens(seq_id), torch.stack(self.logits[seq_id])) for seq_id in ids]
+
+
+def recorded(driver: Driver) -> dict[str, list[Tensor]]:
+    """The logits that every sequence was sampled from, as they come."""
+    engine, logits = driver.engine, defaultdict(list)
+    run, segments = engine._runner.run, engine._segments
+    sampled: list[str] = []
+
+    def note(batch: Any) -> Any:
+        sampled[:] = [s.seq.seq_id for s in batch.sequences if s.samples]
+        return segments(batch)
+
+    def observed(*args: Any) -> Tensor:
+        rows = run(*args)
+        for seq_id, row in zip(sampled, rows, strict=True):
+            logits[seq_id].append(row.clone())
+        return rows
+
+    engine._segments, engine._runner.run = note, observed  # type: ignore[method-assign]
+    return logits
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str, str], World]]:
+    """NF4 is computed without bitsandbytes' bf16 kernel for some CPUs: PEFT's DoRA would misread its reordered weights,
+    and bf16 inside would hide differences."""
+    made: list[World] = []
+    patch = pytest.MonkeyPatch()
+    patch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
+
+    @cache
+    def folder(kind: str) -> Path:
+        path = tmp_path_factory.mktemp(kind)
+        model = build(kind)
+        model.save_pretrained(path / "model")  # type: ignore[operator]
+        for seed, (case, settings) in enumerate(CASES[kind].items()):
+            write_adapter(model, path / case, seed=seed, **settings)
+        return path
+
+    @cache
+    def make(kind: str, base: str) -> World:
+        options = {"dtype": "bfloat16" if base == "bf16" else "float32", "adapter_slots": 4}
+        if base == "nf4":
+            options["quantization"] = "nf4"
+        driver = make_driver(folder(kind) / "model", tmp_path_factory.mktemp("data"), **options)
+        digests = {case: driver.add_adapter(folder(kind) / case) for case in CASES[kind]}
+        made.append(World(base, folder(kind), driver, digests, recorded(driver)))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.driver.engine.residency.close()
+    patch.undo()
+
+
+def assert_peft_agrees(world: World, case: str | None, prompt: list[int], tokens: list[int], logits: Tensor) -> None:
+    """Judged on our own tokens: equal logits at each of them mean the same greedy tokens."""
+    assert len(tokens) == NEW_TOKENS
+    expected = logits_on(world.reference(case), prompt, tokens)
+    if world.base == "bf16":
+        assert_as_close_as_bf16_allows(logits, expected, logits_on(world.reference(case).float(), prompt, tokens))
+        return
+    assert (logits - expected).abs().max() < 1e-4
+    assert tokens == expected.argmax(-1).tolist()
+
+
+@torch.inference_mode()
+def logits_on(model: Any, prompt: list[int], tokens: list[int]) -> Tensor:
+    return model(input_ids=torch.tensor([prompt + tokens]), use_cache=False).logits[0, len(prompt) - 1 : -1].float()
+
+
+def assert_as_close_as_bf16_allows(logits: Tensor, expected: Tensor, exact: Tensor) -> None:
+    """`exact` is PEFT in float32 on the same bf16 weights, `noise` how far PEFT in bf16 is from it. We may be twice as
+    far (our factors are bf16 too, and an output is rounded once more), and a token may differ where that decides."""
+    noise = (expected - exact).square().mean().sqrt()
+    assert (logits.float() - exact).square().mean().sqrt() <= 2 * noise
+    picked = expected.gather(-1, logits.float().argmax(-1, keepdim=True))[:, 0]
+    best = expected.amax(-1)
+    step = torch.exp2(best.abs().log2().floor() - 7)
+    assert ((best - picked) <= torch.maximum(2 * step, 3 * noise)).all()
+
+
+ALL_CASES = [(kind, case) for kind, cases in CASES.items() for case in cases]
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize(("kind", "case"), ALL_CASES)
+def test_alone(kind: str, case: str, base: str, world: Callable[[str, str], World]) -> None:
+    here = world(kind, base)
+    (result,) = here.run(case)
+    assert_peft_agrees(here, case, *result)
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize(("kind", "case"), ALL_CASES)
+def test_beside_others(kind: str, case: str, base: str, world: Callable[[str, str], World]) -> None:
+    """Beside plain LoRA, the base and other features; prompts are long enough for both forms of the vectors."""
+    here = world(kind, base)
+    names = list(CASES[kind])
+    one, two = (names[(names.index(case) + offset) % len(names)] for offset in (2, 3))
+    results = here.run(case, "plain", None, one, two, case, seed=1, length=33)
+    for name, result in ((case, results[0]), (None, results[2]), (one, results[3]), (two, results[4])):
+        assert_peft_agrees(here, name, *result)
+    assert results[0][1] == results[5][1]
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("case", ["dora", "bias all", "lora_bias"])
+def test_others_keep_their_bits_beside_vectors(case: str, base: str, world: Callable[[str, str], World]) -> None:
+    here = world("llama", base)
+    here.run("plain", None, case, seed=2)  # both adapters are on the device now
+    engine = here.driver.engine
+    for index, name in enumerate(("plain", None, case)):
+        prompt = list(range(5 + index, 40 - index))
+        here.driver.submit(f"bits{index}", prompt, name and here.digests[name], max_tokens=1)
+    batch = engine.scheduler.schedule()
+    forward = build_batch(batch, here.driver.info.block_size, engine._runner.device)
+    neighbour = batch.sequences[[s.seq.seq_id for s in batch.sequences].index("bits2")]
+    beside = engine._runner.run(forward, *engine._segments(batch))
+    neighbour.seq.slot, slot = -1, neighbour.seq.slot
+    alone = engine._runner.run(forward, *engine._segments(batch))
+    neighbour.seq.slot = slot
+    changed = [not torch.equal(a, b) for a, b in zip(beside, alone, strict=True)]
+    assert changed == [s is neighbour for s in batch.sequences]
+    engine.handle(Abort(["bits0", "bits1", "bits2"]))
+    here.driver.run()
+
+
+def test_a_feature_is_more_than_its_factors(world: Callable[[str, str], World]) -> None:
+    """The adapters are made so that a vector that was lost would show."""
+    here = world("llama", "fp32")
+    for case in ("lora_bias", "bias all", "dora"):
+        adapted, base = (logits for _, _, logits in here.run(case, None, seed=3))
+        assert (adapted - base).abs().max() > 0.1, case
+
+
+def test_a_slot_that_changes_hands_keeps_nothing(world: Callable[[str, str], World], tmp_path: Path) -> None:
+    folder = world("llama", "fp32").folder
+    driver = make_driver(folder / "model", tmp_path, adapter_slots=1)
+    digests = {case: driver.add_adapter(folder / case) for case in LLAMA_CASES}
+    here = World("fp32", folder, driver, digests, recorded(driver))
+    order = ["dora", "plain", "bias all", "bias lora_only", "dora", "dora on lm_head", "lora_bias", "rslora"]
+    for case in order:
+        (result,) = here.run(case, seed=4)
+        assert_peft_agrees(here, case, *result)
+    assert not driver.engine._runner.pool.affine._tables  # a plain adapter needs none
+    driver.engine.residency.close()
+
+
+def test_dora_on_a_weight_that_a_cpu_kernel_reordered() -> None:
+    """The layer says so only after its first use, on CPUs with bf16 instructions; elsewhere both are the same."""
+    torch.manual_seed(0)
+    linear = bitsandbytes.nn.Linear4bit(128, 64, compute_dtype=torch.bfloat16, quant_type="nf4").eval()
+    linear = linear.requires_grad_(False).to("cpu")
+    factors = LoraFactors(torch.randn(4, 128), torch.randn(64, 4), 0.5, magnitude=torch.rand(64) + 1)
+    before = dora_scale(linear, factors)
+    assert before is not None
+    expected = factors.magnitude / torch.linalg.vector_norm(  # type: ignore[operator]
+        dequantize_module_weight(linear).float() + 0.5 * factors.b @ factors.a, dim=1
+    )
+    torch.testing.assert_close(before, expected)
+    x = torch.randn(3, 128, dtype=torch.bfloat16)
+    output = linear(x)
+    torch.testing.assert_close(dora_scale(linear, factors), before, atol=0, rtol=2**-8)  # its block scales are bf16
+    assert torch.equal(linear(x), output)
