@@ -473,6 +473,19 @@ def test_a_retired_version_that_is_asked_for_again_stays(driver: Driver, adapter
     assert driver.engine.residency.where(digest) == "device"
 
 
+def test_a_retired_version_that_is_pinned_again_stays(driver: Driver, adapters: dict[str, Path]) -> None:
+    """A rollback under traffic: the name comes back to the version before its last sequence has ended."""
+    digest = driver.add_adapter(next(iter(adapters.values())))
+    driver.submit("running", prompt_of(20), digest, max_tokens=8)
+    step_until_running(driver, "running")
+    driver.engine.handle(RetireAdapter(digest))
+    assert settled(driver, PinAdapter(0, digest, True)) is None
+    driver.run()
+    assert driver.finish_reason("running") == "length"
+    assert driver.engine.residency.where(digest) == "device"
+    assert driver.engine.residency.num_pinned() == 1
+
+
 def test_an_answer_ends_at_max_tokens(driver: Driver) -> None:
     driver.submit("s", prompt_of(5), max_tokens=5)
     driver.run()

@@ -213,6 +213,7 @@ class Engine:
         if isinstance(request, MoveAdapter) and request.tier == "disk":
             self.residency.unload(digest)
             return True
+        self._retired.discard(digest)  # a name points at it again
         tier = request.tier if isinstance(request, MoveAdapter) else "device"
         if _TIERS.index(self.residency.where(digest)) < _TIERS.index(tier):
             self.residency.bring(digest, tier)
