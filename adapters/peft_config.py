@@ -14,6 +14,7 @@ from typing import Any
 from adapters.errors import Problem, ProblemCode
 from adapters.safetensors_header import unique_keys
 from adapters.store import CONFIG_FILE
+from adapters.traits import Traits
 
 MAX_CONFIG_BYTES = 64 << 10
 MAX_ALPHA = 10_000
@@ -123,6 +124,9 @@ class LoraSettings:
     target_modules: tuple[str, ...] | None
     features: tuple[str, ...]
     canonical: str
+
+    def traits(self) -> Traits:
+        return Traits(additive=not (self.use_dora or self.lora_bias or self.bias != "none"))
 
     def rank(self, module: str) -> int:
         return int(self.rank_pattern.get(module, self.r))

@@ -16,6 +16,7 @@ from typing import Any
 
 from adapters.errors import AdapterError, NoSpace
 from adapters.store import AdapterStore
+from adapters.traits import Traits
 
 DATABASE = "registry.sqlite3"
 _SCHEMA_VERSION = 1
@@ -64,6 +65,10 @@ class AdapterVersion:
     nbytes: int
     created: int
     report: dict[str, Any]
+
+    @property
+    def traits(self) -> Traits:
+        return Traits.of(self.report)
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,7 +54,9 @@ def inspect(folder: Path, spec: ModelSpec) -> Inspected:
     adapter, settings = _checked(folder, spec)
     targets = sorted({module.rpartition(".")[2] for module in adapter.modules})
     applied = {"modules": len(adapter.modules.keys() | adapter.biases.keys()), "tensors": len(adapter.tensors)}
-    report = {"applied": applied, "features": list(settings.features)}
+    report: dict[str, Any] = {"applied": applied, "features": list(settings.features)}
+    if traits := settings.traits().described():
+        report["traits"] = traits
     digest = version_digest(settings.canonical, adapter.tensors, adapter.path)
     return Inspected(digest, adapter.rank(settings), tuple(targets), adapter.nbytes(), report)
 

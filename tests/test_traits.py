@@ -1,0 +1,16 @@
+"""What the server knows of an adapter before its weights are loaded."""
+
+import json
+
+from adapters.traits import Traits
+
+
+def test_the_ordinary_adapter_needs_no_words() -> None:
+    assert Traits().described() == {}
+    assert Traits.of({"applied": {}, "features": []}) == Traits()
+
+
+def test_what_is_described_comes_back_from_the_report_as_json() -> None:
+    traits = Traits(additive=False, mergeable=False, invocation_tokens=(5, 7), vocab_size=131)
+    report = json.loads(json.dumps({"traits": traits.described()}))
+    assert Traits.of(report) == traits
