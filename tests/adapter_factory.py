@@ -89,8 +89,20 @@ def greedy(model: Any, prompt: list[int], new_tokens: int) -> list[int]:
 
 
 def spec_of(model: nn.Module, max_rank: int = 64) -> ModelSpec:
-    """Every `nn.Linear` of `model` as an adaptable module."""
+    """Every `nn.Linear` of `model` as an adaptable module, and every parameter as one that may be replaced."""
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    sizes = {name: (module.in_features, module.out_features) for name, module in linears.items()}
-    biased = frozenset(name for name, module in linears.items() if module.bias is not None)
-    return ModelSpec(sizes, max_rank, biased)
+    parameters = {
+        name: {key: tuple(parameter.shape) for key, parameter in module.named_parameters(recurse=False)}
+        for name, module in model.named_modules()
+    }
+    named = dict(model.named_modules())
+    embedding = next((name for name in parameters if name.endswith(("embed_tokens", "wte"))), "")
+    return ModelSpec(
+        modules={name: (module.in_features, module.out_features) for name, module in linears.items()},
+        max_rank=max_rank,
+        biased=frozenset(name for name, module in linears.items() if module.bias is not None),
+        parameters={name: shapes for name, shapes in parameters.items() if shapes},
+        embedding=embedding,
+        head="lm_head",
+        tied="lm_head" in named and named["lm_head"].weight is named[embedding].weight,
+    )

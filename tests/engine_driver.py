@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from adapters.spec import ModelSpec
 from adapters.store import AdapterStore
 from adapters.validation import inspect
 from server.config import ServeConfig
@@ -32,8 +31,7 @@ class Driver:
         with self.store.stage() as staged:
             for name in ("adapter_config.json", "adapter_model.safetensors"):
                 (staged / name).write_bytes((folder / name).read_bytes())
-            spec = ModelSpec(self.info.modules, self.info.max_adapter_rank, frozenset(self.info.biased_modules))
-            digest = inspect(staged, spec).digest
+            digest = inspect(staged, self.info.spec).digest
             self.store.admit(staged, digest)
         return digest
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from adapters.spec import ModelSpec
 from server.config import ServeConfig
 from server.engine.build import build_engine
 from server.engine.client import AdapterMoveRefused, EngineClient, EngineState, EngineUnavailable, Stream
@@ -164,7 +165,7 @@ class FakeTransport:
 
 
 def info() -> EngineInfo:
-    return EngineInfo("0" * 12, 97, 512, {}, 64, 2, 8, 16, [2], {})
+    return EngineInfo("0" * 12, 97, 512, ModelSpec({}, 64), 2, 8, 16, [2], {})
 
 
 @pytest.fixture

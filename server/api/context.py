@@ -140,7 +140,7 @@ class AppContext:
 
     @property
     def spec(self) -> ModelSpec:
-        return ModelSpec(self.info.modules, self.info.max_adapter_rank, frozenset(self.info.biased_modules))
+        return self.info.spec
 
     @property
     def saturated(self) -> bool:

@@ -32,9 +32,7 @@ def build_engine(config: ServeConfig) -> tuple[Engine, EngineInfo]:
     if config.threads:
         torch.set_num_threads(config.threads)
     loaded = load_model(config.model, config.dtype, config.quantization, config.device, config.max_model_len)
-    shape, linears = probe(loaded, BLOCK_SIZE)
-    biased = frozenset(name for name in linears if loaded.model.get_submodule(name).bias is not None)
-    spec = ModelSpec(linears, config.max_adapter_rank, biased)
+    shape, spec = probe(loaded, BLOCK_SIZE, config.max_adapter_rank)
     num_blocks, max_model_len = _size_kv_cache(config, loaded, shape)
     num_pages = config.adapter_slots * -(-config.max_adapter_rank // PAGE_COLUMNS)
     runner = ModelRunner(loaded, shape, spec, num_blocks=num_blocks, block_size=BLOCK_SIZE, num_pages=num_pages)
@@ -101,9 +99,7 @@ def _info(
         base_fingerprint=loaded.fingerprint,
         vocab_size=loaded.config.vocab_size,
         max_model_len=max_model_len,
-        modules=spec.modules,
-        biased_modules=sorted(spec.biased),
-        max_adapter_rank=spec.max_rank,
+        spec=spec,
         adapter_slots=config.adapter_slots,
         num_blocks=num_blocks,
         block_size=BLOCK_SIZE,

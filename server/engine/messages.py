@@ -4,6 +4,7 @@ from typing import Literal
 
 import msgspec
 
+from adapters.spec import ModelSpec
 from server.sequence import SamplingParams, TokenLogprobs
 
 Tier = Literal["disk", "host", "device"]
@@ -114,14 +115,12 @@ class EngineInfo(msgspec.Struct, frozen=True):
     base_fingerprint: str  # 12 hex digits over config, dtype, quantization and weights
     vocab_size: int
     max_model_len: int
-    modules: dict[str, tuple[int, int]]  # adaptable module name to (in_features, out_features)
-    max_adapter_rank: int
+    spec: ModelSpec
     adapter_slots: int
     num_blocks: int
     block_size: int
     eos_token_ids: list[int]
     description: dict[str, str]  # device, dtype, quantization, attention, kernel: for logs and /version
-    biased_modules: list[str] = []  # those of `modules` that have a bias
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AttentionInterface
+from transformers.pytorch_utils import Conv1D
 
+from adapters.spec import ModelSpec
 from server.model import attention
 from server.model.batch import build_batch
 from server.model.kv_cache import CacheShape, KVCache
@@ -31,13 +33,13 @@ class Observation:
 
     kv: dict[int, tuple[int, int]] = field(default_factory=dict)
     windows: dict[int, int | None] = field(default_factory=dict)
-    rows: dict[str, list[int]] = field(default_factory=dict)  # by linear: rows of each of its calls
+    inputs: dict[str, list[torch.Size]] = field(default_factory=dict)  # by module: first argument of each of its calls
 
 
-def probe(loaded: LoadedModel, block_size: int) -> tuple[CacheShape, dict[str, tuple[int, int]]]:
-    """Shape of the model's KV cache and its adaptable linears. Raises `ModelRefused`.
+def probe(loaded: LoadedModel, block_size: int, max_rank: int) -> tuple[CacheShape, ModelSpec]:
+    """Shape of the model's KV cache, and what it offers to adapters. Raises `ModelRefused`.
 
-    Adaptable is a linear that sees exactly the step's rows (or, the head, the sampled rows) in one call: only then do
+    Adaptable is a module that sees exactly the step's rows (or, the head, the sampled rows) in one call: only then do
     the segments of the step describe its input. Leaves the model on the paged attention.
     """
     seen = _observe(loaded)
@@ -46,8 +48,40 @@ def probe(loaded: LoadedModel, block_size: int) -> tuple[CacheShape, dict[str, t
         raise ModelRefused("its attention layers do not go through transformers' attention interface")
     shape = CacheShape(tuple(seen.kv[layer] for layer in range(len(seen.kv))), loaded.dtype)
     _compare(loaded, shape, block_size)
-    expected = {name: [1] if name == loaded.head else [PROBE_TOKENS] for name in loaded.linears}
-    return shape, {name: dims for name, dims in loaded.linears.items() if seen.rows.get(name) == expected[name]}
+    return shape, _spec(loaded, seen, max_rank)
+
+
+def _spec(loaded: LoadedModel, seen: Observation, max_rank: int) -> ModelSpec:
+    model: Any = loaded.model
+    by_rows = {
+        name: model.get_submodule(name)
+        for name, calls in seen.inputs.items()
+        if len(calls) == 1 and _has_rows(calls[0], 1 if name == loaded.head else PROBE_TOKENS)
+    }
+    embedding = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
+    linears = {name: dims for name, dims in loaded.linears.items() if name in by_rows}
+    return ModelSpec(
+        modules=linears,
+        max_rank=max_rank,
+        biased=frozenset(name for name in linears if by_rows[name].bias is not None),
+        parameters={name: _shapes(module, loaded.linears.get(name)) for name, module in by_rows.items()},
+        transposed=frozenset(name for name, module in by_rows.items() if getattr(module, "is_transposed", False)),
+        embedding=embedding,
+        head=loaded.head,
+        tied=model.get_output_embeddings().weight is model.get_input_embeddings().weight,
+    )
+
+
+def _has_rows(size: torch.Size, rows: int) -> bool:
+    return size[:2] == (1, rows) or size[0] == rows
+
+
+def _shapes(module: nn.Module, linear: tuple[int, int] | None) -> dict[str, tuple[int, ...]]:
+    """A quantised linear stores its weight in another shape than it has."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters(recurse=False)}
+    if linear is not None and not isinstance(module, Conv1D):
+        shapes["weight"] = (linear[1], linear[0])
+    return shapes
 
 
 def _tokens(loaded: LoadedModel) -> torch.Tensor:
@@ -72,10 +106,10 @@ def _observe(loaded: LoadedModel) -> Observation:
 
     hooks = [
         module.register_forward_hook(
-            lambda _module, args, _output, name=name: seen.rows.setdefault(name, []).append(args[0].shape[:-1].numel())
+            lambda _module, args, _output, name=name: seen.inputs.setdefault(name, []).append(args[0].shape)
         )
         for name, module in loaded.model.named_modules()
-        if name in loaded.linears
+        if any(True for _ in module.parameters(recurse=False))
     ]
     AttentionInterface.register(_RECORDER, record)
     try:
