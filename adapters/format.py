@@ -13,12 +13,16 @@ from torch import Tensor
 from adapters.safetensors_header import TensorInfo
 
 CHUNK_BYTES = 1 << 20  # large enough that a reading thread seldom asks for the interpreter lock
-TensorKind = Literal["A", "B", "lora_bias", "magnitude", "base_bias", "bias"]
+TensorKind = Literal[
+    "A", "B", "lora_bias", "magnitude", "embedding_A", "embedding_B", "tokens", "base_bias", "bias", "parameter"
+]
 # The module's name is as short as can be: `q.lora_B.bias` is the bias of q's lora_B, not that of a module `q.lora_B`.
 _TENSOR_NAME = re.compile(
     r"base_model\.model\.(.+?)\.(?:"
     r"(?P<A>lora_A(?:\.[^.]+)?\.weight)|(?P<B>lora_B(?:\.[^.]+)?\.weight)|(?P<lora_bias>lora_B(?:\.[^.]+)?\.bias)|"
-    r"(?P<magnitude>lora_magnitude_vector)|(?P<base_bias>base_layer\.bias)|(?P<bias>bias))"
+    r"(?P<magnitude>lora_magnitude_vector)|(?P<embedding_A>lora_embedding_A)|(?P<embedding_B>lora_embedding_B)|"
+    r"(?P<tokens>token_adapter\.trainable_tokens_delta)|"
+    r"(?P<base_bias>base_layer\.bias)|(?P<bias>bias)|(?P<parameter>[A-Za-z_][A-Za-z0-9_]*))"
 )
 
 
@@ -35,20 +39,40 @@ class LoraFactors:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenRows:
+    """Rows `values [n, hidden]` that take the place of those of the tokens `ids` in an embedding's weight."""
+
+    ids: tuple[int, ...]
+    values: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class AdapterWeights:
-    """An adapter in memory: `rank` is the largest of its modules, `nbytes` the size of all tensors in bytes; `biases`
-    take the place of the base's own."""
+    """An adapter in memory: `rank` is the largest of its modules, `nbytes` the size of all tensors in bytes.
+
+    `factors` are those of linears and `biases` take the place of their own; `embeddings` are factors with
+    `a [r, vocab]` and `b [hidden, r]`. `parameters` are factors of whatever a module computes with, `a [experts·r, in]`
+    and `b [out, r·experts]`. `replaced` are parameters as a whole, and `tokens` rows of the embedding or the head.
+    """
 
     digest: str
     rank: int
     factors: dict[str, LoraFactors]
     nbytes: int
     biases: dict[str, Tensor] = field(default_factory=dict)
+    embeddings: dict[str, LoraFactors] = field(default_factory=dict)
+    parameters: dict[str, dict[str, LoraFactors]] = field(default_factory=dict)
+    replaced: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    tokens: dict[str, TokenRows] = field(default_factory=dict)
+    vocab_size: int | None = None  # where it is not the base's
 
 
 def parse_tensor_name(name: str) -> tuple[str, TensorKind] | None:
-    """The base model's module and what the tensor is to it; None for anything that PEFT's LoRA of a linear layer does
-    not have. A trained bias is a `base_bias` where PEFT wrapped the layer and a `bias` where it did not."""
+    """The base model's module and what the tensor is to it; None where it can be nothing.
+
+    A trained bias is a `base_bias` where PEFT wrapped the layer and a `bias` where it did not. A `parameter` is one of
+    the module's own, by the last part of the name.
+    """
     match = _TENSOR_NAME.fullmatch(name)
     return (match[1], cast(TensorKind, match.lastgroup)) if match else None
 

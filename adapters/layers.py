@@ -1,8 +1,12 @@
-"""The second seam into the model: every adaptable linear, wrapped once at start."""
+"""The second seam into the model: every adaptable linear, wrapped once at start, and hooks on what else adapters
+change."""
+
+from typing import Any
 
 import torch
 from torch import nn
 
+from adapters.overlays import Output
 from adapters.pool import AdapterPool, StepPlan
 from adapters.spec import ModelSpec
 
@@ -41,13 +45,48 @@ class LoRALinear(nn.Module):
         return y
 
 
-def attach(model: nn.Module, spec: ModelSpec, pool: AdapterPool, head: str | None) -> dict[str, nn.Module]:
-    """Wrap every module of `spec` in place; `head` names the output head, which sees only sampled rows.
+class OverlayHook:
+    """Lets the step's overlays of one module follow its forward.
 
-    Returns the base's own modules.
+    An adapter's own tokens may be beyond the base's embedding: the base looks up its last row for them, which the
+    overlay replaces.
     """
-    bases = {name: model.get_submodule(name) for name in spec.modules}
-    for name, base in bases.items():
-        plan = pool.head_plan if name == head else pool.token_plan
-        model.set_submodule(name, LoRALinear(base, pool, name, plan))
+
+    def __init__(self, name: str, module: nn.Module, plan: StepPlan) -> None:
+        self._name = name
+        self._plan = plan
+        self._inputs: tuple[Any, ...] | None = None
+        if isinstance(module, nn.Embedding):
+            module.register_forward_pre_hook(self._before)
+        module.register_forward_hook(self._after)
+
+    def _before(self, module: nn.Embedding, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+        self._inputs = inputs
+        if self._plan.overlays is None:
+            return None
+        return (inputs[0].clamp(max=module.num_embeddings - 1), *inputs[1:])
+
+    def _after(self, _: nn.Module, inputs: tuple[Any, ...], output: Output) -> Output | None:
+        if self._plan.overlays is None:
+            return None
+        return self._plan.overlays.apply(self._name, self._inputs or inputs, output)
+
+
+def attach(model: nn.Module, spec: ModelSpec, pool: AdapterPool, head: str | None) -> dict[str, nn.Module]:
+    """Wrap every linear of `spec` in place; `head` names the output head, which sees only sampled rows.
+
+    Returns the base's own modules, by name: those, and all that adapters may change otherwise.
+    """
+    bases = {name: model.get_submodule(name) for name in spec.modules.keys() | spec.parameters.keys()}
+
+    def plan_of(name: str) -> StepPlan:
+        return pool.head_plan if name == head else pool.token_plan
+
+    for name in spec.modules:
+        model.set_submodule(name, LoRALinear(bases[name], pool, name, plan_of(name)))
+
+    def install_hook(name: str) -> None:
+        OverlayHook(name, bases[name], plan_of(name))
+
+    pool.install_hook = install_hook
     return bases

@@ -1,17 +1,18 @@
 """A PEFT `adapter_config.json`: every key is served, harmless or refused, and nothing else is.
 
-The config is a stranger's text: it is never handed to PEFT, and its patterns are compared as literal names, never run
-as regular expressions. No torch.
+The config is a stranger's text: it is never handed to PEFT, and its patterns are never run by Python's own `re`.
+No torch.
 """
 
 import json
 import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from adapters.config_keys import FEATURES, HARMLESS_KEYS, REFUSED_KEYS, SERVED_KEYS, WAYS_OUT
 from adapters.errors import Problem, ProblemCode
+from adapters.patterns import BadPattern, ModulePatterns
 from adapters.safetensors_header import unique_keys
 from adapters.store import CONFIG_FILE
 from adapters.traits import Traits
@@ -19,98 +20,19 @@ from adapters.traits import Traits
 MAX_CONFIG_BYTES = 64 << 10
 MAX_ALPHA = 10_000
 MAX_RANK = 1 << 16
-
-# Every key of PEFT 0.21's LoraConfig is in exactly one of the next three; a test compares them with PEFT.
-SERVED_KEYS = frozenset(
-    {
-        "peft_type",
-        "r",
-        "lora_alpha",
-        "use_rslora",
-        "rank_pattern",
-        "alpha_pattern",
-        "target_modules",
-        "layers_to_transform",
-        "bias",
-        "lora_bias",
-        "use_dora",
-    }
-)
-# These say how an adapter was made or where it came from; no value of theirs changes what the tensors mean.
-HARMLESS_KEYS = frozenset(
-    {
-        "auto_mapping",
-        "base_model_name_or_path",
-        "eva_config",
-        "exclude_modules",
-        "fan_in_fan_out",
-        "inference_mode",
-        "layers_pattern",
-        "lora_dropout",
-        "peft_version",
-        "qalora_group_size",
-        "revision",
-        "runtime_config",
-        "task_type",
-    }
-)
-# These change the base model or the arithmetic: only the values listed, or an empty one, leave plain LoRA.
-REFUSED_KEYS: dict[str, tuple[Any, ...]] = {
-    "alora_invocation_tokens": (),
-    "arrow_config": (),
-    "corda_config": (),
-    "ensure_weight_tying": (),
-    # All other ways to initialise subtract the start from the base's weights (pissa, olora, corda, loftq, lora_ga).
-    "init_lora_weights": (True, "gaussian", "orthogonal", "eva", "mica"),
-    "kasa_config": (),
-    "layer_replication": (),
-    "loftq_config": (),
-    "lora_ga_config": (),
-    "megatron_config": (),
-    "megatron_core": ("megatron.core",),
-    "modules_to_save": (),
-    "monteclora_config": (),
-    "target_parameters": (),
-    "trainable_token_indices": (),
-    "use_bdlora": (),
-    "use_qalora": (),
-    "velora_config": (),
-}
-FEATURES = {
-    "use_rslora": "rslora",
-    "rank_pattern": "rank_pattern",
-    "alpha_pattern": "alpha_pattern",
-    "layers_to_transform": "layers_to_transform",
-    "bias": "bias",
-    "lora_bias": "lora_bias",
-    "use_dora": "dora",
-}
+MAX_NAMES = 4096  # in a list of modules, parameters or tokens
 BIASES = ("none", "lora_only", "all")
-
-_LITERAL_PATTERN = re.compile(r"\^?[A-Za-z0-9_.]+")
-
-
-class ModulePatterns:
-    """PEFT's `rank_pattern` or `alpha_pattern`: dotted endings of module names, or with ^ whole names, to numbers.
-
-    The first entry that matches counts. A lookup costs the depth of the module's name, however many entries there are.
-    """
-
-    def __init__(self, values: Mapping[str, float]):
-        self._values = values
-        self._order = {pattern: position for position, pattern in enumerate(values)}
-
-    def get(self, module: str, default: float) -> float:
-        matches = [name for name in (f"^{module}", *dotted_suffixes(module)) if name in self._values]
-        return self._values[min(matches, key=self._order.__getitem__)] if matches else default
 
 
 @dataclass(frozen=True, slots=True)
 class LoraSettings:
     """What a config says of the tensors beside it.
 
-    `target_modules` is None where the config leaves the choice to the tensors; `bias` is one of `BIASES`; `features`
-    are named in the report; `canonical` is the config as the digest sees it.
+    `target_modules` is None where the config leaves the choice to the tensors; `bias` is one of `BIASES`;
+    with `ensures_tying` what is said of one end of a tied vocabulary is meant of both; `token_indices` maps a module's
+    ending to the tokens that are trained, "" being the input embedding; `qalora_group_size` is None without QA-LoRA;
+    `invocation_tokens` switch an aLoRA on. `features` are named in the report; `canonical` is the config as the digest
+    sees it.
     """
 
     r: int
@@ -122,11 +44,24 @@ class LoraSettings:
     rank_pattern: ModulePatterns
     alpha_pattern: ModulePatterns
     target_modules: tuple[str, ...] | None
+    target_parameters: tuple[str, ...]
+    modules_to_save: tuple[str, ...]
+    ensures_tying: bool
+    token_indices: Mapping[str, tuple[int, ...]]
+    qalora_group_size: int | None
+    invocation_tokens: tuple[int, ...]
     features: tuple[str, ...]
     canonical: str
 
     def traits(self) -> Traits:
-        return Traits(additive=not (self.use_dora or self.lora_bias or self.bias != "none"))
+        """What the config alone tells; the tensors may add to it."""
+        elsewhere = self.modules_to_save or self.token_indices or self.target_parameters or self.invocation_tokens
+        changed = self.use_dora or self.lora_bias or self.bias != "none"
+        return Traits(
+            additive=not (elsewhere or changed),
+            mergeable=not elsewhere,
+            invocation_tokens=self.invocation_tokens,
+        )
 
     def rank(self, module: str) -> int:
         return int(self.rank_pattern.get(module, self.r))
@@ -180,6 +115,12 @@ class _Reader:
             rank_pattern=self._patterns("rank_pattern", self._rank),
             alpha_pattern=self._patterns("alpha_pattern", self._alpha),
             target_modules=self._target_modules(),
+            target_parameters=self._names("target_parameters"),
+            modules_to_save=self._names("modules_to_save"),
+            ensures_tying=self._switch("ensure_weight_tying"),
+            token_indices=self._token_indices(),
+            qalora_group_size=self._qalora_group_size(),
+            invocation_tokens=self._tokens("alora_invocation_tokens", self._config.get("alora_invocation_tokens")),
             features=tuple(name for key, name in FEATURES.items() if _is_used(self._config.get(key))),
             canonical=canonical,
         )
@@ -219,11 +160,12 @@ class _Reader:
         if not isinstance(patterns, dict):
             self._refuse(key, patterns, "an object of module names", "malformed_file")
             return ModulePatterns({})
-        for pattern in patterns:
-            if not _LITERAL_PATTERN.fullmatch(pattern):
-                expected = "letters, digits, _ and . with an optional leading ^"
-                self._refuse(key, pattern, expected, "unsupported_feature")
-        return ModulePatterns({pattern: read(f"{key}.{pattern}", value) for pattern, value in patterns.items()})
+        numbers = {pattern: read(f"{key}.{pattern}", value) for pattern, value in patterns.items()}
+        try:
+            return ModulePatterns(numbers)
+        except BadPattern as error:
+            self._refuse(key, patterns, str(error), "unsupported_feature")
+            return ModulePatterns({})
 
     def _target_modules(self) -> tuple[str, ...] | None:
         """Names only: a text is a regular expression or a shorthand, and the tensors tell what it matched."""
@@ -232,6 +174,39 @@ class _Reader:
             return tuple(value)
         if value is not None and not isinstance(value, str):
             self.problems.append(_problem("target_modules", value, "a list of module names", "malformed_file"))
+        return None
+
+    def _names(self, key: str) -> tuple[str, ...]:
+        value = self._config.get(key) or []
+        if isinstance(value, list) and len(value) <= MAX_NAMES and all(isinstance(name, str) for name in value):
+            return tuple(value)
+        self._refuse(key, value, f"a list of up to {MAX_NAMES} names", "malformed_file")
+        return ()
+
+    def _tokens(self, key: str, value: Any) -> tuple[int, ...]:
+        tokens = value or []
+        short = isinstance(tokens, list) and len(tokens) <= MAX_NAMES
+        if short and all(type(token) is int and 0 <= token < 1 << 31 for token in tokens):
+            return tuple(tokens)
+        self._refuse(key, value, f"a list of up to {MAX_NAMES} token ids", "malformed_file")
+        return ()
+
+    def _token_indices(self) -> dict[str, tuple[int, ...]]:
+        key = "trainable_token_indices"
+        value = self._config.get(key) or {}
+        by_module = value if isinstance(value, dict) else {"": value}
+        if len(by_module) > MAX_NAMES:
+            self._refuse(key, value, f"at most {MAX_NAMES} modules", "malformed_file")
+            return {}
+        return {module: self._tokens(key, tokens) for module, tokens in by_module.items()}
+
+    def _qalora_group_size(self) -> int | None:
+        if not self._switch("use_qalora"):
+            return None
+        size = self._config.get("qalora_group_size", 16)
+        if type(size) is int and size >= 1:
+            return size
+        self._refuse("qalora_group_size", size, "a whole number from 1", "malformed_file")
         return None
 
     def _refuse(self, key: str, found: Any, expected: str, code: ProblemCode) -> None:
@@ -249,7 +224,7 @@ def _features_off(config: dict[str, Any]) -> list[Problem]:
             problems.append(_problem(key, value, "no such key", "unknown_key"))
         elif value not in REFUSED_KEYS[key]:
             expected = " or ".join(map(json.dumps, REFUSED_KEYS[key])) or "no value"
-            problems.append(_problem(key, value, expected, "unsupported_feature"))
+            problems.append(_problem(key, value, expected + WAYS_OUT.get(key, ""), "unsupported_feature"))
     return problems
 
 
@@ -265,12 +240,6 @@ def shown(value: Any, limit: int = 80) -> str:
     if isinstance(value, dict | list):
         return "an object" if isinstance(value, dict) else "a list"
     return json.dumps(value)[:limit]
-
-
-def dotted_suffixes(module: str) -> list[str]:
-    """`a.b.c` ends in `a.b.c`, `b.c` and `c`: the names by which PEFT finds a module."""
-    parts = module.split(".")
-    return [".".join(parts[start:]) for start in range(len(parts))]
 
 
 def _is_empty(value: Any) -> bool:

@@ -1,85 +1,29 @@
 """Device tier: the tensors that hold the resident adapters' rank columns, and what a step reads of them."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 
 from adapters.affine import AffinePlan, AffineTables
-from adapters.errors import AdapterInvalid, Problem
-from adapters.fold import dora_scale, output_vectors
-from adapters.format import AdapterWeights, LoraFactors
 from adapters.kernels import LoRAKernel
+from adapters.overlays import OverlayPlan, OverlayTable
+from adapters.pack import PackedAdapter
 from adapters.segments import NO_SEGMENTS, Segments
 from adapters.slots import PAGE_COLUMNS, Slot
 from adapters.spec import ModelSpec
 
 
-@dataclass(frozen=True, slots=True)
-class PackedAdapter:
-    """A version in the pool's own layout and dtype: per module A `[columns, in]` and B `[columns, out]` with the
-    scaling (and DoRA's) folded in before rounding, zero-padded to whole pages. `vectors` are the output vectors of
-    the modules that have some."""
-
-    num_pages: int
-    modules: dict[str, tuple[torch.Tensor, torch.Tensor]]
-    nbytes: int
-    vectors: dict[str, torch.Tensor] = field(default_factory=dict)
-
-
-def pack(weights: AdapterWeights, dtype: torch.dtype, bases: Mapping[str, nn.Module]) -> PackedAdapter:
-    """Convert checked weights for the linears in `bases` to the pool's layout. Runs in a reader thread.
-
-    Raises `AdapterInvalid` when a weight is finite in its own dtype but not in `dtype`.
-    """
-    num_pages = -(-weights.rank // PAGE_COLUMNS)
-    modules, vectors = {}, {}
-    for name in weights.factors.keys() | weights.biases.keys():
-        factors = weights.factors.get(name)
-        scale = None if factors is None else dora_scale(bases[name], factors)
-        if factors is not None:
-            modules[name] = _columns(factors, scale, num_pages, dtype)
-        affine = output_vectors(bases[name], scale, factors, weights.biases.get(name))
-        if affine is not None:
-            vectors[name] = affine
-        _check_finite(name, dtype, [*modules.get(name, ()), *vectors.get(name, ())])
-    tensors = [*(tensor for pair in modules.values() for tensor in pair), *vectors.values()]
-    return PackedAdapter(num_pages, modules, sum(t.numel() * t.element_size() for t in tensors), vectors)
-
-
-def _columns(
-    factors: LoraFactors, scale: torch.Tensor | None, num_pages: int, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    b = factors.b.float() * factors.scaling
-    if scale is not None:
-        b *= scale[:, None]
-    return _padded(factors.a.to(dtype), num_pages), _padded(b.to(dtype).T, num_pages)
-
-
-def _check_finite(name: str, dtype: torch.dtype, tensors: list[torch.Tensor]) -> None:
-    if not all(tensor.to(dtype).isfinite().all() for tensor in tensors):
-        raise AdapterInvalid(
-            [Problem(name, f"weights beyond {dtype}", "a scaled B that the base's dtype can hold", "nonfinite")]
-        )
-
-
-def _padded(columns: torch.Tensor, num_pages: int) -> torch.Tensor:
-    padded = columns.new_zeros(num_pages * PAGE_COLUMNS, columns.shape[1])
-    padded[: columns.shape[0]] = columns
-    return padded
-
-
 class StepPlan:
-    """What the wrapped linears of one kind read during a step; set before the forward, the same object for all."""
+    """What the modules of one kind read during a step; set before the forward, the same object for all."""
 
-    __slots__ = ("active", "affine", "plan")
+    __slots__ = ("active", "affine", "overlays", "plan")
 
     def __init__(self) -> None:
         self.active = False
         self.plan: Any = None
         self.affine: AffinePlan | None = None  # None unless an adapter of the step has output vectors
+        self.overlays: OverlayPlan | None = None  # likewise
 
 
 class AdapterPool:
@@ -96,6 +40,9 @@ class AdapterPool:
         self.dtype = dtype
         self.kernel = kernel
         self.affine = AffineTables(device)
+        self.overlays = OverlayTable(device)
+        self.install_hook: Callable[[str], None] | None = None  # set when the model is attached
+        self._vocab_sizes: dict[int, int] = {}  # of slots whose vocabulary is not the base's
         self.buffers: dict[str, tuple[torch.Tensor, torch.Tensor]] = {
             name: (
                 torch.zeros(columns, in_features, dtype=dtype, device=device),
@@ -109,6 +56,10 @@ class AdapterPool:
     def write(self, slot: Slot, packed: PackedAdapter) -> None:
         """Fill the slot with an adapter; modules that it does not touch become zero."""
         self.affine.write(slot.index, packed.vectors)
+        self.overlays.write(slot.index, packed.overlays)
+        self._vocab_sizes.pop(slot.index, None)
+        if packed.vocab_size is not None:
+            self._vocab_sizes[slot.index] = packed.vocab_size
         for name, (a, b) in self.buffers.items():
             source = packed.modules.get(name)
             for index, page in enumerate(slot.pages):
@@ -119,12 +70,23 @@ class AdapterPool:
                     own = slice(index * PAGE_COLUMNS, (index + 1) * PAGE_COLUMNS)
                     a[rows], b[rows] = source[0][own], source[1][own]
 
-    def set_step(self, tokens: Segments, head: Segments = NO_SEGMENTS) -> None:
-        """Make `tokens` and `head` the segments of the forward that follows."""
-        for plan, segments in ((self.token_plan, tokens), (self.head_plan, head)):
+    def set_step(
+        self, tokens: Segments, head: Segments = NO_SEGMENTS, *, num_tokens: int = 0, num_head: int = 0
+    ) -> None:
+        """Make `tokens` and `head` the segments of the forward that follows, over so many rows."""
+        steps = ((self.token_plan, tokens, num_tokens), (self.head_plan, head, num_head))
+        for plan, segments, num_rows in steps:
             plan.active = bool(segments)
             plan.plan = self.kernel.plan(segments) if segments else None
             plan.affine = self.affine.plan(segments.rows) if segments else None
+            plan.overlays = self.overlays.plan(segments.rows, num_rows) if segments else None
+            if plan.overlays is not None:
+                assert self.install_hook is not None
+                self.overlays.hook(plan.overlays, self.install_hook)
+
+    def vocab_size(self, slot: int) -> int | None:
+        """Of the adapter in `slot`, where it is not the base's."""
+        return self._vocab_sizes.get(slot)
 
     def nbytes(self) -> int:
         return sum(t.numel() * t.element_size() for pair in self.buffers.values() for t in pair)

@@ -1,40 +1,28 @@
 """Whether an adapter can be served by this base model: every tensor and every key is applied exactly, or the adapter is
 refused with the full list of reasons."""
 
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from adapters.errors import AdapterInvalid, Problem, ProblemCode
-from adapters.format import (
-    AdapterWeights,
-    LoraFactors,
-    TensorKind,
-    parse_tensor_name,
-    read_chunks,
-    version_digest,
+from adapters.errors import AdapterInvalid, Problem
+from adapters.format import AdapterWeights, LoraFactors, TensorKind, TokenRows, version_digest
+from adapters.lora_checks import LoraChecks
+from adapters.lora_tensors import (
+    LoraTensors,
+    parameter_factors,
+    rank_of,
+    scaling_of,
+    shares_weight,
+    token_target,
 )
-from adapters.peft_config import MAX_CONFIG_BYTES, LoraSettings, dotted_suffixes, parse_config, shown
-from adapters.safetensors_header import read_header
+from adapters.peft_config import MAX_CONFIG_BYTES, LoraSettings, parse_config
 from adapters.spec import ModelSpec
 from adapters.store import CONFIG_FILE, FILES, WEIGHTS_FILE
-
-_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
-_KINDS: dict[str, str] = {
-    "A": "lora_A",
-    "B": "lora_B",
-    "lora_bias": "bias of lora_B",
-    "magnitude": "lora_magnitude_vector",
-    "base_bias": "trained bias",
-}
-_FACTORS: tuple[TensorKind, ...] = ("A", "B")
-_SCALED: tuple[TensorKind, ...] = ("B", "lora_bias")
+from adapters.traits import Traits
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +39,14 @@ class Inspected:
 
 def inspect(folder: Path, spec: ModelSpec) -> Inspected:
     """Check the adapter in `folder` against the base model. Raises `AdapterInvalid` with every problem found."""
-    adapter, settings = _checked(folder, spec)
-    targets = sorted({module.rpartition(".")[2] for module in adapter.modules})
-    applied = {"modules": len(adapter.modules.keys() | adapter.biases.keys()), "tensors": len(adapter.tensors)}
-    report: dict[str, Any] = {"applied": applied, "features": list(settings.features)}
-    if traits := settings.traits().described():
+    tensors, settings = _checked(folder, spec)
+    targets = sorted({module.rpartition(".")[2] for module in tensors.adapted()})
+    applied = {"modules": len(tensors.touched()), "tensors": len(tensors.infos)}
+    report: dict[str, Any] = {"applied": applied, "features": _features(tensors, settings, spec)}
+    if traits := _traits(tensors, settings, spec).described():
         report["traits"] = traits
-    digest = version_digest(settings.canonical, adapter.tensors, adapter.path)
-    return Inspected(digest, adapter.rank(settings), tuple(targets), adapter.nbytes(), report)
+    digest = version_digest(settings.canonical, tensors.infos, tensors.path)
+    return Inspected(digest, _rank(tensors, settings, spec), tuple(targets), tensors.nbytes(), report)
 
 
 def load(folder: Path, spec: ModelSpec, digest: str | None = None) -> AdapterWeights:
@@ -66,181 +54,147 @@ def load(folder: Path, spec: ModelSpec, digest: str | None = None) -> AdapterWei
 
     With `digest`, the content must have it. Raises `AdapterInvalid`.
     """
-    adapter, settings = _checked(folder, spec)
-    found = version_digest(settings.canonical, adapter.tensors, adapter.path)
+    tensors, settings = _checked(folder, spec)
+    found = version_digest(settings.canonical, tensors.infos, tensors.path)
     if digest not in (None, found):
         raise AdapterInvalid([Problem(WEIGHTS_FILE, f"content {found[:12]}", f"{digest:.12}", "malformed_file")])
-    tensors = load_file(adapter.path)
-    factors = {module: _factors(tensors, names, settings.scaling(module)) for module, names in adapter.modules.items()}
-    biases = {module: tensors[name] for module, name in adapter.biases.items()}
-    biases |= {m: tensors[names["base_bias"]] for m, names in adapter.modules.items() if "base_bias" in names}
-    return AdapterWeights(found, adapter.rank(settings), factors, adapter.nbytes(), biases)
+    reader = _Reader(load_file(tensors.path), tensors, settings, spec)
+    return AdapterWeights(
+        found,
+        _rank(tensors, settings, spec),
+        reader.factors(),
+        tensors.nbytes(),
+        biases=reader.biases(),
+        embeddings=reader.embeddings(),
+        parameters=reader.parameters(),
+        replaced=reader.replaced(),
+        tokens=reader.tokens(),
+        vocab_size=tensors.vocab_size(spec),
+    )
 
 
-def _factors(tensors: dict[str, Tensor], names: dict[TensorKind, str], scaling: float) -> LoraFactors:
-    bias, magnitude = (tensors[names[kind]] if kind in names else None for kind in ("lora_bias", "magnitude"))
-    return LoraFactors(tensors[names["A"]], tensors[names["B"]], scaling, bias, magnitude)
-
-
-def _checked(folder: Path, spec: ModelSpec) -> tuple["_Candidate", LoraSettings]:
+def _checked(folder: Path, spec: ModelSpec) -> tuple[LoraTensors, LoraSettings]:
     absent = [name for name in FILES if not (folder / name).is_file()]
     if absent:
         raise AdapterInvalid([Problem(name, "no file", "a file", "malformed_file") for name in absent])
     with (folder / CONFIG_FILE).open("rb") as file:
         settings, problems = parse_config(file.read(MAX_CONFIG_BYTES + 1))
     try:
-        candidate = _Candidate(folder / WEIGHTS_FILE, spec)
+        tensors = LoraTensors.read(folder / WEIGHTS_FILE, spec)
     except AdapterInvalid as error:
         raise AdapterInvalid(problems + error.problems) from None
-    problems += candidate.problems(settings)
+    problems += LoraChecks(tensors, spec).problems(settings)
     if problems or settings is None:
         raise AdapterInvalid(problems)
-    return candidate, settings
+    return tensors, settings
 
 
-class _Candidate:
-    """The tensors of a weights file beside the modules of the base model.
+def _rank(tensors: LoraTensors, settings: LoraSettings, spec: ModelSpec) -> int:
+    """The largest; 1 for an adapter without factors."""
+    linears = [rank_of(module, settings, spec) for module in tensors.modules]
+    embeddings = [settings.rank(module) for module in tensors.embeddings]
+    parameters = [
+        settings.rank(f"{module}.{parameter}")
+        for module, depths in tensors.stacked.items()
+        for parameter, _ in parameter_factors(module, depths, settings, spec)
+    ]
+    return max([*linears, *embeddings, *parameters], default=1)
 
-    `modules` maps an adapted module to the names of its tensors, `{"A": …, "B": …}`, and `biases` a module that is not
-    adapted to the name of its trained bias; after `problems` returned none, all are the base model's, every adapted
-    one has both factors, and each has the vectors that the config declares.
-    """
 
-    def __init__(self, path: Path, spec: ModelSpec):
-        self.path = path
-        self.tensors = read_header(path)
-        self.modules: dict[str, dict[TensorKind, str]] = {}
-        self.biases: dict[str, str] = {}
-        self._spec = spec
-        self._misnamed = list(self._group())
+def _features(tensors: LoraTensors, settings: LoraSettings, spec: ModelSpec) -> list[str]:
+    found = {
+        "embedding": bool(tensors.embeddings),
+        "saved_weights": bool(tensors.saved) and not settings.modules_to_save,
+        "vocabulary": tensors.vocab_size(spec) is not None,
+    }
+    return [*settings.features, *(name for name, used in found.items() if used)]
 
-    def rank(self, settings: LoraSettings) -> int:
-        return max(map(settings.rank, self.modules))
 
-    def nbytes(self) -> int:
-        return sum(info.end - info.start for info in self.tensors.values())
+def _traits(tensors: LoraTensors, settings: LoraSettings, spec: ModelSpec) -> Traits:
+    """What the config tells, and what shows only in the tensors."""
+    more = bool(tensors.embeddings or tensors.stacked or tensors.saved or tensors.tokens)
+    traits = settings.traits()
+    vocab_size = tensors.vocab_size(spec)
+    if more:
+        traits = replace(traits, additive=False, mergeable=False)
+    return replace(traits, vocab_size=vocab_size)
 
-    def problems(self, settings: LoraSettings | None) -> list[Problem]:
-        """All of them; without settings, those that can be seen without."""
-        found = [*self._misnamed, *self._module_problems()]
-        if settings:
-            found += [*self._target_problems(settings), *self._size_problems(settings)]
-            found += [*self._vector_problems(settings), *self._bias_problems(settings)]
-        return found + list(self._value_problems(settings))
 
-    def _group(self) -> Iterator[Problem]:
-        """Fill `modules` and `biases`; a tensor of no known kind, or the second of its kind, is a problem."""
-        for name in self.tensors:
-            parsed = parse_tensor_name(name)
-            if parsed is None:
-                yield _problem(name, "a tensor beyond plain LoRA", "lora_A.weight or lora_B.weight")
-                continue
-            module, kind = parsed
-            if kind == "bias":
-                self.biases[module] = name
-            elif self.modules.setdefault(module, {}).setdefault(kind, name) != name:
-                yield _problem(name, f"a second {_KINDS[kind]} of its module", "one", "malformed_file")
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """The checked tensors, as what they are applied as."""
 
-    def _module_problems(self) -> Iterator[Problem]:
-        if self.modules.keys().isdisjoint(self._spec.modules):
-            example = next(iter(self._spec.modules), "none")
-            yield _problem(WEIGHTS_FILE, "no module of the base model", f"modules such as {example}", "no_target")
-            return
-        for module, names in self.modules.items():
-            present = next(iter(names.values()))
-            if module not in self._spec.modules:
-                yield _problem(present, "a module the base model lacks", "one it has", "base_mismatch")
-            missing = [_KINDS[kind] for kind in _FACTORS if kind not in names]
-            if missing:
-                yield _problem(present, f"no {' and no '.join(missing)} beside it", "both factors", "shape_mismatch")
+    loaded: dict[str, Tensor]
+    names: LoraTensors
+    settings: LoraSettings
+    spec: ModelSpec
 
-    def _target_problems(self, settings: LoraSettings) -> Iterator[Problem]:
-        """A declared target without a tensor, and a tensor that PEFT would drop because no target declares it."""
-        if settings.target_modules is None:
-            return
-        declared = set(settings.target_modules)
-        reached = set()
-        for module, names in self.modules.items():
-            suffixes = declared.intersection(dotted_suffixes(module))
-            reached |= suffixes
-            if not suffixes:
-                expected = "only modules that target_modules names"
-                yield _problem(next(iter(names.values())), "a module beyond them", expected, "no_target")
-        for target in sorted(declared - reached):
-            where = f"{CONFIG_FILE}: target_modules"
-            yield _problem(where, f"{shown(target)} without a tensor", "tensors for every target", "no_target")
+    def factors(self) -> dict[str, LoraFactors]:
+        found = {}
+        for module, names in self.names.modules.items():
+            inputs, _ = self.spec.modules[module]
+            factors = self._factors(names, ("A", "B"), scaling_of(module, self.settings, self.spec))
+            found[module] = replace(factors, a=_unpooled(factors.a, inputs))
+        return found
 
-    def _size_problems(self, settings: LoraSettings) -> Iterator[Problem]:
-        for module, names in self.modules.items():
-            if module not in self._spec.modules:
-                continue
-            inputs, outputs = self._spec.modules[module]
-            rank = settings.rank(module)
-            if rank > self._spec.max_rank:
-                where = f"{CONFIG_FILE}: rank of {module}"
-                yield _problem(where, str(rank), f"at most {self._spec.max_rank}", "rank_too_large")
-            matrices = {"A": (rank, inputs), "B": (outputs, rank)}
-            for kind, name in names.items():
-                yield from self._shape_problems(name, matrices.get(kind, (outputs,)))
+    def embeddings(self) -> dict[str, LoraFactors]:
+        kinds: tuple[TensorKind, TensorKind] = ("embedding_A", "embedding_B")
+        embeddings = self.names.embeddings.items()
+        return {module: self._factors(names, kinds, self.settings.scaling(module)) for module, names in embeddings}
 
-    def _shape_problems(self, name: str, expected: tuple[int, ...]) -> Iterator[Problem]:
-        shape = self.tensors[name].shape
-        if shape != expected:
-            yield _problem(name, str(list(shape)), str(list(expected)), "shape_mismatch")
-
-    def _vector_problems(self, settings: LoraSettings) -> Iterator[Problem]:
-        """An adapted module has exactly the vectors that the config declares."""
-        for module, names in self.modules.items():
-            if module not in self._spec.modules or not names.keys() & set(_FACTORS):
-                continue
-            has_bias = settings.bias != "none" and module in self._spec.biased
-            declared = {"magnitude": settings.use_dora, "lora_bias": settings.lora_bias, "base_bias": has_bias}
-            for kind, wanted in declared.items():
-                if wanted and kind not in names:
-                    present = next(iter(names.values()))
-                    yield _problem(present, f"no {_KINDS[kind]} beside it", "all that is declared", "shape_mismatch")
-                elif kind in names and not wanted:
-                    yield _problem(names[kind], f"a {_KINDS[kind]}", "only what the config and the base model have")
-
-    def _bias_problems(self, settings: LoraSettings) -> Iterator[Problem]:
-        """With `bias="all"` every linear that is not adapted has its bias here too; nothing else may have one."""
-        served = self._spec.biased - self.modules.keys() if settings.bias == "all" else frozenset()
-        for module, name in self.biases.items():
-            if module in served:
-                yield from self._shape_problems(name, (self._spec.modules[module][1],))
-            else:
-                yield _problem(name, "a trained bias", 'with bias="all", those of linear layers that are served')
-        for module in sorted(served - self.biases.keys()):
-            yield _problem(f"{WEIGHTS_FILE}: {module}", "no bias", 'one, as bias="all" declares', "shape_mismatch")
-
-    def _value_problems(self, settings: LoraSettings | None) -> Iterator[Problem]:
-        """NaN and infinities, also those that would appear when B is multiplied by its scaling in its own dtype."""
-        scalings = self._scalings(settings) if settings else {}
-        for name, largest in self._magnitudes():
-            if not math.isfinite(largest):
-                yield _problem(name, "NaN or infinity", "finite numbers", "nonfinite")
-            elif largest * scalings.get(name, 1.0) > torch.finfo(_DTYPES[self.tensors[name].dtype]).max:
-                yield _problem(name, "infinity once scaled by alpha", "finite numbers", "nonfinite")
-
-    def _scalings(self, settings: LoraSettings) -> dict[str, float]:
-        """The scaling by the name of what is scaled."""
+    def parameters(self) -> dict[str, dict[str, LoraFactors]]:
         return {
-            names[kind]: settings.scaling(module)
-            for module, names in self.modules.items()
-            if module in self._spec.modules
-            for kind in _SCALED
-            if kind in names
+            module: {
+                parameter: self._factors(names, ("A", "B"), self.settings.scaling(f"{module}.{parameter}"))
+                for parameter, names in parameter_factors(module, depths, self.settings, self.spec)
+            }
+            for module, depths in self.names.stacked.items()
         }
 
-    def _magnitudes(self) -> Iterator[tuple[str, float]]:
-        """The largest absolute value of each tensor; NaN or infinity where it holds one."""
-        with self.path.open("rb") as file:
-            for name, info in self.tensors.items():
-                chunks = (torch.frombuffer(chunk, dtype=_DTYPES[info.dtype]) for chunk in read_chunks(file, info))
-                # aminmax lets a NaN through to both ends and is several times as fast as isfinite.
-                extremes = [torch.stack(torch.aminmax(chunk)) for chunk in chunks]
-                yield name, float(torch.cat(extremes).abs().max())
+    def _factors(
+        self, names: dict[TensorKind, str], kinds: tuple[TensorKind, TensorKind], scaling: float
+    ) -> LoraFactors:
+        a, b = (self.loaded[names[kind]] for kind in kinds)
+        bias, magnitude = (self.loaded[names[k]] if k in names else None for k in ("lora_bias", "magnitude"))
+        return LoraFactors(a, b, scaling, bias, magnitude)
+
+    def biases(self) -> dict[str, Tensor]:
+        trained = {module: self.loaded[name] for module, name in self.names.biases.items()}
+        wrapped = {m: names["base_bias"] for m, names in self.names.modules.items() if "base_bias" in names}
+        return trained | {module: self.loaded[name] for module, name in wrapped.items()}
+
+    def replaced(self) -> dict[str, dict[str, Tensor]]:
+        found = {m: {p: self.loaded[name] for p, name in names.items()} for m, names in self.names.saved.items()}
+        if shares_weight(self.spec, self.settings):
+            _share(found, self.spec)
+        return found
+
+    def tokens(self) -> dict[str, TokenRows]:
+        found = {}
+        for module, name in self.names.tokens.items():
+            _, ids = token_target(module, self.settings, self.spec)
+            found[module] = TokenRows(ids, self.loaded[name])
+        if self.spec.tied and self.spec.embedding in found:
+            _, ids = token_target(self.spec.head, self.settings, self.spec)
+            if ids in ((), found[self.spec.embedding].ids):
+                found.setdefault(self.spec.head, found[self.spec.embedding])
+        return found
 
 
-def _problem(where: str, found: str, expected: str, code: ProblemCode = "unsupported_feature") -> Problem:
-    return Problem(shown(where, 200), found, expected, code)
+def _share(replaced: dict[str, dict[str, Tensor]], spec: ModelSpec) -> None:
+    """A weight that only one end of a tied vocabulary came with is the other's too."""
+    ends = [end for end in (spec.embedding, spec.head) if "weight" in replaced.get(end, {})]
+    if len(ends) == 1:
+        weight = replaced[ends[0]]["weight"]
+        for end in (spec.embedding, spec.head):
+            replaced.setdefault(end, {})["weight"] = weight
+
+
+def _unpooled(a: Tensor, inputs: int) -> Tensor:
+    """QA-LoRA's A acts on the groups' means times the number of groups (PEFT's `QALoraLinearVariant`); the same on the
+    input itself. Other A's are as they are."""
+    groups = a.shape[1]
+    if groups == inputs:
+        return a
+    size = inputs // groups
+    return a.float().repeat_interleave(size, dim=1) * (groups / size)

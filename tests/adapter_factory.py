@@ -20,6 +20,7 @@ def _peft_asks_old_names() -> Iterator[None]:
     """PEFT 0.21 reads an attribute that transformers 5.23 deprecates; nothing of ours could avoid the warning."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        warnings.filterwarnings("ignore", message=".*`ensure_weight_tying` is not set to True")  # it is tested so
         yield
 
 
@@ -42,34 +43,52 @@ def tiny_llama(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
         return LlamaForCausalLM(LlamaConfig(**{**sizes, **changes})).eval()
 
 
-def write_adapter(model: nn.Module, folder: Path, *, seed: int = 0, scale: float = 0.05, **lora_config: Any) -> Path:
-    """Save a PEFT LoRA adapter with random non-zero A and B in `folder`, trained biases and magnitudes moved away from
-    where they start; `model` stays as it was.
+def write_adapter(
+    model: nn.Module,
+    folder: Path,
+    *,
+    seed: int = 0,
+    scale: float = 0.05,
+    vocab_size: int | None = None,
+    save_embedding_layers: bool | str = False,
+    **lora_config: Any,
+) -> Path:
+    """Save a PEFT LoRA adapter with random non-zero A and B in `folder`, and everything else that it trains moved away
+    from where it starts; `model` stays as it was.
 
-    `scale` is the standard deviation of B; `lora_config` goes to `peft.LoraConfig` (default: rank 8, alpha 16,
-    q_proj and v_proj). Returns `folder`.
+    `scale` is the standard deviation of B, `vocab_size` that of the model when it is resized for the adapter;
+    `lora_config` goes to `peft.LoraConfig` (default: rank 8, alpha 16, q_proj and v_proj). Returns `folder`.
     """
     settings = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
     with _peft_asks_old_names(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        peft_model = get_peft_model(copy.deepcopy(model), LoraConfig(**{**settings, **lora_config}))
+        own = resized(copy.deepcopy(model), vocab_size)
+        peft_model = get_peft_model(own, LoraConfig(**{**settings, **lora_config}))
         for name, parameter in peft_model.named_parameters():
-            if "lora_B" in name:
+            if "lora_B" in name or "lora_embedding" in name:
                 nn.init.normal_(parameter, std=scale)
             elif "lora_magnitude_vector" in name:
                 parameter.data *= 1 + 0.3 * torch.randn_like(parameter)
-            elif name.endswith(".bias") and parameter.requires_grad:
-                parameter.data += 0.3 * torch.randn_like(parameter)
+            elif "lora_A" not in name and parameter.requires_grad:
+                parameter.data += (0.3 if parameter.dim() == 1 else scale) * torch.randn_like(parameter)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*invalid shape: .*lora_B.bias")  # PEFT takes it for a broken factor
-        peft_model.save_pretrained(folder, save_embedding_layers=False)  # no weights of lm_head's own
+        warnings.filterwarnings("ignore", message="Setting `save_embedding_layers` to `True`")
+        peft_model.save_pretrained(folder, save_embedding_layers=save_embedding_layers)
     return folder
 
 
-def with_peft(model: nn.Module, folder: Path) -> PeftModel:
+def resized(model: nn.Module, vocab_size: int | None) -> Any:
+    """`model` with embeddings of that size; the new rows are random."""
+    if vocab_size is not None:
+        model.resize_token_embeddings(vocab_size, mean_resizing=False)  # type: ignore[operator]
+    return model
+
+
+def with_peft(model: nn.Module, folder: Path, vocab_size: int | None = None) -> PeftModel:
     """A copy of `model` with the adapter of `folder` attached by PEFT: what our own answers are compared with."""
     with _peft_asks_old_names():
-        return PeftModel.from_pretrained(copy.deepcopy(model), str(folder)).eval()
+        return PeftModel.from_pretrained(resized(copy.deepcopy(model), vocab_size), str(folder)).eval()
 
 
 def greedy(model: Any, prompt: list[int], new_tokens: int) -> list[int]:

@@ -16,16 +16,11 @@ from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 
+from adapters.config_keys import HARMLESS_KEYS, REFUSED_KEYS, SERVED_KEYS
 from adapters.errors import Problem
 from adapters.format import parse_tensor_name, version_digest
-from adapters.peft_config import (
-    HARMLESS_KEYS,
-    REFUSED_KEYS,
-    SERVED_KEYS,
-    LoraSettings,
-    ModulePatterns,
-    parse_config,
-)
+from adapters.patterns import ModulePatterns
+from adapters.peft_config import LoraSettings, parse_config
 from adapters.safetensors_header import read_header
 
 PLAIN = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]}
@@ -71,13 +66,8 @@ def test_absent_keys_have_pefts_defaults() -> None:
         ("bias", "bias_only"),
         ("bias", True),
         ("bias", ["all"]),
-        ("modules_to_save", ["lm_head"]),
-        ("trainable_token_indices", [1, 2]),
-        ("trainable_token_indices", {"embed_tokens": [1]}),
-        ("layer_replication", [[0, 4], [2, 5]]),
-        ("target_parameters", ["experts.gate_up_proj"]),
         ("alora_invocation_tokens", [1]),
-        ("use_qalora", True),
+        ("layer_replication", [[0, 4], [2, 5]]),
         ("use_bdlora", {"nblocks": 2}),
         ("arrow_config", {"top_k": 3}),
         ("kasa_config", {"beta": 1}),
@@ -88,7 +78,6 @@ def test_absent_keys_have_pefts_defaults() -> None:
         ("lora_ga_config", {"direction": "ArBr"}),
         ("megatron_config", {"hidden_size": 1}),
         ("megatron_core", "os.path"),
-        ("ensure_weight_tying", True),
         ("init_lora_weights", "pissa"),
         ("init_lora_weights", "pissa_niter_4"),
         ("init_lora_weights", "olora"),
@@ -100,11 +89,12 @@ def test_absent_keys_have_pefts_defaults() -> None:
         ("peft_type", "ADALORA"),
         ("peft_type", None),
         ("peft_type", ["LORA"]),
-        ("rank_pattern", {"(.+)+x": 4}),
-        ("alpha_pattern", {".*q_proj": 4}),
-        ("rank_pattern", {"q_proj|v_proj": 4}),
+        ("rank_pattern", {"(?=x)q_proj": 4}),
+        ("alpha_pattern", {"(a)\\1": 4}),
+        ("rank_pattern", {"(": 4}),
         ("rank_pattern", {"": 4}),
-        ("rank_pattern", {"layers\\.0": 4}),
+        ("rank_pattern", {"a" * 1001 + "*": 4}),
+        ("rank_pattern", {f"a{i}*": 4 for i in range(65)}),
         ("rank_pattern", {"q_proj\n": 4}),
     ],
 )
@@ -125,12 +115,21 @@ def test_refuses_a_feature_by_its_name(key: str, value: Any) -> None:
         ("bias", None),
         ("lora_bias", True),
         ("use_dora", True),
+        ("modules_to_save", ["lm_head"]),
+        ("trainable_token_indices", [1, 2]),
+        ("trainable_token_indices", {"embed_tokens": [1]}),
+        ("target_parameters", ["experts.gate_up_proj"]),
+        ("use_qalora", True),
+        ("ensure_weight_tying", True),
         ("megatron_core", "megatron.core"),
         ("init_lora_weights", True),
         ("init_lora_weights", "gaussian"),
         ("init_lora_weights", "orthogonal"),
         ("init_lora_weights", "eva"),
         ("init_lora_weights", "mica"),
+        ("rank_pattern", {"(.+)+x": 4}),
+        ("alpha_pattern", {".*q_proj": 4}),
+        ("rank_pattern", {"q_proj|v_proj": 4, "layers\\.0\\..*": 3}),
         ("eva_config", {"rho": 2.0}),
         ("auto_mapping", {"base_model_class": "os.system", "parent_library": "antigravity"}),
         ("lora_dropout", 0.1),
@@ -167,6 +166,12 @@ def test_refuses_unknown_keys_with_a_value(value: Any) -> None:
         ("alpha_pattern", {"q_proj": -1}),
         ("alpha_pattern", "q_proj"),
         ("target_modules", [1]),
+        ("modules_to_save", "lm_head"),
+        ("modules_to_save", [["lm_head"]]),
+        ("target_parameters", {"experts": 1}),
+        ("trainable_token_indices", [-1]),
+        ("trainable_token_indices", {"embed_tokens": [True]}),
+        ("trainable_token_indices", {"embed_tokens": 5}),
         ("target_modules", {"q_proj": 1}),
     ],
 )
@@ -205,7 +210,7 @@ def test_refuses_a_config_that_is_no_json_object(data: bytes) -> None:
 
 
 def test_lists_every_problem_of_a_config() -> None:
-    _, problems = parse(use_qalora=True, bias="some", r=0, rank_pattern={"a*": 1}, tomorrow=1)
+    _, problems = parse(use_bdlora={"n": 2}, bias="some", r=0, rank_pattern={"(": 1}, tomorrow=1)
     assert sorted(problem.code for problem in problems) == [
         "malformed_file",
         "unknown_key",
@@ -262,6 +267,26 @@ def test_patterns_match_as_pefts_do(patterns: list[str], module: str) -> None:
     assert ModulePatterns(numbers).get(module, -1.0) == numbers.get(theirs, -1.0)
 
 
+EXPRESSIONS = [r".*\.layers\.(0|1)\..*q_proj", r"(q|k)_proj", r"a+b?", r"[^.]*_proj", "q_proj", r"layers\.\d+\.q_proj"]
+NAMES = ["q_proj", "k_proj", "model.layers.0.q_proj", "model.layers.11.q_proj", "x.ab", "aab", "b.layers.1.mlp.q_proj"]
+
+
+@pytest.mark.parametrize("first", range(len(EXPRESSIONS)))
+@pytest.mark.parametrize("module", NAMES)
+def test_expressions_match_as_pefts_do(first: int, module: str) -> None:
+    patterns = EXPRESSIONS[first:] + EXPRESSIONS[:first]
+    numbers = {pattern: float(position) for position, pattern in enumerate(patterns)}
+    assert ModulePatterns(numbers).get(module, -1.0) == numbers.get(get_pattern_key(patterns, module), -1.0)
+
+
+def test_a_hostile_expression_costs_nothing() -> None:
+    start = time.perf_counter()
+    hostile = settings_of(rank_pattern={"(a|a)*" * 20 + f"{i}": 1 for i in range(60)}, alpha_pattern={"(a*)*b": 4})
+    for _ in range(200):
+        hostile.scaling("model." + "a" * 60)
+    assert time.perf_counter() - start < 5
+
+
 def test_the_first_pattern_that_matches_counts() -> None:
     wide_first = settings_of(alpha_pattern={"q_proj": 8, "layers.0.q_proj": 80})
     narrow_first = settings_of(alpha_pattern={"layers.0.q_proj": 80, "q_proj": 8})
@@ -314,15 +339,16 @@ def test_dora_and_lora_bias_exclude_each_other_as_in_peft() -> None:
         ("base_model.model.q.base_layer.bias", ("q", "base_bias")),
         ("base_model.model.q.bias", ("q", "bias")),
         ("base_model.model.bias", None),
-        ("base_model.model.embed_tokens.lora_embedding_A", None),
+        ("base_model.model.embed_tokens.lora_embedding_A", ("embed_tokens", "embedding_A")),
+        ("base_model.model.embed_tokens.lora_embedding_B", ("embed_tokens", "embedding_B")),
+        ("base_model.model.e.token_adapter.trainable_tokens_delta", ("e", "tokens")),
         ("base_model.model.q.lora_magnitude_vector", ("q", "magnitude")),
-        ("base_model.model.q.lora_magnitude_vector.default.weight", None),
-        ("base_model.model.lm_head.modules_to_save.weight", None),
-        ("base_model.model.q.weight", None),
+        ("base_model.model.q.weight", ("q", "parameter")),
+        ("base_model.model.q.base_layer.weight", ("q.base_layer", "parameter")),
+        ("base_model.model.experts.base_layer.lora_A.weight", ("experts.base_layer", "A")),
         ("model.q.lora_A.weight", None),
-        ("base_model.model.lora_A.weight", None),
-        ("base_model.model.q.lora_A.a.b.weight", None),
-        ("base_model.model.q.lora_C.weight", None),
+        ("base_model.model.weight", None),
+        ("base_model.model.q.we-ight", None),
         ("base_model.model.q.lora_A.weight\n", None),
         ("", None),
     ],

@@ -13,7 +13,8 @@ from adapters.kernels import LoRAKernel, choose_kernel, grouped
 from adapters.kernels.grouped import DensePlan, GroupedKernel
 from adapters.kernels.native import NativeKernel, NativeUnavailable, build
 from adapters.kernels.reference import ReferenceKernel
-from adapters.pool import AdapterPool, PackedAdapter
+from adapters.pack import PackedAdapter
+from adapters.pool import AdapterPool
 from adapters.segments import Segments, build_segments, column_runs
 from adapters.slots import PAGE_COLUMNS, Slot
 from adapters.spec import ModelSpec

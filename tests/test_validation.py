@@ -22,6 +22,7 @@ from tests.adapter_factory import spec_of, tiny_llama, with_peft, write_adapter
 
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
 K0 = "base_model.model.model.layers.0.self_attn.k_proj"
+NORM = "base_model.model.model.norm"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -294,11 +295,6 @@ BAD_TENSORS: dict[str, tuple[Callable[[dict[str, Tensor]], object], str, str]] =
     "no A": (lambda tensors: tensors.pop(f"{Q0}.lora_A.weight"), "shape_mismatch", f"{Q0}.lora_B"),
     "a second A": (replace(f"{Q0}.lora_A.default.weight", 8, 64), "malformed_file", f"{Q0}.lora_A"),
     "DoRA's magnitude": (replace(f"{Q0}.lora_magnitude_vector", 64), "unsupported_feature", Q0),
-    "embedding": (
-        replace("base_model.model.model.embed_tokens.lora_embedding_A", 8, 97),
-        "unsupported_feature",
-        "base_model.model.model.embed_tokens",
-    ),
     "lora_bias": (replace(f"{Q0}.lora_B.bias", 64), "unsupported_feature", f"{Q0}.lora_B.bias"),
     "the bias of an adapted layer": (replace(f"{Q0}.base_layer.bias", 64), "unsupported_feature", f"{Q0}.base_layer"),
     "the bias of another layer": (replace(f"{K0}.bias", 32), "unsupported_feature", f"{K0}.bias"),
@@ -307,7 +303,23 @@ BAD_TENSORS: dict[str, tuple[Callable[[dict[str, Tensor]], object], str, str]] =
         "unsupported_feature",
         "base_model.model.model.norm.bias",
     ),
-    "a saved module": (replace("base_model.model.lm_head.weight", 97, 64), "unsupported_feature", "base_model"),
+    "a saved head of another width": (
+        replace("base_model.model.lm_head.weight", 97, 65),
+        "shape_mismatch",
+        "base_model.model.lm_head",
+    ),
+    "a saved norm of another size": (replace(f"{NORM}.weight", 63), "shape_mismatch", NORM),
+    "an adapted layer's weight where PEFT does not look": (
+        replace(f"{Q0}.weight", 64, 64),
+        "unsupported_feature",
+        f"{Q0}.weight",
+    ),
+    "a parameter that the base lacks": (replace(f"{NORM}.gain", 64), "unsupported_feature", f"{NORM}.gain"),
+    "rows of tokens": (
+        replace("base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta", 2, 64),
+        "unsupported_feature",
+        "base_model.model.model.embed_tokens",
+    ),
     "the base's own layer": (
         replace("base_model.model.lm_head.base_layer.weight", 97, 64),
         "unsupported_feature",
@@ -413,11 +425,13 @@ def test_collects_everything_at_once(folder: Path, spec: ModelSpec) -> None:
         tensors["extra"] = torch.ones(1)
 
     change_tensors(folder, spoil)
-    change_config(folder, use_qalora=True, tomorrow=1, target_modules=["q_proj", "v_proj", "nowhere", "k_proj"])
+    change_config(
+        folder, use_bdlora={"nblocks": 2}, tomorrow=1, target_modules=["q_proj", "v_proj", "nowhere", "k_proj"]
+    )
     codes = [problem.code for problem in refused(folder, spec)]
     assert sorted(codes) == sorted(
         [
-            "unsupported_feature",  # use_qalora
+            "unsupported_feature",  # use_bdlora
             "unknown_key",  # tomorrow
             "unsupported_feature",  # extra
             "base_mismatch",  # nowhere
@@ -436,7 +450,7 @@ def test_tensors_are_judged_also_beside_a_broken_config(folder: Path, spec: Mode
 
 
 def test_a_config_is_judged_also_beside_a_broken_file(folder: Path, spec: ModelSpec) -> None:
-    change_config(folder, use_qalora=True)
+    change_config(folder, use_bdlora={"nblocks": 2})
     (folder / WEIGHTS).write_bytes(b"PK\x03\x04")
     assert [problem.code for problem in refused(folder, spec)] == ["unsupported_feature", "malformed_file"]
 

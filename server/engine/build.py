@@ -6,7 +6,7 @@ import os
 import torch
 
 from adapters.host_cache import HostCache
-from adapters.pool import PackedAdapter, pack
+from adapters.pack import PackedAdapter, pack
 from adapters.residency import Residency
 from adapters.slots import PAGE_COLUMNS, SlotTable
 from adapters.spec import ModelSpec

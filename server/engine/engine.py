@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 
-from adapters.pool import PackedAdapter
+from adapters.pack import PackedAdapter
 from adapters.residency import MoveRefused, Residency
 from adapters.segments import Segments, build_segments, column_runs
 from adapters.slots import PAGE_COLUMNS
@@ -128,7 +128,8 @@ class Engine:
         self._runner.kv_cache.scrub(self.scheduler.take_suspect_blocks())
         forward = build_batch(batch, self.scheduler.blocks.block_size, self._runner.device)
         logits = self._runner.run(forward, *self._segments(batch))
-        return iter(sample(logits, sampled, self._eos_token_ids) if sampled else [])
+        vocab_sizes = [self._runner.vocab_size(seq.slot) for seq in sampled]
+        return iter(sample(logits, sampled, self._eos_token_ids, vocab_sizes) if sampled else [])
 
     def _segments(self, batch: ScheduledBatch) -> tuple[Segments, Segments]:
         """Segments over all rows of the step, and over the sampled rows alone."""

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AttentionInterface
-from transformers.pytorch_utils import Conv1D
 
 from adapters.spec import ModelSpec
 from server.model import attention
@@ -64,7 +63,7 @@ def _spec(loaded: LoadedModel, seen: Observation, max_rank: int) -> ModelSpec:
         modules=linears,
         max_rank=max_rank,
         biased=frozenset(name for name in linears if by_rows[name].bias is not None),
-        parameters={name: _shapes(module, loaded.linears.get(name)) for name, module in by_rows.items()},
+        parameters={name: _shapes(module) for name, module in by_rows.items()},
         transposed=frozenset(name for name, module in by_rows.items() if getattr(module, "is_transposed", False)),
         embedding=embedding,
         head=loaded.head,
@@ -76,12 +75,10 @@ def _has_rows(size: torch.Size, rows: int) -> bool:
     return size[:2] == (1, rows) or size[0] == rows
 
 
-def _shapes(module: nn.Module, linear: tuple[int, int] | None) -> dict[str, tuple[int, ...]]:
-    """A quantised linear stores its weight in another shape than it has."""
-    shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters(recurse=False)}
-    if linear is not None and not isinstance(module, Conv1D):
-        shapes["weight"] = (linear[1], linear[0])
-    return shapes
+def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Without quantised weights: PEFT has no meaning for a copy of one."""
+    parameters = module.named_parameters(recurse=False)
+    return {name: tuple(parameter.shape) for name, parameter in parameters if parameter.is_floating_point()}
 
 
 def _tokens(loaded: LoadedModel) -> torch.Tensor:

@@ -35,14 +35,20 @@ class ModelRunner:
         self.pool = AdapterPool(spec, num_pages, loaded.dtype, loaded.device, kernel)
         pack_linears(self._model)
         self.bases = attach(self._model, spec, self.pool, loaded.head)
+        self._vocab_size = spec.vocab_size or 0
+
+    def vocab_size(self, slot: int) -> int:
+        """Of the adapter in `slot`, or of the base model."""
+        return self.pool.vocab_size(slot) or self._vocab_size
 
     @torch.inference_mode()
     def run(self, batch: ForwardBatch, tokens: Segments = NO_SEGMENTS, head: Segments = NO_SEGMENTS) -> torch.Tensor:
-        """Logits `[samples, vocab]` of the batch's sample rows.
+        """Logits `[samples, vocab]` of the batch's sample rows. `vocab` is the largest among them; what lies beyond a
+        row's own means nothing.
 
         `tokens` are the adapter segments over all rows, `head` those over the sample rows alone.
         """
-        self.pool.set_step(tokens, head)
+        self.pool.set_step(tokens, head, num_tokens=len(batch.input_ids), num_head=len(batch.sample_rows))
         logits: torch.Tensor = self._model(
             input_ids=batch.input_ids[None],
             position_ids=batch.positions[None],

@@ -22,10 +22,15 @@ class Sample:
     logprobs: TokenLogprobs | None = None
 
 
-def sample(logits: torch.Tensor, seqs: list[Sequence], eos_token_ids: frozenset[int]) -> list[Sample]:
-    """Next tokens of `seqs` from `logits` `[len(seqs), vocab]` (any float dtype)."""
+def sample(
+    logits: torch.Tensor, seqs: list[Sequence], eos_token_ids: frozenset[int], vocab_sizes: list[int] | None = None
+) -> list[Sample]:
+    """Next tokens of `seqs` from `logits` `[len(seqs), vocab]` (any float dtype), each from the first
+    `vocab_sizes[row]` of them (None: from all)."""
     logits = logits.float()
     finite = torch.isfinite(logits.amax(-1)) & torch.isfinite(logits.amin(-1))
+    if vocab_sizes is not None and min(vocab_sizes) < logits.shape[-1]:
+        logits = _within(logits, vocab_sizes)
     logprobs = _logprobs(logits, seqs)
     logits = _adjusted(logits, seqs, eos_token_ids)
     chosen = logits.argmax(-1)
@@ -37,6 +42,12 @@ def sample(logits: torch.Tensor, seqs: list[Sequence], eos_token_ids: frozenset[
         if samples[row].token_id >= 0:
             samples[row].logprobs = _describe(row_logprobs, samples[row].token_id, seqs[row].sampling.logprobs or 0)
     return samples
+
+
+def _within(logits: torch.Tensor, vocab_sizes: list[int]) -> torch.Tensor:
+    """A copy in which tokens beyond a row's vocabulary cannot be chosen."""
+    sizes = torch.tensor(vocab_sizes, device=logits.device)[:, None]
+    return logits.masked_fill(torch.arange(logits.shape[-1], device=logits.device) >= sizes, -torch.inf)
 
 
 def _logprobs(logits: torch.Tensor, seqs: list[Sequence]) -> dict[int, torch.Tensor]:

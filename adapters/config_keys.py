@@ -1,0 +1,81 @@
+"""Every key of PEFT's `LoraConfig`, in exactly one table; a test compares them with PEFT. No torch."""
+
+from typing import Any
+
+SERVED_KEYS = frozenset(
+    {
+        "peft_type",
+        "r",
+        "lora_alpha",
+        "use_rslora",
+        "rank_pattern",
+        "alpha_pattern",
+        "target_modules",
+        "target_parameters",
+        "layers_to_transform",
+        "bias",
+        "lora_bias",
+        "use_dora",
+        "use_qalora",
+        "qalora_group_size",
+        "modules_to_save",
+        "trainable_token_indices",
+        "ensure_weight_tying",
+    }
+)
+# These say how an adapter was made or where it came from; no value of theirs changes what the tensors mean.
+HARMLESS_KEYS = frozenset(
+    {
+        "auto_mapping",
+        "base_model_name_or_path",
+        "eva_config",
+        "exclude_modules",
+        "fan_in_fan_out",
+        "inference_mode",
+        "layers_pattern",
+        "lora_dropout",
+        "peft_version",
+        "revision",
+        "runtime_config",
+        "task_type",
+    }
+)
+# These change the base model or the arithmetic: only the values listed, or an empty one, leave plain LoRA.
+REFUSED_KEYS: dict[str, tuple[Any, ...]] = {
+    "alora_invocation_tokens": (),
+    "arrow_config": (),
+    "corda_config": (),
+    # All other ways to initialise subtract the start from the base's weights (pissa, olora, corda, loftq, lora_ga).
+    "init_lora_weights": (True, "gaussian", "orthogonal", "eva", "mica"),
+    "kasa_config": (),
+    "layer_replication": (),
+    "loftq_config": (),
+    "lora_ga_config": (),
+    "megatron_config": (),
+    "megatron_core": ("megatron.core",),
+    "monteclora_config": (),
+    "use_bdlora": (),
+    "velora_config": (),
+}
+# What to do about a refusal that is more than a missing feature.
+WAYS_OUT = {
+    "init_lora_weights": (
+        ", or the adapter converted to the unmodified base: `loraplex convert ADAPTER OUT --initial INITIAL`, "
+        "or PEFT's save_pretrained(path_initial_model_for_weight_conversion=INITIAL)"
+    ),
+}
+# What an adapter's report calls the keys that it uses.
+FEATURES = {
+    "use_rslora": "rslora",
+    "rank_pattern": "rank_pattern",
+    "alpha_pattern": "alpha_pattern",
+    "layers_to_transform": "layers_to_transform",
+    "bias": "bias",
+    "lora_bias": "lora_bias",
+    "use_dora": "dora",
+    "use_qalora": "qalora",
+    "modules_to_save": "modules_to_save",
+    "trainable_token_indices": "trainable_tokens",
+    "target_parameters": "target_parameters",
+    "alora_invocation_tokens": "alora",
+}

@@ -1,0 +1,148 @@
+"""From checked weights to the form in which they are applied, for one base model. Runs in a reader thread."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from adapters.errors import AdapterInvalid, Problem
+from adapters.fold import dora_scale, output_vectors
+from adapters.format import AdapterWeights, LoraFactors
+from adapters.overlays import EmbeddingDelta, LowRank, Replaced, TokenEmbedding, TokenLogits, nbytes, replaced
+from adapters.slots import PAGE_COLUMNS
+
+
+@dataclass(frozen=True, slots=True)
+class PackedAdapter:
+    """A version in the pool's own layout and dtype: per module A `[columns, in]` and B `[columns, out]` with the
+    scaling (and DoRA's) folded in before rounding, zero-padded to whole pages. `vectors` are the output vectors of
+    the modules that have some, `overlays` what else the adapter does to a module, in this order."""
+
+    num_pages: int
+    modules: dict[str, tuple[Tensor, Tensor]]
+    nbytes: int
+    vectors: dict[str, Tensor] = field(default_factory=dict)
+    overlays: dict[str, tuple[nn.Module, ...]] = field(default_factory=dict)
+    vocab_size: int | None = None
+
+
+def pack(weights: AdapterWeights, dtype: torch.dtype, bases: Mapping[str, nn.Module]) -> PackedAdapter:
+    """Convert checked weights for the modules in `bases` to the pool's layout and dtype.
+
+    Raises `AdapterInvalid` when a weight is finite in its own dtype but not in `dtype`.
+    """
+    num_pages = max(1, -(-weights.rank // PAGE_COLUMNS))
+    overlays = {name: tuple(own) for name in _overlaid(weights) if (own := [*_overlays(name, weights, dtype, bases)])}
+    modules, vectors = {}, {}
+    for name in weights.factors.keys() | weights.biases.keys():
+        factors = weights.factors.get(name)
+        if _is_resized(factors, bases[name]):
+            continue  # an overlay
+        base = _effective(bases[name], overlays.get(name, ()))
+        scale = None if factors is None else dora_scale(base, factors)
+        if factors is not None:
+            modules[name] = _columns(factors, scale, num_pages, dtype)
+        affine = output_vectors(base, scale, factors, weights.biases.get(name))
+        if affine is not None:
+            vectors[name] = affine
+        _check_finite(name, dtype, [*modules.get(name, ()), *vectors.get(name, ())])
+    for name, stack in overlays.items():
+        _check_finite(name, dtype, [t for overlay in stack for t in (*overlay.parameters(), *overlay.buffers())])
+    tensors = [*(tensor for pair in modules.values() for tensor in pair), *vectors.values()]
+    size = sum(t.numel() * t.element_size() for t in tensors) + nbytes(o for stack in overlays.values() for o in stack)
+    return PackedAdapter(num_pages, modules, size, vectors, overlays, weights.vocab_size)
+
+
+def _overlaid(weights: AdapterWeights) -> set[str]:
+    kinds = (weights.replaced, weights.parameters, weights.embeddings, weights.tokens)
+    return set().union(*kinds)
+
+
+def _overlays(
+    name: str, weights: AdapterWeights, dtype: torch.dtype, bases: Mapping[str, nn.Module]
+) -> Iterator[nn.Module]:
+    base = bases[name]
+    own = _changed(base, weights.replaced.get(name, {}), dtype)
+    own |= _with_factors(base, own, weights.parameters.get(name, {}))
+    if own:
+        yield replaced(base, own, dtype)
+    if _is_resized(factors := weights.factors.get(name), base):
+        assert factors is not None
+        yield LowRank(factors.a.to(dtype), (factors.b.float() * factors.scaling).to(dtype))
+    if name in weights.embeddings:
+        yield _embedding_delta(weights.embeddings[name], own.get("weight", base.weight), base, dtype)  # type: ignore[arg-type]
+    if name in weights.tokens:
+        ids, values = torch.tensor(weights.tokens[name].ids), weights.tokens[name].values.to(dtype)
+        is_head = hasattr(base, "in_features")
+        yield TokenLogits(ids, values) if is_head else TokenEmbedding(ids, values, _embedding_scale(base, dtype))
+
+
+def _changed(base: nn.Module, parameters: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """PEFT also stores the base's own weights beside an adapted embedding or head; these need no room."""
+    rounded = {name: tensor.to(dtype) for name, tensor in parameters.items()}
+    return {name: tensor for name, tensor in rounded.items() if not _same(tensor, getattr(base, name))}
+
+
+def _same(tensor: Tensor, own: Tensor) -> bool:
+    return tensor.shape == own.shape and tensor.dtype == own.dtype and torch.equal(tensor, own.cpu())
+
+
+def _effective(base: nn.Module, overlays: tuple[nn.Module, ...]) -> nn.Module:
+    """The module with the adapter's own weight: what DoRA's norm is of."""
+    return overlays[0].module if overlays and isinstance(overlays[0], Replaced) else base
+
+
+def _with_factors(base: nn.Module, own: Mapping[str, Tensor], factors: Mapping[str, LoraFactors]) -> dict[str, Tensor]:
+    """Parameters with their factors added in float32. The rank's place in stacked factors is PEFT's `ParamWrapper`'s:
+    A is `[experts, r, in]`, B `[out, r, experts]`."""
+    found = {}
+    for name, lora in factors.items():
+        weight = own.get(name, getattr(base, name)).float()
+        experts = weight.shape[0] if weight.dim() == 3 else 1
+        a = lora.a.float().to(weight.device).reshape(experts, -1, lora.a.shape[1])
+        b = lora.b.float().to(weight.device).reshape(lora.b.shape[0], -1, experts)
+        order = "ore,eri->eio" if getattr(base, "is_transposed", False) else "ore,eri->eoi"
+        delta = torch.einsum(order, b, a) * lora.scaling
+        found[name] = weight + delta.reshape(weight.shape)
+    return found
+
+
+def _is_resized(factors: LoraFactors | None, base: nn.Module) -> bool:
+    return factors is not None and factors.b.shape[0] != getattr(base, "out_features", factors.b.shape[0])
+
+
+def _embedding_delta(factors: LoraFactors, weight: Tensor, base: nn.Module, dtype: torch.dtype) -> EmbeddingDelta:
+    b = factors.b.float() * factors.scaling
+    g = None
+    if factors.magnitude is not None:  # PEFT's DoraEmbeddingLayer: the norm over the vocabulary
+        norm = torch.linalg.vector_norm(torch.addmm(weight.T.float().cpu(), b, factors.a.float()), dim=1)
+        g = factors.magnitude.float() / norm
+        b = b * g[:, None]
+    a, b = factors.a.T.to(dtype).contiguous(), b.T.to(dtype).contiguous()
+    return EmbeddingDelta(a, b, g, _embedding_scale(base, dtype))
+
+
+def _embedding_scale(base: nn.Module, dtype: torch.dtype) -> Tensor | None:
+    scale = getattr(base, "embed_scale", None)
+    return None if scale is None else torch.as_tensor(scale).to(dtype)
+
+
+def _columns(factors: LoraFactors, scale: Tensor | None, num_pages: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    b = factors.b.float() * factors.scaling
+    if scale is not None:
+        b *= scale[:, None]
+    return _padded(factors.a.to(dtype), num_pages), _padded(b.to(dtype).T, num_pages)
+
+
+def _check_finite(name: str, dtype: torch.dtype, tensors: list[Tensor]) -> None:
+    if not all(tensor.to(dtype).isfinite().all() for tensor in tensors):
+        raise AdapterInvalid(
+            [Problem(name, f"weights beyond {dtype}", "a scaled B that the base's dtype can hold", "nonfinite")]
+        )
+
+
+def _padded(columns: Tensor, num_pages: int) -> Tensor:
+    padded = columns.new_zeros(num_pages * PAGE_COLUMNS, columns.shape[1])
+    padded[: columns.shape[0]] = columns
+    return padded

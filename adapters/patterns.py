@@ -1,0 +1,58 @@
+"""PEFT's patterns for module names: dotted endings of a name, or regular expressions of them. No torch.
+
+An expression is a stranger's: it is matched by RE2, in time linear in the name, or it is refused.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+MAX_EXPRESSIONS = 64
+MAX_EXPRESSION_LENGTH = 1000
+# In PEFT a dot stands for any character; with dots only between the parts of names both readings agree.
+_LITERAL = re.compile(r"\^?[A-Za-z0-9_.]+")
+
+
+class BadPattern(ValueError):
+    """The message says what a pattern may be."""
+
+
+class ModulePatterns:
+    """PEFT's `rank_pattern` or `alpha_pattern`: patterns to numbers, of which the first that matches counts.
+
+    A lookup among literal names costs the depth of the module's name, however many there are.
+    """
+
+    def __init__(self, values: Mapping[str, float]):
+        """Raises `BadPattern` for an expression that RE2 does not take, or too many of them."""
+        self._values = values
+        self._order = {pattern: position for position, pattern in enumerate(values)}
+        expressions = [pattern for pattern in values if not _LITERAL.fullmatch(pattern)]
+        if len(expressions) > MAX_EXPRESSIONS:
+            raise BadPattern(f"at most {MAX_EXPRESSIONS} regular expressions")
+        self._expressions = [(pattern, _compiled(pattern)) for pattern in expressions]
+
+    def get(self, module: str, default: float) -> float:
+        matches = [name for name in (f"^{module}", *dotted_suffixes(module)) if name in self._values]
+        matches += [pattern for pattern, expression in self._expressions if expression.fullmatch(module)]
+        return self._values[min(matches, key=self._order.__getitem__)] if matches else default
+
+
+def dotted_suffixes(module: str) -> list[str]:
+    """`a.b.c` ends in `a.b.c`, `b.c` and `c`: the names by which PEFT finds a module."""
+    parts = module.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts))]
+
+
+def _compiled(pattern: str) -> Any:
+    import re2  # few adapters need it
+
+    options = re2.Options()
+    options.log_errors = False
+    expected = "a name, or a regular expression that RE2 takes (no look-around, no back-references)"
+    if not pattern or len(pattern) > MAX_EXPRESSION_LENGTH or not pattern.isprintable():
+        raise BadPattern(expected)
+    try:
+        return re2.compile(rf"(?:.*\.)?(?:{pattern})", options)
+    except re2.error:
+        raise BadPattern(expected) from None
