@@ -74,7 +74,7 @@ def _mask(text: str) -> tuple[bool, ...]:
 def merge_adapters(
     name: Annotated[str, typer.Argument(help="The new adapter's name")],
     parts: Annotated[
-        list[str], typer.Argument(help="part=weight …; a part is a folder, or an adapter of the server: name[@version]")
+        list[str], typer.Argument(help="part=weight …; a part is a folder, or the name or name@version of an adapter")
     ],
     method: Annotated[str, typer.Option(help="linear, cat, svd, ties, dare_linear, … as PEFT names them")] = "cat",
     density: Annotated[float | None, typer.Option(help="ties, dare, magnitude_prune: the share of values kept")] = None,
