@@ -1,49 +1,20 @@
-"""`loraplex adapters …` and `loraplex chat`: the client side, over HTTP.
-
-The server and the key come from `LORAPLEX_URL` and `LORAPLEX_API_KEY`.
-"""
+"""`loraplex adapters …` and `loraplex chat`: the client side, over HTTP."""
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
-import httpx
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from adapters.folders import FolderError, writing
+from server.api_client import call, check, connect, download, fail, upload
+
 app = typer.Typer(no_args_is_help=True, help="Manage the adapters of a running server.")
 Json = Annotated[bool, typer.Option("--json", help="Print the server's JSON")]
 Name = Annotated[str, typer.Argument(help="The adapter's name")]
-FILES = ("adapter_config.json", "adapter_model.safetensors")
-
-
-def _client() -> httpx.Client:
-    key = os.environ.get("LORAPLEX_API_KEY", "")
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    return httpx.Client(base_url=os.environ.get("LORAPLEX_URL", "http://127.0.0.1:8000"), headers=headers, timeout=120)
-
-
-def _call(method: str, path: str, **options: Any) -> Any:
-    """The server's JSON. Ends the command with the server's own words when it refuses."""
-    try:
-        with _client() as client:
-            answer = client.request(method, path, **options)
-    except httpx.HTTPError as error:
-        _fail(f"cannot reach the server: {error}")
-    body = answer.json()
-    if answer.is_error:
-        problems = body["error"].get("problems") or []
-        lines = [f"  {p['where']}: found {p['found']}, expected {p['expected']}" for p in problems]
-        _fail("\n".join([body["error"]["message"], *lines]))
-    return body
-
-
-def _fail(message: str) -> NoReturn:
-    typer.secho(f"error: {message}", fg=typer.colors.RED, err=True)
-    raise typer.Exit(1)
 
 
 def _show(records: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
@@ -81,7 +52,7 @@ def list_adapters(as_json: Json = False) -> None:
 def _pages() -> Iterator[dict[str, Any]]:
     after, more = "", True
     while more:
-        page = _call("GET", "/v1/adapters", params={"after": after, "limit": 100})
+        page = call("GET", "/v1/adapters", params={"after": after, "limit": 100})
         yield from page["data"]
         more = page["has_more"]
         after = page["data"][-1]["name"] if page["data"] else ""
@@ -97,12 +68,7 @@ def push(
     as_json: Json = False,
 ) -> None:
     """Upload an adapter."""
-    missing = [file for file in FILES if not (folder / file).is_file()]
-    if missing:
-        _fail(f"{folder} has no {' and no '.join(missing)}")
-    fields = {"name": name, "replace": str(replace).lower(), "pinned": str(pinned).lower()}
-    files = {file: (file, (folder / file).read_bytes()) for file in FILES}
-    record = _call("POST", "/v1/adapters", data=fields, files=files, params={"dry_run": dry_run})
+    record = upload(name, folder, replace=replace, pinned=pinned, dry_run=dry_run)
     if dry_run:
         typer.echo(json.dumps(record))
     else:
@@ -110,15 +76,29 @@ def push(
 
 
 @app.command()
+def pull(
+    name: Annotated[str, typer.Argument(help="The adapter's name, or name@version")],
+    folder: Annotated[Path, typer.Argument(help="Folder to write its files into")],
+    force: Annotated[bool, typer.Option("--force", help="Write over files that are there")] = False,
+) -> None:
+    """Download an adapter's files."""
+    try:
+        with writing(folder, replace=force) as fresh:
+            download(name, fresh)
+    except (FolderError, OSError) as error:
+        fail(str(error))
+
+
+@app.command()
 def show(name: Name) -> None:
     """Print one adapter's record."""
-    typer.echo(json.dumps(_call("GET", f"/v1/adapters/{name}"), indent=2))
+    typer.echo(json.dumps(call("GET", f"/v1/adapters/{name}"), indent=2))
 
 
 @app.command()
 def rm(name: Name, drain_timeout: Annotated[float, typer.Option(help="Seconds for running requests")] = 30.0) -> None:
     """Remove an adapter; running requests may finish."""
-    typer.echo(json.dumps(_call("DELETE", f"/v1/adapters/{name}", params={"drain_timeout": drain_timeout})))
+    typer.echo(json.dumps(call("DELETE", f"/v1/adapters/{name}", params={"drain_timeout": drain_timeout})))
 
 
 @app.command()
@@ -126,31 +106,31 @@ def load(
     name: Name, tier: Annotated[str, typer.Option(help="device or host")] = "device", as_json: Json = False
 ) -> None:
     """Warm an adapter up."""
-    _print(_call("POST", f"/v1/adapters/{name}/load", json={"tier": tier}), as_json)
+    _print(call("POST", f"/v1/adapters/{name}/load", json={"tier": tier}), as_json)
 
 
 @app.command()
 def unload(name: Name, as_json: Json = False) -> None:
     """Free the adapter's device and host memory; it stays registered."""
-    _print(_call("POST", f"/v1/adapters/{name}/unload"), as_json)
+    _print(call("POST", f"/v1/adapters/{name}/unload"), as_json)
 
 
 @app.command()
 def pin(name: Name, as_json: Json = False) -> None:
     """Load an adapter and protect it from eviction."""
-    _print(_call("POST", f"/v1/adapters/{name}/pin"), as_json)
+    _print(call("POST", f"/v1/adapters/{name}/pin"), as_json)
 
 
 @app.command()
 def unpin(name: Name, as_json: Json = False) -> None:
     """Let an adapter be evicted again."""
-    _print(_call("POST", f"/v1/adapters/{name}/unpin"), as_json)
+    _print(call("POST", f"/v1/adapters/{name}/unpin"), as_json)
 
 
 @app.command()
 def versions(name: Name, as_json: Json = False) -> None:
     """List the versions a name has pointed at, newest first."""
-    history = _call("GET", f"/v1/adapters/{name}/versions")["data"]
+    history = call("GET", f"/v1/adapters/{name}/versions")["data"]
     if as_json:
         typer.echo(json.dumps(history))
     else:
@@ -164,7 +144,7 @@ def rollback(
     as_json: Json = False,
 ) -> None:
     """Point a name at an earlier version."""
-    _print(_call("POST", f"/v1/adapters/{name}/rollback", json={"version": version}), as_json)
+    _print(call("POST", f"/v1/adapters/{name}/rollback", json={"version": version}), as_json)
 
 
 def chat(
@@ -172,7 +152,7 @@ def chat(
     max_tokens: Annotated[int, typer.Option(help="Longest answer")] = 256,
 ) -> None:
     """Talk to a model; an empty line or Ctrl-D ends it."""
-    model = model or next(m["id"] for m in _call("GET", "/v1/models")["data"] if m["parent"] is None)
+    model = model or next(m["id"] for m in call("GET", "/v1/models")["data"] if m["parent"] is None)
     messages: list[dict[str, str]] = []
     while question := _ask():
         messages.append({"role": "user", "content": question})
@@ -192,13 +172,13 @@ def _ask() -> str:
 
 
 def _stream(body: dict[str, Any]) -> Iterator[str]:
-    with _client() as client, client.stream("POST", "/v1/chat/completions", json=body) as answer:
+    with connect() as client, client.stream("POST", "/v1/chat/completions", json=body) as answer:
         if answer.is_error:
             answer.read()
-            _fail(answer.json()["error"]["message"])
+        check(answer)
         for line in answer.iter_lines():
             if line.startswith("data: {"):
                 event = json.loads(line[6:])
                 if "error" in event:
-                    _fail(event["error"]["message"])
+                    fail(event["error"]["message"])
                 yield from (choice["delta"].get("content") or "" for choice in event["choices"])

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from server import adapter_commands
+from server import adapter_commands, folder_commands
 from server import config as settings
 from server.config import HINTS, ConfigError, ServeConfig
 
@@ -61,6 +61,8 @@ serve.__signature__ = inspect.Signature([_CONFIG_FLAG, *(_flag(name) for name in
 serve.__annotations__ = {p.name: p.annotation for p in serve.__signature__.parameters.values()}  # type: ignore[attr-defined]
 app.command()(serve)
 app.command()(adapter_commands.chat)
+app.command()(folder_commands.convert)
+app.command()(folder_commands.merge_adapters)
 app.add_typer(adapter_commands.app, name="adapters")
 
 

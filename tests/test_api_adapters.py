@@ -72,6 +72,37 @@ async def test_same_bytes_again_conflicts_and_replacement(tmp_path: Path) -> Non
         assert (await api.chat(model=f"acme@{first[:12]}")).status_code == 200
 
 
+async def test_files_of_any_version_come_back_as_they_were_sent(tmp_path: Path) -> None:
+    async with serving(tmp_path) as api:
+        await api.upload("acme")
+        first = await digest(api, "acme")
+        await api.upload("acme", seed=1, replace="true")
+        for params, seed in (({}, 1), ({"version": first}, 0), ({"version": f"sha256:{first[:12]}"}, 0)):
+            for name, data in adapter_files(seed).items():
+                answer = await api.http.get(f"/v1/adapters/acme/files/{name}", params=params)
+                assert answer.status_code == 200 and answer.content == data
+                assert answer.headers["content-length"] == str(len(data))
+                assert answer.headers["content-type"] == "application/octet-stream"
+
+
+async def test_only_an_adapter_s_own_files_are_sent(tmp_path: Path) -> None:
+    async with serving(tmp_path) as api:
+        await api.upload("acme")
+        place = api.context.registry.store.path(await digest(api, "acme"))
+        (place / "secret").write_text("of the server")
+        paths = ("secret", "adapter_model.bin", "%2e%2e%2fsecret", "..%2fadapter_config.json", "adapter_config.json%00")
+        for file in paths:
+            assert_error(await api.http.get(f"/v1/adapters/acme/files/{file}"), 404)
+        url = "/v1/adapters/{}/files/adapter_config.json"
+        for name in ("nobody", "acme@000000000000", "%2e%2e", BASE):
+            assert_error(await api.http.get(url.format(name)), 404)
+        assert_error(await api.http.get(url.format("acme"), params={"version": "0" * 64}), 404, "model_not_found")
+        for version in ("", "..", "zz"):
+            assert_error(await api.http.get(url.format("acme"), params={"version": version}), 400)
+        (place / "adapter_config.json").unlink()
+        assert_error(await api.http.get(url.format("acme")), 404, "not_found")
+
+
 async def test_a_dry_run_only_reports(tmp_path: Path) -> None:
     async with serving(tmp_path) as api:
         answer = await api.http.post("/v1/adapters?dry_run=true", data={"name": "acme"}, files=form())

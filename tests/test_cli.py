@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from adapters.store import FILES
 from server import config
 from server.cli import app
 from server.config import ConfigError, ServeConfig
@@ -118,6 +119,30 @@ def test_the_life_of_an_adapter_from_the_command_line(adapter: Path, tmp_path: P
     assert json.loads(run("adapters", "unload", "mine", "--json"))["tier"] == "disk"
     assert json.loads(run("adapters", "show", "mine"))["name"] == "mine"
     assert json.loads(run("adapters", "rm", "mine"))["deleted"] is True
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.usefixtures("server")
+def test_what_was_pushed_can_be_pulled(adapter: Path, tmp_path: Path) -> None:
+    other = write_adapter(tiny_llama(), tmp_path / "other", seed=1)
+    pushed = {name: data for name, data in files(adapter).items() if name in FILES}
+    first = json.loads(run("adapters", "push", "mine", str(adapter), "--json"))["version"]
+    run("adapters", "push", "mine", str(other), "--replace")
+    run("adapters", "pull", f"mine@{first}", str(tmp_path / "first"))
+    run("adapters", "pull", "mine", str(tmp_path / "second"))
+    assert files(tmp_path / "first") == pushed != files(tmp_path / "second")
+    refused = runner.invoke(app, ["adapters", "pull", "mine", str(tmp_path / "first")])
+    assert refused.exit_code == 1 and "exists already" in refused.stderr
+    assert files(tmp_path / "first") == pushed
+    run("adapters", "pull", "mine", str(tmp_path / "first"), "--force")
+    assert files(tmp_path / "first") == files(tmp_path / "second")
+    for name in ("nobody", "mine@000000000000", "mine@x"):
+        refused = runner.invoke(app, ["adapters", "pull", name, str(tmp_path / "nothing")])
+        assert refused.exit_code == 1 and len(refused.stderr.splitlines()) == 1
+    assert not (tmp_path / "nothing").exists()
 
 
 @pytest.mark.usefixtures("server")

@@ -11,7 +11,7 @@ MODULES = sorted([*ROOT.glob("server/**/*.py"), *ROOT.glob("adapters/**/*.py")])
 
 # Folder (or module) → what it must not import.
 FORBIDDEN = {
-    "adapters": ["server", "fastapi", "prometheus_client", "peft"],
+    "adapters": ["server", "fastapi", "prometheus_client"],
     "server/model": ["server.engine", "server.api", "server.serve"],
     "server/engine": ["server.api", "server.serve"],
     "server/sequence.py": ["torch", "server"],
@@ -31,7 +31,7 @@ ONLY_IN = {
     "fastapi": ["server/api"],
     "uvicorn": ["server/serve.py"],
     "zmq": ["server/engine/process.py"],
-    "peft": [],
+    "peft": ["adapters/combination.py"],
 }
 
 
@@ -69,7 +69,9 @@ def test_nothing_on_the_serving_path_can_run_foreign_code() -> None:
         for node in ast.walk(tree):
             if isinstance(node, ast.Call):
                 called = ast.unparse(node.func)
-                assert called not in {"eval", "exec", "torch.load", "yaml.load", "os.system"}, f"{path}: {called}"
+                assert called not in {"eval", "exec", "yaml.load", "os.system"}, f"{path}: {called}"
+                if called == "torch.load":  # tensors and nothing else, in a tool that is no part of the server
+                    assert path.name == "loralib.py" and "weights_only=True" in ast.unparse(node), path
                 for keyword in node.keywords:
                     pair = (keyword.arg, ast.unparse(keyword.value))
                     assert pair not in {("shell", "True"), ("trust_remote_code", "True")}, path

@@ -1,13 +1,16 @@
 """`/v1/adapters`: upload, register, list, inspect, move between tiers, pin, roll back, delete."""
 
 import asyncio
-from typing import Annotated, Any
+import os
+from collections.abc import Iterator
+from typing import Annotated, Any, BinaryIO
 
 from fastapi import APIRouter, Depends, Query, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ValidationError
 
 from adapters.registry import AdapterRecord
+from adapters.store import FILES
 from server.api import publishing
 from server.api.adapter_schemas import (
     AdapterBody,
@@ -21,6 +24,7 @@ from server.api.adapter_schemas import (
     UploadForm,
     VersionBody,
     VersionList,
+    VersionText,
 )
 from server.api.auth import Key, key_of
 from server.api.context import AppContext, Context, LazyAdapter
@@ -53,6 +57,12 @@ _CREATE_BODY = {
 }
 _COMMON = error_answers(400, 401, 403, 404, 500)
 _MOVES = _COMMON | error_answers(409, 413, 415, 422, 503)
+_BYTES = "application/octet-stream"
+_CHUNK_BYTES = 1 << 20
+_FILE: dict[int | str, dict[str, Any]] = {
+    200: {"content": {_BYTES: {"schema": {"type": "string", "format": "binary"}}}, "description": "The file's bytes"},
+    **_COMMON,
+}
 _CREATED: dict[int | str, dict[str, Any]] = {
     200: {"model": AdapterBody | DryRunBody, "description": "Already published under this name, or a dry run"},
     201: {"model": AdapterBody, "description": "Published"},
@@ -255,3 +265,27 @@ async def roll_back_adapter(
         record = await asyncio.to_thread(context.registry.rollback, name, version)
         await publishing.follow(context, old, record)
         return record_body(context, record)
+
+
+@router.get("/{name}/files/{file}", responses=_FILE, response_class=StreamingResponse)
+async def download_file(
+    name: str, file: str, context: Context, key: Caller, version: VersionText | None = None
+) -> StreamingResponse:
+    """One stored file of the current version, or of the one given."""
+    record = publishing.find(context, key, name)
+    if version is not None:
+        record = context.registry.resolve(f"{name}@{version}")
+    if file not in FILES:
+        raise ApiError(404, f"Adapters have {' and '.join(FILES)}.", code="not_found")
+    try:
+        stored = await asyncio.to_thread((context.registry.store.path(record.version.digest) / file).open, "rb")
+    except FileNotFoundError:
+        raise ApiError(404, "The file is gone from the server's disk.", code="not_found") from None
+    size = os.fstat(stored.fileno()).st_size
+    return StreamingResponse(_chunks(stored), media_type=_BYTES, headers={"content-length": str(size)})
+
+
+def _chunks(stored: BinaryIO) -> Iterator[bytes]:
+    with stored:
+        while chunk := stored.read(_CHUNK_BYTES):
+            yield chunk
