@@ -18,7 +18,7 @@ from torch import Tensor
 from adapters import plain_lora
 from adapters.errors import AdapterInvalid
 from adapters.folders import FolderError
-from adapters.peft_config import dotted_suffixes
+from adapters.patterns import dotted_suffixes
 from adapters.safetensors_header import read_header
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)

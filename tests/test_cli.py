@@ -153,9 +153,9 @@ def test_a_refusal_is_told_in_the_server_s_words(adapter: Path, tmp_path: Path) 
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "adapter_model.safetensors").write_bytes((adapter / "adapter_model.safetensors").read_bytes())
-    (broken / "adapter_config.json").write_text(json.dumps({**config_file, "use_qalora": True}))
+    (broken / "adapter_config.json").write_text(json.dumps({**config_file, "use_bdlora": True}))
     refused = runner.invoke(app, ["adapters", "push", "broken", str(broken)])
-    assert refused.exit_code == 1 and "use_qalora" in refused.stderr
+    assert refused.exit_code == 1 and "use_bdlora" in refused.stderr
     empty = runner.invoke(app, ["adapters", "push", "empty", str(tmp_path / "nothing")])
     assert empty.exit_code == 1 and "adapter_config.json" in empty.stderr
 

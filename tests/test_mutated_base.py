@@ -99,7 +99,7 @@ def test_what_cannot_be_converted(tmp_path: Path) -> None:
         (changed(plain, tmp_path / "loftq", init_lora_weights="loftq"), plain, "loftq"),
         (changed(plain, tmp_path / "gauss", init_lora_weights="gaussian"), plain, "gaussian"),
         (dora, dora, "dora"),
-        (changed(plain, tmp_path / "unknown", use_qalora=True), plain, "unknown: .*use_qalora"),
+        (changed(plain, tmp_path / "unknown", use_bdlora=True), plain, "unknown: .*use_bdlora"),
         (plain, tmp_path / "nowhere", "nowhere"),
     ]
     (tmp_path / "list").mkdir()
