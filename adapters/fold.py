@@ -21,7 +21,7 @@ def dora_scale(base: nn.Module, factors: LoraFactors) -> Tensor | None:
     """g, `[out]` in float32; None for a module without DoRA."""
     if factors.magnitude is None:
         return None
-    weight = _weight(base)
+    weight = dense_weight(base)
     a = factors.a.to(weight.device, torch.float32)
     b = factors.b.to(weight.device, torch.float32) * factors.scaling
     pieces = zip(torch.split(weight, _ROWS), torch.split(b, _ROWS), strict=True)
@@ -46,8 +46,8 @@ def output_vectors(
     return torch.stack([scale, shift])
 
 
-def _weight(base: nn.Module) -> Tensor:
-    """`[out, in]`, whichever way the layer holds it: quantised, or transposed as GPT-2's Conv1D does."""
+def dense_weight(base: nn.Module) -> Tensor:
+    """The weight `[out, in]`, whichever way the layer holds it: quantised, or transposed as GPT-2's Conv1D does."""
     weight: Tensor = base.weight.data  # type: ignore[assignment]
     if isinstance(base, Conv1D):
         return weight.T

@@ -5,6 +5,7 @@ import os
 import re
 import threading
 import time
+from collections import Counter
 from collections.abc import Collection
 from contextlib import ExitStack, closing
 from itertools import dropwhile
@@ -68,6 +69,7 @@ class AdapterRegistry:
         data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._reserved = frozenset(reserved)
         self._writing = threading.Lock()
+        self._held_digests: Counter[str] = Counter()
         with ExitStack() as undo:  # gives back what was taken when a later step fails
             undo.callback(os.close, _lock(data_dir / "lock"))
             self.store = AdapterStore(data_dir / "store")
@@ -146,6 +148,17 @@ class AdapterRegistry:
                 self._refresh(name)
             return self._entry(name).record, not same
 
+    def hold(self, digest: str, folder: Path) -> None:
+        """Store the staged `folder` before any name points at it, until `let_go`. Raises `NoSpace`."""
+        with self._writing:
+            self.store.admit(folder, digest)
+            self._held_digests[digest] += 1
+
+    def let_go(self, digest: str) -> None:
+        """End a `hold`; the next `collect_garbage` takes the files unless a name points at them by then."""
+        with self._writing:
+            self._held_digests[digest] -= 1
+
     def rollback(self, name: str, version: str | None) -> AdapterRecord:
         """Point `name` at an earlier version: the one before the current, or the one that begins with `version`.
 
@@ -189,6 +202,7 @@ class AdapterRegistry:
         """Delete the stored versions that no name's history holds and that are not `in_use`; returns their digests."""
         with self._writing:
             held = {row["digest"] for row in self._db.execute("SELECT digest FROM history")}.union(in_use)
+            held |= {digest for digest, holders in self._held_digests.items() if holders}
             known = {row["digest"] for row in self._db.execute("SELECT digest FROM versions")}
             stored = set(self.store.digests())
             # Files that no row knows are left by a crash, or named by a database that was set aside.

@@ -52,6 +52,8 @@ class AdapterStore:
         and `FileNotFoundError` when one of the two files is missing.
         """
         place = self.path(digest)
+        if digest in self:
+            return place
         with _no_space():
             for path in (*(folder / name for name in FILES), folder):
                 _fsync(path)

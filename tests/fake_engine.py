@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from typing import Literal
 
 from server.engine.messages import (
     Abort,
@@ -15,12 +16,16 @@ from server.engine.messages import (
     Reply,
     Residency,
     RetireAdapter,
+    SelfTest,
     SequenceOutput,
     StepOutputs,
     Submit,
     ToEngine,
+    TryAdapter,
 )
 from server.sequence import TokenLogprobs
+
+Refusal = tuple[Literal["busy", "invalid", "not_found", "no_room"], str]
 
 
 class FakeTransport:
@@ -33,7 +38,9 @@ class FakeTransport:
         self.fail_after: int | None = None  # tokens after which a sequence fails, with `failure` for the client
         self.failure: str | None = None
         self.comes_back = True  # after it died
-        self.refuse: dict[str, tuple[str, str]] = {}  # digest to the error of its moves
+        self.refuse: dict[str, Refusal] = {}  # digest to the error of its moves
+        self.trial_error: Refusal | None = None
+        self.selftest = SelfTest(2e-6, 1e-6, 1e-3)
         self.submitted: list[Submit] = []
         self.aborted: list[str] = []
         self.device: set[str] = set()
@@ -70,6 +77,9 @@ class FakeTransport:
                 asyncio.get_running_loop().call_soon(self._emit, StepOutputs(ended, self._stats()))
             case MoveAdapter() | PinAdapter():
                 asyncio.get_running_loop().call_soon(self._move, message)
+            case TryAdapter(request_id=request_id):
+                reply = Reply(request_id, self.trial_error, None if self.trial_error else self.selftest)
+                asyncio.get_running_loop().call_soon(self._emit, reply)
             case RetireAdapter(digest=digest):
                 self.pinned.discard(digest)
                 self.device.discard(digest)

@@ -17,6 +17,7 @@ from server.api.adapter_schemas import DeletedBody, RegisterRequest, UploadForm
 from server.api.auth import Key
 from server.api.context import AppContext, LazyAdapter
 from server.api.errors import ApiError, model_not_found
+from server.api.trials import tried
 from server.api.uploads import receive_upload
 from server.engine.client import AdapterMoveRefused, EngineUnavailable
 
@@ -52,12 +53,13 @@ async def upload(
         form = parse(await receive_upload(request, folder))
         check_writable(key, form.name)
         inspected = await asyncio.to_thread(inspect, folder, spec)
-        if dry_run:
-            return form, inspected, None
-        published = await _publish(
-            context, form.name, inspected, folder, source="upload", replace=form.replace, pinned=form.pinned
-        )
-        return form, inspected, published
+        async with tried(context, inspected, folder):
+            if dry_run:
+                return form, inspected, None
+            published = await _publish(
+                context, form.name, inspected, folder, source="upload", replace=form.replace, pinned=form.pinned
+            )
+            return form, inspected, published
 
 
 async def register(context: AppContext, body: RegisterRequest) -> tuple[AdapterRecord, bool]:
@@ -66,9 +68,10 @@ async def register(context: AppContext, body: RegisterRequest) -> tuple[AdapterR
     with context.registry.store.stage() as folder:
         await asyncio.to_thread(copy_from, body.source, config.allow_source, folder, max_bytes=config.max_upload_bytes)
         inspected = await asyncio.to_thread(inspect, folder, context.spec)
-        return await _publish(
-            context, body.name, inspected, folder, source=body.source, replace=body.replace, pinned=body.pinned
-        )
+        async with tried(context, inspected, folder):
+            return await _publish(
+                context, body.name, inspected, folder, source=body.source, replace=body.replace, pinned=body.pinned
+            )
 
 
 def register_lazily(context: AppContext, body: RegisterRequest) -> LazyAdapter:

@@ -2,12 +2,14 @@
 
 import logging
 import os
+from collections.abc import Callable
 
 import torch
 
 from adapters.host_cache import HostCache
 from adapters.pack import PackedAdapter, pack
 from adapters.residency import Residency
+from adapters.selftest import Reference
 from adapters.slots import PAGE_COLUMNS, SlotTable
 from adapters.spec import ModelSpec
 from adapters.store import AdapterStore
@@ -17,6 +19,7 @@ from server.engine.block_manager import BlockManager
 from server.engine.engine import Engine
 from server.engine.messages import EngineInfo
 from server.engine.scheduler import Scheduler
+from server.engine.trials import Trials
 from server.model.kv_cache import CacheShape
 from server.model.loader import LoadedModel, ModelRefused, load_model
 from server.model.probe import probe
@@ -44,7 +47,9 @@ def build_engine(config: ServeConfig) -> tuple[Engine, EngineInfo]:
         max_batch_tokens=config.max_batch_tokens,
         max_wait_steps=config.max_wait_steps,
     )
-    engine = Engine(runner, scheduler, residency, loaded.eos_token_ids, max_model_len)
+    refer = _reference_reader(config, spec, runner)
+    trials = Trials(runner, residency, refer, _stay_single_threaded)
+    engine = Engine(runner, scheduler, residency, trials, loaded.eos_token_ids, max_model_len)
     return engine, _info(config, loaded, spec, runner, num_blocks, max_model_len)
 
 
@@ -57,6 +62,11 @@ def _residency(config: ServeConfig, spec: ModelSpec, runner: ModelRunner, num_pa
         write=runner.pool.write,
         on_thread_start=_stay_single_threaded,
     )
+
+
+def _reference_reader(config: ServeConfig, spec: ModelSpec, runner: ModelRunner) -> Callable[[str], Reference]:
+    store = AdapterStore(config.data_dir / "store")
+    return lambda digest: Reference.of(load(store.path(digest), spec, digest), runner.bases)
 
 
 def _stay_single_threaded() -> None:

@@ -27,11 +27,13 @@ from server.engine.messages import (
     Reply,
     Residency,
     RetireAdapter,
+    SelfTest,
     SequenceOutput,
     StepOutputs,
     Submit,
     Tier,
     ToEngine,
+    TryAdapter,
 )
 
 log = logging.getLogger(__name__)
@@ -98,7 +100,7 @@ class EngineClient:
         self._transport = transport
         self._hang_seconds = hang_seconds
         self._streams: dict[str, Stream] = {}
-        self._replies: dict[int, asyncio.Future[None]] = {}
+        self._replies: dict[int, asyncio.Future[SelfTest | None]] = {}
         self._pins: set[str] = set()
         self._request_ids = itertools.count()
         self._started: asyncio.Future[None] | None = None
@@ -159,6 +161,12 @@ class EngineClient:
         else:
             self._pins.discard(digest)
 
+    async def try_adapter(self, digest: str) -> SelfTest:
+        """Compare a stored version with the reference arithmetic. Raises `AdapterMoveRefused`, `EngineUnavailable`."""
+        result = await self._call(TryAdapter(next(self._request_ids), digest))
+        assert result is not None
+        return result
+
     def retire_adapter(self, digest: str) -> None:
         """No name points at the version any more; its memory goes when its last sequence has ended."""
         self._pins.discard(digest)
@@ -176,22 +184,23 @@ class EngineClient:
         if self.state is not EngineState.READY:
             raise EngineUnavailable(self.reason)
 
-    async def _call(self, request: MoveAdapter | PinAdapter) -> None:
+    async def _call(self, request: MoveAdapter | PinAdapter | TryAdapter) -> SelfTest | None:
         self._require_ready()
-        reply = self._replies[request.request_id] = asyncio.get_running_loop().create_future()
+        reply: asyncio.Future[SelfTest | None] = asyncio.get_running_loop().create_future()
+        self._replies[request.request_id] = reply
         self._transport.send(request)
-        await reply
+        return await reply
 
     def _on_message(self, message: FromEngine) -> None:
         self._last_progress = time.monotonic()
         match message:
             case StepOutputs():
                 self._on_step(message)
-            case Reply(request_id=request_id, error=error):
+            case Reply(request_id=request_id, error=error, selftest=selftest):
                 reply = self._replies.pop(request_id, None)
                 if reply is not None and not reply.done():
                     if error is None:
-                        reply.set_result(None)
+                        reply.set_result(selftest)
                     else:
                         reply.set_exception(AdapterMoveRefused(*error))
             case Ready(info=info):

@@ -23,8 +23,10 @@ from server.engine.messages import (
     StepOutputs,
     Submit,
     ToEngine,
+    TryAdapter,
 )
 from server.engine.scheduler import Scheduler
+from server.engine.trials import Trials
 from server.model.batch import build_batch
 from server.model.runner import ModelRunner
 from server.model.sampler import Sample, sample
@@ -43,12 +45,14 @@ class Engine:
         runner: ModelRunner,
         scheduler: Scheduler,
         residency: Residency[PackedAdapter],
+        trials: Trials,
         eos_token_ids: frozenset[int],
         max_model_len: int,
     ) -> None:
         self.scheduler = scheduler
         self.residency = residency
         self._runner = runner
+        self._trials = trials
         self._eos_token_ids = eos_token_ids
         self._max_model_len = max_model_len
         self._sequences: dict[str, Sequence] = {}
@@ -58,7 +62,14 @@ class Engine:
         self._steps = 0
 
     def has_work(self) -> bool:
-        return bool(self._sequences or self._pending or self._retired or self._outputs or self.residency.changed)
+        return bool(
+            self._sequences or self._pending or self._trials or self._retired or self._outputs or self.residency.changed
+        )
+
+    def close(self) -> None:
+        """End the threads that read adapters."""
+        self._trials.close()
+        self.residency.close()
 
     def handle(self, message: ToEngine) -> None:
         match message:
@@ -71,6 +82,8 @@ class Engine:
             case MoveAdapter() | PinAdapter():
                 self.residency.expect(message.digest)
                 self._pending.append(message)
+            case TryAdapter():
+                self._trials.add(message)
             case RetireAdapter(digest=digest):
                 self.residency.unpin(digest)
                 self._retired.add(digest)
@@ -79,7 +92,7 @@ class Engine:
         """Advance everything that can run by one forward pass; returns what there is to say, outputs first."""
         started = time.perf_counter()
         self.residency.poll()
-        replies = self._settle_moves()
+        replies = [*self._settle_moves(), *self._trials.advance()]
         self._unload_retired()
         for seq, reason in self.scheduler.failed():
             self._finish(seq, [], FinishReason.ERROR, error=f"the adapter could not be loaded: {reason}")

@@ -28,7 +28,7 @@ def run_loop(engine: Engine, receive: Receive, emit: Emit) -> None:
     while True:
         for message in receive(wait):
             if isinstance(message, Shutdown):
-                engine.residency.close()
+                engine.close()
                 return
             engine.handle(message)
         if not engine.has_work():

@@ -42,6 +42,13 @@ class PinAdapter(msgspec.Struct, frozen=True, tag=True):
     pinned: bool
 
 
+class TryAdapter(msgspec.Struct, frozen=True, tag=True):
+    """Compare a version's serving path with the reference arithmetic. Answered by `Reply` with a `SelfTest`."""
+
+    request_id: int
+    digest: str
+
+
 class RetireAdapter(msgspec.Struct, frozen=True, tag=True):
     """No name points at the version any more: free its memory when its last sequence has ended. Not answered."""
 
@@ -52,7 +59,7 @@ class Shutdown(msgspec.Struct, frozen=True, tag=True):
     """Abort everything and end the loop."""
 
 
-ToEngine = Submit | Abort | MoveAdapter | PinAdapter | RetireAdapter | Shutdown
+ToEngine = Submit | Abort | MoveAdapter | PinAdapter | TryAdapter | RetireAdapter | Shutdown
 
 
 class SequenceOutput(msgspec.Struct, frozen=True, array_like=True):
@@ -136,11 +143,21 @@ class StepOutputs(msgspec.Struct, frozen=True, tag=True):
     residency: Residency | None = None
 
 
+class SelfTest(msgspec.Struct, frozen=True):
+    """How far an adapter's logits are from those of the reference arithmetic. `relative_error` is the RMS difference in
+    units of the logits' spread (NaN when they are not finite); more than `tolerance` is an error of ours."""
+
+    max_abs_logit_diff: float
+    relative_error: float
+    tolerance: float
+
+
 class Reply(msgspec.Struct, frozen=True, tag=True):
     """Answer to the request with that id; `error` is (code, sentence) when it failed."""
 
     request_id: int
     error: tuple[Literal["busy", "invalid", "not_found", "no_room"], str] | None = None
+    selftest: SelfTest | None = None
 
 
 class Fatal(msgspec.Struct, frozen=True, tag=True):

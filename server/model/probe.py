@@ -23,7 +23,7 @@ PROBE_CHUNKS = (13, 10, 1)  # a first chunk, a second one that reads the cache, 
 _RECORDER = "loraplex_recorder"
 # Largest RMS error allowed, relative to the spread of the logits: about three times what stock attention
 # implementations differ by among themselves. A wrong mask or scale is off by much more.
-_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 3e-2}
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 3e-2}
 
 
 @dataclass(slots=True)
@@ -145,12 +145,17 @@ def _compare(loaded: LoadedModel, shape: CacheShape, block_size: int) -> None:
     expected = _forward(loaded, "eager").float()
     paged = _paged_logits(loaded, shape, block_size).float()
     rows = [sum(PROBE_CHUNKS[: n + 1]) - 1 for n in range(len(PROBE_CHUNKS))]
-    error = (paged - expected[rows]).square().mean().sqrt() / expected[rows].std().clamp(min=1e-6)
-    if not error < _TOLERANCE[loaded.dtype]:
+    error = relative_error(paged, expected[rows])
+    if not error < TOLERANCE[loaded.dtype]:
         raise ModelRefused(
             f"{loaded.config.model_type} cannot be served exactly: the paged attention differs from the stock one "
             f"by {error:.2g} of the logits' spread"
         )
+
+
+def relative_error(logits: torch.Tensor, expected: torch.Tensor) -> float:
+    """RMS of the difference in units of the spread of `expected`; NaN where either is not finite."""
+    return float((logits - expected).square().mean().sqrt() / expected.std().clamp(min=1e-6))
 
 
 def _paged_logits(loaded: LoadedModel, shape: CacheShape, block_size: int) -> torch.Tensor:

@@ -30,6 +30,7 @@ class ModelRunner:
     ) -> None:
         self._model: Any = loaded.model
         self.device = loaded.device
+        self.cache_shape = shape
         self.kv_cache = KVCache(shape, num_blocks, block_size, loaded.device)
         kernel, self.kernel_reason = choose_kernel(loaded.device, loaded.dtype)
         self.pool = AdapterPool(spec, num_pages, loaded.dtype, loaded.device, kernel)
@@ -42,7 +43,13 @@ class ModelRunner:
         return self.pool.vocab_size(slot) or self._vocab_size
 
     @torch.inference_mode()
-    def run(self, batch: ForwardBatch, tokens: Segments = NO_SEGMENTS, head: Segments = NO_SEGMENTS) -> torch.Tensor:
+    def run(
+        self,
+        batch: ForwardBatch,
+        tokens: Segments = NO_SEGMENTS,
+        head: Segments = NO_SEGMENTS,
+        kv_cache: KVCache | None = None,
+    ) -> torch.Tensor:
         """Logits `[samples, vocab]` of the batch's sample rows. `vocab` is the largest among them; what lies beyond a
         row's own means nothing.
 
@@ -55,6 +62,6 @@ class ModelRunner:
             use_cache=False,
             logits_to_keep=batch.sample_rows,
             batch=batch,
-            kv_cache=self.kv_cache,
+            kv_cache=kv_cache or self.kv_cache,
         ).logits[0]
         return logits

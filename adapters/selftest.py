@@ -1,0 +1,129 @@
+"""The reference that an adapter is tried against when it arrives: PEFT's formulas, unfolded, in float32.
+
+It shares no code with the serving path (`pack`, `fold`, `affine`, `overlays`, the kernels): what a layer should say is
+computed from the tensors as they are stored, by a hook on the base's own module.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import embedding, linear
+from transformers.pytorch_utils import Conv1D
+
+from adapters.fold import dense_weight
+from adapters.format import AdapterWeights, LoraFactors
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """An adapter over the base's modules by name, for as long as it is `active`."""
+
+    weights: AdapterWeights
+    bases: Mapping[str, nn.Module]
+    magnitudes: Mapping[str, Tensor]  # DoRA's g by module, `[out]`
+
+    @classmethod
+    def of(cls, weights: AdapterWeights, bases: Mapping[str, nn.Module]) -> "Reference":
+        """Takes the norms of whole weights: not on the engine's thread."""
+        own = {name: weights.replaced.get(name, {}).get("weight") for name in weights.factors}
+        norms = {
+            name: factors.magnitude.float() / _norm(bases[name], own[name], factors)
+            for name, factors in weights.factors.items()
+            if factors.magnitude is not None
+        }
+        return cls(weights, bases, norms)
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Every module says what it should with the adapter alone, for all rows."""
+        with ExitStack() as hooks:
+            for name in self._touched():
+                handle = self.bases[name].register_forward_hook(self._hook(name))
+                hooks.callback(handle.remove)
+            yield
+
+    def _touched(self) -> set[str]:
+        w = self.weights
+        return set().union(w.factors, w.biases, w.embeddings, w.parameters, w.replaced, w.tokens)
+
+    def _hook(self, name: str) -> Any:
+        base = self.bases[name]
+        if isinstance(base, nn.Embedding):
+            return lambda _module, args, output: self._embedding(name, base, args[0]).to(output.dtype)
+        if isinstance(base, Conv1D) or hasattr(base, "in_features"):
+            return lambda _module, args, output: self._linear(name, base, args[0], output)
+        return lambda _module, args, _output: _with_parameters(base, self._parameters(name, base)).forward(*args)
+
+    def _linear(self, name: str, base: Any, x: Tensor, output: Tensor) -> Tensor:
+        own_bias = 0 if base.bias is None else base.bias.float()
+        weight = self.weights.replaced.get(name, {}).get("weight")
+        if weight is None:
+            y = output.float() - own_bias
+        else:
+            y = linear(x.float(), (weight.T if isinstance(base, Conv1D) else weight).float())
+        bias = self.weights.biases.get(name, self.weights.replaced.get(name, {}).get("bias"))
+        if factors := self.weights.factors.get(name):
+            delta = linear(linear(x.float(), factors.a.float()), factors.b.float())
+            y = (y + factors.scaling * delta) * self.magnitudes.get(name, 1)
+            if factors.bias is not None:
+                y = y + factors.scaling * factors.bias.float()
+        y = y + (own_bias if bias is None else bias.float())
+        if rows := self.weights.tokens.get(name):
+            y[..., list(rows.ids)] = linear(x.float(), rows.values.float())
+        return y.to(output.dtype)
+
+    def _embedding(self, name: str, base: nn.Embedding, ids: Tensor) -> Tensor:
+        weight = self.weights.replaced.get(name, {}).get("weight", base.weight).float()
+        if rows := self.weights.tokens.get(name):
+            weight = weight.index_copy(0, torch.tensor(rows.ids), rows.values.float())
+        y = embedding(ids, weight)
+        if factors := self.weights.embeddings.get(name):
+            y = y + factors.scaling * (embedding(ids, factors.a.float().T) @ factors.b.float().T)
+            if factors.magnitude is not None:
+                norm = torch.linalg.vector_norm(
+                    weight.T + factors.scaling * factors.b.float() @ factors.a.float(), dim=1
+                )
+                y = y * (factors.magnitude.float() / norm)
+        return y * getattr(base, "embed_scale", 1)
+
+    def _parameters(self, name: str, base: nn.Module) -> dict[str, Tensor]:
+        """Of a module that is used with other parameters; PEFT's `ParamWrapper` adds the factors to them."""
+        found: dict[str, Tensor] = {key: value.float() for key, value in base.named_parameters(recurse=False)}
+        found.update({key: value.float() for key, value in self.weights.replaced.get(name, {}).items()})
+        for key, factors in self.weights.parameters.get(name, {}).items():
+            found[key] = found[key] + _stacked_delta(found[key], factors, getattr(base, "is_transposed", False))
+        dtypes = {key: value.dtype for key, value in base.named_parameters(recurse=False)}
+        return {key: value.to(dtypes[key]) for key, value in found.items()}
+
+
+def _with_parameters(base: nn.Module, parameters: dict[str, Tensor]) -> nn.Module:
+    """A copy, since other threads may be reading the base."""
+    clone = copy.copy(base)
+    clone._parameters = {name: nn.Parameter(value, requires_grad=False) for name, value in parameters.items()}
+    return clone
+
+
+def _norm(base: nn.Module, own: Tensor | None, factors: LoraFactors) -> Tensor:
+    weight = dense_weight(base) if own is None else own
+    merged = weight.float().cpu() + factors.scaling * factors.b.float() @ factors.a.float()
+    norm: Tensor = torch.linalg.vector_norm(merged, dim=1)
+    return norm
+
+
+def _stacked_delta(weight: Tensor, factors: LoraFactors, transposed: bool) -> Tensor:
+    """One expert after the other."""
+    if weight.dim() == 2:
+        return factors.scaling * factors.b.float() @ factors.a.float()
+    experts = weight.shape[0]
+    rank = factors.a.shape[0] // experts
+    deltas: list[Tensor] = [
+        factors.b.float()[:, expert::experts] @ factors.a.float()[expert * rank : (expert + 1) * rank]
+        for expert in range(experts)
+    ]
+    stacked = factors.scaling * torch.stack(deltas)
+    return stacked.transpose(1, 2) if transposed else stacked

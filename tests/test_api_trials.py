@@ -1,0 +1,64 @@
+"""Nothing is published that the engine did not compute right."""
+
+from pathlib import Path
+
+import pytest
+
+from server.engine.messages import SelfTest
+from tests.api_server import Api, assert_error, form, serving
+
+
+def stored(api: Api) -> list[str]:
+    return api.context.registry.store.digests()
+
+
+async def test_the_report_carries_the_largest_difference(tmp_path: Path) -> None:
+    async with serving(tmp_path) as api:
+        record = (await api.upload("acme")).json()
+        assert record["report"]["selftest"] == {"max_abs_logit_diff": 2e-6}
+
+
+async def test_a_dry_run_is_tried_and_leaves_nothing(tmp_path: Path) -> None:
+    async with serving(tmp_path) as api:
+        answer = await api.http.post("/v1/adapters?dry_run=true", data={"name": "acme"}, files=form())
+        assert answer.status_code == 200 and answer.json()["report"]["selftest"] == {"max_abs_logit_diff": 2e-6}
+        assert stored(api) == []
+
+
+@pytest.mark.parametrize(
+    ("selftest", "code"),
+    [(SelfTest(0.5, 0.1, 1e-3), "base_mismatch"), (SelfTest(float("nan"), float("nan"), 1e-3), "nonfinite")],
+)
+async def test_beyond_tolerance_it_is_refused(tmp_path: Path, selftest: SelfTest, code: str) -> None:
+    async with serving(tmp_path) as api:
+        api.engine.selftest = selftest
+        error = assert_error(await api.upload("acme"), 422, "adapter_invalid")
+        (problem,) = error["problems"]
+        assert (problem["where"], problem["code"]) == ("selftest", code)
+        assert_error(await api.http.get("/v1/adapters/acme"), 404)
+        assert stored(api) == []
+
+
+async def test_a_replacement_that_fails_keeps_what_was_there(tmp_path: Path) -> None:
+    async with serving(tmp_path) as api:
+        before = (await api.upload("acme")).json()["version"]
+        api.engine.selftest = SelfTest(0.5, 0.1, 1e-3)
+        assert_error(await api.upload("acme", seed=1, replace="true"), 422)
+        assert_error(await api.upload("again"), 422)  # the same content under another name
+        assert (await api.http.get("/v1/adapters/acme")).json()["version"] == before
+        assert stored(api) == [before.removeprefix("sha256:")]
+
+
+async def test_what_the_engine_cannot_load_is_refused(tmp_path: Path) -> None:
+    async with serving(tmp_path) as api:
+        api.engine.trial_error = ("invalid", "weights beyond torch.bfloat16")
+        (problem,) = assert_error(await api.upload("acme"), 422, "adapter_invalid")["problems"]
+        assert problem["found"] == "weights beyond torch.bfloat16"
+        assert stored(api) == []
+
+
+async def test_a_full_device_is_no_fault_of_the_adapter(tmp_path: Path) -> None:
+    async with serving(tmp_path) as api:
+        api.engine.trial_error = ("no_room", "no device slot became free")
+        record = (await api.upload("acme")).json()
+        assert record["report"]["selftest"] == {"skipped": "no device slot became free"}
