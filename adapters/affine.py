@@ -1,4 +1,5 @@
-"""What DoRA and trained biases leave to a step: `y ← scale ⊙ y + shift` over the rows of adapters that have them."""
+"""What DoRA, trained biases and IA³ leave to a step: `y ← scale ⊙ y + shift` over the rows of adapters that have them,
+`y` being a linear's output or (IA³) its input."""
 
 import threading
 from collections.abc import Iterable, Mapping
@@ -25,7 +26,7 @@ class AffinePlan:
 
 
 class AffineTables:
-    """Per module a table `[slots, 2, out]` in float32, made when the first adapter needs it.
+    """Per module a table `[slots, 2, channels]` in float32, made when the first adapter needs it.
 
     Invariant: every table covers every slot that has vectors, with scale 1 and shift 0 where its adapter has none for
     the module. Writing goes to slots that no running sequence refers to, so it may happen in another thread.
@@ -72,6 +73,14 @@ class AffineTables:
         pairs = [(row, r.slot) for r in gathered for row in range(r.start, r.end)]
         rows, slots = torch.tensor(pairs, dtype=torch.int64, device=self._device).reshape(-1, 2).T.contiguous()
         return AffinePlan(rows, slots, tuple(r for r in owned if r not in gathered))
+
+    def applied(self, x: Tensor, name: str, plan: AffinePlan) -> Tensor:
+        """`x [..., channels]` with the rows of `plan` changed: a copy, or `x` itself where no slot has vectors."""
+        if name not in self._tables:
+            return x
+        rows = x.reshape(-1, x.shape[-1]).clone()
+        self.apply(rows, name, plan)
+        return rows.view_as(x)
 
     def apply(self, y: Tensor, name: str, plan: AffinePlan) -> None:
         """Change the rows of `plan` in place; all others keep their bits."""

@@ -52,7 +52,8 @@ class AdapterWeights:
 
     `factors` are those of linears and `biases` take the place of their own; `embeddings` are factors with
     `a [r, vocab]` and `b [hidden, r]`. `parameters` are factors of whatever a module computes with, `a [experts·r, in]`
-    and `b [out, r·experts]`. `replaced` are parameters as a whole, and `tokens` rows of the embedding or the head.
+    and `b [out, r·experts]`. `replaced` are parameters as a whole, and `tokens` rows of the embedding or the head. A
+    linear's inputs, or its outputs with their bias, are multiplied by its scales.
     """
 
     digest: str
@@ -64,6 +65,8 @@ class AdapterWeights:
     parameters: dict[str, dict[str, LoraFactors]] = field(default_factory=dict)
     replaced: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     tokens: dict[str, TokenRows] = field(default_factory=dict)
+    input_scales: dict[str, Tensor] = field(default_factory=dict)
+    output_scales: dict[str, Tensor] = field(default_factory=dict)
     vocab_size: int | None = None  # where it is not the base's
 
 

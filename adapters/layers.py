@@ -12,7 +12,8 @@ from adapters.spec import ModelSpec
 
 
 class LoRALinear(nn.Module):
-    """The base linear, then what the step's adapters make of its output, then their segmented delta on top.
+    """The base linear (of what the step's adapters make of its input), then what they make of its output, then their
+    segmented delta on top.
 
     The base runs on all rows with its own weights and kernel, so base rows keep the bits they would have had.
     """
@@ -24,6 +25,7 @@ class LoRALinear(nn.Module):
         self._name = name
         self._kernel = pool.kernel
         self._affine = pool.affine
+        self._input_affine = pool.input_affine
         self._plan = plan
 
     @property
@@ -36,7 +38,8 @@ class LoRALinear(nn.Module):
         return self.base.bias  # type: ignore[return-value]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self.base(x)
+        scales = self._plan.input_affine
+        y: torch.Tensor = self.base(x if scales is None else self._input_affine.applied(x, self._name, scales))
         if self._plan.active:
             rows = y.view(-1, y.shape[-1])
             if self._plan.affine is not None:

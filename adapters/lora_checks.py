@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from adapters.config_reader import shown
 from adapters.errors import Problem
 from adapters.format import TensorKind
 from adapters.lora_tensors import (
@@ -22,7 +23,7 @@ from adapters.lora_tensors import (
 )
 from adapters.numbers_check import number_problems
 from adapters.patterns import dotted_suffixes
-from adapters.peft_config import LoraSettings, shown
+from adapters.peft_config import LoraSettings
 from adapters.spec import ModelSpec
 from adapters.store import CONFIG_FILE, WEIGHTS_FILE
 

@@ -4,10 +4,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from adapters.config_reader import shown
 from adapters.errors import Problem, ProblemCode
 from adapters.format import TensorKind, parse_tensor_name
 from adapters.patterns import dotted_suffixes
-from adapters.peft_config import LoraSettings, shown
+from adapters.peft_config import LoraSettings
 from adapters.safetensors_header import TensorInfo, read_header
 from adapters.spec import ModelSpec
 

@@ -2,29 +2,31 @@
 
 import math
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import torch
 
 from adapters.errors import Problem
 from adapters.format import read_chunks
 from adapters.lora_tensors import LoraTensors, problem
+from adapters.safetensors_header import TensorInfo
 
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
 def number_problems(tensors: LoraTensors, scalings: Mapping[str, float]) -> Iterator[Problem]:
     """NaN and infinities, also those that would appear when a tensor is multiplied by its scaling in its own dtype."""
-    for name, largest in _magnitudes(tensors):
+    for name, largest in magnitudes(tensors.path, tensors.infos):
         if not math.isfinite(largest):
             yield problem(name, "NaN or infinity", "finite numbers", "nonfinite")
         elif largest * scalings.get(name, 1.0) > torch.finfo(_DTYPES[tensors.infos[name].dtype]).max:
             yield problem(name, "infinity once scaled by alpha", "finite numbers", "nonfinite")
 
 
-def _magnitudes(tensors: LoraTensors) -> Iterator[tuple[str, float]]:
+def magnitudes(path: Path, tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[str, float]]:
     """The largest absolute value of each tensor; NaN or infinity where it holds one."""
-    with tensors.path.open("rb") as file:
-        for name, info in tensors.infos.items():
+    with path.open("rb") as file:
+        for name, info in tensors.items():
             chunks = (torch.frombuffer(chunk, dtype=_DTYPES[info.dtype]) for chunk in read_chunks(file, info))
             # aminmax lets a NaN through to both ends and is several times as fast as isfinite.
             extremes = [torch.stack(torch.aminmax(chunk)) for chunk in chunks]

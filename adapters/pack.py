@@ -17,12 +17,14 @@ from adapters.slots import PAGE_COLUMNS
 class PackedAdapter:
     """A version in the pool's own layout and dtype: per module A `[columns, in]` and B `[columns, out]` with the
     scaling (and DoRA's) folded in before rounding, zero-padded to whole pages. `vectors` are the output vectors of
-    the modules that have some, `overlays` what else the adapter does to a module, in this order."""
+    the modules that have some, `input_vectors` the same for their inputs, `overlays` what else the adapter does to a
+    module, in this order."""
 
     num_pages: int
     modules: dict[str, tuple[Tensor, Tensor]]
     nbytes: int
     vectors: dict[str, Tensor] = field(default_factory=dict)
+    input_vectors: dict[str, Tensor] = field(default_factory=dict)
     overlays: dict[str, tuple[nn.Module, ...]] = field(default_factory=dict)
     vocab_size: int | None = None
 
@@ -49,9 +51,16 @@ def pack(weights: AdapterWeights, dtype: torch.dtype, bases: Mapping[str, nn.Mod
         _check_finite(name, dtype, [*modules.get(name, ()), *vectors.get(name, ())])
     for name, stack in overlays.items():
         _check_finite(name, dtype, [t for overlay in stack for t in (*overlay.parameters(), *overlay.buffers())])
-    tensors = [*(tensor for pair in modules.values() for tensor in pair), *vectors.values()]
+    vectors |= _scaling_vectors(weights.output_scales)
+    input_vectors = _scaling_vectors(weights.input_scales)
+    tensors = [*(t for pair in modules.values() for t in pair), *vectors.values(), *input_vectors.values()]
     size = sum(t.numel() * t.element_size() for t in tensors) + nbytes(o for stack in overlays.values() for o in stack)
-    return PackedAdapter(num_pages, modules, size, vectors, overlays, weights.vocab_size)
+    return PackedAdapter(num_pages, modules, size, vectors, input_vectors, overlays, weights.vocab_size)
+
+
+def _scaling_vectors(scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """As scale and shift, `[2, channels]` in float32."""
+    return {name: torch.stack([scale, torch.zeros_like(scale)]) for name, scale in scales.items()}
 
 
 def _overlaid(weights: AdapterWeights) -> set[str]:

@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from adapters.config_reader import MAX_CONFIG_BYTES, MAX_RANK
 from adapters.errors import AdapterInvalid
 from adapters.folders import FolderError
 from adapters.format import LoraFactors, parse_tensor_name
-from adapters.peft_config import MAX_CONFIG_BYTES, MAX_RANK, parse_config
+from adapters.peft_config import parse_config
 from adapters.safetensors_header import read_header
 from adapters.spec import ModelSpec
 from adapters.store import CONFIG_FILE, FILES, WEIGHTS_FILE

@@ -17,12 +17,13 @@ from adapters.spec import ModelSpec
 class StepPlan:
     """What the modules of one kind read during a step; set before the forward, the same object for all."""
 
-    __slots__ = ("active", "affine", "overlays", "plan")
+    __slots__ = ("active", "affine", "input_affine", "overlays", "plan")
 
     def __init__(self) -> None:
         self.active = False
         self.plan: Any = None
         self.affine: AffinePlan | None = None  # None unless an adapter of the step has output vectors
+        self.input_affine: AffinePlan | None = None  # the same for inputs
         self.overlays: OverlayPlan | None = None  # likewise
 
 
@@ -40,6 +41,7 @@ class AdapterPool:
         self.dtype = dtype
         self.kernel = kernel
         self.affine = AffineTables(device)
+        self.input_affine = AffineTables(device)
         self.overlays = OverlayTable(device)
         self.install_hook: Callable[[str], None] | None = None  # set when the model is attached
         self._vocab_sizes: dict[int, int] = {}  # of slots whose vocabulary is not the base's
@@ -56,6 +58,7 @@ class AdapterPool:
     def write(self, slot: Slot, packed: PackedAdapter) -> None:
         """Fill the slot with an adapter; modules that it does not touch become zero."""
         self.affine.write(slot.index, packed.vectors)
+        self.input_affine.write(slot.index, packed.input_vectors)
         self.overlays.write(slot.index, packed.overlays)
         self._vocab_sizes.pop(slot.index, None)
         if packed.vocab_size is not None:
@@ -79,6 +82,7 @@ class AdapterPool:
             plan.active = bool(segments)
             plan.plan = self.kernel.plan(segments) if segments else None
             plan.affine = self.affine.plan(segments.rows) if segments else None
+            plan.input_affine = self.input_affine.plan(segments.rows) if segments else None
             plan.overlays = self.overlays.plan(segments.rows, num_rows) if segments else None
             if plan.overlays is not None:
                 assert self.install_hook is not None

@@ -1,11 +1,13 @@
 """A strict reader of a safetensors file's header: what the file holds is known before any tensor is touched.
 
-Stricter than the format: a file with repeated keys, empty tensors, holes, unknown dtypes or absurd sizes is refused,
-so everything accepted here is also accepted by the safetensors library, with the same names, dtypes and shapes.
+Stricter than the format: a file with repeated keys, empty tensors (unless they are allowed), holes, unknown dtypes or
+absurd sizes is refused, so everything accepted here is also accepted by the safetensors library, with the same names,
+dtypes and shapes.
 """
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
@@ -19,6 +21,7 @@ MAX_NAME_LENGTH = 512
 MAX_DIMENSIONS = 4
 MAX_DIGITS = 15
 ITEM_BYTES = {"F16": 2, "BF16": 2, "F32": 4}
+INDEX_BYTES = {"U8": 1, "I16": 2, "I32": 4, "I64": 8}
 # A header within the limits has no more, and one with more would take long to parse.
 _MAX_COMMAS = MAX_TENSORS * (MAX_DIMENSIONS + 3) + MAX_METADATA_BYTES
 
@@ -33,8 +36,10 @@ class TensorInfo:
     end: int
 
 
-def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Names and places of the tensors in the safetensors file at `path`.
+def read_header(
+    path: Path, item_bytes: Mapping[str, int] = ITEM_BYTES, allow_empty: bool = False
+) -> dict[str, TensorInfo]:
+    """Names and places of the tensors in the safetensors file at `path`, of the dtypes in `item_bytes`.
 
     Raises `AdapterInvalid` with one `malformed_file` problem, whatever the bytes; `OSError` if they cannot be read.
     """
@@ -42,7 +47,10 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         with path.open("rb") as file:
             header, data_start = _read_json(file)
             data_end = file.seek(0, 2)
-        return _parse(header, data_start, data_end)
+        tensors = _parse(header, data_start, data_end, item_bytes)
+        if not allow_empty:
+            _check_sizes(tensors)
+        return tensors
     except _Malformed as error:
         raise AdapterInvalid([Problem(path.name, error.found, error.expected, "malformed_file")]) from None
 
@@ -99,11 +107,15 @@ def _no_fraction(number: str) -> NoReturn:
     raise ValueError(f"{number[:20]} where only whole numbers belong")
 
 
-def _parse(header: dict[str, Any], data_start: int, data_end: int) -> dict[str, TensorInfo]:
+def _parse(
+    header: dict[str, Any], data_start: int, data_end: int, item_bytes: Mapping[str, int]
+) -> dict[str, TensorInfo]:
     _check_metadata(header.pop("__metadata__", {}))
     if not 1 <= len(header) <= MAX_TENSORS:
         raise _Malformed(f"{len(header)} tensors", f"1 to {MAX_TENSORS}")
-    tensors = {_checked_name(name): _parse_tensor(name, entry, data_start) for name, entry in header.items()}
+    tensors = {
+        _checked_name(name): _parse_tensor(name, entry, data_start, item_bytes) for name, entry in header.items()
+    }
     _check_cover(tensors, data_start, data_end)
     return tensors
 
@@ -125,20 +137,26 @@ def _checked_name(name: str) -> str:
     return name
 
 
-def _parse_tensor(name: str, entry: Any, data_start: int) -> TensorInfo:
+def _parse_tensor(name: str, entry: Any, data_start: int, item_bytes: Mapping[str, int]) -> TensorInfo:
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise _Malformed(f"an odd entry for {name}", "dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-        raise _Malformed(f"an unknown dtype for {name}", " or ".join(ITEM_BYTES))
-    if not _are_numbers(shape) or 0 in shape or len(shape) > MAX_DIMENSIONS:
-        raise _Malformed(f"an odd shape for {name}", "up to four sizes of at least 1")
+    if not isinstance(dtype, str) or dtype not in item_bytes:
+        raise _Malformed(f"an unknown dtype for {name}", " or ".join(item_bytes))
+    if not _are_numbers(shape) or len(shape) > MAX_DIMENSIONS:
+        raise _Malformed(f"an odd shape for {name}", "up to four sizes")
     if not _are_numbers(offsets) or len(offsets) != 2:
         raise _Malformed(f"odd data_offsets for {name}", "begin and end")
     begin, end = offsets
-    if end - begin != math.prod(shape) * ITEM_BYTES[dtype]:
-        raise _Malformed(f"{end - begin} bytes for {name}", f"{math.prod(shape) * ITEM_BYTES[dtype]}, by its shape")
+    if end - begin != math.prod(shape) * item_bytes[dtype]:
+        raise _Malformed(f"{end - begin} bytes for {name}", f"{math.prod(shape) * item_bytes[dtype]}, by its shape")
     return TensorInfo(dtype, tuple(shape), data_start + begin, data_start + end)
+
+
+def _check_sizes(tensors: Mapping[str, TensorInfo]) -> None:
+    for name, info in tensors.items():
+        if 0 in info.shape:
+            raise _Malformed(f"an odd shape for {name}", "sizes of at least 1")
 
 
 def _are_numbers(values: Any) -> bool:
@@ -148,7 +166,7 @@ def _are_numbers(values: Any) -> bool:
 def _check_cover(tensors: dict[str, TensorInfo], data_start: int, data_end: int) -> None:
     """Every byte of the data section belongs to exactly one tensor."""
     reached = data_start
-    for name, info in sorted(tensors.items(), key=lambda item: item[1].start):
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
         if info.start != reached:
             raise _Malformed(f"a hole or an overlap before {name}", "tensors side by side")
         reached = info.end

@@ -1,6 +1,7 @@
 """Whether an adapter can be served by this base model: every tensor and every key is applied exactly, or the adapter is
 refused with the full list of reasons."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,9 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
+from adapters.config_reader import MAX_CONFIG_BYTES
 from adapters.errors import AdapterInvalid, Problem
+from adapters.families.converted import Converted, read_converted
 from adapters.format import AdapterWeights, LoraFactors, TensorKind, TokenRows, version_digest
 from adapters.lora_checks import LoraChecks
 from adapters.lora_tensors import (
@@ -19,7 +22,7 @@ from adapters.lora_tensors import (
     shares_weight,
     token_target,
 )
-from adapters.peft_config import MAX_CONFIG_BYTES, LoraSettings, parse_config
+from adapters.peft_config import LoraSettings, parse_config
 from adapters.spec import ModelSpec
 from adapters.store import CONFIG_FILE, FILES, WEIGHTS_FILE
 from adapters.traits import Traits
@@ -39,14 +42,29 @@ class Inspected:
 
 def inspect(folder: Path, spec: ModelSpec) -> Inspected:
     """Check the adapter in `folder` against the base model. Raises `AdapterInvalid` with every problem found."""
+    converted = read_converted(folder, spec)
+    if converted is not None:
+        return _inspect_converted(converted)
     tensors, settings = _checked(folder, spec)
-    targets = sorted({module.rpartition(".")[2] for module in tensors.adapted()})
     applied = {"modules": len(tensors.touched()), "tensors": len(tensors.infos)}
     report: dict[str, Any] = {"applied": applied, "features": _features(tensors, settings, spec)}
     if traits := _traits(tensors, settings, spec).described():
         report["traits"] = traits
     digest = version_digest(settings.canonical, tensors.infos, tensors.path)
-    return Inspected(digest, _rank(tensors, settings, spec), tuple(targets), tensors.nbytes(), report)
+    return Inspected(digest, _rank(tensors, settings, spec), _last_parts(tensors.adapted()), tensors.nbytes(), report)
+
+
+def _inspect_converted(adapter: Converted) -> Inspected:
+    adapter.check_values()
+    applied = {"modules": len(adapter.layers), "tensors": len(adapter.tensors)}
+    report: dict[str, Any] = {"applied": applied, "features": list(adapter.family.features)}
+    if traits := adapter.family.traits().described():
+        report["traits"] = traits
+    return Inspected(adapter.digest(), adapter.rank, _last_parts(adapter.layers), adapter.nbytes(), report)
+
+
+def _last_parts(modules: Iterable[str]) -> tuple[str, ...]:
+    return tuple(sorted({module.rpartition(".")[2] for module in modules}))
 
 
 def load(folder: Path, spec: ModelSpec, digest: str | None = None) -> AdapterWeights:
@@ -54,10 +72,11 @@ def load(folder: Path, spec: ModelSpec, digest: str | None = None) -> AdapterWei
 
     With `digest`, the content must have it. Raises `AdapterInvalid`.
     """
+    converted = read_converted(folder, spec)
+    if converted is not None:
+        return converted.weights(_expected(digest, converted.digest()))
     tensors, settings = _checked(folder, spec)
-    found = version_digest(settings.canonical, tensors.infos, tensors.path)
-    if digest not in (None, found):
-        raise AdapterInvalid([Problem(WEIGHTS_FILE, f"content {found[:12]}", f"{digest:.12}", "malformed_file")])
+    found = _expected(digest, version_digest(settings.canonical, tensors.infos, tensors.path))
     reader = _Reader(load_file(tensors.path), tensors, settings, spec)
     return AdapterWeights(
         found,
@@ -71,6 +90,12 @@ def load(folder: Path, spec: ModelSpec, digest: str | None = None) -> AdapterWei
         tokens=reader.tokens(),
         vocab_size=tensors.vocab_size(spec),
     )
+
+
+def _expected(digest: str | None, found: str) -> str:
+    if digest not in (None, found):
+        raise AdapterInvalid([Problem(WEIGHTS_FILE, f"content {found[:12]}", f"{digest:.12}", "malformed_file")])
+    return found
 
 
 def _checked(folder: Path, spec: ModelSpec) -> tuple[LoraTensors, LoraSettings]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -78,6 +78,26 @@ def write_adapter(
     return folder
 
 
+def write_family(model: nn.Module, folder: Path, config: PeftConfig, *, seed: int = 0, scale: float = 0.2) -> Path:
+    """Save a PEFT adapter of any type in `folder`, with all that is trained moved away at random from where it starts,
+    `scale` being the standard deviation; `model` stays as it was. Returns `folder`."""
+    config, ranks_left = copy.deepcopy(config), None
+    if isinstance(config, AdaLoraConfig):
+        ranks_left, config.rank_pattern = config.rank_pattern, None  # which training finds
+    with _peft_asks_old_names(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        peft_model = get_peft_model(copy.deepcopy(model), config)
+        for parameter in peft_model.parameters():
+            if parameter.requires_grad:
+                parameter.data += scale * torch.randn_like(parameter)
+    if ranks_left is not None:
+        config.rank_pattern = ranks_left
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*have invalid shape: .*\\(0, ")  # a layer that lost every rank
+        peft_model.save_pretrained(folder, save_embedding_layers=False)
+    return folder
+
+
 def resized(model: nn.Module, vocab_size: int | None) -> Any:
     """`model` with embeddings of that size; the new rows are random."""
     if vocab_size is not None:
@@ -87,7 +107,9 @@ def resized(model: nn.Module, vocab_size: int | None) -> Any:
 
 def with_peft(model: nn.Module, folder: Path, vocab_size: int | None = None) -> PeftModel:
     """A copy of `model` with the adapter of `folder` attached by PEFT: what our own answers are compared with."""
-    with _peft_asks_old_names():
+    with _peft_asks_old_names(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*were ignored: .*lora_E", category=RuntimeWarning)  # used later
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to True")  # GPT-2's layers, once quantised
         return PeftModel.from_pretrained(resized(copy.deepcopy(model), vocab_size), str(folder)).eval()
 
 

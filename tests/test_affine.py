@@ -66,3 +66,15 @@ def test_a_slot_keeps_nothing_of_its_last_owner() -> None:
     assert tables.plan([SlotRows(1, 0, 2)]) is not None
     tables.write(1, {})
     assert not tables._tables
+
+
+def test_a_copy_is_made_only_where_there_are_vectors() -> None:
+    tables = AffineTables(CPU)
+    tables.write(1, {"a": vectors(0)})
+    plan = tables.plan([SlotRows(1, 2, 4)])
+    assert plan is not None
+    x = torch.ones(1, 6, 5)
+    changed = tables.applied(x, "a", plan)
+    assert changed.shape == x.shape and torch.equal(x, torch.ones(1, 6, 5))
+    assert [not torch.equal(changed[0, row], x[0, row]) for row in range(6)] == [False, False, True, True, False, False]
+    assert tables.applied(x, "b", plan) is x

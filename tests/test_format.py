@@ -17,6 +17,7 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 
 from adapters.config_keys import HARMLESS_KEYS, REFUSED_KEYS, SERVED_KEYS
+from adapters.config_reader import MAX_CONFIG_BYTES
 from adapters.errors import Problem
 from adapters.format import parse_tensor_name, version_digest
 from adapters.patterns import ModulePatterns
@@ -86,7 +87,7 @@ def test_absent_keys_have_pefts_defaults() -> None:
         ("init_lora_weights", "lora_ga"),
         ("init_lora_weights", "brand new"),
         ("init_lora_weights", 0),
-        ("peft_type", "ADALORA"),
+        ("peft_type", "OFT"),
         ("peft_type", None),
         ("peft_type", ["LORA"]),
         ("rank_pattern", {"(?=x)q_proj": 4}),
@@ -200,7 +201,7 @@ def test_refuses_values_that_mean_nothing(key: str, value: Any) -> None:
         b'{"r": ' + b"9" * 10_000 + b"}",
         b'{"a": ' + b"[" * 30_000 + b"]" * 30_000 + b"}",
         b'{"a":' * 10_000 + b"1" + b"}" * 10_000,
-        b'{"a": "' + b"x" * 70_000 + b'"}',
+        b'{"a": "' + b"x" * MAX_CONFIG_BYTES + b'"}',
     ],
 )
 def test_refuses_a_config_that_is_no_json_object(data: bytes) -> None:

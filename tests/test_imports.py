@@ -24,6 +24,8 @@ FORBIDDEN = {
     "adapters/residency.py": ["torch"],
     "adapters/registry.py": ["torch"],
     "adapters/store.py": ["torch"],
+    "adapters/config_reader.py": ["torch"],
+    "adapters/peft_config.py": ["torch"],
 }
 # Package → the only places that may import it.
 ONLY_IN = {

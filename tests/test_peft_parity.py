@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,17 @@ from typing import Any
 import bitsandbytes
 import pytest
 import torch
+from peft import (
+    AdaLoraConfig,
+    DeloraConfig,
+    IA3Config,
+    LoHaConfig,
+    LoKrConfig,
+    MissConfig,
+    PeftConfig,
+    VBLoRAConfig,
+    VeraConfig,
+)
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from transformers import (
@@ -26,7 +37,7 @@ from adapters.format import LoraFactors
 from adapters.slots import PAGE_COLUMNS
 from server.engine.messages import Abort, TryAdapter
 from server.model.batch import build_batch
-from tests.adapter_factory import tiny_llama, with_peft, write_adapter
+from tests.adapter_factory import tiny_llama, with_peft, write_adapter, write_family
 from tests.engine_driver import Driver, make_driver
 
 ALL = {"target_modules": "all-linear", "r": 4, "lora_alpha": 6, "scale": 0.2}
@@ -94,7 +105,56 @@ GPT2_CASES: dict[str, dict[str, Any]] = {
 }
 # A copy of a quantised weight means nothing to PEFT, nor to us.
 NOT_ON_NF4 = {"saved embedding and linear", "saved projection"}
-CASES = {"llama": LLAMA_CASES, "gpt2": GPT2_CASES, "tied": TIED_CASES, "mixtral": MIXTRAL_CASES}
+EVERY = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+LLAMA_FAMILIES: dict[str, dict[str, Any] | PeftConfig] = {
+    "plain": ALL,
+    "ia3": IA3Config(feedforward_modules=[], **EVERY),
+    "ia3, feedforward": IA3Config(
+        target_modules=["k_proj", "v_proj", "down_proj", "lm_head"], feedforward_modules=["down_proj"]
+    ),
+    "ia3, inputs by a pattern": IA3Config(
+        target_modules=".*_proj|lm_head", feedforward_modules=r".*(up|o|k)_proj|lm_head"
+    ),
+    "loha": LoHaConfig(r=4, alpha=6, **EVERY),
+    "loha, patterns": LoHaConfig(r=4, rank_pattern={"v_proj": 7, "o_proj": 1}, alpha_pattern={"q_proj": 9}, **EVERY),
+    "lokr": LoKrConfig(r=3, alpha=5, decompose_factor=4, **EVERY),
+    "lokr, whole": LoKrConfig(r=64, alpha=200, **EVERY),
+    "lokr, both": LoKrConfig(r=3, alpha=5, decompose_both=True, rank_pattern={"layers.1.mlp.up_proj": 2}, **EVERY),
+    "delora": DeloraConfig(r=5, rank_pattern={"v_proj": 3}, **EVERY),
+    "miss": MissConfig(r=7, **EVERY),
+    "miss, mini": MissConfig(r=16, mini_r=8, init_weights="mini", **EVERY),
+    "vera": VeraConfig(r=12, **EVERY),
+    "vera, one layer": VeraConfig(r=40, target_modules=["k_proj", "up_proj"], layers_to_transform=[1]),
+    "vblora": VBLoRAConfig(r=4, num_vectors=20, vector_length=16, topk=3, **EVERY),
+    "vblora, weights": VBLoRAConfig(r=6, num_vectors=300, vector_length=32, save_only_topk_weights=True, **EVERY),
+    "adalora": AdaLoraConfig(init_r=6, lora_alpha=9, total_step=10, **EVERY),
+    "adalora, ranks": AdaLoraConfig(
+        init_r=3,
+        lora_alpha=9,
+        total_step=10,
+        target_modules=["q_proj", "down_proj"],
+        rank_pattern={
+            "model.layers.0.self_attn.q_proj.lora_E": [True, False, True],
+            "model.layers.1.self_attn.q_proj.lora_E": [False, False, False],
+            "model.layers.0.mlp.down_proj.lora_E": [True, True, True],
+        },
+    ),
+}
+GPT2_FAMILIES: dict[str, dict[str, Any] | PeftConfig] = {
+    "plain": GPT2,
+    "ia3": IA3Config(target_modules=["c_attn", "mlp.c_proj"], feedforward_modules=["mlp.c_proj"], fan_in_fan_out=True),
+    "vera": VeraConfig(r=12, fan_in_fan_out=True, **EVERY),
+    "vblora": VBLoRAConfig(r=4, num_vectors=20, vector_length=16, fan_in_fan_out=True, **EVERY),
+    "adalora": AdaLoraConfig(init_r=6, total_step=10, fan_in_fan_out=True, **EVERY),
+}
+CASES: dict[str, Mapping[str, dict[str, Any] | PeftConfig]] = {
+    "llama": LLAMA_CASES,
+    "gpt2": GPT2_CASES,
+    "tied": TIED_CASES,
+    "mixtral": MIXTRAL_CASES,
+    "llama families": LLAMA_FAMILIES,
+    "gpt2 families": GPT2_FAMILIES,
+}
 BASES = {"fp32": torch.float32, "bf16": torch.bfloat16, "nf4": torch.float32}
 NEW_TOKENS = 6
 
@@ -110,7 +170,7 @@ def with_biases(model: nn.Module) -> nn.Module:
 
 def build(kind: str) -> nn.Module:
     large = {"initializer_range": 0.2, "intermediate_size": 128}
-    if kind == "llama":
+    if kind.startswith("llama"):
         return with_biases(tiny_llama(**large, attention_bias=True, mlp_bias=True))
     if kind == "tied":
         return tiny_llama(**large, tie_word_embeddings=True)
@@ -146,9 +206,9 @@ class World:
                 bnb_4bit_compute_dtype=dtype,
             )
         model = AutoModelForCausalLM.from_pretrained(self.folder / "model", dtype=dtype, **options).eval()
-        if case is None:
-            return model
-        return with_peft(model, self.folder / case, CASES[self.kind][case].get("vocab_size"))
+        if self.base == "nf4" and self.kind.endswith("families"):
+            model = model.dequantize()  # PEFT has not every type on quantised linears
+        return model if case is None else with_peft(model, self.folder / case, own_vocabulary(self.kind, case))
 
     def run(self, *cases: str | None, seed: int = 0, length: int = 21) -> list[tuple[list[int], list[int], Tensor]]:
         """Prompt, tokens and logits of one sequence per case, all in one batch; None is the base."""
@@ -164,8 +224,13 @@ class World:
 
     def _logits(self, seq_id: str, case: str | None) -> Tensor:
         """Over the adapter's own vocabulary: a batch's rows are as wide as its largest."""
-        vocab_size = 97 if case is None else CASES[self.kind][case].get("vocab_size", 97)
+        vocab_size = (None if case is None else own_vocabulary(self.kind, case)) or 97
         return torch.stack([row[:vocab_size] for row in self.logits[seq_id]])
+
+
+def own_vocabulary(kind: str, case: str) -> int | None:
+    settings = CASES[kind][case]
+    return None if isinstance(settings, PeftConfig) else settings.get("vocab_size")
 
 
 def recorded(driver: Driver) -> dict[str, list[Tensor]]:
@@ -204,7 +269,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str, s
         model = build(kind)
         model.save_pretrained(path / "model")  # type: ignore[operator]
         for seed, (case, settings) in enumerate(CASES[kind].items()):
-            write_adapter(model, path / case, seed=seed, **settings)
+            if isinstance(settings, PeftConfig):
+                write_family(model, path / case, settings, seed=seed)
+            else:
+                write_adapter(model, path / case, seed=seed, **settings)
         return path
 
     @cache
@@ -306,9 +374,20 @@ def test_the_self_test_sees_a_wrong_number(world: Callable[[str, str], World]) -
 
 
 @pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("case", ["dora", "bias all", "lora_bias"])
-def test_others_keep_their_bits_beside_vectors(case: str, base: str, world: Callable[[str, str], World]) -> None:
-    here = world("llama", base)
+@pytest.mark.parametrize(
+    ("kind", "case"),
+    [
+        ("llama", "dora"),
+        ("llama", "bias all"),
+        ("llama", "lora_bias"),
+        ("llama families", "ia3"),
+        ("llama families", "ia3, feedforward"),
+    ],
+)
+def test_others_keep_their_bits_beside_vectors(
+    kind: str, case: str, base: str, world: Callable[[str, str], World]
+) -> None:
+    here = world(kind, base)
     here.run("plain", None, case, seed=2)  # both adapters are on the device now
     engine = here.driver.engine
     for index, name in enumerate(("plain", None, case)):
@@ -335,6 +414,13 @@ def test_a_feature_is_more_than_its_factors(world: Callable[[str, str], World]) 
         assert (adapted - base).abs().max() > 0.1, case
 
 
+@pytest.mark.parametrize("kind", ["llama families", "gpt2 families"])
+def test_every_adapter_does_something(kind: str, world: Callable[[str, str], World]) -> None:
+    for case in CASES[kind]:
+        adapted, base = (logits for _, _, logits in world(kind, "fp32").run(case, None, seed=3))
+        assert (adapted - base).abs().max() > 0.1, case
+
+
 def test_a_slot_that_changes_hands_keeps_nothing(world: Callable[[str, str], World], tmp_path: Path) -> None:
     folder = world("llama", "fp32").folder
     driver = make_driver(folder / "model", tmp_path, adapter_slots=1)
@@ -345,6 +431,20 @@ def test_a_slot_that_changes_hands_keeps_nothing(world: Callable[[str, str], Wor
         (result,) = here.run(case, seed=4)
         assert_peft_agrees(here, case, *result)
     assert not driver.engine._runner.pool.affine._tables  # a plain adapter needs none
+    driver.engine.residency.close()
+
+
+def test_a_slot_keeps_nothing_of_scales_either(world: Callable[[str, str], World], tmp_path: Path) -> None:
+    folder = world("llama families", "fp32").folder
+    driver = make_driver(folder / "model", tmp_path, adapter_slots=1)
+    digests = {case: driver.add_adapter(folder / case) for case in LLAMA_FAMILIES}
+    here = World("llama families", "fp32", folder, driver, digests, recorded(driver))
+    pool = driver.engine._runner.pool
+    for case in ["ia3", "plain", "ia3, feedforward", "loha", "ia3, inputs by a pattern", "ia3, feedforward", "plain"]:
+        (result,) = here.run(case, seed=4)
+        assert_peft_agrees(here, case, *result)
+        assert bool(pool.input_affine._tables) == (case in ("ia3, feedforward", "ia3, inputs by a pattern"))
+    assert not pool.affine._tables
     driver.engine.residency.close()
 
 

@@ -11,10 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from safetensors.torch import save
+from safetensors.torch import load, save
 
 from adapters.errors import AdapterInvalid
-from adapters.safetensors_header import MAX_HEADER_BYTES, MAX_TENSORS, TensorInfo, read_header
+from adapters.safetensors_header import INDEX_BYTES, ITEM_BYTES, MAX_HEADER_BYTES, MAX_TENSORS, TensorInfo, read_header
 
 
 def raw(header: Any, data: bytes = b"", length: int | None = None) -> bytes:
@@ -151,6 +151,24 @@ def test_reads_what_safetensors_wrote(tmp_path: Path) -> None:
     }
     assert data[found["a"].start : found["a"].end] == struct.pack("<2f", 1, 1)
     assert isinstance(found["a"], TensorInfo)
+
+
+def test_indices_and_empty_tensors_are_read_where_they_are_expected(tmp_path: Path) -> None:
+    tensors = {"none": torch.ones(0, 5), "indices": torch.tensor([[3, 1]], dtype=torch.int16), "some": torch.ones(2)}
+    path = tmp_path / "x.safetensors"
+    entries = {"some": entry(), "none": entry(0, 0, [0, 5]), "more": entry(8, 8, [5, 0])}  # at the others' ends
+    for data, expected in (
+        (save(tensors), {"none": (0, 5), "indices": (1, 2), "some": (2,)}),
+        (raw(entries, bytes(8)), {"some": (2,), "none": (0, 5), "more": (5, 0)}),
+    ):
+        path.write_bytes(data)
+        found = read_header(path, {**ITEM_BYTES, **INDEX_BYTES}, allow_empty=True)
+        assert {name: info.shape for name, info in found.items()} == expected
+        assert {name: tuple(tensor.shape) for name, tensor in load(data).items()} == expected
+        with pytest.raises(AdapterInvalid):
+            read_header(path, {**ITEM_BYTES, **INDEX_BYTES})
+        with pytest.raises(AdapterInvalid):
+            read_header(path)
 
 
 @pytest.fixture(scope="module")
