@@ -49,7 +49,8 @@ class Reference:
 
     def _touched(self) -> set[str]:
         w = self.weights
-        return set().union(w.factors, w.biases, w.embeddings, w.parameters, w.replaced, w.tokens)
+        scales = (w.input_scales, w.output_scales)
+        return set().union(w.factors, w.biases, w.embeddings, w.parameters, w.replaced, w.tokens, *scales)
 
     def _hook(self, name: str) -> Any:
         base = self.bases[name]
@@ -62,6 +63,8 @@ class Reference:
     def _linear(self, name: str, base: Any, x: Tensor, output: Tensor) -> Tensor:
         own_bias = 0 if base.bias is None else base.bias.float()
         weight = self.weights.replaced.get(name, {}).get("weight")
+        if (scale := self.weights.input_scales.get(name)) is not None:
+            output = base.forward((x * scale).to(x.dtype))  # not a call, which would come back here
         if weight is None:
             y = output.float() - own_bias
         else:
@@ -75,7 +78,7 @@ class Reference:
         y = y + (own_bias if bias is None else bias.float())
         if rows := self.weights.tokens.get(name):
             y[..., list(rows.ids)] = linear(x.float(), rows.values.float())
-        return y.to(output.dtype)
+        return (y * self.weights.output_scales.get(name, 1)).to(output.dtype)
 
     def _embedding(self, name: str, base: nn.Embedding, ids: Tensor) -> Tensor:
         weight = self.weights.replaced.get(name, {}).get("weight", base.weight).float()
