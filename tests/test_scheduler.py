@@ -2,13 +2,14 @@
 
 import random
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import pytest
 
 from server.engine.block_manager import BlockManager
 from server.engine.scheduler import Scheduler
-from server.sequence import SamplingParams, ScheduledBatch, Sequence, SequenceStatus
+from server.sequence import SamplingParams, ScaledAdapter, ScheduledBatch, Sequence, SequenceStatus
 
 BLOCK = 4
 
@@ -39,6 +40,12 @@ class FakeSlots:
     def prefetch(self, digest: str) -> None:
         self.prefetched.append(digest)
 
+    def where(self, digest: str) -> str:
+        return "device" if digest in self.resident else "disk"
+
+    def fit(self, digests: Iterable[str]) -> bool:
+        return len(list(digests)) <= self.num_slots
+
     def failure(self, digest: str) -> str | None:
         return self.broken.get(digest)
 
@@ -61,15 +68,19 @@ def make_scheduler(num_blocks: int = 100, slots: FakeSlots | None = None, **limi
     return Scheduler(BlockManager(num_blocks, BLOCK), slots or FakeSlots(), **settings)
 
 
-def make_seq(name: str, num_tokens: int, adapter: str | None = None, max_tokens: int = 4) -> Sequence:
+def taking(*adapters: str | None) -> tuple[ScaledAdapter, ...]:
+    return tuple(ScaledAdapter(adapter) for adapter in adapters if adapter is not None)
+
+
+def make_seq(name: str, num_tokens: int, *adapters: str | None, max_tokens: int = 4) -> Sequence:
     # Prompts differ from their first token on, so that nothing is found in the prefix cache by chance.
     prompt = [int.from_bytes(name.encode(), "big") % 10_007, *range(1, num_tokens)]
-    return Sequence(name, prompt, SamplingParams(max_tokens=max_tokens), adapter)
+    return Sequence(name, prompt, SamplingParams(max_tokens=max_tokens), taking(*adapters))
 
 
 def next_token(seq: Sequence) -> int:
     """The model: a function of all tokens so far and of the adapter."""
-    return zlib.crc32(repr((seq.token_ids, seq.adapter)).encode()) % 1000
+    return zlib.crc32(repr((seq.token_ids, seq.adapters)).encode()) % 1000
 
 
 def run_step(scheduler: Scheduler) -> ScheduledBatch:
@@ -97,11 +108,11 @@ def check(scheduler: Scheduler) -> None:
     scheduler.blocks.check_integrity(scheduler.running)
     assert all(seq.status is SequenceStatus.RUNNING for seq in scheduler.running)
     assert all(seq.status is SequenceStatus.WAITING for seq in scheduler.waiting)
-    assert all(not seq.block_table and seq.slot == -1 for seq in scheduler.waiting)
+    assert all(not seq.block_table and not seq.slots for seq in scheduler.waiting)
     assert len(scheduler.running) <= scheduler.max_num_seqs
     if isinstance(scheduler.adapters, FakeSlots):
         for digest, references in scheduler.adapters.resident.items():
-            assert references == sum(seq.adapter == digest for seq in scheduler.running)
+            assert references == sum(ScaledAdapter(digest) in seq.adapters for seq in scheduler.running)
 
 
 def shares(batch: ScheduledBatch) -> dict[str, int]:
@@ -288,8 +299,8 @@ def test_the_batch_is_ordered_by_slot_with_the_base_first() -> None:
         scheduler.add(make_seq(f"s{index}", 2, adapter))
     run_step(scheduler)
     batch = run_step(scheduler)
-    order = [scheduled.seq.adapter for scheduled in batch.sequences]
-    assert order == [None, None, "x", "x", "y", "z"]
+    order = [scheduled.seq.adapters for scheduled in batch.sequences]
+    assert order == [taking(name) for name in (None, None, "x", "x", "y", "z")]
     assert batch.num_adapters == 3
 
 
@@ -345,8 +356,9 @@ def test_whatever_comes_the_books_balance_and_everything_ends_as_it_would_alone(
     seqs: list[Sequence] = []
     for step in range(60):
         if chance.random() < 0.5:
-            adapter = chance.choice([None, "x", "y", "z"])
-            seqs.append(make_seq(f"s{step % 7}", chance.randint(1, 24), adapter, chance.randint(1, 20)))
+            adapters = chance.sample(["x", "y", "z"], chance.randint(0, slots.num_slots))
+            max_tokens = chance.randint(1, 20)
+            seqs.append(make_seq(f"s{step % 7}", chance.randint(1, 24), *adapters, max_tokens=max_tokens))
             scheduler.add(seqs[-1])
         alive = [seq for seq in seqs if seq.status is not SequenceStatus.FINISHED]
         if alive and chance.random() < 0.1:
@@ -357,7 +369,7 @@ def test_whatever_comes_the_books_balance_and_everything_ends_as_it_would_alone(
     run_to_end(scheduler)
     assert scheduler.blocks.num_used == 0
     for seq in seqs:
-        alone = Sequence("alone", seq.token_ids[: seq.num_prompt_tokens], seq.sampling, seq.adapter)
+        alone = Sequence("alone", seq.token_ids[: seq.num_prompt_tokens], seq.sampling, seq.adapters)
         while alone.num_output_tokens < seq.sampling.max_tokens:
             alone.token_ids.append(next_token(alone))
         assert seq.token_ids == alone.token_ids

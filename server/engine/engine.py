@@ -2,12 +2,13 @@
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from itertools import chain
 
 from adapters.pack import PackedAdapter
 from adapters.residency import MoveRefused, Residency
-from adapters.segments import Segments, build_segments, column_runs
+from adapters.segments import Segments, SlotUse, build_segments, column_runs
 from adapters.slots import PAGE_COLUMNS
 from server.engine import messages
 from server.engine.messages import (
@@ -96,14 +97,15 @@ class Engine:
             request.seq_id,
             [*request.token_ids],
             request.sampling,
-            request.adapter,
+            request.adapters,
             request.cache_salt,
             time.monotonic(),
+            request.active_from,
         )
         self._sequences[seq.seq_id] = seq
-        if seq.adapter is not None:
-            self._retired.discard(seq.adapter)  # a name points at it again
-            self.residency.expect(seq.adapter)
+        for adapter in seq.adapters:
+            self._retired.discard(adapter.digest)  # a name points at it again
+            self.residency.expect(adapter.digest)
         self.scheduler.add(seq)
 
     def _run(self, batch: ScheduledBatch) -> None:
@@ -134,9 +136,11 @@ class Engine:
     def _segments(self, batch: ScheduledBatch) -> tuple[Segments, Segments]:
         """Segments over all rows of the step, and over the sampled rows alone."""
         columns = {slot.index: column_runs(slot.pages, PAGE_COLUMNS) for slot in self.residency.slots.slots()}
-        tokens = build_segments(((s.seq.slot, s.num_new_tokens) for s in batch.sequences), columns)
-        head = build_segments(((s.seq.slot, 1) for s in batch.sequences if s.samples), columns)
-        return tokens, head
+        head = (_rows(s)[-1][0] for s in batch.sequences if s.samples)
+        return (
+            build_segments(chain.from_iterable(map(_rows, batch.sequences)), columns),
+            build_segments(((uses, 1) for uses in head), columns),
+        )
 
     def _update(self, scheduled: ScheduledSequence, sampled: Sample | None) -> None:
         seq = scheduled.seq
@@ -224,8 +228,7 @@ class Engine:
         return True
 
     def _unload_retired(self) -> None:
-        used = {seq.adapter for seq in self._sequences.values()} if self._retired else set()
-        for digest in self._retired - used:
+        for digest in self._retired - _digests(self._sequences.values()) if self._retired else ():
             with suppress(MoveRefused):  # it is just being loaded
                 self.residency.unload(digest)
                 self._retired.discard(digest)
@@ -258,8 +261,8 @@ class Engine:
             step_seconds=seconds if batch else 0.0,
             batch_tokens=batch.num_tokens,
             batch_adapters=batch.num_adapters,
-            running_adapters=sorted({seq.adapter for seq in self.scheduler.running if seq.adapter}),
-            waiting_adapters=sorted({seq.adapter for seq in self.scheduler.waiting if seq.adapter}),
+            running_adapters=sorted(_digests(self.scheduler.running)),
+            waiting_adapters=sorted(_digests(self.scheduler.waiting)),
         )
 
     def _residency(self) -> messages.Residency:
@@ -279,7 +282,20 @@ class Engine:
         references: dict[str, int] = {}
         for seq in running:
             assert seq.status is SequenceStatus.RUNNING
-            if seq.adapter is not None:
-                references[seq.adapter] = references.get(seq.adapter, 0) + 1
+            for adapter in seq.adapters:
+                references[adapter.digest] = references.get(adapter.digest, 0) + 1
         self.residency.slots.check_integrity(references)
         assert {seq.seq_id for seq in [*running, *self.scheduler.waiting]} == set(self._sequences)
+
+
+def _rows(scheduled: ScheduledSequence) -> list[tuple[tuple[SlotUse, ...], int]]:
+    """Who has the rows of one sequence, in their order; the last entry has its last row."""
+    seq = scheduled.seq
+    uses = tuple(SlotUse(slot, adapter.scale) for slot, adapter in zip(seq.slots, seq.adapters, strict=True))
+    inactive = scheduled.num_inactive
+    rows = [((), inactive), (uses, scheduled.num_new_tokens - inactive)]
+    return [(owners, count) for owners, count in rows if count]
+
+
+def _digests(sequences: Iterable[Sequence]) -> set[str]:
+    return {adapter.digest for seq in sequences for adapter in seq.adapters}
