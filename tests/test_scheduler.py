@@ -1,12 +1,17 @@
 """Which sequences run in a step, with how many tokens, and that nobody is left waiting for ever."""
 
 import random
+import time
 import zlib
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import pytest
 
+from adapters.host_cache import HostCache
+from adapters.residency import Residency
+from adapters.slots import SlotTable
 from server.engine.block_manager import BlockManager
 from server.engine.scheduler import Scheduler
 from server.sequence import SamplingParams, ScaledAdapter, ScheduledBatch, Sequence, SequenceStatus
@@ -302,6 +307,118 @@ def test_the_batch_is_ordered_by_slot_with_the_base_first() -> None:
     order = [scheduled.seq.adapters for scheduled in batch.sequences]
     assert order == [taking(name) for name in (None, None, "x", "x", "y", "z")]
     assert batch.num_adapters == 3
+
+
+def test_a_composition_runs_when_all_its_adapters_are_there() -> None:
+    slots = FakeSlots(held={"slow"})
+    scheduler = make_scheduler(slots=slots)
+    scheduler.add(seq := make_seq("both", 2, "x", "slow"))
+    for _ in range(3):
+        assert not run_step(scheduler)  # `check` finds a reference on "x" here if one was left
+    slots.held.clear()
+    batch = run_step(scheduler)
+    assert shares(batch) == {"both": 2} and batch.num_adapters == 2
+    assert seq.slots == (slots.indices["x"], slots.indices["slow"])
+    run_to_end(scheduler)
+
+
+def test_all_adapters_of_a_composition_are_fetched_ahead() -> None:
+    slots = FakeSlots()
+    scheduler = make_scheduler(slots=slots, max_num_seqs=1)
+    for name, adapters in (("a", ()), ("b", ("x", "y"))):
+        scheduler.add(make_seq(name, 2, *adapters))
+    run_step(scheduler)
+    assert slots.prefetched == ["x", "y"]
+
+
+def test_a_composition_ends_with_any_of_its_adapters_and_when_there_is_no_room_for_all() -> None:
+    slots = FakeSlots(num_slots=2, broken={"bad": "no file"}, held={"bad"})
+    scheduler = make_scheduler(slots=slots)
+    scheduler.add(bad := make_seq("bad", 2, "x", "bad"))
+    scheduler.add(large := make_seq("large", 2, "x", "y", "z"))
+    scheduler.add(make_seq("good", 2, "x", "y"))
+    reasons = dict(scheduler.failed())
+    assert reasons[bad] == "no file" and "do not fit" in reasons[large] and len(reasons) == 2
+
+
+@dataclass(frozen=True)
+class Weights:
+    num_pages: int = 1
+    nbytes: int = 1
+
+
+@pytest.fixture
+def residency() -> Iterator[Residency[Weights]]:
+    """The real one: two slots, host memory for a single adapter, copies that take a moment."""
+    made = Residency(SlotTable(2, 2), HostCache(1), lambda _: Weights(), lambda *_: time.sleep(0.0005))
+    yield made
+    made.close()
+
+
+def steps_to(scheduler: Scheduler, residency: Residency[Weights], condition: Callable[[], bool]) -> int:
+    """Steps until `condition`; those in which nothing can run wait for a reader thread."""
+    for steps in range(5000):
+        if condition():
+            return steps
+        residency.poll()
+        if not run_step(scheduler):
+            time.sleep(0.0005)
+        counts = Counter(adapter.digest for seq in scheduler.running for adapter in seq.adapters)
+        residency.slots.check_integrity(counts)
+    raise AssertionError("somebody waits for ever")
+
+
+def bring(residency: Residency[Weights], *digests: str) -> None:
+    """Wait until these are on the device, in this order of use."""
+    for digest in digests:
+        while residency.where(digest) != "device":
+            residency.request(digest)
+            residency.poll()
+            time.sleep(0.0005)
+
+
+@pytest.mark.parametrize(
+    "pairs", [("xy", "zw"), ("xy", "yz"), ("xy", "yx"), ("xy", "yz", "zx"), ("xy", "z", "yw", "x", "wz")]
+)
+def test_compositions_that_want_each_other_s_slots_all_end(residency: Residency[Weights], pairs: tuple[str]) -> None:
+    scheduler = Scheduler(BlockManager(100, BLOCK), residency, 8, 64, max_wait_steps=1000)
+    for index, pair in enumerate(pairs * 3):
+        scheduler.add(make_seq(f"s{index}", 3, *pair))
+    steps_to(scheduler, residency, lambda: not scheduler.has_work())
+
+
+def test_a_composition_is_admitted_within_the_bound(residency: Residency[Weights]) -> None:
+    """Two adapters hold the slots, and others that want the same two pass while they may."""
+    bound = 10
+    scheduler = Scheduler(BlockManager(1000, BLOCK), residency, 8, 64, max_wait_steps=bound)
+    holders = [make_seq(name, 2, name, max_tokens=100) for name in "xy"]
+    bring(residency, "x", "y")
+    for seq in holders:
+        scheduler.add(seq)
+    run_step(scheduler)
+    assert len(scheduler.running) == 2
+    scheduler.add(pair := make_seq("pair", 2, "z", "w"))
+    while pair.waited_steps <= bound:
+        scheduler.add(short := make_seq(f"{pair.waited_steps}", 2, "xy"[pair.waited_steps % 2], max_tokens=1))
+        run_step(scheduler)
+        assert (short.status is SequenceStatus.FINISHED) == (pair.waited_steps <= bound)
+    scheduler.add(late := make_seq("late", 2, "x"))
+    steps_to(scheduler, residency, lambda: pair.status is not SequenceStatus.WAITING)
+    assert late.status is SequenceStatus.WAITING
+    assert all(seq.status is SequenceStatus.FINISHED for seq in holders)
+    steps_to(scheduler, residency, lambda: not scheduler.has_work())
+
+
+def test_a_composition_keeps_what_it_has_from_those_behind(residency: Residency[Weights]) -> None:
+    """Its first adapter is there and idle; neither its own second nor a later sequence's adapter takes that slot."""
+    scheduler = Scheduler(BlockManager(100, BLOCK), residency, 8, 64, max_wait_steps=1000)
+    bring(residency, "x", "z")
+    scheduler.add(pair := make_seq("pair", 2, "y", "x"))
+    scheduler.add(make_seq("late", 2, "w"))
+    residency.take_moves()
+    steps_to(scheduler, residency, lambda: pair.status is not SequenceStatus.WAITING)
+    assert "x" not in {move.digest for move in residency.take_moves()}
+    steps_to(scheduler, residency, lambda: not scheduler.has_work())
 
 
 def test_sequences_of_a_broken_adapter_are_reported_with_the_reason() -> None:
