@@ -70,9 +70,9 @@ def build_segments(rows: Iterable[Rows], columns_of_slot: dict[int, list[tuple[i
     items: list[Segment] = []
     owned: list[SlotRows] = []
     end = 0
-    for uses, group in groupby(rows, key=itemgetter(0)):
+    for uses, group in groupby((row for row in rows if row[1]), key=itemgetter(0)):
         start, end = end, end + sum(count for _, count in group)
-        for slot, scale in uses if end > start else ():
+        for slot, scale in uses:
             if scale:
                 owned.append(SlotRows(slot, start, end))
                 items += (Segment(start, end, lo, hi, scale) for lo, hi in columns_of_slot[slot])

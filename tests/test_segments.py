@@ -18,7 +18,7 @@ A, B = SlotUse(0), SlotUse(2)
 
 
 def test_rows_of_one_adapter_are_one_segment() -> None:
-    segments = build_segments([((), 3), ((A,), 1), ((A,), 4), ((B,), 1)], {0: [(0, 16)], 2: [(16, 32)]})
+    segments = build_segments([((), 3), ((A,), 1), ((), 0), ((A,), 4), ((B,), 1)], {0: [(0, 16)], 2: [(16, 32)]})
     assert segments.items == (Segment(3, 8, 0, 16), Segment(8, 9, 16, 32))
     assert segments.rows == (SlotRows(0, 3, 8), SlotRows(2, 8, 9))
 

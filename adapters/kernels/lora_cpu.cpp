@@ -1,8 +1,8 @@
 // The LoRA product on a CPU, for segments of few rows: y[rows] += scale * (x[rows] @ a[lo:hi].T) @ b[lo:hi].
 //
 // Plain C interface, plain loops: the compiler vectorises them for the machine it runs on (AVX-512, AVX2, NEON).
-// Sums are fp32 throughout and y is rounded once per segment. A work item is up to ROWS rows of one segment, so that every rank
-// column is read once for all of them; items are shared out among the OpenMP threads.
+// Sums are fp32 throughout and y is rounded once per segment. A work item is up to ROWS rows of one segment, so that
+// every rank column is read once for all of them; items are shared out among the OpenMP threads.
 #include <cstdint>
 #include <cstring>
 

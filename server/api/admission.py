@@ -42,7 +42,7 @@ class Target:
 
 
 def _last_occurrence(needle: list[int], tokens: list[int]) -> int | None:
-    starts = range(len(tokens) - len(needle), -1, -1)
+    starts = (at for at in range(len(tokens) - len(needle), -1, -1) if tokens[at] == needle[0])
     return next((at for at in starts if tokens[at : at + len(needle)] == needle), None)
 
 
@@ -80,9 +80,7 @@ def _check_additive(found: list[tuple[AdapterRecord, float]]) -> None:
         traits = record.version.traits
         if not traits.additive and (len(found) > 1 or scale != 1):
             why = "is active in a part of the prompt only" if traits.invocation_tokens else "has DoRA or biases"
-            raise bad_request(
-                f"The adapter '{record.name}' cannot be scaled or composed with others: it {why}.", "adapters"
-            )
+            raise bad_request(f"The adapter '{record.name}' cannot be scaled or composed with others: it {why}.")
 
 
 def _check_room(context: AppContext, adapters: tuple[ScaledAdapter, ...]) -> None:

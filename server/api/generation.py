@@ -137,8 +137,11 @@ class Generation:
         try:
             for prompt in prompts:
                 self.prompt_tokens += len(prompt)
+                adapters, active_from = self.target.on(prompt)
                 for i in range(n):
-                    stream = self._start(prompt, _with_seed(sampling, i), key.tenant)
+                    seq_id = f"{self.id}-{len(self._choices)}"
+                    seeded = _with_seed(sampling, i)
+                    stream = self._start(Submit(seq_id, prompt, seeded, adapters, key.tenant, active_from))
                     text = Detokenizer(self._context.tokenizer, prompt, stop, sampling.min_tokens)
                     self._choices.append(Choice(len(self._choices), stream, text, stop_ids))
         except BaseException:
@@ -148,13 +151,11 @@ class Generation:
             use.prompt_tokens += self.prompt_tokens
         self.timer.submitted(self.prompt_tokens)
 
-    def _start(self, prompt: list[int], sampling: SamplingParams, tenant: str) -> Stream:
-        seq_id = f"{self.id}-{len(self._choices)}"
-        adapters, active_from = self.target.on(prompt)
-        stream = self._context.engine.submit(Submit(seq_id, prompt, sampling, adapters, tenant, active_from))
+    def _start(self, submit: Submit) -> Stream:
+        stream = self._context.engine.submit(submit)
         digests = frozenset(adapter.digest for adapter in self.target.adapters)
-        self._context.in_flight.start(seq_id, self.target.names, digests)
-        self._open.add(seq_id)
+        self._context.in_flight.start(submit.seq_id, self.target.names, digests)
+        self._open.add(submit.seq_id)
         return stream
 
     def _uses(self) -> list[AdapterUse]:

@@ -68,7 +68,7 @@ class StreamOptions(Wire):
 
 
 class AdapterPart(Wire):
-    """One adapter of a composition."""
+    """One adapter of a composition on the base model, which `model` names then."""
 
     name: ModelName
     scale: AdapterScale = 1.0
@@ -78,10 +78,8 @@ class GenerationRequest(Wire):
     """What chat and plain completions have in common."""
 
     model: ModelName
-    adapters: Annotated[list[AdapterPart], Field(max_length=8, fail_fast=True)] | None = Field(
-        None, description="Added up on the base model, which `model` names then"
-    )
-    adapter_scale: AdapterScale | None = Field(None, description="Weight of the adapter that `model` names")
+    adapters: Annotated[list[AdapterPart], Field(max_length=8, fail_fast=True)] | None = None
+    adapter_scale: AdapterScale | None = None
     max_tokens: TokenCount | None = None
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
@@ -246,18 +244,15 @@ class CompletionLogprobs(Wire):
     text_offset: list[int]
 
 
-class CompletionChoice(Wire):
-    index: int
-    text: str
-    logprobs: CompletionLogprobs | None
-    finish_reason: FinishReason
-
-
 class CompletionChunkChoice(Wire):
     index: int
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReason | None
+
+
+class CompletionChoice(CompletionChunkChoice):
+    finish_reason: FinishReason
 
 
 class Completion(Answer):

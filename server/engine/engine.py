@@ -4,11 +4,10 @@ import logging
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from itertools import chain
 
 from adapters.pack import PackedAdapter
 from adapters.residency import MoveRefused, Residency
-from adapters.segments import Segments, SlotUse, build_segments, column_runs
+from adapters.segments import Segments, build_segments, column_runs
 from adapters.slots import PAGE_COLUMNS
 from server.engine import messages
 from server.engine.messages import (
@@ -26,7 +25,7 @@ from server.engine.messages import (
     ToEngine,
 )
 from server.engine.scheduler import Scheduler
-from server.model.batch import build_batch
+from server.model.batch import adapter_rows, build_batch, sampled_rows
 from server.model.runner import ModelRunner
 from server.model.sampler import Sample, sample
 from server.sequence import FinishReason, ScheduledBatch, ScheduledSequence, Sequence, SequenceStatus
@@ -136,11 +135,9 @@ class Engine:
     def _segments(self, batch: ScheduledBatch) -> tuple[Segments, Segments]:
         """Segments over all rows of the step, and over the sampled rows alone."""
         columns = {slot.index: column_runs(slot.pages, PAGE_COLUMNS) for slot in self.residency.slots.slots()}
-        head = (_rows(s)[-1][0] for s in batch.sequences if s.samples)
-        return (
-            build_segments(chain.from_iterable(map(_rows, batch.sequences)), columns),
-            build_segments(((uses, 1) for uses in head), columns),
-        )
+        tokens = build_segments(adapter_rows(batch.sequences), columns)
+        head = build_segments(sampled_rows(batch.sequences), columns)
+        return tokens, head
 
     def _update(self, scheduled: ScheduledSequence, sampled: Sample | None) -> None:
         seq = scheduled.seq
@@ -286,15 +283,6 @@ class Engine:
                 references[adapter.digest] = references.get(adapter.digest, 0) + 1
         self.residency.slots.check_integrity(references)
         assert {seq.seq_id for seq in [*running, *self.scheduler.waiting]} == set(self._sequences)
-
-
-def _rows(scheduled: ScheduledSequence) -> list[tuple[tuple[SlotUse, ...], int]]:
-    """Who has the rows of one sequence, in their order; the last entry has its last row."""
-    seq = scheduled.seq
-    uses = tuple(SlotUse(slot, adapter.scale) for slot, adapter in zip(seq.slots, seq.adapters, strict=True))
-    inactive = scheduled.num_inactive
-    rows = [((), inactive), (uses, scheduled.num_new_tokens - inactive)]
-    return [(owners, count) for owners, count in rows if count]
 
 
 def _digests(sequences: Iterable[Sequence]) -> set[str]:
