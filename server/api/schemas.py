@@ -68,8 +68,6 @@ class StreamOptions(Wire):
 
 
 class AdapterPart(Wire):
-    """One adapter of a composition on the base model, which `model` names then."""
-
     name: ModelName
     scale: AdapterScale = 1.0
 
@@ -78,7 +76,7 @@ class GenerationRequest(Wire):
     """What chat and plain completions have in common."""
 
     model: ModelName
-    adapters: Annotated[list[AdapterPart], Field(max_length=8, fail_fast=True)] | None = None
+    adapters: Annotated[list[AdapterPart], Field(max_length=8, fail_fast=True)] | None = None  # on the base, as `model`
     adapter_scale: AdapterScale | None = None
     max_tokens: TokenCount | None = None
     temperature: float | None = Field(None, ge=0, le=2)
