@@ -79,7 +79,9 @@ def _check_additive(found: list[tuple[AdapterRecord, float]]) -> None:
     for record, scale in found:
         traits = record.version.traits
         if not traits.additive and (len(found) > 1 or scale != 1):
-            why = "is active in a part of the prompt only" if traits.invocation_tokens else "has DoRA or biases"
+            why = (
+                "sees a part of the prompt only" if traits.invocation_tokens else "does more than add B A x to outputs"
+            )
             raise bad_request(f"The adapter '{record.name}' cannot be scaled or composed with others: it {why}.")
 
 

@@ -129,7 +129,7 @@ class Engine:
         self._runner.kv_cache.scrub(self.scheduler.take_suspect_blocks())
         forward = build_batch(batch, self.scheduler.blocks.block_size, self._runner.device)
         logits = self._runner.run(forward, *self._segments(batch))
-        vocab_sizes = [self._runner.vocab_size(seq.slot) for seq in sampled]
+        vocab_sizes = [self._runner.vocab_size(seq.slots) for seq in sampled]
         return iter(sample(logits, sampled, self._eos_token_ids, vocab_sizes) if sampled else [])
 
     def _segments(self, batch: ScheduledBatch) -> tuple[Segments, Segments]:
