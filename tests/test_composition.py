@@ -38,7 +38,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         name: write_adapter(tiny_llama(), root / name, seed=seed, scale=0.2, **config)
         for seed, (name, config) in enumerate(ADAPTERS.items())
     }
-    # The same tensors twice, as an activated and as an ordinary adapter.
+    # The same tensors twice: PEFT reads the invocation from the config, the engine is told where it is.
     for name, options in (("invoked", {"alora_invocation_tokens": INVOCATION}), ("always", {})):
         made[name] = write_adapter(tiny_llama(), root / name, seed=9, scale=0.2, r=8, **options)
     return made
@@ -185,7 +185,7 @@ PROMPTS = {
 
 @pytest.mark.parametrize("alone", [True, False])
 def test_an_activated_adapter_is_that_of_peft(driver: Driver, folders: dict[str, Path], alone: bool) -> None:
-    digest, other = driver.add_adapter(folders["invoked"]), driver.add_adapter(folders["all"])
+    digest, other = driver.add_adapter(folders["always"]), driver.add_adapter(folders["all"])
     model = with_peft(tiny_llama(), folders["invoked"])
     for name, prompt in PROMPTS.items():
         driver.submit(name, prompt, digest, active_from=last_invocation(prompt), logprobs=0)
@@ -193,7 +193,7 @@ def test_an_activated_adapter_is_that_of_peft(driver: Driver, folders: dict[str,
             driver.run()
         else:
             driver.submit("base " + name, prompt)
-            driver.submit("plain " + name, prompt, driver.add_adapter(folders["always"]))
+            driver.submit("plain " + name, prompt, digest)
             driver.submit("other " + name, prompt, other)
     driver.run()
     always = with_peft(tiny_llama(), folders["always"])
@@ -220,7 +220,7 @@ def expected_logprobs_generating(model: Any, prompt: list[int], tokens: list[int
 def test_an_activated_adapter_shares_the_base_s_prefix_and_gives_to_it(
     driver: Driver, folders: dict[str, Path]
 ) -> None:
-    digest = driver.add_adapter(folders["invoked"])
+    digest = driver.add_adapter(folders["always"])
     model = with_peft(tiny_llama(), folders["invoked"])
     for seed, order in ((1, ("base", "lora")), (2, ("lora", "base"))):
         prompt = invoked(60, 9, seed)
@@ -238,7 +238,7 @@ def test_an_activated_adapter_survives_preemption(llama_folder: Path, tmp_path: 
     """Recomputed are generated tokens too, in chunks that may begin anywhere."""
     block_bytes = 2 * 2 * 2 * 16 * 4 * 16
     driver = make_driver(llama_folder, tmp_path, kv_cache_bytes=7 * block_bytes, max_batch_tokens=16, max_model_len=96)
-    digest = driver.add_adapter(folders["invoked"])
+    digest = driver.add_adapter(folders["always"])
     model = with_peft(tiny_llama(), folders["invoked"])
     for seed in range(3):
         driver.submit(f"s{seed}", invoked(20, 4, seed), digest, active_from=20, max_tokens=30)
