@@ -21,6 +21,7 @@ SERVED_KEYS = frozenset(
         "modules_to_save",
         "trainable_token_indices",
         "ensure_weight_tying",
+        "alora_invocation_tokens",
     }
 )
 # These say how an adapter was made or where it came from; no value of theirs changes what the tensors mean.
@@ -42,7 +43,6 @@ HARMLESS_KEYS = frozenset(
 )
 # These change the base model or the arithmetic: only the values listed, or an empty one, leave plain LoRA.
 REFUSED_KEYS: dict[str, tuple[Any, ...]] = {
-    "alora_invocation_tokens": (),
     "arrow_config": (),
     "corda_config": (),
     # All other ways to initialise subtract the start from the base's weights (pissa, olora, corda, loftq, lora_ga).

@@ -7,7 +7,7 @@ results come back through a queue that `poll` empties. A slot is marked ready la
 import logging
 import queue
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Generic, Literal, Protocol, TypeVar
@@ -106,6 +106,10 @@ class Residency(Generic[P]):
         slot = self.slots.get(digest)
         assert slot is not None and slot.ref_count > 0, digest
         slot.ref_count -= 1
+
+    def fit(self, digests: Iterable[str]) -> bool:
+        """Whether these versions can be on the device together, beside the pinned ones."""
+        return len({slot.digest for slot in self.slots.slots() if slot.pinned}.union(digests)) <= self.slots.num_slots
 
     def failure(self, digest: str) -> str | None:
         failed = self._failed.get(digest)

@@ -2,16 +2,30 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
+from typing import NamedTuple
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Rows `[start, end)` of the batch take the rank columns `[lo, hi)` of the pool."""
+    """Rows `[start, end)` of the batch take the rank columns `[lo, hi)` of the pool, `scale` times."""
 
     start: int
     end: int
     lo: int
     hi: int
+    scale: float = 1.0
+
+
+class SlotUse(NamedTuple):
+    """A row takes the adapter in `slot`, `scale` times."""
+
+    slot: int
+    scale: float = 1.0
+
+
+Rows = tuple[tuple[SlotUse, ...], int]  # what so many neighbouring rows take: nothing is the base model
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +39,8 @@ class SlotRows:
 
 @dataclass(frozen=True, slots=True)
 class Segments:
-    """Rows of base requests are in no segment. An adapter whose pages are not adjacent has one segment per run of
-    pages over the same rows; their deltas add up. `rows` has the same rows by slot, each once."""
+    """Rows of base requests are in no segment. A row range has a segment per adapter and run of adjacent pages of it,
+    one after the other; their deltas add up. `rows` has the same rows by slot."""
 
     items: tuple[Segment, ...]
     rows: tuple[SlotRows, ...] = ()
@@ -50,22 +64,16 @@ def column_runs(pages: Iterable[int], page_columns: int) -> list[tuple[int, int]
     return runs
 
 
-def build_segments(rows: Iterable[tuple[int, int]], columns_of_slot: dict[int, list[tuple[int, int]]]) -> Segments:
-    """Segments of a batch from `(slot, number of rows)` in batch order; slot -1 is the base.
-
-    Neighbouring entries of one slot become one segment.
-    """
-    owned = tuple(r for r in _merged(rows) if r.slot >= 0 and r.end > r.start)
-    return Segments(tuple(Segment(r.start, r.end, lo, hi) for r in owned for lo, hi in columns_of_slot[r.slot]), owned)
-
-
-def _merged(rows: Iterable[tuple[int, int]]) -> list[SlotRows]:
-    merged: list[SlotRows] = []
-    position = 0
-    for slot, count in rows:
-        if merged and merged[-1].slot == slot:
-            merged[-1] = SlotRows(slot, merged[-1].start, position + count)
-        else:
-            merged.append(SlotRows(slot, position, position + count))
-        position += count
-    return merged
+def build_segments(rows: Iterable[Rows], columns_of_slot: dict[int, list[tuple[int, int]]]) -> Segments:
+    """Segments of a batch from its rows in order. Neighbours that take the same become one segment; what is taken zero
+    times is left out, so that it cannot even overflow."""
+    items: list[Segment] = []
+    owned: list[SlotRows] = []
+    end = 0
+    for uses, group in groupby((row for row in rows if row[1]), key=itemgetter(0)):
+        start, end = end, end + sum(count for _, count in group)
+        for slot, scale in uses:
+            if scale:
+                owned.append(SlotRows(slot, start, end))
+                items += (Segment(start, end, lo, hi, scale) for lo, hi in columns_of_slot[slot])
+    return Segments(tuple(items), tuple(owned))

@@ -14,7 +14,7 @@ from server.engine.client import EngineClient
 from server.engine.messages import StepOutputs
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-BASE_LABEL, UNKNOWN_LABEL, OTHER_LABEL = "_base", "_unknown", "_other"
+BASE_LABEL, COMPOSED_LABEL, UNKNOWN_LABEL, OTHER_LABEL = "_base", "_composed", "_unknown", "_other"
 MAX_ADAPTER_LABELS = 256
 
 _LATENCY = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -115,10 +115,11 @@ class Metrics:
             self._names.add(name)
 
     def label(self, name: str) -> str:
-        """The `adapter` label of a registered name ("" is the base), bounded in number whatever clients do."""
+        """The `adapter` label of a registered name ("" is the base), bounded in number whatever clients do. A request
+        for several adapters counts under `_composed`."""
         if not name:
             return BASE_LABEL
-        return name if name in self._names else OTHER_LABEL
+        return name if name in self._names or name == COMPOSED_LABEL else OTHER_LABEL
 
     def forget(self, name: str) -> None:
         """Remove the series of a deleted adapter. What still comes for it counts under `_other`."""

@@ -2,8 +2,16 @@
 
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum, auto
+from typing import NamedTuple
 
 import msgspec
+
+
+class ScaledAdapter(NamedTuple):
+    """An adapter version's part in an answer: its delta counts `scale` times."""
+
+    digest: str
+    scale: float = 1.0
 
 
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -52,15 +60,16 @@ class Sequence:
     hits and recompute after preemption are all that one chase.
 
     Invariant: `block_table` covers at least `num_computed_tokens` slots of the KV cache while RUNNING and is empty
-    otherwise; `adapter` never changes, so an answer cannot mix two versions.
+    otherwise; `adapters` and `active_from` never change, so an answer cannot mix two versions.
     """
 
     seq_id: str
     token_ids: list[int]
     sampling: SamplingParams
-    adapter: str | None = None  # version digest; None is the base model
+    adapters: tuple[ScaledAdapter, ...] = ()  # none is the base model
     cache_salt: str = ""  # prefix-cache hits stay within one salt (the tenant)
     arrival: float = 0.0
+    active_from: int = 0  # the first token that the adapters see; those before are the base model's
     num_prompt_tokens: int = 0
     num_computed_tokens: int = 0
     num_verified_tokens: int = 0  # of the computed ones: finite logits have come of their keys and values
@@ -68,7 +77,7 @@ class Sequence:
     status: SequenceStatus = SequenceStatus.WAITING
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)  # of the full blocks of token_ids, computed lazily
-    slot: int = -1  # device slot of the adapter while RUNNING; -1 is the base
+    slots: tuple[int, ...] = ()  # device slots of `adapters` while RUNNING
     waited_steps: int = 0
     admitted: float | None = None  # when it first ran
 
@@ -104,6 +113,11 @@ class ScheduledSequence:
         return self.seq.num_computed_tokens + self.num_new_tokens
 
     @property
+    def num_inactive(self) -> int:
+        """How many of the new tokens, the first ones, come before the adapters."""
+        return min(max(self.seq.active_from - self.start, 0), self.num_new_tokens)
+
+    @property
     def samples(self) -> bool:
         """Whether this step reaches the sequence's last token, so that the next one can be sampled."""
         return self.end == self.seq.num_tokens
@@ -111,7 +125,7 @@ class ScheduledSequence:
 
 @dataclass(slots=True)
 class ScheduledBatch:
-    """One step's work, ordered by adapter slot so that each adapter's rows are one segment (base rows first)."""
+    """One step's work, ordered by adapter slots so that each adapter's rows are one segment (base rows first)."""
 
     sequences: list[ScheduledSequence]
 
@@ -121,7 +135,7 @@ class ScheduledBatch:
 
     @property
     def num_adapters(self) -> int:
-        return len({s.seq.slot for s in self.sequences if s.seq.slot >= 0})
+        return len({slot for s in self.sequences for slot in s.seq.slots})
 
     def __bool__(self) -> bool:
         return bool(self.sequences)

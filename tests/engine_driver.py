@@ -11,9 +11,14 @@ from server.config import ServeConfig
 from server.engine.build import build_engine
 from server.engine.engine import Engine
 from server.engine.messages import EngineInfo, Reply, SequenceOutput, StepOutputs, Submit
-from server.sequence import SamplingParams
+from server.sequence import SamplingParams, ScaledAdapter
 
 MIB = 1 << 20
+
+
+def plain(digest: str | None) -> tuple[ScaledAdapter, ...]:
+    """One adapter as it is, or the base model."""
+    return () if digest is None else (ScaledAdapter(digest),)
 
 
 @dataclass
@@ -35,9 +40,17 @@ class Driver:
             self.store.admit(staged, digest)
         return digest
 
-    def submit(self, seq_id: str, prompt: list[int], adapter: str | None = None, **sampling: Any) -> None:
+    def submit(
+        self,
+        seq_id: str,
+        prompt: list[int],
+        adapter: str | tuple[ScaledAdapter, ...] | None = None,
+        active_from: int = 0,
+        **sampling: Any,
+    ) -> None:
         params = SamplingParams(**{"max_tokens": 8, "temperature": 0.0, "ignore_eos": True, **sampling})
-        self.engine.handle(Submit(seq_id, list(prompt), params, adapter))
+        adapters = adapter if isinstance(adapter, tuple) else plain(adapter)
+        self.engine.handle(Submit(seq_id, list(prompt), params, adapters, active_from=active_from))
 
     def step(self) -> StepOutputs:
         said = self.engine.step()

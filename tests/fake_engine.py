@@ -122,7 +122,7 @@ class FakeTransport:
         return output
 
     def _stats(self, batch_tokens: int = 0) -> EngineStats:
-        adapters = sorted({submit.adapter for submit, _ in self._running.values() if submit.adapter})
+        adapters = sorted({adapter.digest for submit, _ in self._running.values() for adapter in submit.adapters})
         return EngineStats(
             steps=1,
             running=len(self._running),

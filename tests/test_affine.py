@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from adapters.affine import AffineTables
-from adapters.segments import SlotRows, build_segments
+from adapters.segments import SlotRows, SlotUse, build_segments
 
 CPU = torch.device("cpu")
 
@@ -30,7 +30,8 @@ def test_every_row_gets_its_slots_vectors(seed: int, dtype: torch.dtype) -> None
     for row, slot in enumerate(slot_of_row):
         if slot in given:
             expected[row] = (given[slot][1] + y[row].float() * given[slot][0]).to(dtype)
-    plan = tables.plan(build_segments(rows, {slot: [(0, 16)] for slot in range(8)}).rows)
+    uses = [((SlotUse(slot),) if slot >= 0 else (), count) for slot, count in rows]
+    plan = tables.plan(build_segments(uses, {slot: [(0, 16)] for slot in range(8)}).rows)
     if plan is not None:
         tables.apply(y, "m", plan)
     touched = torch.tensor([slot in given for slot in slot_of_row])

@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 from server.api.adapter_schemas import AdapterBody
+from server.sequence import ScaledAdapter
 from tests.api_server import BASE, Api, adapter_files, assert_error, events, form, ids, listening, serving
 
 BAD_NAMES = [
@@ -54,7 +55,7 @@ async def test_upload_and_serve(tmp_path: Path) -> None:
             answer = (await api.chat(model=asked)).json()
             assert answer["model"] == asked
             assert answer["system_fingerprint"] == f"0123456789ab-{version[:12]}"
-            assert api.engine.submitted[-1].adapter == version
+            assert api.engine.submitted[-1].adapters == (ScaledAdapter(version),)
         assert (await api.http.get("/v1/adapters/acme")).json()["last_used"] > 0
         assert staged(api) == []
 

@@ -14,7 +14,7 @@ from server.api import streaming
 from server.api.admission import resolve
 from server.api.auth import ANYONE
 from server.api.generation import Generation
-from server.api.schemas import ChatCompletion, ChatCompletionChunk
+from server.api.schemas import ChatCompletion, ChatCompletionChunk, GenerationRequest
 from server.api.streaming import EventStream
 from server.sequence import SamplingParams
 from tests.api_server import (
@@ -240,7 +240,9 @@ async def test_a_reader_that_never_reads_is_given_up(tmp_path: Path, monkeypatch
     async with serving(tmp_path) as api:
         api.says("x", end=False)
         api.engine.slow = 0.01
-        generation = Generation(api.context, resolve(api.context, ANYONE, BASE), "x", time.monotonic())
+        generation = Generation(
+            api.context, resolve(api.context, ANYONE, GenerationRequest(model=BASE)), "x", time.monotonic()
+        )
         generation.submit(ANYONE, [[1]], 1, SamplingParams(max_tokens=100), [])
         stream = EventStream(generation, lambda delta: {"text": delta.text}, kind="x", include_usage=False)
         with pytest.raises(ClientDisconnect):

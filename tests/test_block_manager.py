@@ -1,19 +1,22 @@
 """The books of the KV cache: who owns which block, and what is found again by its prefix."""
 
+from functools import partial
+from itertools import permutations
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine.block_manager import BlockManager, chain_seed
-from server.sequence import SamplingParams, Sequence
+from server.engine.block_manager import BlockManager
+from server.sequence import SamplingParams, ScaledAdapter, Sequence
+from tests.engine_driver import plain
 
 BLOCK = 4
 
 
 def make_seq(tokens: list[int] | range, adapter: str | None = None, salt: str = "") -> Sequence:
-    return Sequence("s", list(tokens), SamplingParams(max_tokens=8), adapter, salt)
+    return Sequence("s", list(tokens), SamplingParams(max_tokens=8), plain(adapter), salt)
 
 
 def compute(blocks: BlockManager, seq: Sequence, num_tokens: int | None = None) -> Sequence:
@@ -96,9 +99,43 @@ def test_a_prefix_is_found_only_within_its_adapter_version_and_salt(
     assert len(blocks.match_prefix(make_seq(range(9), adapter, salt))) == blocks_found
 
 
-def test_no_adapter_and_salt_can_be_mistaken_for_another_pair() -> None:
-    pairs = [(None, ""), ("a", ""), (None, "a"), ("ab", "c"), ("a", "bc"), ("a", "salt"), ("asalt", "")]
-    assert len({chain_seed(adapter, salt) for adapter, salt in pairs}) == len(pairs)
+def first_hash(adapters: tuple[ScaledAdapter, ...], salt: str, active_from: int = 0) -> bytes:
+    seq = Sequence("s", [0] * (2 * BLOCK), SamplingParams(1), adapters, salt, active_from=active_from)
+    BlockManager(num_blocks=2, block_size=BLOCK).match_prefix(seq)
+    return seq.block_hashes[0]
+
+
+def test_no_adapters_and_salt_can_be_mistaken_for_others() -> None:
+    lists = [
+        *((), (("a", 1.0),), (("ab", 1.0),), (("a", 0.5),), (("a", -1.0),), (("a", 1.0), ("b", 1.0))),
+        *((("a", 1.0), ("b", 0.5)), (("a", 0.5), ("b", 1.0)), (("a,1.0", 1.0),), (('a",1.0],["b', 1.0),)),
+    ]
+    made = [tuple(ScaledAdapter(*one) for one in many) for many in lists]
+    hashes = {first_hash(adapters, salt) for adapters in made for salt in ("", "a", "salt", "[]")}
+    assert len(hashes) == 4 * len(lists)
+    one, other = made[-4], made[-4][::-1]
+    assert first_hash(one, "") == first_hash(other, "")  # the order of a composition means nothing
+
+
+def activated(tokens: list[int] | range, active_from: int) -> Sequence:
+    return Sequence("s", list(tokens), SamplingParams(max_tokens=8), plain("a"), active_from=active_from)
+
+
+@pytest.mark.parametrize(("active_from", "shared"), [(0, 0), (3, 0), (4, 1), (7, 1), (8, 2), (11, 2), (12, 3), (16, 3)])
+def test_an_activated_adapter_shares_the_base_s_blocks_before_it(active_from: int, shared: int) -> None:
+    """In both directions: who comes second finds what the first left."""
+    made = partial(make_seq, range(16)), partial(activated, range(16), active_from)
+    for giver, taker in permutations(made):
+        blocks = BlockManager(num_blocks=16, block_size=BLOCK)
+        blocks.free(compute(blocks, giver()))
+        assert len(blocks.match_prefix(taker())) == shared
+
+
+def test_where_in_its_block_an_adapter_begins_is_part_of_the_chain() -> None:
+    blocks = BlockManager(num_blocks=16, block_size=BLOCK)
+    blocks.free(compute(blocks, activated(range(16), 5)))
+    assert len(blocks.match_prefix(activated(range(16), 6))) == 1
+    assert len(blocks.match_prefix(activated(range(16), 5))) == 3
 
 
 def test_only_full_blocks_are_published() -> None:
@@ -204,7 +241,7 @@ class Ledger:
             self.running.append(seq)
 
     def expected(self, seq: Sequence, index: int) -> tuple[Any, ...]:
-        return (seq.adapter, seq.cache_salt, *seq.token_ids[: (index + 1) * self.blocks.block_size])
+        return (seq.adapters, seq.cache_salt, *seq.token_ids[: (index + 1) * self.blocks.block_size])
 
     def compute(self, pick: int) -> None:
         seq = self.running[pick % len(self.running)]

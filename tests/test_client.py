@@ -31,14 +31,14 @@ from server.engine.messages import (
 )
 from server.sequence import SamplingParams
 from tests.adapter_factory import tiny_llama, write_adapter
-from tests.engine_driver import MIB, make_driver
+from tests.engine_driver import MIB, make_driver, plain
 from tests.test_architectures import greedy
 
 PROMPT = [5, 9, 33, 2, 60]
 
 
 def request(seq_id: str, max_tokens: int = 8, adapter: str | None = None) -> Submit:
-    return Submit(seq_id, list(PROMPT), SamplingParams(max_tokens, temperature=0.0, ignore_eos=True), adapter)
+    return Submit(seq_id, list(PROMPT), SamplingParams(max_tokens, temperature=0.0, ignore_eos=True), plain(adapter))
 
 
 async def collect(stream: Stream) -> tuple[list[int], str | None]:

@@ -15,7 +15,7 @@ from server.engine.messages import Abort, MoveAdapter, PinAdapter, RetireAdapter
 from server.model.batch import build_batch
 from server.sequence import SamplingParams, Sequence
 from tests.adapter_factory import tiny_llama, with_peft, write_adapter
-from tests.engine_driver import Driver, make_driver
+from tests.engine_driver import Driver, make_driver, plain
 from tests.test_architectures import greedy
 
 BLOCK_BYTES = 2 * 2 * 2 * 16 * 4 * 16  # layers, keys and values, heads, head dimension, bytes, tokens
@@ -65,7 +65,7 @@ def prompt_of(length: int, seed: int = 0) -> list[int]:
 
 def submit(driver: Driver, seq_id: str, prompt: list[int], adapter: str | None, salt: str) -> None:
     params = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
-    driver.engine.handle(Submit(seq_id, prompt, params, adapter, salt))
+    driver.engine.handle(Submit(seq_id, prompt, params, plain(adapter), salt))
 
 
 def running(driver: Driver, seq_id: str) -> Sequence:

@@ -9,18 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from adapters.kernels import LoRAKernel, choose_kernel, grouped
+from adapters.kernels import LoRAKernel, choose_kernel
 from adapters.kernels.grouped import DensePlan, GroupedKernel
 from adapters.kernels.native import NativeKernel, NativeUnavailable, build
 from adapters.kernels.reference import ReferenceKernel
 from adapters.pack import PackedAdapter
 from adapters.pool import AdapterPool
-from adapters.segments import Segments, build_segments, column_runs
+from adapters.segments import Segments, SlotUse, build_segments, column_runs
 from adapters.slots import PAGE_COLUMNS, Slot
 from adapters.spec import ModelSpec
 
 CPU = torch.device("cpu")
 RANKS = (1, 4, 8, 16, 24, 40, 64)
+Uses = tuple[SlotUse, ...]
 SIZES = ((64, 200), (200, 576), (576, 64), (64, 64))
 
 
@@ -31,7 +32,7 @@ class DenseKernel(GroupedKernel):
         items = segments.items
         start, end = min(s.start for s in items), max(s.end for s in items)
         lo, hi = min(s.lo for s in items), max(s.hi for s in items)
-        return DensePlan(start, end, lo, hi, grouped._foreign_columns(items, start, end, lo, hi))
+        return self._dense(items, start, end, lo, hi)
 
 
 class SegmentKernel(GroupedKernel):
@@ -88,6 +89,21 @@ def make_pool(seed: int, in_features: int, out_features: int, dtype: torch.dtype
     return Pool(a.to(dtype), b.to(dtype), runs, columns)
 
 
+def uses_of_rows(popularity: str, num_rows: int, seed: int) -> list[Uses]:
+    chance = random.Random(seed)
+    if popularity == "composed":
+        few = [composition(chance) for _ in range(4)]
+        return [uses for uses in few for _ in range(-(-num_rows // len(few)))][:num_rows]
+    if popularity == "some composed":
+        return [composition(chance) if chance.random() < 0.5 else () for _ in range(num_rows)]
+    return [(SlotUse(slot),) if slot >= 0 else () for slot in slots_of_rows(popularity, num_rows, seed)]
+
+
+def composition(chance: random.Random) -> Uses:
+    slots = chance.sample(range(len(RANKS)), chance.randint(1, 4))
+    return tuple(SlotUse(slot, chance.choice([1.0, 0.3, -0.7, 0.0, 1.9])) for slot in slots)
+
+
 def slots_of_rows(popularity: str, num_rows: int, seed: int) -> list[int]:
     chance = random.Random(seed)
     every = range(len(RANKS))
@@ -107,21 +123,24 @@ def slots_of_rows(popularity: str, num_rows: int, seed: int) -> list[int]:
     raise AssertionError(popularity)
 
 
-POPULARITIES = ("one", "uniform", "zipf", "distinct", "some base", "only the first and the last")
+POPULARITIES = (
+    *("one", "uniform", "zipf", "distinct", "some base", "only the first and the last"),
+    *("composed", "some composed"),
+)
 
 
-def exact(y: torch.Tensor, x: torch.Tensor, pool: Pool, slots: list[int]) -> torch.Tensor:
-    """Row by row in float64, from the real columns of the row's adapter alone."""
+def exact(y: torch.Tensor, x: torch.Tensor, pool: Pool, rows: list[Uses]) -> torch.Tensor:
+    """Row by row in float64, from the real columns of the row's adapters alone."""
     out = y.double()
-    for row, slot in enumerate(slots):
-        if slot >= 0:
+    for row, uses in enumerate(rows):
+        for slot, scale in uses:
             own = pool.columns[slot]
-            out[row] += (pool.a[own].double() @ x[row].double()) @ pool.b[own].double()
+            out[row] += scale * (pool.a[own].double() @ x[row].double()) @ pool.b[own].double()
     return out
 
 
-def apply(kernel: LoRAKernel, y: torch.Tensor, x: torch.Tensor, pool: Pool, slots: list[int]) -> torch.Tensor:
-    segments = build_segments(((slot, 1) for slot in slots), pool.runs)
+def apply(kernel: LoRAKernel, y: torch.Tensor, x: torch.Tensor, pool: Pool, rows: list[Uses]) -> torch.Tensor:
+    segments = build_segments(((uses, 1) for uses in rows), pool.runs)
     out = y.clone()
     if segments:  # as the linears do: a step without adapters does not reach the kernel
         kernel.add_lora(out, x, pool.a, pool.b, kernel.plan(segments))
@@ -145,15 +164,16 @@ def test_a_kernel_computes_the_products_and_leaves_base_rows_alone(
     tolerance = {torch.float32: 2e-5, torch.bfloat16: 3e-2}[dtype]
     for popularity, in_features, out_features, seed in cases(num_rows):
         pool = make_pool(seed, in_features, out_features, dtype)
-        slots = slots_of_rows(popularity, num_rows, seed)
+        rows = uses_of_rows(popularity, num_rows, seed)
         generator = torch.Generator().manual_seed(seed)
         x = torch.randn(num_rows, in_features, generator=generator).to(dtype)
         y = torch.randn(num_rows, out_features, generator=generator).to(dtype)
-        got = apply(kernel, y, x, pool, slots)
-        torch.testing.assert_close(got.double(), exact(y, x, pool, slots), atol=tolerance, rtol=tolerance)
-        reference = apply(ReferenceKernel(), y, x, pool, slots)
+        got = apply(kernel, y, x, pool, rows)
+        torch.testing.assert_close(got.double(), exact(y, x, pool, rows), atol=tolerance, rtol=tolerance)
+        assert torch.equal(apply(kernel, y, x, pool, rows).view(torch.uint8), got.view(torch.uint8))  # no race
+        reference = apply(ReferenceKernel(), y, x, pool, rows)
         torch.testing.assert_close(got, reference, atol=tolerance, rtol=tolerance)
-        base = [row for row, slot in enumerate(slots) if slot < 0]
+        base = [row for row, uses in enumerate(rows) if not any(use.scale for use in uses)]
         assert torch.equal(got[base].view(torch.uint8), y[base].view(torch.uint8))
 
 
@@ -162,38 +182,47 @@ def test_the_deltas_are_large_enough_to_be_missed() -> None:
     pool = make_pool(0, 64, 200, torch.float32)
     x, y = torch.randn(14, 64, generator=torch.Generator().manual_seed(0)), torch.zeros(14, 200)
     slots = slots_of_rows("distinct", 14, 0)
-    right = exact(y, x, pool, slots)
-    wrong = exact(y, x, pool, [(slot + 1) % len(RANKS) for slot in slots])
+    right = exact(y, x, pool, [(SlotUse(slot),) for slot in slots])
+    wrong = exact(y, x, pool, [(SlotUse((slot + 1) % len(RANKS)),) for slot in slots])
+    scaled = exact(y, x, pool, [(SlotUse(slot, 0.3),) for slot in slots])
     assert right.abs().amax(-1).min() > 0.1
     assert (right - wrong).abs().amax(-1).min() > 0.1
+    assert (right - scaled).abs().amax(-1).min() > 0.1
 
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_an_overflow_of_one_adapter_stays_in_its_own_rows(name: str) -> None:
     """Row 1's adapter overflows for everybody's input: inf in the intermediate, which times zero would be NaN."""
     pool = make_pool(0, 64, 200, torch.float32, scattered=False)
-    slots = [-1, 1, 1, 3, 3, 6]
+    rows = [
+        (),
+        (SlotUse(1),),
+        (SlotUse(2), SlotUse(1, 0.5)),
+        (SlotUse(3),),
+        (SlotUse(2), SlotUse(3, 0.5)),
+        (SlotUse(6),),
+    ]
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(6, 64, generator=generator), torch.randn(6, 200, generator=generator)
-    before = exact(y, x, pool, slots)
+    before = exact(y, x, pool, rows)
     pool.a[pool.columns[1]] = 3e38
-    got = apply(KERNELS[name](), y, x, pool, slots)
+    got = apply(KERNELS[name](), y, x, pool, rows)
     others = [0, 3, 4, 5]
     torch.testing.assert_close(got[others].double(), before[others], atol=2e-5, rtol=2e-5)
     assert torch.equal(got[0], y[0])
-    assert not torch.isfinite(got[1:3]).all()
+    assert not torch.isfinite(got[1:3]).all(-1).any()
 
 
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
 def test_a_bad_row_does_not_spoil_its_neighbours(name: str, bad: float) -> None:
     pool = make_pool(0, 64, 200, torch.float32)
-    slots = [-1, -1, 0, 0, 2, 5]
+    rows = [(), (), (SlotUse(0),), (SlotUse(0),), (SlotUse(2),), (SlotUse(5),)]
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(6, 64, generator=generator), torch.randn(6, 200, generator=generator)
-    before = exact(y, x, pool, slots)
+    before = exact(y, x, pool, rows)
     x[2], x[0] = bad, bad
-    got = apply(KERNELS[name](), y, x, pool, slots)
+    got = apply(KERNELS[name](), y, x, pool, rows)
     others = [0, 1, 3, 4, 5]
     torch.testing.assert_close(got[others].double(), before[others], atol=2e-5, rtol=2e-5)
 
@@ -201,11 +230,11 @@ def test_a_bad_row_does_not_spoil_its_neighbours(name: str, bad: float) -> None:
 def test_many_small_segments_take_the_dense_form_and_long_ones_do_not() -> None:
     kernel = GroupedKernel(CPU)
     runs = {slot: [(16 * slot, 16 * slot + 16)] for slot in range(8)}
-    decode = kernel.plan(build_segments(((slot, 1) for slot in range(8)), runs))
+    decode = kernel.plan(build_segments((((SlotUse(slot),), 1) for slot in range(8)), runs))
     assert isinstance(decode, DensePlan)
-    prefill = kernel.plan(build_segments(((slot, 500) for slot in range(8)), runs))
+    prefill = kernel.plan(build_segments((((SlotUse(slot),), 500) for slot in range(8)), runs))
     assert isinstance(prefill, Segments)
-    alone = kernel.plan(build_segments([(3, 1)], runs))
+    alone = kernel.plan(build_segments([((SlotUse(3),), 1)], runs))
     assert isinstance(alone, Segments)
 
 
@@ -217,7 +246,7 @@ def test_pages_that_change_hands_keep_nothing_of_their_last_owner() -> None:
     pool.write(slot, PackedAdapter(1, {}, nbytes=0))
     x, y = torch.ones(2, 8), torch.ones(2, 8)
     a, b = pool.buffers["m"]
-    pool.kernel.add_lora(y, x, a, b, pool.kernel.plan(build_segments([(0, 2)], {0: [(0, 16)]})))
+    pool.kernel.add_lora(y, x, a, b, pool.kernel.plan(build_segments([((SlotUse(0),), 2)], {0: [(0, 16)]})))
     assert torch.equal(y, torch.ones(2, 8))
 
 

@@ -397,9 +397,10 @@ def test_others_keep_their_bits_beside_vectors(
     forward = build_batch(batch, here.driver.info.block_size, engine._runner.device)
     neighbour = batch.sequences[[s.seq.seq_id for s in batch.sequences].index("bits2")]
     beside = engine._runner.run(forward, *engine._segments(batch))
-    neighbour.seq.slot, slot = -1, neighbour.seq.slot
+    held = neighbour.seq.slots, neighbour.seq.adapters
+    neighbour.seq.slots, neighbour.seq.adapters = (), ()
     alone = engine._runner.run(forward, *engine._segments(batch))
-    neighbour.seq.slot = slot
+    neighbour.seq.slots, neighbour.seq.adapters = held
     changed = [not torch.equal(a, b) for a, b in zip(beside, alone, strict=True)]
     assert changed == [s is neighbour for s in batch.sequences]
     engine.handle(Abort(["bits0", "bits1", "bits2"]))

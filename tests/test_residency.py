@@ -352,6 +352,16 @@ def test_a_pinned_version_stays_and_one_slot_is_left_for_others(residency: Resid
     residency.unpin("never heard of")
 
 
+def test_what_fits_beside_the_pinned(residency: Residency[Weights]) -> None:
+    for digest in ("a", "b"):
+        acquire(residency, digest)
+        residency.pin(digest)
+    assert residency.fit(["c"]) and residency.fit(["a", "c"]) and residency.fit(["a", "b", "c"])
+    assert not residency.fit(["c", "d"]) and not residency.fit(["a", "c", "d"])
+    residency.unpin("a")
+    assert residency.fit(["c", "d"]) and not residency.fit(["c", "d", "e"])
+
+
 def test_an_explicit_load_is_asked_again_until_it_is_done(residency: Residency[Weights]) -> None:
     for tier in ("host", "device"):
         wait_until(residency, lambda tier=tier: residency.bring("a", tier) or residency.where("a") == tier)

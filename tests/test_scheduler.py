@@ -1,14 +1,20 @@
 """Which sequences run in a step, with how many tokens, and that nobody is left waiting for ever."""
 
 import random
+import time
 import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import pytest
 
+from adapters.host_cache import HostCache
+from adapters.residency import Residency
+from adapters.slots import SlotTable
 from server.engine.block_manager import BlockManager
 from server.engine.scheduler import Scheduler
-from server.sequence import SamplingParams, ScheduledBatch, Sequence, SequenceStatus
+from server.sequence import SamplingParams, ScaledAdapter, ScheduledBatch, Sequence, SequenceStatus
 
 BLOCK = 4
 
@@ -39,6 +45,12 @@ class FakeSlots:
     def prefetch(self, digest: str) -> None:
         self.prefetched.append(digest)
 
+    def where(self, digest: str) -> str:
+        return "device" if digest in self.resident else "disk"
+
+    def fit(self, digests: Iterable[str]) -> bool:
+        return len(list(digests)) <= self.num_slots
+
     def failure(self, digest: str) -> str | None:
         return self.broken.get(digest)
 
@@ -61,15 +73,19 @@ def make_scheduler(num_blocks: int = 100, slots: FakeSlots | None = None, **limi
     return Scheduler(BlockManager(num_blocks, BLOCK), slots or FakeSlots(), **settings)
 
 
-def make_seq(name: str, num_tokens: int, adapter: str | None = None, max_tokens: int = 4) -> Sequence:
+def taking(*adapters: str | None) -> tuple[ScaledAdapter, ...]:
+    return tuple(ScaledAdapter(adapter) for adapter in adapters if adapter is not None)
+
+
+def make_seq(name: str, num_tokens: int, *adapters: str | None, max_tokens: int = 4) -> Sequence:
     # Prompts differ from their first token on, so that nothing is found in the prefix cache by chance.
     prompt = [int.from_bytes(name.encode(), "big") % 10_007, *range(1, num_tokens)]
-    return Sequence(name, prompt, SamplingParams(max_tokens=max_tokens), adapter)
+    return Sequence(name, prompt, SamplingParams(max_tokens=max_tokens), taking(*adapters))
 
 
 def next_token(seq: Sequence) -> int:
     """The model: a function of all tokens so far and of the adapter."""
-    return zlib.crc32(repr((seq.token_ids, seq.adapter)).encode()) % 1000
+    return zlib.crc32(repr((seq.token_ids, seq.adapters)).encode()) % 1000
 
 
 def run_step(scheduler: Scheduler) -> ScheduledBatch:
@@ -97,11 +113,11 @@ def check(scheduler: Scheduler) -> None:
     scheduler.blocks.check_integrity(scheduler.running)
     assert all(seq.status is SequenceStatus.RUNNING for seq in scheduler.running)
     assert all(seq.status is SequenceStatus.WAITING for seq in scheduler.waiting)
-    assert all(not seq.block_table and seq.slot == -1 for seq in scheduler.waiting)
+    assert all(not seq.block_table and not seq.slots for seq in scheduler.waiting)
     assert len(scheduler.running) <= scheduler.max_num_seqs
     if isinstance(scheduler.adapters, FakeSlots):
         for digest, references in scheduler.adapters.resident.items():
-            assert references == sum(seq.adapter == digest for seq in scheduler.running)
+            assert references == sum(ScaledAdapter(digest) in seq.adapters for seq in scheduler.running)
 
 
 def shares(batch: ScheduledBatch) -> dict[str, int]:
@@ -288,9 +304,121 @@ def test_the_batch_is_ordered_by_slot_with_the_base_first() -> None:
         scheduler.add(make_seq(f"s{index}", 2, adapter))
     run_step(scheduler)
     batch = run_step(scheduler)
-    order = [scheduled.seq.adapter for scheduled in batch.sequences]
-    assert order == [None, None, "x", "x", "y", "z"]
+    order = [scheduled.seq.adapters for scheduled in batch.sequences]
+    assert order == [taking(name) for name in (None, None, "x", "x", "y", "z")]
     assert batch.num_adapters == 3
+
+
+def test_a_composition_runs_when_all_its_adapters_are_there() -> None:
+    slots = FakeSlots(held={"slow"})
+    scheduler = make_scheduler(slots=slots)
+    scheduler.add(seq := make_seq("both", 2, "x", "slow"))
+    for _ in range(3):
+        assert not run_step(scheduler)  # `check` finds a reference on "x" here if one was left
+    slots.held.clear()
+    batch = run_step(scheduler)
+    assert shares(batch) == {"both": 2} and batch.num_adapters == 2
+    assert seq.slots == (slots.indices["x"], slots.indices["slow"])
+    run_to_end(scheduler)
+
+
+def test_all_adapters_of_a_composition_are_fetched_ahead() -> None:
+    slots = FakeSlots()
+    scheduler = make_scheduler(slots=slots, max_num_seqs=1)
+    for name, adapters in (("a", ()), ("b", ("x", "y"))):
+        scheduler.add(make_seq(name, 2, *adapters))
+    run_step(scheduler)
+    assert slots.prefetched == ["x", "y"]
+
+
+def test_a_composition_ends_with_any_of_its_adapters_and_when_there_is_no_room_for_all() -> None:
+    slots = FakeSlots(num_slots=2, broken={"bad": "no file"}, held={"bad"})
+    scheduler = make_scheduler(slots=slots)
+    scheduler.add(bad := make_seq("bad", 2, "x", "bad"))
+    scheduler.add(large := make_seq("large", 2, "x", "y", "z"))
+    scheduler.add(make_seq("good", 2, "x", "y"))
+    reasons = dict(scheduler.failed())
+    assert reasons[bad] == "no file" and "do not fit" in reasons[large] and len(reasons) == 2
+
+
+@dataclass(frozen=True)
+class Weights:
+    num_pages: int = 1
+    nbytes: int = 1
+
+
+@pytest.fixture
+def residency() -> Iterator[Residency[Weights]]:
+    """The real one: two slots, host memory for a single adapter, copies that take a moment."""
+    made = Residency(SlotTable(2, 2), HostCache(1), lambda _: Weights(), lambda *_: time.sleep(0.0005))
+    yield made
+    made.close()
+
+
+def steps_to(scheduler: Scheduler, residency: Residency[Weights], condition: Callable[[], bool]) -> int:
+    """Steps until `condition`; those in which nothing can run wait for a reader thread."""
+    for steps in range(5000):
+        if condition():
+            return steps
+        residency.poll()
+        if not run_step(scheduler):
+            time.sleep(0.0005)
+        counts = Counter(adapter.digest for seq in scheduler.running for adapter in seq.adapters)
+        residency.slots.check_integrity(counts)
+    raise AssertionError("somebody waits for ever")
+
+
+def bring(residency: Residency[Weights], *digests: str) -> None:
+    """Wait until these are on the device, in this order of use."""
+    for digest in digests:
+        while residency.where(digest) != "device":
+            residency.request(digest)
+            residency.poll()
+            time.sleep(0.0005)
+
+
+@pytest.mark.parametrize(
+    "pairs", [("xy", "zw"), ("xy", "yz"), ("xy", "yx"), ("xy", "yz", "zx"), ("xy", "z", "yw", "x", "wz")]
+)
+def test_compositions_that_want_each_other_s_slots_all_end(residency: Residency[Weights], pairs: tuple[str]) -> None:
+    scheduler = Scheduler(BlockManager(100, BLOCK), residency, 8, 64, max_wait_steps=1000)
+    for index, pair in enumerate(pairs * 3):
+        scheduler.add(make_seq(f"s{index}", 3, *pair))
+    steps_to(scheduler, residency, lambda: not scheduler.has_work())
+
+
+def test_a_composition_is_admitted_within_the_bound(residency: Residency[Weights]) -> None:
+    """Two adapters hold the slots, and others that want the same two pass while they may."""
+    bound = 10
+    scheduler = Scheduler(BlockManager(1000, BLOCK), residency, 8, 64, max_wait_steps=bound)
+    holders = [make_seq(name, 2, name, max_tokens=100) for name in "xy"]
+    bring(residency, "x", "y")
+    for seq in holders:
+        scheduler.add(seq)
+    run_step(scheduler)
+    assert len(scheduler.running) == 2
+    scheduler.add(pair := make_seq("pair", 2, "z", "w"))
+    while pair.waited_steps <= bound:
+        scheduler.add(short := make_seq(f"{pair.waited_steps}", 2, "xy"[pair.waited_steps % 2], max_tokens=1))
+        run_step(scheduler)
+        assert (short.status is SequenceStatus.FINISHED) == (pair.waited_steps <= bound)
+    scheduler.add(late := make_seq("late", 2, "x"))
+    steps_to(scheduler, residency, lambda: pair.status is not SequenceStatus.WAITING)
+    assert late.status is SequenceStatus.WAITING
+    assert all(seq.status is SequenceStatus.FINISHED for seq in holders)
+    steps_to(scheduler, residency, lambda: not scheduler.has_work())
+
+
+def test_a_composition_keeps_what_it_has_from_those_behind(residency: Residency[Weights]) -> None:
+    """Its first adapter is there and idle; neither its own second nor a later sequence's adapter takes that slot."""
+    scheduler = Scheduler(BlockManager(100, BLOCK), residency, 8, 64, max_wait_steps=1000)
+    bring(residency, "x", "z")
+    scheduler.add(pair := make_seq("pair", 2, "y", "x"))
+    scheduler.add(make_seq("late", 2, "w"))
+    residency.take_moves()
+    steps_to(scheduler, residency, lambda: pair.status is not SequenceStatus.WAITING)
+    assert "x" not in {move.digest for move in residency.take_moves()}
+    steps_to(scheduler, residency, lambda: not scheduler.has_work())
 
 
 def test_sequences_of_a_broken_adapter_are_reported_with_the_reason() -> None:
@@ -345,8 +473,9 @@ def test_whatever_comes_the_books_balance_and_everything_ends_as_it_would_alone(
     seqs: list[Sequence] = []
     for step in range(60):
         if chance.random() < 0.5:
-            adapter = chance.choice([None, "x", "y", "z"])
-            seqs.append(make_seq(f"s{step % 7}", chance.randint(1, 24), adapter, chance.randint(1, 20)))
+            adapters = chance.sample(["x", "y", "z"], chance.randint(0, slots.num_slots))
+            max_tokens = chance.randint(1, 20)
+            seqs.append(make_seq(f"s{step % 7}", chance.randint(1, 24), *adapters, max_tokens=max_tokens))
             scheduler.add(seqs[-1])
         alive = [seq for seq in seqs if seq.status is not SequenceStatus.FINISHED]
         if alive and chance.random() < 0.1:
@@ -357,7 +486,7 @@ def test_whatever_comes_the_books_balance_and_everything_ends_as_it_would_alone(
     run_to_end(scheduler)
     assert scheduler.blocks.num_used == 0
     for seq in seqs:
-        alone = Sequence("alone", seq.token_ids[: seq.num_prompt_tokens], seq.sampling, seq.adapter)
+        alone = Sequence("alone", seq.token_ids[: seq.num_prompt_tokens], seq.sampling, seq.adapters)
         while alone.num_output_tokens < seq.sampling.max_tokens:
             alone.token_ids.append(next_token(alone))
         assert seq.token_ids == alone.token_ids

@@ -113,6 +113,24 @@ def test_replacing_a_name_changes_new_requests_and_not_running_ones(server: Runn
         client.delete("/v1/adapters/moving").raise_for_status()
 
 
+def test_adapters_are_scaled_and_composed(server: RunningServer, tiny: Path) -> None:
+    with server.client() as client:
+        for index in (1, 2):
+            server.upload(client, f"part-{index}", tiny / f"version-{index}").raise_for_status()
+
+        def composed(first: float, second: float) -> dict[str, Any]:
+            parts = [{"name": "part-1", "scale": first}, {"name": "part-2", "scale": second}]
+            return server.complete(client, "tiny-base", "hello", adapters=parts)
+
+        texts = {scales: composed(*scales)["choices"][0]["text"] for scales in ((0, 0), (1, 0), (0, 1), (1, 1))}
+        assert list(texts.values())[:3] == [answer_of(server, client, m) for m in ("tiny-base", "part-1", "part-2")]
+        assert len(set(texts.values())) == 4
+        off = server.complete(client, "part-1", "hello", adapter_scale=0)
+        assert off["choices"][0]["text"] == texts[0, 0]
+        for index in (1, 2):
+            client.delete(f"/v1/adapters/part-{index}").raise_for_status()
+
+
 def test_kill_9_of_the_engine_under_load(server: RunningServer, tiny: Path) -> None:
     """Every running stream gets an error frame within a second; the server comes back by itself, adapters included."""
     with server.client() as client:

@@ -1,14 +1,14 @@
 """The contract of the LoRA product, and the choice of implementation.
 
-    y[seg.start:seg.end] += (x[seg.start:seg.end] @ a[seg.lo:seg.hi].T) @ b[seg.lo:seg.hi]     for every segment
+    y[s.start:s.end] += s.scale * (x[s.start:s.end] @ a[s.lo:s.hi].T) @ b[s.lo:s.hi]     for every segment s
 
     x  [rows, in_features]     the linear's input
     y  [rows, out_features]    its output, changed in place; rows outside every segment keep their bits
     a  [columns, in_features]  the pool's A, one row per rank column
     b  [columns, out_features] the pool's B transposed, with the adapter's scaling folded in
 
-All four have one dtype. Unused columns may hold anything finite. `plan` is called once per step, `add_lora` once per
-linear.
+All four have one dtype. Segments of different columns may have the same rows; then they follow each other. Unused
+columns may hold anything finite. `plan` is called once per step, `add_lora` once per linear.
 """
 
 from typing import Any, Protocol

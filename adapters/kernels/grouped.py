@@ -22,13 +22,15 @@ SEGMENT_COST = 4096
 
 @dataclass(frozen=True, slots=True)
 class DensePlan:
-    """Rows `[start, end)` against columns `[lo, hi)`; `foreign[row, column]` marks other adapters' columns."""
+    """Rows `[start, end)` against columns `[lo, hi)`; `foreign[row, column]` marks other adapters' columns. `scales`
+    has the same shape, in float32; None when all are 1."""
 
     start: int
     end: int
     lo: int
     hi: int
     foreign: torch.Tensor
+    scales: torch.Tensor | None = None
 
 
 class GroupedKernel:
@@ -46,22 +48,29 @@ class GroupedKernel:
         own_work = sum((s.end - s.start) * (s.hi - s.lo) for s in items)
         if (end - start) * (hi - lo) > own_work + SEGMENT_COST * len(items):
             return segments
-        return DensePlan(start, end, lo, hi, _foreign_columns(items, start, end, lo, hi).to(self._device))
+        return self._dense(items, start, end, lo, hi)
+
+    def _dense(self, items: tuple[Segment, ...], start: int, end: int, lo: int, hi: int) -> DensePlan:
+        foreign = torch.ones(end - start, hi - lo, dtype=torch.bool)
+        scales = torch.ones(end - start, hi - lo) if any(s.scale != 1 for s in items) else None
+        for s in items:
+            own = slice(s.start - start, s.end - start), slice(s.lo - lo, s.hi - lo)
+            foreign[own] = False
+            if scales is not None:
+                scales[own] = s.scale
+        return DensePlan(
+            start, end, lo, hi, foreign.to(self._device), None if scales is None else scales.to(self._device)
+        )
 
     def add_lora(
         self, y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, plan: DensePlan | Segments
     ) -> None:
         if isinstance(plan, DensePlan):
             v = x[plan.start : plan.end] @ a[plan.lo : plan.hi].T
+            if plan.scales is not None:
+                v *= plan.scales
             v.masked_fill_(plan.foreign, 0)  # not a product with 0: another adapter's overflow must not become NaN
             y[plan.start : plan.end].addmm_(v, b[plan.lo : plan.hi])
             return
         for s in plan.items:
-            y[s.start : s.end].addmm_(x[s.start : s.end] @ a[s.lo : s.hi].T, b[s.lo : s.hi])
-
-
-def _foreign_columns(items: tuple[Segment, ...], start: int, end: int, lo: int, hi: int) -> torch.Tensor:
-    foreign = torch.ones(end - start, hi - lo, dtype=torch.bool)
-    for s in items:
-        foreign[s.start - start : s.end - start, s.lo - lo : s.hi - lo] = False
-    return foreign
+            y[s.start : s.end].addmm_(x[s.start : s.end] @ a[s.lo : s.hi].T, b[s.lo : s.hi], alpha=s.scale)

@@ -1,8 +1,8 @@
-// The LoRA product on a CPU, for segments of few rows: y[rows] += (x[rows] @ a[lo:hi].T) @ b[lo:hi].
+// The LoRA product on a CPU, for segments of few rows: y[rows] += scale * (x[rows] @ a[lo:hi].T) @ b[lo:hi].
 //
 // Plain C interface, plain loops: the compiler vectorises them for the machine it runs on (AVX-512, AVX2, NEON).
-// Sums are fp32 throughout and y is rounded once. A work item is up to ROWS rows of one segment, so that every rank
-// column is read once for all of them; items are shared out among the OpenMP threads.
+// Sums are fp32 throughout and y is rounded once per segment. A work item is up to ROWS rows of one segment, so that
+// every rank column is read once for all of them; items are shared out among the OpenMP threads.
 #include <cstdint>
 #include <cstring>
 
@@ -12,7 +12,7 @@ constexpr int ROWS = 4;
 constexpr int TILE = 256;  // output columns whose fp32 sums stay in the first-level cache
 
 struct Segment { int64_t start, end, lo, hi; };
-struct Item { const Segment* segment; int64_t row; int rows; };
+struct Item { const Segment* segment; float scale; int64_t row; int rows; };
 
 struct bf16 { uint16_t bits; };
 
@@ -75,25 +75,27 @@ void apply(const Item& item, T* y, int64_t ldy, const T* x, int64_t ldx, const T
     int64_t columns = s.hi - s.lo;
     float v[ROWS * 1024];  // the caller bounds columns
     shrink<T, N>(x + item.row * ldx, ldx, a + s.lo * in, columns, in, v);
+    if (item.scale != 1)
+        for (int64_t i = 0; i < N * columns; i++) v[i] *= item.scale;
     expand<T, N>(y + item.row * ldy, ldy, b + s.lo * out, columns, out, v);
 }
 
 template <typename T>
 void run(T* y, int64_t ldy, const T* x, int64_t ldx, const T* a, const T* b, int64_t in, int64_t out,
-         const Segment* segments, int64_t first, int64_t last, int threads) {
+         const Segment* segments, const float* scales, int64_t num_segments, int threads) {
     // Segments of one row range follow each other (their deltas add up), so a row range is never split between threads.
     constexpr int MAX_ITEMS = 4096;
     static thread_local Item items[MAX_ITEMS];
     static thread_local int64_t offsets[MAX_ITEMS + 1];
     int64_t groups = 0, count = 0;
-    for (int64_t i = first; i < last;) {
+    for (int64_t i = 0; i < num_segments;) {
         int64_t next = i;
-        while (next < last && segments[next].start == segments[i].start) next++;
+        while (next < num_segments && segments[next].start == segments[i].start) next++;
         for (int64_t row = segments[i].start; row < segments[i].end; row += ROWS) {
             offsets[groups++] = count;
             for (int64_t j = i; j < next; j++) {
                 int64_t left = segments[i].end - row;
-                items[count++] = Item{&segments[j], row, int(left < ROWS ? left : ROWS)};
+                items[count++] = Item{&segments[j], scales ? scales[j] : 1, row, int(left < ROWS ? left : ROWS)};
             }
         }
         i = next;
@@ -117,15 +119,16 @@ void run(T* y, int64_t ldy, const T* x, int64_t ldx, const T* a, const T* b, int
 }  // namespace
 
 // x [rows, in] and y [rows, out] with row strides ldx and ldy, a [columns, in], b [columns, out], all of one type.
-// At most 1024 columns a segment, and at most 1024 segments of at most 16 rows each.
+// At most 1024 columns a segment, and at most 1024 segments of at most 16 rows each. `scales` are one to a segment, or
+// null: all 1. Segments of the same rows are neighbours.
 extern "C" void lora_add_bf16(void* y, int64_t ldy, const void* x, int64_t ldx, const void* a, const void* b, int64_t in,
-                              int64_t out, const void* segments, int64_t count, int threads) {
-    run((bf16*)y, ldy, (const bf16*)x, ldx, (const bf16*)a, (const bf16*)b, in, out, (const Segment*)segments, 0, count,
-        threads);
+                              int64_t out, const void* segments, const float* scales, int64_t count, int threads) {
+    run((bf16*)y, ldy, (const bf16*)x, ldx, (const bf16*)a, (const bf16*)b, in, out, (const Segment*)segments, scales,
+        count, threads);
 }
 
 extern "C" void lora_add_f32(void* y, int64_t ldy, const void* x, int64_t ldx, const void* a, const void* b, int64_t in,
-                             int64_t out, const void* segments, int64_t count, int threads) {
-    run((float*)y, ldy, (const float*)x, ldx, (const float*)a, (const float*)b, in, out, (const Segment*)segments, 0,
+                             int64_t out, const void* segments, const float* scales, int64_t count, int threads) {
+    run((float*)y, ldy, (const float*)x, ldx, (const float*)a, (const float*)b, in, out, (const Segment*)segments, scales,
         count, threads);
 }

@@ -33,9 +33,11 @@ class NativeUnavailable(Exception):
 
 @dataclass(frozen=True, slots=True)
 class NativePlan:
-    """`small` is an int64 `[count, 4]` tensor of (start, end, lo, hi), read by the C++ side."""
+    """`small` is an int64 `[count, 4]` tensor of (start, end, lo, hi), read by the C++ side; `scales` are theirs, in
+    float32, None when all are 1."""
 
     small: torch.Tensor
+    scales: torch.Tensor | None
     large: tuple[Segment, ...]
 
 
@@ -52,6 +54,7 @@ class NativeKernel:
         taken = set(small)
         return NativePlan(
             torch.tensor([(s.start, s.end, s.lo, s.hi) for s in small], dtype=torch.int64).reshape(-1, 4),
+            torch.tensor([s.scale for s in small]) if any(s.scale != 1 for s in small) else None,
             tuple(s for s in segments.items if s not in taken),
         )
 
@@ -60,10 +63,11 @@ class NativeKernel:
         if count:
             self._functions[y.dtype](
                 y.data_ptr(), y.stride(0), x.data_ptr(), x.stride(0), a.data_ptr(), b.data_ptr(),
-                a.shape[1], b.shape[1], plan.small.data_ptr(), count, torch.get_num_threads(),
+                a.shape[1], b.shape[1], plan.small.data_ptr(),
+                None if plan.scales is None else plan.scales.data_ptr(), count, torch.get_num_threads(),
             )  # fmt: skip
         for s in plan.large:
-            y[s.start : s.end].addmm_(x[s.start : s.end] @ a[s.lo : s.hi].T, b[s.lo : s.hi])
+            y[s.start : s.end].addmm_(x[s.start : s.end] @ a[s.lo : s.hi].T, b[s.lo : s.hi], alpha=s.scale)
 
 
 def _is_small(segment: Segment) -> bool:
@@ -73,7 +77,7 @@ def _is_small(segment: Segment) -> bool:
 def _declare(function: "ctypes._NamedFuncPointer") -> "ctypes._NamedFuncPointer":
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     function.argtypes = [
-        pointer, number, pointer, number, pointer, pointer, number, number, pointer, number, ctypes.c_int
+        pointer, number, pointer, number, pointer, pointer, number, number, pointer, pointer, number, ctypes.c_int
     ]  # fmt: skip
     function.restype = None
     return function

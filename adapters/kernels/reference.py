@@ -14,7 +14,7 @@ class ReferenceKernel:
     def add_lora(self, y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, plan: Segments) -> None:
         delta = torch.zeros_like(y, dtype=torch.float32)
         for s in plan.items:
-            v = x[s.start : s.end].float() @ a[s.lo : s.hi].float().T
+            v = s.scale * (x[s.start : s.end].float() @ a[s.lo : s.hi].float().T)
             delta[s.start : s.end] += v @ b[s.lo : s.hi].float()
         rows = sorted({row for s in plan.items for row in range(s.start, s.end)})
         y[rows] = (y[rows].float() + delta[rows]).to(y.dtype)

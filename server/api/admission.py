@@ -1,37 +1,105 @@
 """Whether and how a request may run: which version answers it, whether there is room, how its sampler is set."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import msgspec
 
 from adapters.errors import AdapterNotFound
 from adapters.registry import AdapterRecord
 from server.api.auth import Key
 from server.api.context import BASE_NAME, AppContext
 from server.api.errors import bad_request, model_not_found, unavailable
-from server.api.schemas import GenerationRequest
-from server.sequence import SamplingParams
+from server.api.schemas import AdapterPart, GenerationRequest
+from server.metrics import COMPOSED_LABEL
+from server.sequence import SamplingParams, ScaledAdapter
 
 MAX_SEQUENCES = 64  # prompts times n of one request
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What answers: the base model (no digest) or one version of an adapter, fixed for the whole request."""
+    """What answers: the base model, one version of an adapter or several together, fixed for the whole request.
+
+    `names` are of the accounting and `label` of the metrics.
+    """
 
     asked: str
-    name: str
-    digest: str | None
+    label: str
+    names: frozenset[str]
+    adapters: tuple[ScaledAdapter, ...]  # sorted
     fingerprint: str
+    invocation_tokens: tuple[int, ...] = ()
+
+    def on(self, prompt: list[int]) -> tuple[tuple[ScaledAdapter, ...], int]:
+        """The adapters that see this prompt and the first token that they see: an activated LoRA sees its last
+        invocation and what follows, and nothing of a prompt without one."""
+        if not self.invocation_tokens:
+            return self.adapters, 0
+        start = _last_occurrence(list(self.invocation_tokens), prompt)
+        return ((), 0) if start is None else (self.adapters, start)
 
 
-def resolve(context: AppContext, key: Key, model: str) -> Target:
-    """Find what `model` names. The version found here is the one that answers, whatever is published meanwhile."""
+def _last_occurrence(needle: list[int], tokens: list[int]) -> int | None:
+    starts = (at for at in range(len(tokens) - len(needle), -1, -1) if tokens[at] == needle[0])
+    return next((at for at in starts if tokens[at : at + len(needle)] == needle), None)
+
+
+def resolve(context: AppContext, key: Key, body: GenerationRequest) -> Target:
+    """Find what the request names. The versions found here are those that answer, whatever is published meanwhile."""
     base = context.info.base_fingerprint
-    if model == context.base_model:
-        return Target(model, BASE_NAME, None, f"{base}-base")
-    record = resolve_record(context, key, model)
-    context.metrics.know(record.name)
-    return Target(model, record.name, record.version.digest, f"{base}-{record.version.digest[:12]}")
+    found = [(resolve_record(context, key, part.name), part.scale) for part in _parts(context, body)]
+    if not found:
+        return Target(body.model, BASE_NAME, frozenset([BASE_NAME]), (), f"{base}-base")
+    adapters = tuple(sorted(ScaledAdapter(record.version.digest, scale) for record, scale in found))
+    _check_additive(found)
+    _check_room(context, adapters)
+    names = frozenset(record.name for record, _ in found)
+    for name in names:
+        context.metrics.know(name)
+    label = COMPOSED_LABEL if len(found) > 1 else found[0][0].name
+    invocation_tokens = found[0][0].version.traits.invocation_tokens
+    return Target(body.model, label, names, adapters, f"{base}-{_identity(adapters)}", invocation_tokens)
+
+
+def _parts(context: AppContext, body: GenerationRequest) -> list[AdapterPart]:
+    """The adapters by name, however they were named."""
+    is_base = body.model == context.base_model
+    if body.adapters and not is_base:
+        raise bad_request("With 'adapters', 'model' names the base model.", "model")
+    if is_base and body.adapter_scale not in (None, 1):
+        raise bad_request("'adapter_scale' is for the adapter that 'model' names.", "adapter_scale")
+    if is_base:
+        return body.adapters or []
+    return [AdapterPart(name=body.model, scale=1.0 if body.adapter_scale is None else body.adapter_scale)]
+
+
+def _check_additive(found: list[tuple[AdapterRecord, float]]) -> None:
+    for record, scale in found:
+        traits = record.version.traits
+        if not traits.additive and (len(found) > 1 or scale != 1):
+            why = (
+                "sees a part of the prompt only" if traits.invocation_tokens else "does more than add B A x to outputs"
+            )
+            raise bad_request(f"The adapter '{record.name}' cannot be scaled or composed with others: it {why}.")
+
+
+def _check_room(context: AppContext, adapters: tuple[ScaledAdapter, ...]) -> None:
+    digests, slots = {adapter.digest for adapter in adapters}, context.config.adapter_slots
+    if len(digests) < len(adapters):
+        raise bad_request("The same adapter version is in 'adapters' twice.", "adapters")
+    if len(adapters) > slots:
+        raise bad_request(f"There is room for {slots} adapters at once; the request has {len(adapters)}.", "adapters")
+    if len(adapters) > 1 and len(digests | {*context.engine.residency.pinned}) > slots:
+        raise unavailable("The adapters do not fit on the device beside those that are pinned.", "no_room")
+
+
+def _identity(adapters: tuple[ScaledAdapter, ...]) -> str:
+    """12 hex digits: of the version, or of all versions and scales."""
+    if len(adapters) == 1 and adapters[0].scale == 1:
+        return adapters[0].digest[:12]
+    return hashlib.sha256(msgspec.json.encode(adapters)).hexdigest()[:12]
 
 
 def resolve_record(context: AppContext, key: Key, model: str) -> AdapterRecord:

@@ -49,12 +49,12 @@ class AdapterUse:
 
 
 class Running(NamedTuple):
-    name: str
-    digest: str | None
+    names: frozenset[str]
+    digests: frozenset[str]
 
 
 class InFlight:
-    """Sequences that were submitted and have not ended, by adapter."""
+    """Sequences that were submitted and have not ended, by adapter. One that takes several adapters belongs to each."""
 
     def __init__(self) -> None:
         self._running: dict[str, Running] = {}
@@ -65,13 +65,12 @@ class InFlight:
     def __len__(self) -> int:
         return len(self._running)
 
-    def start(self, seq_id: str, name: str, digest: str | None) -> None:
-        self._running[seq_id] = Running(name, digest)
-        self._names[name] += 1
+    def start(self, seq_id: str, names: frozenset[str], digests: frozenset[str]) -> None:
+        self._running[seq_id] = Running(names, digests)
+        self._names.update(names)
 
     def finish(self, seq_id: str) -> None:
-        running = self._running.pop(seq_id)
-        self._names[running.name] -= 1
+        self._names.subtract(self._running.pop(seq_id).names)
         self._changed.set()
 
     def use(self, name: str) -> AdapterUse:
@@ -82,11 +81,11 @@ class InFlight:
 
     def sequences(self, name: str | None = None) -> list[str]:
         """Ids of what runs for `name`, or of everything."""
-        return [seq_id for seq_id, running in self._running.items() if name in (None, running.name)]
+        return [seq_id for seq_id, running in self._running.items() if name is None or name in running.names]
 
     def digests(self) -> set[str]:
         """Versions that running sequences hold, current or not."""
-        return {running.digest for running in self._running.values() if running.digest is not None}
+        return {digest for running in self._running.values() for digest in running.digests}
 
     def forget(self, name: str) -> None:
         self.uses.pop(name, None)

@@ -14,7 +14,7 @@ from starlette.types import Receive
 
 from server.api.admission import Target, resolve, sampling_params, token_budget
 from server.api.auth import Key
-from server.api.context import AppContext
+from server.api.context import AdapterUse, AppContext
 from server.api.errors import ApiError, engine_unavailable, server_error, unavailable
 from server.api.schemas import GenerationRequest, PromptTokensDetails, UsageBody
 from server.api.text import Detokenizer
@@ -118,7 +118,7 @@ class Generation:
         self.created = int(time.time())
         self.target = target
         self.prompt_tokens = 0
-        self.timer = RequestTimer(context.metrics, target.name, started)
+        self.timer = RequestTimer(context.metrics, target.label, started)
         self._context = context
         self._choices: list[Choice] = []
         self._n = 1
@@ -130,28 +130,36 @@ class Generation:
         """Start `n` sequences per prompt. Raises `EngineUnavailable`, having started none."""
         stop_ids = frozenset((*self._context.info.eos_token_ids, *sampling.stop_token_ids))
         self._n = n
-        use = self._context.in_flight.use(self.target.name)
-        use.requests += 1
-        use.last_used = self.created
+        uses = self._uses()
+        for use in uses:
+            use.requests += 1
+            use.last_used = self.created
         try:
             for prompt in prompts:
                 self.prompt_tokens += len(prompt)
+                adapters, active_from = self.target.on(prompt)
                 for i in range(n):
-                    stream = self._start(prompt, _with_seed(sampling, i), key.tenant)
+                    seq_id = f"{self.id}-{len(self._choices)}"
+                    seeded = _with_seed(sampling, i)
+                    stream = self._start(Submit(seq_id, prompt, seeded, adapters, key.tenant, active_from))
                     text = Detokenizer(self._context.tokenizer, prompt, stop, sampling.min_tokens)
                     self._choices.append(Choice(len(self._choices), stream, text, stop_ids))
         except BaseException:
             self.close()
             raise
-        use.prompt_tokens += self.prompt_tokens
+        for use in uses:
+            use.prompt_tokens += self.prompt_tokens
         self.timer.submitted(self.prompt_tokens)
 
-    def _start(self, prompt: list[int], sampling: SamplingParams, tenant: str) -> Stream:
-        seq_id = f"{self.id}-{len(self._choices)}"
-        stream = self._context.engine.submit(Submit(seq_id, prompt, sampling, self.target.digest, tenant))
-        self._context.in_flight.start(seq_id, self.target.name, self.target.digest)
-        self._open.add(seq_id)
+    def _start(self, submit: Submit) -> Stream:
+        stream = self._context.engine.submit(submit)
+        digests = frozenset(adapter.digest for adapter in self.target.adapters)
+        self._context.in_flight.start(submit.seq_id, self.target.names, digests)
+        self._open.add(submit.seq_id)
         return stream
+
+    def _uses(self) -> list[AdapterUse]:
+        return [self._context.in_flight.use(name) for name in self.target.names]
 
     def __len__(self) -> int:
         return len(self._choices)
@@ -167,9 +175,9 @@ class Generation:
             raise self._api_error(failure) from failure
 
     def _account(self, choice: Choice, delta: Delta, output: SequenceOutput) -> None:
-        use = self._context.in_flight.use(self.target.name)
-        use.generated_tokens += delta.num_tokens
-        use.rate.add(delta.num_tokens)
+        for use in self._uses():
+            use.generated_tokens += delta.num_tokens
+            use.rate.add(delta.num_tokens)
         self.timer.tokens(choice.index, delta.num_tokens, output.queue_seconds)
         if choice.finished:
             self._end([choice.seq_id], abort=output.finish_reason is None)
@@ -245,8 +253,8 @@ def start(
     logprobs: int | None,
 ) -> Generation:
     """Resolve the model and submit, without a pause in which the adapter could be deleted."""
-    target = resolve(context, key, body.model)
-    request.state.adapter = target.name
+    target = resolve(context, key, body)
+    request.state.adapter = target.label
     sampling = sampling_params(context, body, token_budget(context, prompts, asked, default), logprobs)
     generation = Generation(context, target, prefix, request.state.started)
     generation.submit(key, prompts, body.n or 1, sampling, body.stop_strings)

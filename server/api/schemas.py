@@ -15,6 +15,7 @@ TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=1 << 20, fail_fast=True)]
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
 TokenCount = Annotated[int, Field(ge=1, lt=1 << 31)]
+AdapterScale = Annotated[float, Field(ge=-100, le=100)]
 LogitBias = dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Annotated[float, Field(ge=-100, le=100)]]
 
 
@@ -26,8 +27,6 @@ class Wire(BaseModel):
 
 # Fields of OpenAI's and vLLM's APIs whose effect we lack, with the values that ask for nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "adapters": ([],),
-    "adapter_scale": (1,),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
@@ -68,10 +67,17 @@ class StreamOptions(Wire):
     include_usage: bool = False
 
 
+class AdapterPart(Wire):
+    name: ModelName
+    scale: AdapterScale = 1.0
+
+
 class GenerationRequest(Wire):
     """What chat and plain completions have in common."""
 
     model: ModelName
+    adapters: Annotated[list[AdapterPart], Field(max_length=8, fail_fast=True)] | None = None  # on the base, as `model`
+    adapter_scale: AdapterScale | None = None
     max_tokens: TokenCount | None = None
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
@@ -236,18 +242,15 @@ class CompletionLogprobs(Wire):
     text_offset: list[int]
 
 
-class CompletionChoice(Wire):
-    index: int
-    text: str
-    logprobs: CompletionLogprobs | None
-    finish_reason: FinishReason
-
-
 class CompletionChunkChoice(Wire):
     index: int
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReason | None
+
+
+class CompletionChoice(CompletionChunkChoice):
+    finish_reason: FinishReason
 
 
 class Completion(Answer):

@@ -14,7 +14,9 @@ from array import array
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
-from server.sequence import Sequence
+import msgspec
+
+from server.sequence import ScaledAdapter, Sequence
 
 
 @dataclass(slots=True)
@@ -25,16 +27,15 @@ class Block:
     token_ids: tuple[int, ...] = ()  # compared on a hit, so that a hash collision cannot serve wrong KV
 
 
-def chain_seed(adapter: str | None, cache_salt: str) -> bytes:
-    """Start of a sequence's hash chain: KV is shared only within one adapter version and one salt.
+def chain_seed(cache_salt: str) -> bytes:
+    """Start of a sequence's hash chain: KV is shared only within one salt."""
+    return hashlib.sha256(b"salt" + cache_salt.encode()).digest()
 
-    Fields are tagged and length-prefixed, so that no adapter's digest can look like another field's content.
-    """
-    digest = hashlib.sha256()
-    for tag, value in ((b"adapter", adapter or ""), (b"salt", cache_salt)):
-        data = value.encode()
-        digest.update(tag + len(data).to_bytes(8, "little") + data)
-    return digest.digest()
+
+def adapted(parent: bytes, adapters: tuple[ScaledAdapter, ...], active_from: int) -> bytes:
+    """The chain from the first block on that the adapters see. From here KV is shared only within the same versions,
+    scales and first token: a block's own tokens do not tell where in it the adapters begin."""
+    return hashlib.sha256(parent + msgspec.json.encode((sorted(adapters), active_from))).digest()
 
 
 def _block_hash(parent: bytes, token_ids: list[int]) -> bytes:
@@ -164,7 +165,9 @@ class BlockManager:
 
     def _extend_hashes(self, seq: Sequence, num_full: int) -> None:
         for index in range(len(seq.block_hashes), num_full):
-            parent = seq.block_hashes[-1] if seq.block_hashes else chain_seed(seq.adapter, seq.cache_salt)
+            parent = seq.block_hashes[-1] if seq.block_hashes else chain_seed(seq.cache_salt)
+            if seq.adapters and index == seq.active_from // self.block_size:
+                parent = adapted(parent, seq.adapters, seq.active_from)
             seq.block_hashes.append(_block_hash(parent, list(self._tokens_of(seq, index))))
 
     def _publish(self, seq: Sequence, index: int) -> None:

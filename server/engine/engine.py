@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 
 from adapters.pack import PackedAdapter
@@ -27,7 +27,7 @@ from server.engine.messages import (
 )
 from server.engine.scheduler import Scheduler
 from server.engine.trials import Trials
-from server.model.batch import build_batch
+from server.model.batch import adapter_rows, build_batch, sampled_rows
 from server.model.runner import ModelRunner
 from server.model.sampler import Sample, sample
 from server.sequence import FinishReason, ScheduledBatch, ScheduledSequence, Sequence, SequenceStatus
@@ -109,14 +109,15 @@ class Engine:
             request.seq_id,
             [*request.token_ids],
             request.sampling,
-            request.adapter,
+            request.adapters,
             request.cache_salt,
             time.monotonic(),
+            request.active_from,
         )
         self._sequences[seq.seq_id] = seq
-        if seq.adapter is not None:
-            self._retired.discard(seq.adapter)  # a name points at it again
-            self.residency.expect(seq.adapter)
+        for adapter in seq.adapters:
+            self._retired.discard(adapter.digest)  # a name points at it again
+            self.residency.expect(adapter.digest)
         self.scheduler.add(seq)
 
     def _run(self, batch: ScheduledBatch) -> None:
@@ -141,14 +142,14 @@ class Engine:
         self._runner.kv_cache.scrub(self.scheduler.take_suspect_blocks())
         forward = build_batch(batch, self.scheduler.blocks.block_size, self._runner.device)
         logits = self._runner.run(forward, *self._segments(batch))
-        vocab_sizes = [self._runner.vocab_size(seq.slot) for seq in sampled]
+        vocab_sizes = [self._runner.vocab_size(seq.slots) for seq in sampled]
         return iter(sample(logits, sampled, self._eos_token_ids, vocab_sizes) if sampled else [])
 
     def _segments(self, batch: ScheduledBatch) -> tuple[Segments, Segments]:
         """Segments over all rows of the step, and over the sampled rows alone."""
         columns = {slot.index: column_runs(slot.pages, PAGE_COLUMNS) for slot in self.residency.slots.slots()}
-        tokens = build_segments(((s.seq.slot, s.num_new_tokens) for s in batch.sequences), columns)
-        head = build_segments(((s.seq.slot, 1) for s in batch.sequences if s.samples), columns)
+        tokens = build_segments(adapter_rows(batch.sequences), columns)
+        head = build_segments(sampled_rows(batch.sequences), columns)
         return tokens, head
 
     def _update(self, scheduled: ScheduledSequence, sampled: Sample | None) -> None:
@@ -237,8 +238,7 @@ class Engine:
         return True
 
     def _unload_retired(self) -> None:
-        used = {seq.adapter for seq in self._sequences.values()} if self._retired else set()
-        for digest in self._retired - used:
+        for digest in self._retired - _digests(self._sequences.values()) if self._retired else ():
             with suppress(MoveRefused):  # it is just being loaded
                 self.residency.unload(digest)
                 self._retired.discard(digest)
@@ -271,8 +271,8 @@ class Engine:
             step_seconds=seconds if batch else 0.0,
             batch_tokens=batch.num_tokens,
             batch_adapters=batch.num_adapters,
-            running_adapters=sorted({seq.adapter for seq in self.scheduler.running if seq.adapter}),
-            waiting_adapters=sorted({seq.adapter for seq in self.scheduler.waiting if seq.adapter}),
+            running_adapters=sorted(_digests(self.scheduler.running)),
+            waiting_adapters=sorted(_digests(self.scheduler.waiting)),
         )
 
     def _residency(self) -> messages.Residency:
@@ -292,7 +292,11 @@ class Engine:
         references: dict[str, int] = {}
         for seq in running:
             assert seq.status is SequenceStatus.RUNNING
-            if seq.adapter is not None:
-                references[seq.adapter] = references.get(seq.adapter, 0) + 1
+            for adapter in seq.adapters:
+                references[adapter.digest] = references.get(adapter.digest, 0) + 1
         self.residency.slots.check_integrity(references)
         assert {seq.seq_id for seq in [*running, *self.scheduler.waiting]} == set(self._sequences)
+
+
+def _digests(sequences: Iterable[Sequence]) -> set[str]:
+    return {adapter.digest for seq in sequences for adapter in seq.adapters}

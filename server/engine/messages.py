@@ -5,19 +5,21 @@ from typing import Literal
 import msgspec
 
 from adapters.spec import ModelSpec
-from server.sequence import SamplingParams, TokenLogprobs
+from server.sequence import SamplingParams, ScaledAdapter, TokenLogprobs
 
 Tier = Literal["disk", "host", "device"]
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True):
-    """Start a sequence. `adapter` is a version digest (64 hex digits) or None for the base model."""
+    """Start a sequence. Without `adapters` the base model answers; several add up, each with its scale. They see the
+    tokens from `active_from` on."""
 
     seq_id: str
     token_ids: list[int]
     sampling: SamplingParams
-    adapter: str | None = None
+    adapters: tuple[ScaledAdapter, ...] = ()
     cache_salt: str = ""
+    active_from: int = 0
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):

@@ -4,12 +4,14 @@ There are no phases: every running sequence has tokens left to compute (one when
 prefills), and the step's token budget is handed out first to what runs, then to what waits. (The idea of computed
 tokens chasing known tokens is vLLM's.)
 
-Adapters: a waiting sequence is admitted when its adapter has a device slot. One whose adapter is on its way is passed
-over, not waited for. Past `max_wait_steps` of being passed over, a sequence closes the door behind it: nothing that
-arrived later is admitted until it is, so a cold adapter cannot starve.
+Adapters: a waiting sequence is admitted when all its adapters have device slots. One with an adapter on its way is
+passed over, not waited for; those behind it may not push out what it already has. Past `max_wait_steps` of being passed
+over, a sequence closes the door behind it: nothing that arrived later is admitted until it is, so a cold adapter cannot
+starve.
 """
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from itertools import islice
@@ -29,6 +31,12 @@ class AdapterSlots(Protocol):
 
     def release(self, digest: str) -> None: ...
 
+    def where(self, digest: str) -> str:
+        """The tier of the version; on "device" it has a slot to acquire."""
+
+    def fit(self, digests: Iterable[str]) -> bool:
+        """Whether these versions can be on the device together, beside the pinned ones."""
+
     def prefetch(self, digest: str) -> None:
         """The version will be needed soon: bring it off the disk."""
 
@@ -44,7 +52,7 @@ class Admission(Enum):
 
 @dataclass(slots=True)
 class Scheduler:
-    """Invariant: a sequence holds blocks and an adapter slot exactly while it is in `running`."""
+    """Invariant: between steps, a sequence holds blocks and adapter slots exactly while it is in `running`."""
 
     blocks: BlockManager
     adapters: AdapterSlots
@@ -67,7 +75,7 @@ class Scheduler:
         batch: list[ScheduledSequence] = []
         budget = self._schedule_running(batch, self.max_batch_tokens)
         self._schedule_waiting(batch, budget)
-        batch.sort(key=lambda scheduled: scheduled.seq.slot)
+        batch.sort(key=lambda scheduled: (scheduled.seq.slots, scheduled.seq.adapters))
         return ScheduledBatch(batch)
 
     def finish(self, seq: Sequence) -> None:
@@ -85,9 +93,14 @@ class Scheduler:
         return blocks
 
     def failed(self) -> list[tuple[Sequence, str]]:
-        """Waiting sequences whose adapter could not be loaded, with the reason."""
-        reasons = [(seq, self.adapters.failure(seq.adapter)) for seq in self.waiting if seq.adapter is not None]
+        """Waiting sequences whose adapters cannot be loaded, with the reason."""
+        reasons = [(seq, self._failure([adapter.digest for adapter in seq.adapters])) for seq in self.waiting]
         return [(seq, reason) for seq, reason in reasons if reason is not None]
+
+    def _failure(self, digests: list[str]) -> str | None:
+        if len(digests) > 1 and not self.adapters.fit(digests):
+            return f"{len(digests)} do not fit on the device beside the pinned ones"
+        return next((reason for digest in digests if (reason := self.adapters.failure(digest)) is not None), None)
 
     def _schedule_running(self, batch: list[ScheduledSequence], budget: int) -> int:
         for seq in list(self.running):  # oldest first: the newest are preempted for them
@@ -119,9 +132,10 @@ class Scheduler:
 
     def _schedule_waiting(self, batch: list[ScheduledSequence], budget: int) -> None:
         passed_over: list[Sequence] = []
+        collected: list[str] = []  # what those have of their adapters, held until all had their turn
         while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
             seq = self.waiting.popleft()
-            admission = self._try_admit(seq)
+            admission = self._try_admit(seq, collected)
             if admission is Admission.ADMITTED:
                 num_new_tokens = min(seq.num_tokens - seq.num_computed_tokens, budget)
                 self.blocks.grow(seq, seq.num_computed_tokens + num_new_tokens)
@@ -133,32 +147,45 @@ class Scheduler:
             if admission is Admission.NO_BLOCKS or seq.waited_steps > self.max_wait_steps:
                 break
         for seq in islice(self.waiting, PREFETCH_DEPTH):
-            if seq.adapter is not None:
-                self.adapters.prefetch(seq.adapter)
+            for adapter in seq.adapters:
+                self.adapters.prefetch(adapter.digest)
+        for digest in collected:
+            self.adapters.release(digest)
         self.waiting.extendleft(reversed(passed_over))
 
-    def _try_admit(self, seq: Sequence) -> Admission:
-        """Take the adapter's slot and the cached prefix for `seq`; on refusal nothing stays taken."""
-        slot = -1
-        if seq.adapter is not None:
-            acquired = self.adapters.acquire(seq.adapter)
-            if acquired is None:
-                return Admission.NO_ADAPTER
-            slot = acquired
+    def _try_admit(self, seq: Sequence, collected: list[str]) -> Admission:
+        """Take the adapters' slots and the cached prefix for `seq`; on refusal only slots in `collected` stay taken."""
+        slots = self._acquire_all(seq, collected)
+        if slots is None:
+            return Admission.NO_ADAPTER
         matched = self.blocks.match_prefix(seq)
         if not self.blocks.can_admit(seq, matched):
-            if seq.adapter is not None:
-                self.adapters.release(seq.adapter)
+            collected += [adapter.digest for adapter in seq.adapters]
             return Admission.NO_BLOCKS
         self.blocks.admit(seq, matched)
-        seq.slot, seq.status = slot, SequenceStatus.RUNNING
+        seq.slots, seq.status = slots, SequenceStatus.RUNNING
         self.running.append(seq)
         return Admission.ADMITTED
+
+    def _acquire_all(self, seq: Sequence, collected: list[str]) -> tuple[int, ...] | None:
+        """The slots of all adapters of `seq`, or None, with those that it has so far in `collected`.
+
+        What is there is taken first: asking for what is missing may evict whatever nobody holds.
+        """
+        slots: dict[str, int] = {}
+        for digest, _ in sorted(seq.adapters, key=lambda adapter: self.adapters.where(adapter.digest) != "device"):
+            slot = self.adapters.acquire(digest)
+            if slot is not None:
+                slots[digest] = slot
+        if len(slots) < len(seq.adapters):
+            collected.extend(slots)
+            return None
+        return tuple(slots[digest] for digest, _ in seq.adapters)
 
     def _release(self, seq: Sequence) -> None:
         self._suspect_blocks += self.blocks.disown_unverified(seq)
         self.blocks.free(seq)
         seq.num_verified_tokens = 0
-        if seq.adapter is not None:
-            self.adapters.release(seq.adapter)
-        seq.slot = -1
+        for adapter in seq.adapters:
+            self.adapters.release(adapter.digest)
+        seq.slots = ()

@@ -1,10 +1,12 @@
 """One step's tensors: built once from the schedule, read by every layer."""
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
+from adapters.segments import Rows, SlotUse
 from server.sequence import ScheduledBatch, ScheduledSequence
 
 
@@ -93,6 +95,25 @@ def build_batch(batch: ScheduledBatch, block_size: int, device: torch.device) ->
         decode_groups=_decode_groups(decodes, block_size, device),
         prefill_chunks=chunks,
     )
+
+
+def adapter_rows(sequences: Iterable[ScheduledSequence]) -> Iterator[Rows]:
+    """Which adapters the step's rows take, in their order."""
+    for scheduled in sequences:
+        yield (), scheduled.num_inactive
+        yield _uses(scheduled), scheduled.num_new_tokens - scheduled.num_inactive
+
+
+def sampled_rows(sequences: Iterable[ScheduledSequence]) -> Iterator[Rows]:
+    """The same for the rows that are sampled from, the last of their sequences."""
+    for scheduled in sequences:
+        if scheduled.samples:
+            yield _uses(scheduled) if scheduled.end > scheduled.seq.active_from else (), 1
+
+
+def _uses(scheduled: ScheduledSequence) -> tuple[SlotUse, ...]:
+    seq = scheduled.seq
+    return tuple(SlotUse(slot, adapter.scale) for slot, adapter in zip(seq.slots, seq.adapters, strict=True))
 
 
 def _decode_groups(

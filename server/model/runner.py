@@ -38,9 +38,9 @@ class ModelRunner:
         self.bases = attach(self._model, spec, self.pool, loaded.head)
         self._vocab_size = spec.vocab_size or 0
 
-    def vocab_size(self, slot: int) -> int:
-        """Of the adapter in `slot`, or of the base model."""
-        return self.pool.vocab_size(slot) or self._vocab_size
+    def vocab_size(self, slots: tuple[int, ...]) -> int:
+        """Of the adapters in `slots`, or of the base model."""
+        return max((self.pool.vocab_size(slot) or 0 for slot in slots), default=0) or self._vocab_size
 
     @torch.inference_mode()
     def run(

@@ -2,7 +2,7 @@
 
 import torch
 
-from adapters.segments import NO_SEGMENTS, build_segments, column_runs
+from adapters.segments import NO_SEGMENTS, SlotUse, build_segments, column_runs
 from adapters.selftest import Reference
 from adapters.slots import PAGE_COLUMNS, Slot
 from server.model.batch import ForwardBatch, build_batch
@@ -15,9 +15,10 @@ TRIAL_TOKENS = 16
 
 def try_adapter(runner: ModelRunner, slot: Slot, reference: Reference) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits `[TRIAL_TOKENS, vocab]` in float32 by both ways, over the adapter's own vocabulary."""
-    vocab_size = runner.vocab_size(slot.index)
-    batch = _probe_batch(runner, min(vocab_size, runner.vocab_size(-1)))
-    own = build_segments([(slot.index, TRIAL_TOKENS)], {slot.index: column_runs(slot.pages, PAGE_COLUMNS)})
+    vocab_size = runner.vocab_size((slot.index,))
+    batch = _probe_batch(runner, min(vocab_size, runner.vocab_size(())))
+    rows = ((SlotUse(slot.index, 1.0),), TRIAL_TOKENS)
+    own = build_segments([rows], {slot.index: column_runs(slot.pages, PAGE_COLUMNS)})
     # A cache of its own: the engine's blocks belong to sequences.
     served = runner.run(batch, own, own, _scratch(runner))
     with torch.inference_mode(), reference.active():
