@@ -22,6 +22,7 @@ from adapters.lora_tensors import (
 from adapters.peft_config import MAX_CONFIG_BYTES, LoraSettings, parse_config
 from adapters.spec import ModelSpec
 from adapters.store import CONFIG_FILE, FILES, WEIGHTS_FILE
+from adapters.tokenizer_files import check_tokenizer, read_tokenizer_files
 from adapters.traits import Traits
 
 
@@ -39,12 +40,16 @@ class Inspected:
 
 def inspect(folder: Path, spec: ModelSpec) -> Inspected:
     """Check the adapter in `folder` against the base model. Raises `AdapterInvalid` with every problem found."""
-    tensors, settings = _checked(folder, spec)
+    tensors, settings = _checked(folder, spec, with_tokenizer=True)
+    own = read_tokenizer_files(folder).features
     targets = sorted({module.rpartition(".")[2] for module in tensors.adapted()})
     applied = {"modules": len(tensors.touched()), "tensors": len(tensors.infos)}
-    report: dict[str, Any] = {"applied": applied, "features": _features(tensors, settings, spec)}
-    if traits := _traits(tensors, settings, spec).described():
-        report["traits"] = traits
+    report: dict[str, Any] = {"applied": applied, "features": [*_features(tensors, settings, spec), *own]}
+    traits = replace(
+        _traits(tensors, settings, spec), tokenizer="tokenizer" in own, chat_template="chat_template" in own
+    )
+    if described := traits.described():
+        report["traits"] = described
     digest = version_digest(settings.canonical, tensors.infos, tensors.path)
     return Inspected(digest, _rank(tensors, settings, spec), tuple(targets), tensors.nbytes(), report)
 
@@ -73,7 +78,7 @@ def load(folder: Path, spec: ModelSpec, digest: str | None = None) -> AdapterWei
     )
 
 
-def _checked(folder: Path, spec: ModelSpec) -> tuple[LoraTensors, LoraSettings]:
+def _checked(folder: Path, spec: ModelSpec, with_tokenizer: bool = False) -> tuple[LoraTensors, LoraSettings]:
     absent = [name for name in FILES if not (folder / name).is_file()]
     if absent:
         raise AdapterInvalid([Problem(name, "no file", "a file", "malformed_file") for name in absent])
@@ -84,6 +89,8 @@ def _checked(folder: Path, spec: ModelSpec) -> tuple[LoraTensors, LoraSettings]:
     except AdapterInvalid as error:
         raise AdapterInvalid(problems + error.problems) from None
     problems += LoraChecks(tensors, spec).problems(settings)
+    if with_tokenizer:
+        problems += check_tokenizer(folder, tensors.vocab_size(spec) or spec.vocab_size)
     if problems or settings is None:
         raise AdapterInvalid(problems)
     return tensors, settings
