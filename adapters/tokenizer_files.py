@@ -54,7 +54,9 @@ class TokenizerFiles:
         return self.complete(Tokenizer.from_str(self.tokenizer))  # unlike `from_file`, this frees the interpreter lock
 
     def complete(self, tokenizer: Tokenizer) -> Tokenizer:
-        """Give `tokenizer` what the configs declare; returns it."""
+        """Give `tokenizer` what the configs declare, and have it neither cut nor pad; returns it."""
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
         known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
         unknown = [token for token in self.special_tokens.values() if token not in known]
         tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in unknown])
@@ -76,9 +78,10 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
     """Those in `folder`; absent ones say nothing. Raises `AdapterInvalid` for a file that is not what it should be."""
     special = _read_object(folder, SPECIAL)
     config = _read_object(folder, CONFIG)
+    template = _read_text(folder, TEMPLATE)
     return TokenizerFiles(
         _read_text(folder, TOKENIZER),
-        _read_text(folder, TEMPLATE) or _template(config),
+        _template(config) if template is None else template,
         {**_special_tokens(SPECIAL, special), **_special_tokens(CONFIG, config)},
         {key: config[key] for key in ("add_bos_token", "add_eos_token") if isinstance(config.get(key), bool)},
         {**_added_tokens(folder), **_added_by_id(config)},

@@ -1,14 +1,18 @@
 """Whether and how a request may run: which version answers it, whether there is room, how its sampler is set."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from fastapi import Request
 
 from adapters.errors import AdapterNotFound
 from adapters.registry import AdapterRecord
+from adapters.traits import Traits
 from server.api.auth import Key
 from server.api.context import BASE_NAME, AppContext
 from server.api.errors import bad_request, model_not_found, unavailable
 from server.api.schemas import GenerationRequest
+from server.api.text import Tokenizer
 from server.sequence import SamplingParams
 
 MAX_SEQUENCES = 64  # prompts times n of one request
@@ -22,6 +26,7 @@ class Target:
     name: str
     digest: str | None
     fingerprint: str
+    traits: Traits = field(default_factory=Traits)
 
 
 def resolve(context: AppContext, key: Key, model: str) -> Target:
@@ -31,7 +36,41 @@ def resolve(context: AppContext, key: Key, model: str) -> Target:
         return Target(model, BASE_NAME, None, f"{base}-base")
     record = resolve_record(context, key, model)
     context.metrics.know(record.name)
-    return Target(model, record.name, record.version.digest, f"{base}-{record.version.digest[:12]}")
+    version = record.version
+    return Target(model, record.name, version.digest, f"{base}-{version.digest[:12]}", version.traits)
+
+
+async def choose(request: Request, context: AppContext, key: Key, model: str) -> tuple[Target, Tokenizer]:
+    """What answers, and the tokenizer that goes with it."""
+    target = resolve(context, key, model)
+    request.state.adapter = target.name
+    try:
+        return target, await context.tokenizers.of(target.digest, target.traits)
+    except FileNotFoundError:  # deleted just now
+        raise model_not_found(model) from None
+
+
+def check_still_there(context: AppContext, target: Target) -> None:
+    """Raises 404 when the adapter was deleted since `resolve`. A version that was replaced meanwhile may still run."""
+    if target.digest is not None:
+        try:
+            context.registry.resolve(f"{target.name}@{target.digest}")
+        except AdapterNotFound:
+            raise model_not_found(target.asked) from None
+
+
+def vocab_size_of(context: AppContext, target: Target) -> int:
+    return target.traits.vocab_size or context.info.vocab_size
+
+
+def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
+    """Raises 400 for a prompt without tokens, or with one that has no embedding: clients send token ids, and what an
+    adapter's own tokenizer and template make is not ours."""
+    if not all(prompts):
+        raise bad_request("The prompt is empty.", "prompt")
+    largest = max(map(max, prompts))
+    if largest >= vocab_size:
+        raise bad_request(f"Token {largest} is not in the vocabulary of {vocab_size}.", "prompt")
 
 
 def resolve_record(context: AppContext, key: Key, model: str) -> AdapterRecord:
@@ -71,9 +110,10 @@ def token_budget(context: AppContext, prompts: Sequence[Sequence[int]], asked: i
 
 
 def sampling_params(
-    context: AppContext, body: GenerationRequest, max_tokens: int, logprobs: int | None
+    vocab_size: int, body: GenerationRequest, max_tokens: int, logprobs: int | None, end_ids: tuple[int, ...]
 ) -> SamplingParams:
-    vocab_size = context.info.vocab_size
+    """`end_ids` are tokens that end an answer, unless the client has it go on."""
+    ends = () if body.ignore_eos else tuple(token for token in end_ids if token < vocab_size)
     bias = {int(token): value for token, value in (body.logit_bias or {}).items()}
     for token in (*bias, *(body.stop_token_ids or ())):
         if token >= vocab_size:
@@ -92,7 +132,7 @@ def sampling_params(
         repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
         logit_bias=bias,
         seed=body.seed,
-        stop_token_ids=tuple(body.stop_token_ids or ()),
+        stop_token_ids=(*(body.stop_token_ids or ()), *ends),
         ignore_eos=bool(body.ignore_eos),
         logprobs=logprobs,
     )
