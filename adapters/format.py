@@ -11,6 +11,7 @@ from typing import BinaryIO, Literal, cast
 from torch import Tensor
 
 from adapters.safetensors_header import TensorInfo
+from adapters.store import TOKENIZER_FILES
 
 CHUNK_BYTES = 1 << 20  # large enough that a reading thread seldom asks for the interpreter lock
 TensorKind = Literal[
@@ -90,7 +91,8 @@ def read_chunks(file: BinaryIO, info: TensorInfo) -> Iterator[bytearray]:
 
 
 def version_digest(canonical: str, tensors: Mapping[str, TensorInfo], path: Path) -> str:
-    """The identity of an adapter, as 64 hex digits: sha256 over its canonical config and its tensors by name.
+    """The identity of an adapter, as 64 hex digits: sha256 over its canonical config, its tensors by name and the bytes
+    of the tokenizer files beside the weights file `path`.
 
     Every field is tagged and preceded by its length, so no two different adapters share a byte stream. The order of
     tensors in the file, its metadata and the config's whitespace do not count.
@@ -104,6 +106,9 @@ def version_digest(canonical: str, tensors: Mapping[str, TensorInfo], path: Path
             digest.update(b"data:%d:" % (info.end - info.start))
             for chunk in read_chunks(file, info):
                 digest.update(chunk)
+    for beside in (path.parent / name for name in sorted(TOKENIZER_FILES)):
+        if beside.is_file():
+            digest.update(_field(b"file", beside.name.encode()) + _field(b"data", beside.read_bytes()))
     return digest.hexdigest()
 
 

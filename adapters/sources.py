@@ -8,26 +8,27 @@ from typing import BinaryIO
 from urllib.parse import unquote, urlsplit
 
 from adapters.errors import AdapterTooLarge, SourceNotAllowed, SourceNotFound
-from adapters.store import FILES
+from adapters.store import FILES, TOKENIZER_FILES
 
 _CHUNK_BYTES = 1 << 20
 
 
 def copy_from(source: str, allowed: Sequence[str], into: Path, *, max_bytes: int) -> None:
-    """Copy the two files of the adapter at `source` into the folder `into`.
+    """Copy the two files of the adapter at `source`, and those of its tokenizer that are there, into the folder `into`.
 
     `source` is `file:///absolute/folder`, inside one of the folders that `allowed` names in the same way; symbolic
-    links count as where they lead. Both files together are at most `max_bytes` bytes. Raises `SourceNotAllowed`,
+    links count as where they lead. All files together are at most `max_bytes` bytes. Raises `SourceNotAllowed`,
     `SourceNotFound` or `AdapterTooLarge`; their messages say nothing of the disk but `source` itself.
     """
     folder = _file_url_path(source)
     roots = [_resolve(_file_url_path(entry), entry) for entry in allowed if entry.startswith("file:")]
     left = max_bytes
-    for name in FILES:
+    for name in (*FILES, *TOKENIZER_FILES):
         path = _resolve(folder / name, source)
         if not any(path.is_relative_to(root) for root in roots):
             raise SourceNotAllowed(f"The source {source[:200]!r} is not one that this server may read.")
-        left -= _copy_file(path, into / name, left, source)
+        if name in FILES or os.path.lexists(folder / name):
+            left -= _copy_file(path, into / name, min(left, TOKENIZER_FILES.get(name, left)), source)
 
 
 def _file_url_path(url: str) -> Path:
@@ -52,7 +53,7 @@ def _resolve(path: Path, source: str) -> Path:
 
 
 def _not_found(source: str) -> SourceNotFound:
-    return SourceNotFound(f"The source {source[:200]!r} does not have {' and '.join(FILES)}.")
+    return SourceNotFound(f"The source {source[:200]!r} does not have {' and '.join(FILES)} to be read.")
 
 
 def _copy_file(path: Path, target: Path, max_bytes: int, source: str) -> int:

@@ -1,7 +1,8 @@
 """Adapter files on disk, keyed by the digest of their content: written once, never changed, shared by all names.
 
-`<root>/<digest[:2]>/<digest>/` holds exactly `adapter_config.json` and `adapter_model.safetensors`. A folder appears
-there by one rename after its bytes are on disk, so at any moment a digest is absent or complete.
+`<root>/<digest[:2]>/<digest>/` holds `adapter_config.json`, `adapter_model.safetensors` and those of `TOKENIZER_FILES`
+that the adapter came with, and nothing else. A folder appears there by one rename after its bytes are on disk, so at
+any moment a digest is absent or complete.
 """
 
 import errno
@@ -19,6 +20,14 @@ from adapters.errors import NoSpace
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 FILES = (CONFIG_FILE, WEIGHTS_FILE)
+# What transformers' save_pretrained may put beside them, with the most bytes that each may have. None is code.
+TOKENIZER_FILES = {
+    "tokenizer.json": 64 << 20,
+    "tokenizer_config.json": 1 << 20,
+    "special_tokens_map.json": 1 << 20,
+    "added_tokens.json": 1 << 20,
+    "chat_template.jinja": 1 << 20,
+}
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -46,19 +55,20 @@ class AdapterStore:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def admit(self, folder: Path, digest: str) -> Path:
-        """Make the staged `folder`, which holds the two files, durable and move it to its place; returns that place.
+        """Make the staged `folder`, an adapter's files, durable and move it to its place; returns that place.
 
         The same content may be there already: then the staged copy is left for `stage` to remove. Raises `NoSpace`,
-        and `FileNotFoundError` when one of the two files is missing.
+        and `FileNotFoundError` when one of the two that every adapter has is missing.
         """
         place = self.path(digest)
-        if digest in self:
+        names = (*FILES, *(name for name in TOKENIZER_FILES if (folder / name).exists()))
+        if all((place / name).is_file() for name in names):
             return place
         with _no_space():
-            for path in (*(folder / name for name in FILES), folder):
+            for path in (*(folder / name for name in names), folder):
                 _fsync(path)
             with self._places:
-                if digest in self:
+                if all((place / name).is_file() for name in names):
                     return place
                 place.parent.mkdir(exist_ok=True)
                 shutil.rmtree(place, ignore_errors=True)  # it lost a file behind our back

@@ -13,12 +13,15 @@ class Traits:
     `mergeable`: it changes linear layers only, for every token alike.
     `invocation_tokens`: it is active from their last occurrence in the prompt on; empty for always.
     `vocab_size`: where it is not the base model's.
+    `tokenizer`, `chat_template`: it brings its own.
     """
 
     additive: bool = True
     mergeable: bool = True
     invocation_tokens: tuple[int, ...] = ()
     vocab_size: int | None = None
+    tokenizer: bool = False
+    chat_template: bool = False
 
     def described(self) -> dict[str, Any]:
         """What is out of the ordinary, for the report."""

@@ -25,6 +25,7 @@ from adapters.lora_tensors import (
 from adapters.peft_config import LoraSettings, parse_config
 from adapters.spec import ModelSpec
 from adapters.store import CONFIG_FILE, FILES, WEIGHTS_FILE
+from adapters.tokenizer_files import check_tokenizer, read_tokenizer_files
 from adapters.traits import Traits
 
 
@@ -43,9 +44,16 @@ class Inspected:
 def inspect(folder: Path, spec: ModelSpec) -> Inspected:
     """Check the adapter in `folder` against the base model. Raises `AdapterInvalid` with every problem found."""
     converted = read_converted(folder, spec)
-    if converted is not None:
-        return _inspect_converted(converted)
-    tensors, settings = _checked(folder, spec)
+    inspected = _inspect_lora(folder, spec) if converted is None else _inspect_converted(converted, folder, spec)
+    own = read_tokenizer_files(folder).features
+    inspected.report["features"] += own
+    if own:
+        inspected.report["traits"] = {**inspected.report.get("traits", {}), **dict.fromkeys(own, True)}
+    return inspected
+
+
+def _inspect_lora(folder: Path, spec: ModelSpec) -> Inspected:
+    tensors, settings = _checked(folder, spec, with_tokenizer=True)
     applied = {"modules": len(tensors.touched()), "tensors": len(tensors.infos)}
     report: dict[str, Any] = {"applied": applied, "features": _features(tensors, settings, spec)}
     if traits := _traits(tensors, settings, spec).described():
@@ -54,8 +62,10 @@ def inspect(folder: Path, spec: ModelSpec) -> Inspected:
     return Inspected(digest, _rank(tensors, settings, spec), _last_parts(tensors.adapted()), tensors.nbytes(), report)
 
 
-def _inspect_converted(adapter: Converted) -> Inspected:
+def _inspect_converted(adapter: Converted, folder: Path, spec: ModelSpec) -> Inspected:
     adapter.check_values()
+    if problems := check_tokenizer(folder, spec.vocab_size):
+        raise AdapterInvalid(problems)
     applied = {"modules": len(adapter.layers), "tensors": len(adapter.tensors)}
     report: dict[str, Any] = {"applied": applied, "features": list(adapter.family.features)}
     if traits := adapter.family.traits().described():
@@ -98,7 +108,7 @@ def _expected(digest: str | None, found: str) -> str:
     return found
 
 
-def _checked(folder: Path, spec: ModelSpec) -> tuple[LoraTensors, LoraSettings]:
+def _checked(folder: Path, spec: ModelSpec, with_tokenizer: bool = False) -> tuple[LoraTensors, LoraSettings]:
     absent = [name for name in FILES if not (folder / name).is_file()]
     if absent:
         raise AdapterInvalid([Problem(name, "no file", "a file", "malformed_file") for name in absent])
@@ -109,6 +119,8 @@ def _checked(folder: Path, spec: ModelSpec) -> tuple[LoraTensors, LoraSettings]:
     except AdapterInvalid as error:
         raise AdapterInvalid(problems + error.problems) from None
     problems += LoraChecks(tensors, spec).problems(settings)
+    if with_tokenizer:
+        problems += check_tokenizer(folder, tensors.vocab_size(spec) or spec.vocab_size)
     if problems or settings is None:
         raise AdapterInvalid(problems)
     return tensors, settings

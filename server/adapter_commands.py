@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from adapters.folders import FolderError, writing
+from adapters.store import TOKENIZER_FILES
 from server.api_client import call, check, connect, download, fail, upload
 
 app = typer.Typer(no_args_is_help=True, help="Manage the adapters of a running server.")
@@ -85,6 +86,9 @@ def pull(
     try:
         with writing(folder, replace=force) as fresh:
             download(name, fresh)
+            absent = [file for file in TOKENIZER_FILES if not (fresh / file).exists()]
+        for file in absent:  # another adapter's tokenizer must not stay beside this one
+            (folder / file).unlink(missing_ok=True)
     except (FolderError, OSError) as error:
         fail(str(error))
 

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import httpx
 import typer
 
-from adapters.store import FILES
+from adapters.store import FILES, TOKENIZER_FILES
 
 
 @contextmanager
@@ -55,7 +55,8 @@ def upload(
     if missing:
         fail(f"{folder} has no {' and no '.join(missing)}")
     fields = {"name": name, "replace": str(replace).lower(), "pinned": str(pinned).lower()}
-    files = {file: (file, (folder / file).read_bytes()) for file in FILES}
+    present = [*FILES, *(file for file in TOKENIZER_FILES if (folder / file).is_file())]
+    files = {file: (file, (folder / file).read_bytes()) for file in present}
     record: dict[str, Any] = call("POST", "/v1/adapters", data=fields, files=files, params={"dry_run": dry_run})
     return record
 
@@ -65,11 +66,13 @@ def download(adapter: str, folder: Path) -> None:
     name, _, version = adapter.partition("@")
     version = version or call("GET", f"/v1/adapters/{name}")["version"]
     params = {"version": version} if version else None  # one that is still to be fetched has none
-    for file in FILES:
+    for file in (*FILES, *TOKENIZER_FILES):
         with (
             connect() as client,
             client.stream("GET", f"/v1/adapters/{name}/files/{file}", params=params) as answer,
         ):
+            if file in TOKENIZER_FILES and answer.status_code == 404:
+                continue  # the adapter came without it
             if answer.is_error:
                 answer.read()
             check(answer)

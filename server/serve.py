@@ -15,10 +15,10 @@ from rich.console import Console
 from adapters.errors import AdapterError
 from adapters.registry import AdapterRegistry
 from adapters.sources import copy_from
-from adapters.validation import inspect
 from server.api.app import create_app
 from server.api.auth import KeyRing, check_bind
 from server.api.context import AppContext
+from server.api.publishing import examine
 from server.api.text import Tokenizer, TokenizerUnusable
 from server.config import ConfigError, ServeConfig, default_data_dir
 from server.engine.client import AdapterMoveRefused, EngineClient, EngineTransport, EngineUnavailable
@@ -83,10 +83,13 @@ async def _serve(config: ServeConfig, keys: KeyRing, registry: AdapterRegistry) 
         )
         server = Server(context)
         bringing_up = asyncio.create_task(_bring_up(context, starting, server))
-        await server.serve()
-        if bringing_up.done():
-            bringing_up.result()
-        bringing_up.cancel()
+        try:
+            await server.serve()
+            if bringing_up.done():
+                bringing_up.result()
+            bringing_up.cancel()
+        finally:
+            await context.sandbox.close()
     finally:
         starting.cancel()
         await engine.stop()
@@ -155,7 +158,7 @@ async def _bring_up(context: AppContext, starting: "asyncio.Task[None]", server:
     try:
         await starting
         for name, folder in _named_adapters(context.config):
-            await asyncio.to_thread(_register, context, name, folder)
+            await _register(context, name, folder)
         await _restore(context)
     except EngineUnavailable as error:
         server.should_exit = True
@@ -180,13 +183,13 @@ def _named_adapters(config: ServeConfig) -> list[tuple[str, Path]]:
     return named
 
 
-def _register(context: AppContext, name: str, folder: Path) -> None:
+async def _register(context: AppContext, name: str, folder: Path) -> None:
     """Publish an adapter that the operator named; the same bytes as last time change nothing."""
     source = folder.resolve().as_uri()
     with context.registry.store.stage() as staged:
-        copy_from(source, [source], staged, max_bytes=context.config.max_upload_bytes)
-        inspected = inspect(staged, context.spec)
-        context.registry.publish(name, inspected, staged, source=source, replace=True)
+        await asyncio.to_thread(copy_from, source, [source], staged, max_bytes=context.config.max_upload_bytes)
+        inspected = await examine(context, staged, context.spec)
+        await asyncio.to_thread(context.registry.publish, name, inspected, staged, source=source, replace=True)
 
 
 async def _restore(context: AppContext) -> None:

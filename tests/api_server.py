@@ -7,7 +7,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +42,7 @@ TEMPLATE = (
 
 
 def byte_tokenizer(template: str | None = TEMPLATE) -> Tokenizer:
-    return Tokenizer(fast_byte_tokenizer(template))
+    return Tokenizer.of(fast_byte_tokenizer(template))
 
 
 def fast_byte_tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
@@ -54,6 +54,16 @@ def fast_byte_tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerF
     fast = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=EOS, additional_special_tokens=["<|start|>"])
     fast.chat_template = template
     return fast
+
+
+def tokenizer_files(*added: str, template: str | None = TEMPLATE, **special: str) -> dict[str, bytes]:
+    """What transformers saves of the byte tokenizer with more tokens; the `special` ones by name, as `eos_token`."""
+    fast = fast_byte_tokenizer(template)
+    fast.add_tokens([*added])
+    fast.add_special_tokens(special)
+    with tempfile.TemporaryDirectory() as folder:
+        fast.save_pretrained(folder)
+        return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
 def ids(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -72,7 +82,7 @@ def adapter_files(seed: int = 0) -> dict[str, bytes]:
 
 @functools.cache
 def _tiny_model() -> Any:
-    return tiny_llama()
+    return tiny_llama(vocab_size=300)  # more than the tokenizer's
 
 
 def form(seed: int = 0) -> dict[str, tuple[str, bytes]]:
@@ -112,8 +122,12 @@ class Api:
     async def complete(self, prompt: Any = "hi", **fields: Any) -> httpx.Response:
         return await self.http.post("/v1/completions", json={"model": BASE, "prompt": prompt, **fields})
 
-    async def upload(self, name: str, seed: int = 0, **fields: Any) -> httpx.Response:
-        return await self.http.post("/v1/adapters", data={"name": name, **fields}, files=form(seed))
+    async def upload(
+        self, name: str, seed: int = 0, beside: Mapping[str, bytes] | None = None, **fields: Any
+    ) -> httpx.Response:
+        """`beside` are files of its tokenizer."""
+        files = form(seed) | {name: (name, data) for name, data in (beside or {}).items()}
+        return await self.http.post("/v1/adapters", data={"name": name, **fields}, files=files)
 
 
 def make_app(
@@ -143,6 +157,7 @@ async def serving(folder: Path, **settings: Any) -> AsyncIterator[Api]:
     wire = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=wire, base_url="http://test") as http:
         yield Api(app, context, transport, http)
+    await context.sandbox.close()
     await context.engine.stop()
     context.registry.close()
 
@@ -171,6 +186,7 @@ def listening(folder: Path, **settings: Any) -> Iterator[LiveServer]:
         async def run() -> None:
             await context.engine.start()
             await server.serve([listener])
+            await context.sandbox.close()
             await context.engine.stop()
 
         thread = threading.Thread(target=asyncio.run, args=(run(),))

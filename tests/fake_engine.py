@@ -112,7 +112,8 @@ class FakeTransport:
         if self.fail_after is not None and said > self.fail_after:
             return self._end(submit, SequenceOutput(submit.seq_id, [], "error", error=self.failure))
         score = TokenLogprobs(-0.5, 1, [(token, -0.5), (65, -1.5), (66, float("-inf"))][: (sampling.logprobs or 0)])
-        reason = "stop" if token in self.info.eos_token_ids else "length" if said == sampling.max_tokens else None
+        ends = (*self.info.eos_token_ids, *sampling.stop_token_ids)
+        reason = "stop" if token in ends else "length" if said == sampling.max_tokens else None
         scores = None if sampling.logprobs is None else [score]
         output = SequenceOutput(submit.seq_id, [token], reason, scores, num_cached_tokens=4, queue_seconds=0.001)
         return self._end(submit, output) if reason else output

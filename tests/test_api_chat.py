@@ -240,9 +240,8 @@ async def test_a_reader_that_never_reads_is_given_up(tmp_path: Path, monkeypatch
     async with serving(tmp_path) as api:
         api.says("x", end=False)
         api.engine.slow = 0.01
-        generation = Generation(
-            api.context, resolve(api.context, ANYONE, GenerationRequest(model=BASE)), "x", time.monotonic()
-        )
+        target = resolve(api.context, ANYONE, GenerationRequest(model=BASE))
+        generation = Generation(api.context, target, api.context.tokenizer, "x", time.monotonic())
         generation.submit(ANYONE, [[1]], 1, SamplingParams(max_tokens=100), [])
         stream = EventStream(generation, lambda delta: {"text": delta.text}, kind="x", include_usage=False)
         with pytest.raises(ClientDisconnect):

@@ -128,17 +128,21 @@ def files(folder: Path) -> dict[str, bytes]:
 @pytest.mark.usefixtures("server")
 def test_what_was_pushed_can_be_pulled(adapter: Path, tmp_path: Path) -> None:
     other = write_adapter(tiny_llama(), tmp_path / "other", seed=1)
+    (other / "chat_template.jinja").write_bytes(b"x")
     pushed = {name: data for name, data in files(adapter).items() if name in FILES}
     first = json.loads(run("adapters", "push", "mine", str(adapter), "--json"))["version"]
     run("adapters", "push", "mine", str(other), "--replace")
     run("adapters", "pull", f"mine@{first}", str(tmp_path / "first"))
     run("adapters", "pull", "mine", str(tmp_path / "second"))
     assert files(tmp_path / "first") == pushed != files(tmp_path / "second")
+    assert files(tmp_path / "second")["chat_template.jinja"] == b"x"
     refused = runner.invoke(app, ["adapters", "pull", "mine", str(tmp_path / "first")])
     assert refused.exit_code == 1 and "exists already" in refused.stderr
     assert files(tmp_path / "first") == pushed
     run("adapters", "pull", "mine", str(tmp_path / "first"), "--force")
     assert files(tmp_path / "first") == files(tmp_path / "second")
+    run("adapters", "pull", f"mine@{first}", str(tmp_path / "second"), "--force")
+    assert files(tmp_path / "second") == pushed
     for name in ("nobody", "mine@000000000000", "mine@x"):
         refused = runner.invoke(app, ["adapters", "pull", name, str(tmp_path / "nothing")])
         assert refused.exit_code == 1 and len(refused.stderr.splitlines()) == 1

@@ -378,6 +378,21 @@ def digest(
     return version_digest(settings_of(**config).canonical, read_header(path), path)
 
 
+def test_the_digest_covers_the_tokenizer_beside_the_weights(tmp_path: Path) -> None:
+    tensors = {"a": torch.ones(2)}
+    found = [digest(tmp_path, tensors)]
+    (tmp_path / "README.md").write_text("x")
+    assert digest(tmp_path, tensors) == found[0]
+    for name, text in (("tokenizer.json", "x"), ("tokenizer.json", "y"), ("chat_template.jinja", "y")):
+        (tmp_path / name).write_text(text)
+        found.append(digest(tmp_path, tensors))
+    (tmp_path / "tokenizer.json").unlink()
+    found.append(digest(tmp_path, tensors))
+    (tmp_path / "chat_template.jinja").rename(tmp_path / "added_tokens.json")
+    found.append(digest(tmp_path, tensors))
+    assert len(set(found)) == 6
+
+
 def test_the_digest_is_the_content(tmp_path: Path) -> None:
     tensors = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.arange(4.0)}
     base = digest(tmp_path, tensors)

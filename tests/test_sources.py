@@ -7,7 +7,7 @@ import pytest
 
 from adapters.errors import AdapterError, AdapterTooLarge, SourceNotAllowed, SourceNotFound
 from adapters.sources import copy_from
-from adapters.store import FILES
+from adapters.store import FILES, TOKENIZER_FILES
 
 LIMIT = 1000
 
@@ -36,6 +36,38 @@ def test_copies_the_two_files_and_no_other(root: Path) -> None:
     fetch(root, f"file://{root}/allowed/one")
     assert copied(root) == sorted(FILES)
     assert all((root / "into" / name).read_bytes() == name.encode() for name in FILES)
+
+
+def test_copies_the_tokenizer_that_is_there(root: Path) -> None:
+    one = root / "allowed" / "one"
+    for name in ("tokenizer.json", "chat_template.jinja", "tokenizer.model", "tokenization.py", "vocab.json"):
+        (one / name).write_bytes(name.encode())
+    fetch(root, f"file://{one}")
+    assert copied(root) == sorted([*FILES, "chat_template.jinja", "tokenizer.json"])
+
+
+def test_a_tokenizer_that_cannot_be_read_is_not_left_out(root: Path) -> None:
+    beside = root / "allowed" / "one" / "tokenizer.json"
+    beside.symlink_to(root / "allowed" / "absent")
+    with pytest.raises(SourceNotFound):
+        fetch(root, f"file://{root}/allowed/one")
+    beside.unlink()
+    beside.symlink_to(root / "secret" / "two" / FILES[0])
+    with pytest.raises(SourceNotAllowed):
+        fetch(root, f"file://{root}/allowed/one")
+
+
+def test_the_files_of_a_tokenizer_are_capped_too(root: Path) -> None:
+    beside = root / "allowed" / "one" / "chat_template.jinja"
+    beside.write_bytes(b"x" * (LIMIT - 44))
+    fetch(root, f"file://{root}/allowed/one")
+    beside.write_bytes(b"x" * (LIMIT - 43))
+    with pytest.raises(AdapterTooLarge):
+        fetch(root, f"file://{root}/allowed/one")
+    with beside.open("wb") as file:
+        file.truncate(TOKENIZER_FILES[beside.name] + 1)
+    with pytest.raises(AdapterTooLarge):
+        fetch(root, f"file://{root}/allowed/one", 1 << 40)
 
 
 def test_a_name_with_spaces_is_written_with_percent_signs(root: Path) -> None:

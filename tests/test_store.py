@@ -2,6 +2,7 @@
 
 import errno
 import os
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from adapters import store as store_module
 from adapters.errors import NoSpace
-from adapters.store import FILES, AdapterStore
+from adapters.store import FILES, TOKENIZER_FILES, AdapterStore
 
 ONE, TWO = "1" * 64, "2" * 64
 
@@ -19,9 +20,9 @@ def store(tmp_path: Path) -> AdapterStore:
     return AdapterStore(tmp_path / "store")
 
 
-def put(store: AdapterStore, digest: str, content: bytes = b"x") -> Path:
+def put(store: AdapterStore, digest: str, content: bytes = b"x", beside: Iterable[str] = ()) -> Path:
     with store.stage() as folder:
-        for name in FILES:
+        for name in (*FILES, *beside):
             (folder / name).write_bytes(content)
         return store.admit(folder, digest)
 
@@ -53,6 +54,14 @@ def test_a_place_that_lost_a_file_is_absent_and_can_be_filled_again(store: Adapt
     assert ONE not in store
     put(store, ONE)
     assert ONE in store
+
+
+def test_a_tokenizer_is_kept_with_its_adapter(store: AdapterStore) -> None:
+    place = put(store, ONE, beside=TOKENIZER_FILES)
+    assert {path.name for path in place.iterdir()} == {*FILES, *TOKENIZER_FILES}
+    (place / "tokenizer.json").unlink()
+    put(store, ONE, beside=TOKENIZER_FILES)
+    assert (place / "tokenizer.json").exists()
 
 
 def test_an_incomplete_folder_is_not_admitted(store: AdapterStore) -> None:
@@ -139,9 +148,9 @@ def test_bytes_are_on_disk_before_the_folder_is_in_its_place(
 
     monkeypatch.setattr(store_module, "_fsync", synced)
     monkeypatch.setattr(Path, "rename", renamed)
-    put(store, ONE)
+    put(store, ONE, beside=["tokenizer.json"])
     position = order.index("rename")
-    assert set(FILES) < set(order[:position]) and len(order[:position]) == 3
+    assert {*FILES, "tokenizer.json"} < set(order[:position]) and len(order[:position]) == 4
     assert order[position + 1 :] == ["11", "store"]
 
 

@@ -90,7 +90,7 @@ def test_slow_tokenizers_are_refused() -> None:
         is_fast = False
 
     with pytest.raises(TokenizerUnusable):
-        Tokenizer(Slow())
+        Tokenizer.of(Slow())
 
 
 def test_logprobs_are_finite() -> None:

@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ValidationError
 
 from adapters.registry import AdapterRecord
-from adapters.store import FILES
+from adapters.store import FILES, TOKENIZER_FILES
 from server.api import publishing
 from server.api.adapter_schemas import (
     AdapterBody,
@@ -42,6 +42,7 @@ _UPLOAD_SCHEMA: dict[str, Any] = {
         "name": {"type": "string", "pattern": "^[a-z0-9][a-z0-9._-]{0,63}$"},
         "adapter_config.json": {"type": "string", "format": "binary"},
         "adapter_model.safetensors": {"type": "string", "format": "binary"},
+        **{name: {"type": "string", "format": "binary"} for name in TOKENIZER_FILES},
         "replace": {"type": "boolean", "default": False},
         "pinned": {"type": "boolean", "default": False},
     },
@@ -275,12 +276,12 @@ async def download_file(
     record = publishing.find(context, key, name)
     if version is not None:
         record = context.registry.resolve(f"{name}@{version}")
-    if file not in FILES:
-        raise ApiError(404, f"Adapters have {' and '.join(FILES)}.", code="not_found")
+    if file not in (*FILES, *TOKENIZER_FILES):
+        raise ApiError(404, f"Adapters have no file but {', '.join((*FILES, *TOKENIZER_FILES))}.", code="not_found")
     try:
         stored = await asyncio.to_thread((context.registry.store.path(record.version.digest) / file).open, "rb")
     except FileNotFoundError:
-        raise ApiError(404, "The file is gone from the server's disk.", code="not_found") from None
+        raise ApiError(404, "The server's disk does not have this file.", code="not_found") from None
     size = os.fstat(stored.fileno()).st_size
     return StreamingResponse(_chunks(stored), media_type=_BYTES, headers={"content-length": str(size)})
 

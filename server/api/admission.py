@@ -2,16 +2,19 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
+from fastapi import Request
 
 from adapters.errors import AdapterNotFound
 from adapters.registry import AdapterRecord
+from adapters.traits import Traits
 from server.api.auth import Key
 from server.api.context import BASE_NAME, AppContext
 from server.api.errors import bad_request, model_not_found, unavailable
 from server.api.schemas import AdapterPart, GenerationRequest
+from server.api.text import Tokenizer
 from server.metrics import COMPOSED_LABEL
 from server.sequence import SamplingParams, ScaledAdapter
 
@@ -22,22 +25,27 @@ MAX_SEQUENCES = 64  # prompts times n of one request
 class Target:
     """What answers: the base model, one version of an adapter or several together, fixed for the whole request.
 
-    `names` are of the accounting and `label` of the metrics.
+    `label` is of the metrics; `versions` are names and digests, as they were asked for.
     """
 
     asked: str
     label: str
-    names: frozenset[str]
+    versions: tuple[tuple[str, str], ...]
     adapters: tuple[ScaledAdapter, ...]  # sorted
     fingerprint: str
-    invocation_tokens: tuple[int, ...] = ()
+    traits: Traits = field(default_factory=Traits)  # of the adapter, if it is one
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Of the accounting."""
+        return frozenset(name for name, _ in self.versions) or frozenset([BASE_NAME])
 
     def on(self, prompt: list[int]) -> tuple[tuple[ScaledAdapter, ...], int]:
         """The adapters that see this prompt and the first token that they see: an activated LoRA sees its last
         invocation and what follows, and nothing of a prompt without one."""
-        if not self.invocation_tokens:
+        if not self.traits.invocation_tokens:
             return self.adapters, 0
-        start = _last_occurrence(list(self.invocation_tokens), prompt)
+        start = _last_occurrence(list(self.traits.invocation_tokens), prompt)
         return ((), 0) if start is None else (self.adapters, start)
 
 
@@ -51,16 +59,49 @@ def resolve(context: AppContext, key: Key, body: GenerationRequest) -> Target:
     base = context.info.base_fingerprint
     found = [(resolve_record(context, key, part.name), part.scale) for part in _parts(context, body)]
     if not found:
-        return Target(body.model, BASE_NAME, frozenset([BASE_NAME]), (), f"{base}-base")
+        return Target(body.model, BASE_NAME, (), (), f"{base}-base")
     adapters = tuple(sorted(ScaledAdapter(record.version.digest, scale) for record, scale in found))
     _check_additive(found)
     _check_room(context, adapters)
-    names = frozenset(record.name for record, _ in found)
-    for name in names:
+    versions = tuple((record.name, record.version.digest) for record, _ in found)
+    for name, _ in versions:
         context.metrics.know(name)
-    label = COMPOSED_LABEL if len(found) > 1 else found[0][0].name
-    invocation_tokens = found[0][0].version.traits.invocation_tokens
-    return Target(body.model, label, names, adapters, f"{base}-{_identity(adapters)}", invocation_tokens)
+    label, traits = (COMPOSED_LABEL, Traits()) if len(found) > 1 else (found[0][0].name, found[0][0].version.traits)
+    return Target(body.model, label, versions, adapters, f"{base}-{_identity(adapters)}", traits)
+
+
+async def choose(request: Request, context: AppContext, key: Key, body: GenerationRequest) -> tuple[Target, Tokenizer]:
+    """What answers, and the tokenizer that goes with it: the adapter's, if it is one and has its own."""
+    target = resolve(context, key, body)
+    request.state.adapter = target.label
+    digest = target.adapters[0].digest if len(target.adapters) == 1 else None
+    try:
+        return target, await context.tokenizers.of(digest, target.traits)
+    except FileNotFoundError:  # deleted just now
+        raise model_not_found(body.model) from None
+
+
+def check_still_there(context: AppContext, target: Target) -> None:
+    """Raises 404 when an adapter was deleted since `resolve`. A version that was replaced meanwhile may still run."""
+    for name, digest in target.versions:
+        try:
+            context.registry.resolve(f"{name}@{digest}")
+        except AdapterNotFound:
+            raise model_not_found(target.asked) from None
+
+
+def vocab_size_of(context: AppContext, target: Target) -> int:
+    return target.traits.vocab_size or context.info.vocab_size
+
+
+def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
+    """Raises 400 for a prompt without tokens, or with one that has no embedding: clients send token ids, and what an
+    adapter's own tokenizer and template make is not ours."""
+    if not all(prompts):
+        raise bad_request("The prompt is empty.", "prompt")
+    largest = max(map(max, prompts))
+    if largest >= vocab_size:
+        raise bad_request(f"Token {largest} is not in the vocabulary of {vocab_size}.", "prompt")
 
 
 def _parts(context: AppContext, body: GenerationRequest) -> list[AdapterPart]:
@@ -139,9 +180,10 @@ def token_budget(context: AppContext, prompts: Sequence[Sequence[int]], asked: i
 
 
 def sampling_params(
-    context: AppContext, body: GenerationRequest, max_tokens: int, logprobs: int | None
+    vocab_size: int, body: GenerationRequest, max_tokens: int, logprobs: int | None, end_ids: tuple[int, ...]
 ) -> SamplingParams:
-    vocab_size = context.info.vocab_size
+    """`end_ids` are tokens that end an answer, unless the client has it go on."""
+    ends = () if body.ignore_eos else tuple(token for token in end_ids if token < vocab_size)
     bias = {int(token): value for token, value in (body.logit_bias or {}).items()}
     for token in (*bias, *(body.stop_token_ids or ())):
         if token >= vocab_size:
@@ -160,7 +202,7 @@ def sampling_params(
         repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
         logit_bias=bias,
         seed=body.seed,
-        stop_token_ids=tuple(body.stop_token_ids or ()),
+        stop_token_ids=(*(body.stop_token_ids or ()), *ends),
         ignore_eos=bool(body.ignore_eos),
         logprobs=logprobs,
     )

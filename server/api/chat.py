@@ -5,7 +5,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
 
-from server.api.admission import admit
+from server.api.admission import admit, choose
 from server.api.auth import Key, key_of
 from server.api.context import AppContext, Context
 from server.api.errors import error_answers
@@ -34,19 +34,22 @@ async def create_chat_completion(
 ) -> Response:
     """Answer a conversation with the base model or an adapter."""
     admit(context)
-    prompt = await _render(context, body)
+    target, tokenizer = await choose(request, context, key, body)
+    prompt = await _render(context, tokenizer, body)
     generation = start(
         request,
         context,
         key,
         body,
+        target,
+        tokenizer,
         [prompt],
         prefix="chatcmpl",
         asked=body.max_completion_tokens or body.max_tokens,
         default=None,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
-    encode = _Encoder(context.tokenizer, with_logprobs=bool(body.logprobs))
+    encode = _Encoder(tokenizer, with_logprobs=bool(body.logprobs))
     if body.stream:
         return EventStream(
             generation,
@@ -59,11 +62,9 @@ async def create_chat_completion(
     return JSONResponse(_completion(generation, [encode.choice(delta) for delta in deltas]).model_dump())
 
 
-async def _render(context: AppContext, body: ChatCompletionRequest) -> list[int]:
+async def _render(context: AppContext, tokenizer: Tokenizer, body: ChatCompletionRequest) -> list[int]:
     messages = [{"role": _role_of(message.role), "content": message.text} for message in body.messages]
-    return await context.tokenizer.render(
-        messages, context.info.max_model_len, continue_final=body.continue_final_message
-    )
+    return await tokenizer.render(messages, context.info.max_model_len, continue_final=body.continue_final_message)
 
 
 def _role_of(role: str) -> str:

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
 
-from server.api.admission import MAX_SEQUENCES, admit
+from server.api.admission import MAX_SEQUENCES, admit, choose
 from server.api.auth import Key, key_of
 from server.api.context import AppContext, Context
 from server.api.errors import bad_request, error_answers
@@ -29,19 +29,22 @@ async def create_completion(
 ) -> Response:
     """Continue one or several prompts with the base model or an adapter."""
     admit(context)
-    prompts = await _prompts(context, body)
+    target, tokenizer = await choose(request, context, key, body)
+    prompts = await _prompts(context, tokenizer, body)
     generation = start(
         request,
         context,
         key,
         body,
+        target,
+        tokenizer,
         prompts,
         prefix="cmpl",
         asked=body.max_tokens,
         default=_DEFAULT_MAX_TOKENS,
         logprobs=body.logprobs,
     )
-    encode = _Encoder(context.tokenizer, with_logprobs=body.logprobs is not None)
+    encode = _Encoder(tokenizer, with_logprobs=body.logprobs is not None)
     if body.stream:
         return EventStream(generation, encode, kind="text_completion", include_usage=body.include_usage)
     deltas = await collect(request, generation)
@@ -56,24 +59,19 @@ async def create_completion(
     return JSONResponse(completion.model_dump())
 
 
-async def _prompts(context: AppContext, body: CompletionRequest) -> list[list[int]]:
+async def _prompts(context: AppContext, tokenizer: Tokenizer, body: CompletionRequest) -> list[list[int]]:
     """The prompts as token ids: OpenAI allows a text, a list of texts, token ids and a list of those."""
     given = body.prompt
     several = given if isinstance(given, list) and not isinstance(given[0], int) else [given]
     if len(several) * (body.n or 1) > MAX_SEQUENCES:
         raise bad_request(f"At most {MAX_SEQUENCES} answers (prompts times n) fit into one request.", "prompt")
-    return [await _prompt_ids(context, prompt) for prompt in several]
+    return [await _prompt_ids(context, tokenizer, prompt) for prompt in several]
 
 
-async def _prompt_ids(context: AppContext, prompt: Any) -> list[int]:
-    if not isinstance(prompt, str):
-        if max(prompt) >= context.info.vocab_size:
-            raise bad_request(f"Token {max(prompt)} is not in the vocabulary.", "prompt")
-        return list(prompt)
-    ids = await context.tokenizer.encode(prompt, context.info.max_model_len)
-    if not ids:
-        raise bad_request("The prompt is empty.", "prompt")
-    return ids
+async def _prompt_ids(context: AppContext, tokenizer: Tokenizer, prompt: Any) -> list[int]:
+    if isinstance(prompt, str):
+        return await tokenizer.encode(prompt, context.info.max_model_len)
+    return list(prompt)
 
 
 class _Encoder:

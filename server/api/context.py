@@ -11,7 +11,9 @@ from fastapi import Depends, Request
 
 from adapters.registry import AdapterRegistry
 from adapters.spec import ModelSpec
+from server.api.adapter_tokenizers import AdapterTokenizers
 from server.api.auth import KeyRing
+from server.api.template_sandbox import TemplateSandbox
 from server.api.text import Tokenizer
 from server.config import ServeConfig
 from server.engine.client import EngineClient, EngineState, EngineUnavailable
@@ -118,7 +120,7 @@ class AppContext:
     config: ServeConfig
     engine: EngineClient
     registry: AdapterRegistry
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer  # the base model's
     keys: KeyRing
     metrics: Metrics
     base_model: str
@@ -128,7 +130,12 @@ class AppContext:
     in_flight: InFlight = field(default_factory=InFlight)
     lazy: dict[str, LazyAdapter] = field(default_factory=dict)
     background: set["asyncio.Task[None]"] = field(default_factory=set)
+    sandbox: TemplateSandbox = field(default_factory=TemplateSandbox)
+    tokenizers: AdapterTokenizers = field(init=False)
     _locks: dict[str, asyncio.Lock] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.tokenizers = AdapterTokenizers(self.tokenizer, self.registry.store, self.sandbox)
 
     @property
     def info(self) -> EngineInfo:

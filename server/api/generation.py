@@ -12,12 +12,12 @@ import msgspec
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive
 
-from server.api.admission import Target, resolve, sampling_params, token_budget
+from server.api.admission import Target, check_prompts, check_still_there, sampling_params, token_budget, vocab_size_of
 from server.api.auth import Key
 from server.api.context import AdapterUse, AppContext
 from server.api.errors import ApiError, engine_unavailable, server_error, unavailable
 from server.api.schemas import GenerationRequest, PromptTokensDetails, UsageBody
-from server.api.text import Detokenizer
+from server.api.text import Detokenizer, Tokenizer
 from server.engine.client import EngineState, Stream
 from server.engine.messages import SequenceOutput, Submit
 from server.metrics import RequestTimer
@@ -113,13 +113,14 @@ class EngineFailure(Exception):
 class Generation:
     """The sequences of one request. `close` must run when the request ends, however it ends."""
 
-    def __init__(self, context: AppContext, target: Target, prefix: str, started: float):
+    def __init__(self, context: AppContext, target: Target, tokenizer: Tokenizer, prefix: str, started: float):
         self.id = f"{prefix}-{uuid.uuid4().hex}"
         self.created = int(time.time())
         self.target = target
         self.prompt_tokens = 0
         self.timer = RequestTimer(context.metrics, target.label, started)
         self._context = context
+        self._tokenizer = tokenizer
         self._choices: list[Choice] = []
         self._n = 1
         self._open: set[str] = set()
@@ -142,7 +143,7 @@ class Generation:
                     seq_id = f"{self.id}-{len(self._choices)}"
                     seeded = _with_seed(sampling, i)
                     stream = self._start(Submit(seq_id, prompt, seeded, adapters, key.tenant, active_from))
-                    text = Detokenizer(self._context.tokenizer, prompt, stop, sampling.min_tokens)
+                    text = Detokenizer(self._tokenizer, prompt, stop, sampling.min_tokens)
                     self._choices.append(Choice(len(self._choices), stream, text, stop_ids))
         except BaseException:
             self.close()
@@ -245,6 +246,8 @@ def start(
     context: AppContext,
     key: Key,
     body: GenerationRequest,
+    target: Target,
+    tokenizer: Tokenizer,
     prompts: Sequence[list[int]],
     *,
     prefix: str,
@@ -252,11 +255,13 @@ def start(
     default: int | None,
     logprobs: int | None,
 ) -> Generation:
-    """Resolve the model and submit, without a pause in which the adapter could be deleted."""
-    target = resolve(context, key, body)
-    request.state.adapter = target.label
-    sampling = sampling_params(context, body, token_budget(context, prompts, asked, default), logprobs)
-    generation = Generation(context, target, prefix, request.state.started)
+    """Submit `prompts`, which `tokenizer` made for `target`."""
+    check_still_there(context, target)
+    vocab_size = vocab_size_of(context, target)
+    check_prompts(prompts, vocab_size)
+    max_tokens = token_budget(context, prompts, asked, default)
+    sampling = sampling_params(vocab_size, body, max_tokens, logprobs, tokenizer.end_ids)
+    generation = Generation(context, target, tokenizer, prefix, request.state.started)
     generation.submit(key, prompts, body.n or 1, sampling, body.stop_strings)
     return generation
 

@@ -9,14 +9,17 @@ from pathlib import Path
 
 from starlette.requests import Request
 
-from adapters.errors import AdapterConflict, AdapterError, AdapterNotFound
+from adapters.errors import AdapterConflict, AdapterError, AdapterInvalid, AdapterNotFound, Problem
 from adapters.registry import AdapterRecord, check_name
 from adapters.sources import copy_from
+from adapters.spec import ModelSpec
+from adapters.tokenizer_files import CONFIG, TEMPLATE, read_tokenizer_files
 from adapters.validation import Inspected, inspect
 from server.api.adapter_schemas import DeletedBody, RegisterRequest, UploadForm
 from server.api.auth import Key
 from server.api.context import AppContext, LazyAdapter
 from server.api.errors import ApiError, model_not_found
+from server.api.template_sandbox import TemplateFailed
 from server.api.trials import tried
 from server.api.uploads import receive_upload
 from server.engine.client import AdapterMoveRefused, EngineUnavailable
@@ -52,7 +55,7 @@ async def upload(
     with context.registry.store.stage() as folder:
         form = parse(await receive_upload(request, folder))
         check_writable(key, form.name)
-        inspected = await asyncio.to_thread(inspect, folder, spec)
+        inspected = await examine(context, folder, spec)
         async with tried(context, inspected, folder):
             if dry_run:
                 return form, inspected, None
@@ -67,11 +70,37 @@ async def register(context: AppContext, body: RegisterRequest) -> tuple[AdapterR
     config = context.config
     with context.registry.store.stage() as folder:
         await asyncio.to_thread(copy_from, body.source, config.allow_source, folder, max_bytes=config.max_upload_bytes)
-        inspected = await asyncio.to_thread(inspect, folder, context.spec)
+        inspected = await examine(context, folder, context.spec)
         async with tried(context, inspected, folder):
             return await _publish(
                 context, body.name, inspected, folder, source=body.source, replace=body.replace, pinned=body.pinned
             )
+
+
+async def examine(context: AppContext, folder: Path, spec: ModelSpec) -> Inspected:
+    """All that is checked before an adapter is published. Raises `AdapterInvalid` with every problem found."""
+    problems = await _template_problems(context, folder)
+    try:
+        inspected = await asyncio.to_thread(inspect, folder, spec)
+    except AdapterInvalid as error:
+        raise AdapterInvalid([*error.problems, *problems]) from None
+    if problems:
+        raise AdapterInvalid(problems)
+    return inspected
+
+
+async def _template_problems(context: AppContext, folder: Path) -> list[Problem]:
+    """Compiling a template can cost as much as rendering it, so the sandbox does that too."""
+    try:
+        files = await asyncio.to_thread(read_tokenizer_files, folder)
+        if files.chat_template is not None:
+            await context.sandbox.check(files.chat_template)
+    except AdapterInvalid:
+        return []  # `inspect` says so too
+    except TemplateFailed as failed:
+        where = TEMPLATE if (folder / TEMPLATE).exists() else f"{CONFIG}: chat_template"
+        return [Problem(where, str(failed), "a template that compiles", "malformed_file")]
+    return []
 
 
 def register_lazily(context: AppContext, body: RegisterRequest) -> LazyAdapter:

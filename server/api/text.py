@@ -1,10 +1,11 @@
 """Between text and token ids: the tokenizer with its chat template, and incremental detokenizing with stop strings."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from tokenizers import Tokenizer as Backend
 from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer
 
@@ -18,25 +19,55 @@ class TokenizerUnusable(Exception):
     """The model's tokenizer has no fast (Rust) backend, which incremental decoding needs."""
 
 
-class Tokenizer:
-    """A transformers tokenizer. Text goes through its Rust backend directly, which threads may share."""
+class ChatTemplate(Protocol):
+    """Makes the text of a prompt out of a conversation. Raises `ApiError` when it refuses to."""
 
-    def __init__(self, tokenizer: Any):
+    async def render(
+        self, messages: list[dict[str, str]], special_tokens: Mapping[str, str], *, continue_final: bool
+    ) -> str: ...
+
+
+class Tokenizer:
+    """Text goes through the Rust backend directly, which threads may share.
+
+    `special_tokens` are known to the chat template by their names; `end_ids` end an answer, besides those that end the
+    base model's.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        template: ChatTemplate | None,
+        special_tokens: Mapping[str, str],
+        special_ids: Collection[int],
+        end_ids: tuple[int, ...] = (),
+    ):
+        self.backend = backend
+        self.template = template
+        self.special_tokens = dict(special_tokens)
+        self.end_ids = end_ids
+        self._byte_level = self.backend.decoder is not None and b"ByteLevel" in self.backend.decoder.__getstate__()
+        self.special_ids = frozenset(special_ids)
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> "Tokenizer":
+        """A transformers tokenizer, whose chat template is trusted. Raises `TokenizerUnusable`."""
         if not tokenizer.is_fast:
             raise TokenizerUnusable(f"{type(tokenizer).__name__} has no fast version")
-        self._tokenizer = tokenizer
-        self.backend = tokenizer.backend_tokenizer
-        self.backend.no_truncation()
-        self.backend.no_padding()
-        self._byte_level = b"ByteLevel" in self.backend.decoder.__getstate__()
-        self._special_ids = frozenset(tokenizer.all_special_ids)
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
+        template = None if tokenizer.chat_template is None else _OwnTemplate(tokenizer)
+        named = {
+            name: str(token) for name, token in tokenizer.special_tokens_map.items() if not isinstance(token, list)
+        }
+        return cls(tokenizer.backend_tokenizer, template, named, tokenizer.all_special_ids)
 
     @classmethod
     def load(cls, model: str) -> "Tokenizer":
         """The tokenizer that belongs to `model`: a folder, a .gguf file or a hub id."""
         if model.endswith(".gguf"):
-            return cls(AutoTokenizer.from_pretrained(Path(model).parent, gguf_file=Path(model).name))
-        return cls(AutoTokenizer.from_pretrained(model, trust_remote_code=False))
+            return cls.of(AutoTokenizer.from_pretrained(Path(model).parent, gguf_file=Path(model).name))
+        return cls.of(AutoTokenizer.from_pretrained(model, trust_remote_code=False))
 
     async def encode(self, text: str, max_tokens: int) -> list[int]:
         return await self._encode(text, max_tokens, add_special_tokens=True)
@@ -44,24 +75,12 @@ class Tokenizer:
     async def render(
         self, messages: list[dict[str, str]], max_tokens: int, *, continue_final: bool = False
     ) -> list[int]:
-        """Token ids of a conversation in the model's own chat template."""
-        if self._tokenizer.chat_template is None:
+        """Token ids of a conversation in the chat template."""
+        if self.template is None:
             raise bad_request("This model has no chat template; use /v1/completions.", "model", "unsupported")
         _check_length(sum(len(message["content"]) for message in messages), max_tokens)
-        text = await asyncio.to_thread(self._render, messages, continue_final)
+        text = await self.template.render(messages, self.special_tokens, continue_final=continue_final)
         return await self._encode(text, max_tokens, add_special_tokens=False)
-
-    def _render(self, messages: list[dict[str, str]], continue_final: bool) -> str:
-        try:
-            text: str = self._tokenizer.apply_chat_template(
-                messages,
-                tokenize=False,
-                add_generation_prompt=not continue_final,
-                continue_final_message=continue_final,
-            )
-        except Exception as error:  # a template is a program: it refuses what it does not expect in its own ways
-            raise bad_request("The model's chat template refuses these messages.", "messages") from error
-        return text
 
     async def _encode(self, text: str, max_tokens: int, *, add_special_tokens: bool) -> list[int]:
         _check_length(len(text), max_tokens)
@@ -78,13 +97,38 @@ class Tokenizer:
         token = self.backend.id_to_token(token_id)
         if token is None:
             return b""
-        if token_id in self._special_ids:
+        if token_id in self.special_ids:
             return str(token).encode()
         if self._byte_level:
             return b"".join(_BYTES.get(char) or char.encode() for char in token)
         if len(token) == 6 and token.startswith("<0x"):  # byte fallback of SentencePiece vocabularies
             return bytes.fromhex(token[3:5])
         return str(token).replace("\u2581", " ").encode()
+
+
+class _OwnTemplate:
+    """The base model's template, rendered in this process."""
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer
+
+    async def render(
+        self, messages: list[dict[str, str]], special_tokens: Mapping[str, str], *, continue_final: bool
+    ) -> str:
+        return await asyncio.to_thread(self._render, messages, special_tokens, continue_final)
+
+    def _render(self, messages: list[dict[str, str]], special_tokens: Mapping[str, str], continue_final: bool) -> str:
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                messages,
+                tokenize=False,
+                add_generation_prompt=not continue_final,
+                continue_final_message=continue_final,
+                **special_tokens,
+            )
+        except Exception as error:  # a template is a program: it refuses what it does not expect in its own ways
+            raise bad_request("The model's chat template refuses these messages.", "messages") from error
+        return text
 
 
 def _check_length(chars: int, max_tokens: int) -> None:

@@ -1,6 +1,7 @@
 """Multipart uploads, streamed straight into a staging folder: nothing is spooled or held in memory."""
 
 import asyncio
+import math
 from contextlib import aclosing
 from pathlib import Path
 from typing import BinaryIO
@@ -10,15 +11,19 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 from starlette.requests import Request
 
-from adapters.store import FILES
+from adapters.store import FILES, TOKENIZER_FILES
 from server.api.errors import ApiError, bad_request
 
+_KNOWN = (*FILES, *TOKENIZER_FILES)
 _MAX_FIELD_BYTES = 1024
 _MAX_FIELDS = 8
 
 
 async def receive_upload(request: Request, folder: Path) -> dict[str, str]:
-    """Write the two files of an adapter into `folder` and return the form's other fields."""
+    """Write the files of an adapter into `folder` and return the form's other fields.
+
+    Only keys with the scope `admin` get here (`server.api.auth`), so every chat template is one that an admin chose.
+    """
     _, options = parse_options_header(request.headers["content-type"])
     with _Upload(options.get(b"boundary", b""), folder) as upload:
         async with aclosing(request.stream()) as chunks:
@@ -28,7 +33,7 @@ async def receive_upload(request: Request, folder: Path) -> dict[str, str]:
 
 
 class _Upload:
-    """Sorts the parts of a form: our two files to disk, a few short fields to a dict, anything else is refused."""
+    """Sorts the parts of a form: an adapter's files to disk, a few short fields to a dict, anything else is refused."""
 
     def __init__(self, boundary: bytes, folder: Path):
         if not boundary:
@@ -39,6 +44,7 @@ class _Upload:
         self._header = (bytearray(), bytearray())
         self._disposition = b""
         self._sink: bytearray | BinaryIO = bytearray()
+        self._left: float = math.inf  # bytes that the file being received may still have
         self._ended = False
         try:
             self._parser = MultipartParser(
@@ -75,7 +81,8 @@ class _Upload:
         for name in FILES:
             if name not in self._files:
                 raise bad_request(f"The upload has no file '{name}'.", name)
-            self._files[name].close()
+        for file in self._files.values():
+            file.close()
         return {name: value.decode("utf-8", "replace") for name, value in self._fields.items()}
 
     def _on_part_begin(self) -> None:
@@ -103,13 +110,14 @@ class _Upload:
             self._sink = self._fields[name] = bytearray()
 
     def _open_file(self, field: str, filename: str) -> BinaryIO:
-        """Our two files are known by the field's name or their own; a client's name never becomes a path."""
-        name = next((known for known in FILES if known in (field, filename)), None)
+        """An adapter's files are known by the field's name or their own; a client's name never becomes a path."""
+        name = next((known for known in _KNOWN if known in (field, filename)), None)
         if name is None:
-            raise ApiError(415, f"Only {' and '.join(FILES)} are accepted.", code="unsupported_media_type")
+            raise ApiError(415, f"Only {', '.join(_KNOWN)} are accepted.", code="unsupported_media_type")
         if name in self._files:
             raise bad_request(f"The upload has '{name}' twice.", name)
         self._files[name] = file = (self._folder / name).open("wb")
+        self._left = TOKENIZER_FILES.get(name, math.inf)
         return file
 
     def _on_part_data(self, data: bytes, start: int, end: int) -> None:
@@ -118,6 +126,9 @@ class _Upload:
                 raise bad_request(f"A form field is longer than {_MAX_FIELD_BYTES} bytes.")
             self._sink.extend(data[start:end])
         else:
+            self._left -= end - start
+            if self._left < 0:
+                raise ApiError(413, "A file of the tokenizer is larger than this server accepts.", code="too_large")
             self._sink.write(memoryview(data)[start:end])
 
     def _on_end(self) -> None:

@@ -1,0 +1,149 @@
+"""The process that compiles and renders chat templates which came with adapters: a question per line of its standard
+input, an answer per line of its output. It imports nothing of the server and ends with its input, or after
+`GIVE_UP_SECONDS` on one question.
+
+The environment is the one that transformers renders templates in.
+"""
+
+import json
+import re
+import resource
+import signal
+import sys
+from collections.abc import Callable
+from datetime import datetime
+from functools import lru_cache
+from typing import Any
+
+from jinja2 import Template, nodes
+from jinja2.exceptions import SecurityError, TemplateError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+
+MAX_MEMORY_BYTES = 512 << 20
+MAX_OUTPUT_CHARS = 4 << 20
+GIVE_UP_SECONDS = 3.0  # the server kills sooner; this is for one that is gone
+_MAX_REASON_CHARS = 200
+_LIMITS = {
+    resource.RLIMIT_AS: MAX_MEMORY_BYTES,
+    resource.RLIMIT_CORE: 0,
+    resource.RLIMIT_FSIZE: 0,
+    resource.RLIMIT_NPROC: 0,
+}
+
+
+class _Generation(Extension):
+    """`{% generation %}` marks what an assistant said, for training; here it only shows its contents."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class _Dict:
+    """`dict` without the attributes of a class."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args: Any) -> dict[Any, Any]:
+        return dict.fromkeys(*args)
+
+
+class _Namespace(Namespace):
+    """Jinja's, but without names that mean something to Python."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:
+        self, *rest = args
+        attributes = dict(*rest, **kwargs)
+        for name in attributes:
+            _check_name(name)
+        Namespace.__init__(self, attributes)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_name(name)
+        super().__setitem__(name, value)
+
+
+def _check_name(name: str) -> None:
+    if name.startswith("_"):
+        raise SecurityError(f"namespaces have no attribute {name!r}")
+
+
+def _raise_exception(message: str) -> None:
+    raise TemplateError(message)
+
+
+def _tojson(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.now().strftime(pattern)
+
+
+@lru_cache(maxsize=16)
+def _compile(template: str) -> Template:
+    """Every template has an environment of its own, so that none can leave anything behind for another."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals |= {
+        "raise_exception": _raise_exception,
+        "strftime_now": _strftime_now,
+        "dict": _Dict(),
+        "namespace": _Namespace,
+    }
+    return environment.from_string(template)
+
+
+def _render(template: Template, context: dict[str, Any]) -> str:
+    parts, length = [], 0
+    for part in template.generate(**context):
+        length += len(part)
+        if length > MAX_OUTPUT_CHARS:
+            raise TemplateError(f"more than {MAX_OUTPUT_CHARS} characters")
+        parts.append(part)
+    text = "".join(parts)
+    text.encode()  # raises for half a surrogate pair, which is no character
+    return text
+
+
+def answer(question: dict[str, Any]) -> dict[str, str]:
+    """`text`, or the reason why there is none in `error`. Without a `context` the template is only compiled."""
+    try:
+        template = _compile(question["template"])
+        return {"text": _render(template, question["context"]) if "context" in question else ""}
+    except MemoryError:
+        return {"error": "it needs too much memory"}
+    except Exception as error:  # a template is a program: it fails in its own ways
+        return {"error": _printable(str(error) or type(error).__name__)}
+
+
+def _printable(reason: str) -> str:
+    """No control characters, and no addresses, which Python shows of its objects."""
+    return re.sub(r"0x[0-9a-f]+", "...", ascii(reason[:_MAX_REASON_CHARS])[1:-1])
+
+
+def main(write: Callable[[bytes], object] = sys.stdout.buffer.write) -> None:
+    for limit, value in _LIMITS.items():
+        resource.setrlimit(limit, (value, value))
+    write(b"\n")  # it is ready
+    sys.stdout.flush()
+    for line in sys.stdin.buffer:
+        signal.setitimer(signal.ITIMER_REAL, GIVE_UP_SECONDS)  # its signal ends the process, even within one operation
+        reply = json.dumps(answer(json.loads(line)))
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        write(reply.encode() + b"\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
