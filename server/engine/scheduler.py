@@ -36,6 +36,28 @@ class AdapterSlots(Protocol):
         """Why the version cannot be loaded, if its last load failed."""
 
 
+@dataclass(slots=True)
+class MergeGate:
+    """What a merge (engine/merging.py) asks of admission. Open, unless it is kept for one version."""
+
+    owner: str | None = None  # the version that is in the base's weights, or about to be
+    closed: float = 0.0  # others that arrived later wait
+    merged: bool = False
+
+    def close(self, owner: str, now: float) -> None:
+        self.owner, self.closed = owner, now
+
+    def open(self) -> None:
+        self.owner, self.merged = None, False
+
+    def admits(self, seq: Sequence) -> bool:
+        return self.owner is None or seq.adapter == self.owner or seq.arrival <= self.closed
+
+    def in_base(self, seq: Sequence) -> bool:
+        """Its adapter is in the base's weights: it runs as a base row, without a slot."""
+        return self.merged and seq.adapter == self.owner
+
+
 class Admission(Enum):
     ADMITTED = auto()
     NO_ADAPTER = auto()  # passed over: later sequences may still run
@@ -44,7 +66,8 @@ class Admission(Enum):
 
 @dataclass(slots=True)
 class Scheduler:
-    """Invariant: a sequence holds blocks and an adapter slot exactly while it is in `running`."""
+    """Invariant: a sequence holds blocks exactly while it is in `running`, and a reference on its adapter's device
+    slot exactly while `slot >= 0`."""
 
     blocks: BlockManager
     adapters: AdapterSlots
@@ -54,6 +77,7 @@ class Scheduler:
     waiting: deque[Sequence] = field(default_factory=deque)
     running: list[Sequence] = field(default_factory=list)
     preemptions: int = 0
+    gate: MergeGate = field(default_factory=MergeGate)
     _suspect_blocks: list[int] = field(default_factory=list)
 
     def add(self, seq: Sequence) -> None:
@@ -139,15 +163,17 @@ class Scheduler:
 
     def _try_admit(self, seq: Sequence) -> Admission:
         """Take the adapter's slot and the cached prefix for `seq`; on refusal nothing stays taken."""
+        if not self.gate.admits(seq):
+            return Admission.NO_ADAPTER
         slot = -1
-        if seq.adapter is not None:
+        if seq.adapter is not None and not self.gate.in_base(seq):
             acquired = self.adapters.acquire(seq.adapter)
             if acquired is None:
                 return Admission.NO_ADAPTER
             slot = acquired
         matched = self.blocks.match_prefix(seq)
         if not self.blocks.can_admit(seq, matched):
-            if seq.adapter is not None:
+            if seq.adapter is not None and slot >= 0:
                 self.adapters.release(seq.adapter)
             return Admission.NO_BLOCKS
         self.blocks.admit(seq, matched)
@@ -159,6 +185,28 @@ class Scheduler:
         self._suspect_blocks += self.blocks.disown_unverified(seq)
         self.blocks.free(seq)
         seq.num_verified_tokens = 0
-        if seq.adapter is not None:
+        self._release_slot(seq)
+
+    def _release_slot(self, seq: Sequence) -> None:
+        if seq.adapter is not None and seq.slot >= 0:
             self.adapters.release(seq.adapter)
         seq.slot = -1
+
+    # -- merged mode -----------------------------------------------------------------------------------------------
+
+    def enter_base(self) -> None:
+        """The gate's owner is in the base's weights now, and it is all that runs: its sequences need no slots."""
+        self.gate.merged = True
+        for seq in self.running:
+            self._release_slot(seq)
+
+    def leave_base(self) -> bool:
+        """Have what runs take slots again and open the gate; False while there is none, which requests one."""
+        for seq in self.running:
+            if seq.adapter is not None and seq.slot < 0:
+                slot = self.adapters.acquire(seq.adapter)
+                if slot is None:
+                    return False
+                seq.slot = slot
+        self.gate.open()
+        return True
