@@ -149,12 +149,14 @@ def _merged_weight(weight: Tensor, factors: LoraFactors, scale: Tensor | None) -
 
 
 def _merged_bias(base: nn.Module, vectors: Tensor | None) -> Tensor | None:
-    """`g ⊙ b₀ + shift` in float32, or the base's own where nothing changes it."""
+    """`g ⊙ b₀ + shift` in float32, or the base's own where nothing changes it; None where there is none."""
     own: Tensor | None = base.bias  # type: ignore[assignment]
     if vectors is None:
         return own
     scale, shift = vectors
-    return shift if own is None else torch.addcmul(shift, scale, own.float().cpu())
+    if own is None:
+        return shift if shift.any() else None
+    return torch.addcmul(shift, scale, own.float().cpu())
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
@@ -204,4 +206,7 @@ def _nbytes(base: nn.Module) -> int:
 def _merged_nbytes(base: nn.Module) -> int:
     """Of the merged weight when it is not quantised."""
     state = quant_state(base)
-    return _nbytes(base) if state is None else math.prod(state.shape) * state.dtype.itemsize
+    if state is None:
+        return _nbytes(base)
+    dtype: torch.dtype = getattr(state, "original_dtype", state.dtype)  # bitsandbytes' CPU layout says bf16 always
+    return math.prod(state.shape) * dtype.itemsize
