@@ -209,4 +209,5 @@ def _merged_nbytes(base: nn.Module) -> int:
     if state is None:
         return _nbytes(base)
     dtype: torch.dtype = getattr(state, "original_dtype", state.dtype)  # bitsandbytes' CPU layout says bf16 always
-    return math.prod(state.shape) * dtype.itemsize
+    numel: int = math.prod(state.shape)
+    return numel * dtype.itemsize

@@ -1,4 +1,4 @@
-"""A version folded into the base's weights is what PEFT's merge makes of them, rounded once; the base stays as it was."""
+"""A version folded into the base's weights is what PEFT's merge makes of it, rounded once; the base stays as it was."""
 
 import hashlib
 from collections.abc import Callable, Iterator

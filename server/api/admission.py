@@ -7,7 +7,7 @@ from adapters.errors import AdapterNotFound
 from adapters.registry import AdapterRecord
 from server.api.auth import Key
 from server.api.context import BASE_NAME, AppContext
-from server.api.errors import bad_request, model_not_found, unavailable
+from server.api.errors import ApiError, bad_request, model_not_found, unavailable
 from server.api.schemas import GenerationRequest
 from server.sequence import SamplingParams
 
@@ -28,10 +28,18 @@ def resolve(context: AppContext, key: Key, model: str) -> Target:
     """Find what `model` names. The version found here is the one that answers, whatever is published meanwhile."""
     base = context.info.base_fingerprint
     if model == context.base_model:
+        _refuse_if_merged(context, None)
         return Target(model, BASE_NAME, None, f"{base}-base")
     record = resolve_record(context, key, model)
+    _refuse_if_merged(context, record.version.digest)
     context.metrics.know(record.name)
     return Target(model, record.name, record.version.digest, f"{base}-{record.version.digest[:12]}")
+
+
+def _refuse_if_merged(context: AppContext, digest: str | None) -> None:
+    merged = context.engine.asked_to_merge
+    if context.config.merge_others == "refuse" and merged not in (None, digest):
+        raise ApiError(409, "The server answers for one merged adapter alone.", code="merged", param="model")
 
 
 def resolve_record(context: AppContext, key: Key, model: str) -> AdapterRecord:
