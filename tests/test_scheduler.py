@@ -101,7 +101,7 @@ def check(scheduler: Scheduler) -> None:
     assert len(scheduler.running) <= scheduler.max_num_seqs
     if isinstance(scheduler.adapters, FakeSlots):
         for digest, references in scheduler.adapters.resident.items():
-            assert references == sum(seq.adapter == digest for seq in scheduler.running)
+            assert references == sum(seq.adapter == digest and seq.slot >= 0 for seq in scheduler.running)
 
 
 def shares(batch: ScheduledBatch) -> dict[str, int]:
