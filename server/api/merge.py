@@ -36,9 +36,9 @@ class MergeBody(Wire):
 
 
 @router.get("", responses=error_answers(401, 403))
-async def get_merge(context: Context, key: Caller) -> MergeBody:
+async def get_merge(context: Context) -> MergeBody:
     """Which adapter is merged into the base's weights, or on its way."""
-    return _body(context, key)
+    return _body(context)
 
 
 @router.post("", responses=error_answers(400, 401, 403, 404, 409, 413, 415, 422, 503))
@@ -46,17 +46,14 @@ async def merge_adapter(body: MergeRequest, context: Context, key: Caller) -> Me
     """Merge an adapter into the base's weights; the answer comes when it is done."""
     record = publishing.find(context, key, body.name)
     await merge(context, record, drain=body.drain, allow_requantize=body.allow_requantize)
-    return _body(context, key)
+    return _body(context)
 
 
 @router.delete("", responses=error_answers(401, 403, 503))
-async def unmerge(context: Context, key: Caller) -> MergeBody:
+async def unmerge(context: Context) -> MergeBody:
     """Put the base's own weights back, bit for bit; running requests go on."""
-    digest = context.engine.merge_status.digest
-    if digest is not None and context.registry.names_of(digest) and not _names(context, key):
-        raise ApiError(403, "This API key may not unmerge that adapter.", code="insufficient_scope")
     await context.engine.unmerge()
-    return _body(context, key)
+    return _body(context)
 
 
 async def merge(context: AppContext, record: AdapterRecord, *, drain: bool, allow_requantize: bool) -> None:
@@ -69,18 +66,13 @@ async def merge(context: AppContext, record: AdapterRecord, *, drain: bool, allo
     await context.engine.merge(record.version.digest, drain=drain, allow_requantize=allow_requantize)
 
 
-def _names(context: AppContext, key: Key) -> list[str]:
-    """Of the version at hand, those that the key may see."""
-    digest = context.engine.merge_status.digest
-    return [] if digest is None else sorted(filter(key.sees, context.registry.names_of(digest)))
-
-
-def _body(context: AppContext, key: Key) -> MergeBody:
-    status, names = context.engine.merge_status, _names(context, key)
+def _body(context: AppContext) -> MergeBody:
+    status = context.engine.merge_status
+    names = [] if status.digest is None else sorted(context.registry.names_of(status.digest))
     return MergeBody(
         state=status.state,
         adapter=names[0] if names else None,
-        version=f"sha256:{status.digest}" if names else None,
+        version=f"sha256:{status.digest}" if status.digest else None,
         asked_by=status.asked_by,
         requantized=status.requantized,
         policy=context.config.merge_policy,
