@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from adapters.spec import ModelSpec
 from adapters.store import AdapterStore
 from adapters.validation import inspect
 from load_tests.versus_peft import Setting, write_adapters
@@ -43,8 +42,7 @@ class Bench:
         with store.stage() as staged:
             for name in ("adapter_config.json", "adapter_model.safetensors"):
                 (staged / name).write_bytes((adapter / name).read_bytes())
-            spec = ModelSpec(info.modules, info.max_adapter_rank, frozenset(info.biased_modules))
-            self.digest = inspect(staged, spec).digest
+            self.digest = inspect(staged, info.spec).digest
             store.admit(staged, self.digest)
         self._round = 0
 

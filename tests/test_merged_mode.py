@@ -188,6 +188,13 @@ def test_a_version_that_cannot_be_read_leaves_everything_as_it_was(serve: Any) -
     assert weights_digest(served.model) == before
 
 
+def test_a_version_that_changes_more_than_linears_is_refused(serve: Any, tmp_path: Path) -> None:
+    served: Served = serve()
+    saved = write_adapter(tiny_llama(), tmp_path / "saved", modules_to_save=["norm"])
+    served.driver.engine.handle(Merge(1, served.driver.add_adapter(saved), drain=True))
+    assert served.settled(1) == "not_mergeable" and served.state == "none"
+
+
 def test_by_policy_one_owner_s_adapter_is_merged_and_gives_way_to_others(serve: Any, answers: Any) -> None:
     served: Served = serve(
         merge_policy="auto", merge_others="refuse", merge_window=0.2, merge_min_requests=2, merge_cooldown=1000
