@@ -6,6 +6,7 @@ there remains `y ← g ⊙ y + shift`, the output vectors of a module.
 """
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,12 +22,16 @@ def dora_scale(base: nn.Module, factors: LoraFactors) -> Tensor | None:
     """g, `[out]` in float32; None for a module without DoRA."""
     if factors.magnitude is None:
         return None
-    weight = dense_weight(base)
+    norms = [torch.linalg.vector_norm(rows, dim=1) for rows in updated_rows(dense_weight(base), factors)]
+    return factors.magnitude.float() / torch.cat(norms).cpu()
+
+
+def updated_rows(weight: Tensor, factors: LoraFactors) -> Iterator[Tensor]:
+    """W + s·B A in float32, some rows at a time."""
     a = factors.a.to(weight.device, torch.float32)
     b = factors.b.to(weight.device, torch.float32) * factors.scaling
-    pieces = zip(torch.split(weight, _ROWS), torch.split(b, _ROWS), strict=True)
-    norms = [torch.linalg.vector_norm(torch.addmm(rows.float(), b_rows, a), dim=1) for rows, b_rows in pieces]
-    return factors.magnitude.float() / torch.cat(norms).cpu()
+    for rows, b_rows in zip(torch.split(weight, _ROWS), torch.split(b, _ROWS), strict=True):
+        yield torch.addmm(rows.float(), b_rows, a)
 
 
 def output_vectors(
@@ -51,8 +56,13 @@ def dense_weight(base: nn.Module) -> Tensor:
     weight: Tensor = base.weight.data  # type: ignore[assignment]
     if isinstance(base, Conv1D):
         return weight.T
-    quant_state = getattr(base.weight, "quant_state", None)
-    return weight if quant_state is None else _dequantised(weight, quant_state)
+    state = quant_state(base)
+    return weight if state is None else _dequantised(weight, state)
+
+
+def quant_state(base: nn.Module) -> Any:
+    """bitsandbytes' description of a 4-bit weight; None for any other."""
+    return getattr(base.weight, "quant_state", None)
 
 
 def _dequantised(weight: Tensor, quant_state: Any) -> Tensor:

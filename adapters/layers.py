@@ -93,3 +93,8 @@ def attach(model: nn.Module, spec: ModelSpec, pool: AdapterPool, head: str | Non
 
     pool.install_hook = install_hook
     return bases
+
+
+def wrapped(model: nn.Module) -> dict[str, LoRALinear]:
+    """The wrapped linears of `model` by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}

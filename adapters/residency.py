@@ -34,12 +34,15 @@ class Packed(Protocol):
 P = TypeVar("P", bound=Packed)
 
 
-class MoveRefused(Exception):
-    """An explicit move cannot be done; `code` says which way."""
+RefusalCode = Literal["busy", "invalid", "no_room", "not_mergeable"]
 
-    def __init__(self, code: Literal["busy", "invalid", "no_room"], message: str):
+
+class MoveRefused(Exception):
+    """An explicit move or a merge cannot be done; `code` says which way."""
+
+    def __init__(self, code: RefusalCode, message: str):
         super().__init__(message)
-        self.code: Literal["busy", "invalid", "no_room"] = code
+        self.code: RefusalCode = code
 
 
 @dataclass(frozen=True, slots=True)

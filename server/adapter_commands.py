@@ -151,6 +151,21 @@ def rollback(
     _print(call("POST", f"/v1/adapters/{name}/rollback", json={"version": version}), as_json)
 
 
+def merge(
+    name: Name,
+    drain: Annotated[bool, typer.Option(help="Wait for other requests to end")] = False,
+    allow_requantize: Annotated[bool, typer.Option(help="Stay in 4 bits where memory is short")] = False,
+) -> None:
+    """Fold an adapter into the base's weights."""
+    body = {"name": name, "drain": drain, "allow_requantize": allow_requantize}
+    typer.echo(json.dumps(call("POST", "/v1/merge", json=body), indent=2))
+
+
+def unmerge() -> None:
+    """Put the base's own weights back."""
+    typer.echo(json.dumps(call("DELETE", "/v1/merge"), indent=2))
+
+
 def chat(
     model: Annotated[str, typer.Argument(help="The base model or an adapter; default: the base")] = "",
     max_tokens: Annotated[int, typer.Option(help="Longest answer")] = 256,

@@ -63,6 +63,8 @@ app.command()(serve)
 app.command()(adapter_commands.chat)
 app.command()(folder_commands.convert)
 app.command()(folder_commands.merge_adapters)
+app.command()(adapter_commands.merge)
+app.command()(adapter_commands.unmerge)
 app.add_typer(adapter_commands.app, name="adapters")
 
 

@@ -59,6 +59,18 @@ class ServeConfig:
     max_upload_bytes: int = _setting(512 << 20, "Largest adapter upload", ge=1024)
     allow_source: tuple[str, ...] = _setting((), "Where adapters may be registered from, such as file:///srv/adapters")
     adapter: tuple[str, ...] = _setting((), "Adapter to register at start, as name=folder")
+    merge: str = _setting("", "Adapter to merge into the base's weights at start")
+    merge_policy: Literal["off", "auto"] = _setting(
+        "off", "auto merges an adapter that has owned all traffic for a while"
+    )
+    merge_others: Literal["wait", "refuse"] = _setting(
+        "wait", "Requests for other models end a merge that was asked for, or get 409; one by policy always ends"
+    )
+    merge_window: float = _setting(
+        30.0, "Seconds that an adapter has to own all traffic to be merged by policy", ge=0.0
+    )
+    merge_min_requests: int = _setting(8, "Requests in those seconds without which it is not merged", ge=1)
+    merge_cooldown: float = _setting(60.0, "Seconds between the end of a merge and the next one by policy", ge=0.0)
     hang_seconds: float = _setting(60.0, "An engine with work and no step for this long is restarted", ge=1.0)
     drain_delay: float = _setting(0.0, "Seconds between turning unready and refusing requests at shutdown", ge=0.0)
     drain_timeout: float = _setting(30.0, "Seconds that running requests get to finish at shutdown", ge=0.0)

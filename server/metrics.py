@@ -53,6 +53,10 @@ METRICS: list[MetricSpec] = [
     MetricSpec("loraplex_adapter_loads_total", "counter", ("from", "to", "outcome"), "Moves of adapters upwards"),
     MetricSpec("loraplex_adapter_load_seconds", "histogram", ("from", "to"), "Time of moves upwards", _LOAD),
     MetricSpec("loraplex_adapter_evictions_total", "counter", ("tier",), "Adapters that left a tier"),
+    MetricSpec(
+        "loraplex_merged_adapter_info", "gauge", ("adapter", "version"), "1 while merged into the base's weights"
+    ),
+    MetricSpec("loraplex_merge_switches_total", "counter", ("direction", "reason"), "Merges and their ends"),
     MetricSpec("loraplex_engine_step_seconds", "histogram", (), "Time of one engine step", _STEP),
     MetricSpec("loraplex_batch_adapters", "histogram", (), "Distinct adapters in one step", _ADAPTERS),
     MetricSpec("loraplex_batch_tokens", "histogram", (), "Tokens computed in one step", _TOKENS),
@@ -88,6 +92,7 @@ class Metrics:
         self._loads = self._counter("loraplex_adapter_loads_total")
         self._load_seconds = self._histogram("loraplex_adapter_load_seconds")
         self._evictions = self._counter("loraplex_adapter_evictions_total")
+        self._merge_switches = self._counter("loraplex_merge_switches_total")
         self._step_seconds = self._histogram("loraplex_engine_step_seconds")
         self._batch_adapters = self._histogram("loraplex_batch_adapters")
         self._batch_tokens = self._histogram("loraplex_batch_tokens")
@@ -107,7 +112,7 @@ class Metrics:
     ) -> None:
         """Listen to the engine's steps, and read its gauges at each scrape. `digests` are all published versions."""
         engine.add_listener(self._on_step)
-        self._registry.register(_EngineGauges(engine, names_of, digests))
+        self._registry.register(_EngineGauges(engine, names_of, digests, self.label))
 
     def know(self, name: str) -> None:
         """Give a registered adapter a label value of its own, while there is room for one."""
@@ -139,6 +144,8 @@ class Metrics:
                 self._load_seconds.labels(move.source, move.target).observe(move.seconds)
             else:
                 self._evictions.labels(move.source).inc()
+        for switch in step.switches:
+            self._merge_switches.labels(switch.direction, switch.reason).inc()
         if step.stats.batch_tokens:
             self._step_seconds.observe(step.stats.step_seconds)
             self._batch_tokens.observe(step.stats.batch_tokens)
@@ -181,7 +188,14 @@ class RequestTimer:
 class _EngineGauges:
     """What the engine last said, as gauges; a collector, so that nothing has to be kept up to date between scrapes."""
 
-    def __init__(self, engine: EngineClient, names_of: Callable[[str], list[str]], digests: Callable[[], set[str]]):
+    def __init__(
+        self,
+        engine: EngineClient,
+        names_of: Callable[[str], list[str]],
+        digests: Callable[[], set[str]],
+        label: Callable[[str], str],
+    ):
+        self._label = label
         self._engine = engine
         self._names_of = names_of
         self._digests = digests
@@ -220,7 +234,14 @@ class _EngineGauges:
         running, waiting = self._names(stats.running_adapters), self._names(stats.waiting_adapters)
         yield _sampled("loraplex_adapter_slots", slots)
         yield _sampled("loraplex_adapters", self._count_adapters())
+        yield _sampled("loraplex_merged_adapter_info", self._merged())
         yield _sampled("vllm:lora_requests_info", {(str(stats.slots_total), running, waiting): time.time()})
+
+    def _merged(self) -> dict[tuple[str, ...], float]:
+        merge = self._engine.merge_status
+        if merge.digest is None or merge.state not in ("merged", "leaving"):
+            return {}
+        return {(self._label(name), merge.digest[:12]): 1 for name in self._names_of(merge.digest)}
 
     def _names(self, digests: list[str]) -> str:
         return ",".join(sorted({name for digest in digests for name in self._names_of(digest)}))

@@ -77,12 +77,17 @@ class Sequence:
     status: SequenceStatus = SequenceStatus.WAITING
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)  # of the full blocks of token_ids, computed lazily
-    slots: tuple[int, ...] = ()  # device slots of `adapters` while RUNNING
+    slots: tuple[int, ...] = ()  # device slots of `adapters` while RUNNING, unless they are merged into the base
     waited_steps: int = 0
     admitted: float | None = None  # when it first ran
 
     def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.token_ids)
+
+    @property
+    def sole_adapter(self) -> str | None:
+        """The version that makes the whole answer, alone and as it is; None for the base and for compositions."""
+        return self.adapters[0].digest if len(self.adapters) == 1 and self.adapters[0].scale == 1 else None
 
     @property
     def num_tokens(self) -> int:

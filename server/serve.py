@@ -18,6 +18,8 @@ from adapters.sources import copy_from
 from server.api.app import create_app
 from server.api.auth import KeyRing, check_bind
 from server.api.context import AppContext
+from server.api.errors import ApiError
+from server.api.merge import merge
 from server.api.publishing import examine
 from server.api.text import Tokenizer, TokenizerUnusable
 from server.config import ConfigError, ServeConfig, default_data_dir
@@ -160,12 +162,17 @@ async def _bring_up(context: AppContext, starting: "asyncio.Task[None]", server:
         for name, folder in _named_adapters(context.config):
             await _register(context, name, folder)
         await _restore(context)
+        if context.config.merge:
+            await _merge(context)
     except EngineUnavailable as error:
         server.should_exit = True
         raise StartFailed(str(error)) from error
     except (AdapterError, ConfigError) as error:
         server.should_exit = True
-        raise StartFailed(f"an adapter cannot be registered: {error}") from error
+        raise StartFailed(f"an adapter cannot be registered or merged: {error}") from error
+    except (ApiError, AdapterMoveRefused) as error:
+        server.should_exit = True
+        raise StartFailed(f"--merge {context.config.merge}: {error}") from error
     while not server.started:
         await asyncio.sleep(0.01)
     _greet(context, server.url)
@@ -203,6 +210,11 @@ async def _restore(context: AppContext) -> None:
                 log.warning("adapter %s stays unpinned: %s", record.name, refused)
     for name, reason in context.registry.damaged.items():
         log.warning("adapter %s cannot be served: %s", name, reason)
+
+
+async def _merge(context: AppContext) -> None:
+    record = context.registry.resolve(context.config.merge)
+    await merge(context, record, drain=True, allow_requantize=False)
 
 
 def _greet(context: AppContext, url: str) -> None:

@@ -10,6 +10,9 @@ from server.engine.messages import (
     EngineInfo,
     EngineStats,
     FromEngine,
+    Merge,
+    MergeStatus,
+    MergeSwitch,
     MoveAdapter,
     PinAdapter,
     Ready,
@@ -22,6 +25,7 @@ from server.engine.messages import (
     Submit,
     ToEngine,
     TryAdapter,
+    Unmerge,
 )
 from server.sequence import TokenLogprobs
 
@@ -45,6 +49,8 @@ class FakeTransport:
         self.aborted: list[str] = []
         self.device: set[str] = set()
         self.pinned: set[str] = set()
+        self.merges: list[Merge] = []
+        self.merged: str | None = None
         self._running: dict[str, tuple[Submit, list[int]]] = {}
         self._wake = asyncio.Event()
 
@@ -83,7 +89,23 @@ class FakeTransport:
             case RetireAdapter(digest=digest):
                 self.pinned.discard(digest)
                 self.device.discard(digest)
+            case Merge() | Unmerge():
+                asyncio.get_running_loop().call_soon(self._merge, message)
         self._wake.set()
+
+    def _merge(self, message: Merge | Unmerge) -> None:
+        """A merge that is refused says so; any other is there at once."""
+        error, switches, status = None, [], MergeStatus()
+        if isinstance(message, Merge):
+            self.merges.append(message)
+            error = self.refuse.get(message.digest)
+        if isinstance(message, Merge) and error is None:
+            self.merged, status = message.digest, MergeStatus("merged", message.digest, "request")
+            switches = [MergeSwitch(message.digest, "merge", "request")]
+        elif isinstance(message, Unmerge) and self.merged is not None:
+            switches, self.merged = [MergeSwitch(self.merged, "unmerge", "request")], None
+        self._emit(StepOutputs([], self._stats(), merge=status, switches=switches))
+        self._emit(Reply(message.request_id, error))
 
     def _move(self, message: MoveAdapter | PinAdapter) -> None:
         error, up = self.refuse.get(message.digest), getattr(message, "tier", "device") != "disk"

@@ -42,9 +42,10 @@ ADMIN = {
     "/v1/load_lora_adapter",
     "/v1/unload_lora_adapter",
 }
+OPERATE = {"/v1/merge"}
 ALLOWED = {
     "infer-secret": OPEN | OBSERVE | INFER,
-    "admin-secret": OPEN | OBSERVE | ADMIN,
+    "admin-secret": OPEN | OBSERVE | ADMIN | OPERATE,
     "tenant-secret": OPEN | INFER | ADMIN,
     "scraper-secret": OPEN | OBSERVE,
 }
@@ -73,7 +74,7 @@ def _flat(found: list) -> list[APIRoute]:  # type: ignore[type-arg]
 
 async def test_every_route_asks_for_what_it_should(tmp_path: Path) -> None:
     async with serving(tmp_path, keys=ring(tmp_path)) as api:
-        assert {path for path, _ in routes(api)} == OPEN | OBSERVE | INFER | ADMIN
+        assert {path for path, _ in routes(api)} == OPEN | OBSERVE | INFER | ADMIN | OPERATE
         for path, method in routes(api):
             url = path.replace("{name}", "x").replace("{model:path}", "x")
             for headers in ({}, bearer("wrong"), {"authorization": "Basic infer-secret"}, bearer("")):

@@ -150,6 +150,13 @@ def test_what_was_pushed_can_be_pulled(adapter: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("server")
+def test_merging_from_the_command_line(adapter: Path) -> None:
+    run("adapters", "push", "mine", str(adapter))
+    assert json.loads(run("merge", "mine", "--drain"))["adapter"] == "mine"
+    assert json.loads(run("unmerge"))["state"] == "none"
+
+
+@pytest.mark.usefixtures("server")
 def test_a_refusal_is_told_in_the_server_s_words(adapter: Path, tmp_path: Path) -> None:
     refused = runner.invoke(app, ["adapters", "show", "nobody"])
     assert refused.exit_code == 1 and "nobody" in refused.stderr

@@ -20,6 +20,9 @@ from server.engine.messages import (
     EngineStats,
     Fatal,
     FromEngine,
+    Merge,
+    MergeStatus,
+    MergeSwitch,
     MoveAdapter,
     PinAdapter,
     Ready,
@@ -224,6 +227,54 @@ async def test_pins_outlive_a_restart(transport: FakeTransport, client: EngineCl
     transport.die("killed")
     await eventually(lambda: client.state is EngineState.READY)
     assert [(m.digest, m.pinned) for m in transport.sent if isinstance(m, PinAdapter)] == [("kept", True)]
+
+
+async def merged(transport: FakeTransport, client: EngineClient, digest: str) -> None:
+    call = asyncio.create_task(client.merge(digest, drain=False, allow_requantize=True))
+    await asyncio.sleep(0)
+    sent = transport.sent[-1]
+    assert isinstance(sent, Merge) and (sent.digest, sent.drain, sent.allow_requantize) == (digest, False, True)
+    assert client.asked_to_merge == digest
+    switches = [MergeSwitch(digest, "merge", "request")]
+    transport.say(StepOutputs([], EngineStats(), merge=MergeStatus("merged", digest, "request"), switches=switches))
+    transport.say(Reply(sent.request_id))
+    await call
+
+
+async def test_a_merge_outlives_a_restart_and_then_waits_for_others(
+    transport: FakeTransport, client: EngineClient
+) -> None:
+    await merged(transport, client, "a")
+    assert client.merge_status.state == "merged"
+    transport.die("killed")
+    assert client.merge_status == MergeStatus() and client.asked_to_merge == "a"
+    await eventually(lambda: isinstance(transport.sent[-1], Merge) and transport.sent[-1].drain)
+    transport.die("killed")  # before it was answered
+    transport.sent.clear()
+    await eventually(lambda: any(isinstance(sent, Merge) for sent in transport.sent), 5)
+    again = transport.sent[-1]
+    assert isinstance(again, Merge) and again.digest == "a" and again.drain and again.allow_requantize
+    transport.say(Reply(again.request_id, ("no_room", "the memory is gone")))
+    await eventually(lambda: client.asked_to_merge is None)
+
+
+async def test_a_merge_that_gave_way_or_was_retired_or_refused_is_not_asked_for_again(
+    transport: FakeTransport, client: EngineClient
+) -> None:
+    await merged(transport, client, "a")
+    transport.say(StepOutputs([], EngineStats(), merge=MergeStatus(), switches=[MergeSwitch("a", "unmerge", "others")]))
+    assert client.asked_to_merge is None
+    await merged(transport, client, "a")
+    client.retire_adapter("a")
+    assert client.asked_to_merge is None
+    call = asyncio.create_task(client.merge("b", drain=False, allow_requantize=False))
+    await asyncio.sleep(0)
+    sent = transport.sent[-1]
+    assert isinstance(sent, Merge)
+    transport.say(Reply(sent.request_id, ("busy", "others are in flight")))
+    with pytest.raises(AdapterMoveRefused, match="in flight"):
+        await call
+    assert client.asked_to_merge is None
 
 
 async def test_an_engine_that_stops_stepping_is_replaced(transport: FakeTransport, client: EngineClient) -> None:

@@ -17,6 +17,7 @@ FORBIDDEN = {
     "server/sequence.py": ["torch", "server"],
     "server/engine/scheduler.py": ["torch", "transformers", "server.model"],
     "server/engine/block_manager.py": ["torch", "transformers", "server.model"],
+    "server/engine/merging.py": ["torch", "transformers", "server.model"],
     "server/engine/messages.py": ["torch", "transformers", "server.model"],
     "adapters/slots.py": ["torch"],
     "adapters/segments.py": ["torch"],

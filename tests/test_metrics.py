@@ -23,6 +23,7 @@ async def test_everything_declared_is_exposed_and_nothing_else(tmp_path: Path) -
         await api.upload("acme")
         await api.http.post("/v1/adapters/acme/load")
         await api.http.post("/v1/adapters/acme/unload")
+        await api.http.post("/v1/merge", json={"name": "acme"})
         await api.chat(model="acme")
         text = (await api.http.get("/metrics")).text
         families = {family.name: family for family in text_string_to_metric_families(text)}

@@ -117,7 +117,8 @@ def check(scheduler: Scheduler) -> None:
     assert len(scheduler.running) <= scheduler.max_num_seqs
     if isinstance(scheduler.adapters, FakeSlots):
         for digest, references in scheduler.adapters.resident.items():
-            assert references == sum(ScaledAdapter(digest) in seq.adapters for seq in scheduler.running)
+            users = [seq for seq in scheduler.running if ScaledAdapter(digest) in seq.adapters]
+            assert references == sum(bool(seq.slots) for seq in users)
 
 
 def shares(batch: ScheduledBatch) -> dict[str, int]:

@@ -266,3 +266,25 @@ def test_json_logs_are_one_object_a_line(tiny: Path, tmp_path: Path) -> None:
     _, errors = process.communicate(timeout=20)
     logged = [json.loads(line) for line in errors.splitlines() if line.startswith("{")]
     assert {"time", "level", "logger", "message"} <= set(logged[0])
+
+
+def test_an_adapter_is_merged_at_start_and_answers_as_it_does_unmerged(
+    server: RunningServer, tiny: Path, tmp_path: Path
+) -> None:
+    folder = tiny / "version-3"
+    with server.client() as client:
+        server.upload(client, "unmerged", folder)
+        expected = answer_of(server, client, "unmerged")
+    flags = ("--adapter", f"acme={folder}", "--merge", "acme", "--merge-others", "refuse")
+    with (
+        running_server(tmp_path, "--model", str(tiny / "model"), *ENGINE_FLAGS, *flags) as merged,
+        merged.client() as client,
+    ):
+        assert client.get("/v1/merge").json()["state"] == "merged"
+        assert answer_of(merged, client, "acme") == expected
+        refused = client.post("/v1/completions", json={"model": "tiny-base", "prompt": "hello"})
+        assert refused.status_code == 409 and refused.json()["error"]["code"] == "merged"
+        os.kill(merged.engine_pid(), signal.SIGKILL)
+        wait_for(lambda: client.get("/v1/merge").json()["state"] == "none", 30, "the end of the engine")
+        wait_for(lambda: client.get("/v1/merge").json()["state"] == "merged", 60, "the merge of the new engine")
+        assert answer_of(merged, client, "acme") == expected

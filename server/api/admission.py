@@ -12,7 +12,7 @@ from adapters.registry import AdapterRecord
 from adapters.traits import Traits
 from server.api.auth import Key
 from server.api.context import BASE_NAME, AppContext
-from server.api.errors import bad_request, model_not_found, unavailable
+from server.api.errors import ApiError, bad_request, model_not_found, unavailable
 from server.api.schemas import AdapterPart, GenerationRequest
 from server.api.text import Tokenizer
 from server.metrics import COMPOSED_LABEL
@@ -58,9 +58,10 @@ def resolve(context: AppContext, key: Key, body: GenerationRequest) -> Target:
     """Find what the request names. The versions found here are those that answer, whatever is published meanwhile."""
     base = context.info.base_fingerprint
     found = [(resolve_record(context, key, part.name), part.scale) for part in _parts(context, body)]
+    adapters = tuple(sorted(ScaledAdapter(record.version.digest, scale) for record, scale in found))
+    _refuse_if_merged(context, adapters)
     if not found:
         return Target(body.model, BASE_NAME, (), (), f"{base}-base")
-    adapters = tuple(sorted(ScaledAdapter(record.version.digest, scale) for record, scale in found))
     _check_additive(found)
     _check_room(context, adapters)
     versions = tuple((record.name, record.version.digest) for record, _ in found)
@@ -141,6 +142,12 @@ def _identity(adapters: tuple[ScaledAdapter, ...]) -> str:
     if len(adapters) == 1 and adapters[0].scale == 1:
         return adapters[0].digest[:12]
     return hashlib.sha256(msgspec.json.encode(adapters)).hexdigest()[:12]
+
+
+def _refuse_if_merged(context: AppContext, adapters: tuple[ScaledAdapter, ...]) -> None:
+    merged = context.engine.asked_to_merge
+    if context.config.merge_others == "refuse" and merged is not None and adapters != (ScaledAdapter(merged),):
+        raise ApiError(409, "The server answers for one merged adapter alone.", code="merged", param="model")
 
 
 def resolve_record(context: AppContext, key: Key, model: str) -> AdapterRecord:

@@ -18,7 +18,7 @@ from server.api.errors import ApiError, error_response
 from server.config import ConfigError, ServeConfig
 
 KeyScope = Literal["infer", "admin"]
-Need = Literal["open", "observe", "infer", "admin"]
+Need = Literal["open", "observe", "infer", "admin", "operate"]
 
 ALL_SCOPES: frozenset[KeyScope] = frozenset(get_args(KeyScope))
 _NonEmpty = Annotated[str, msgspec.Meta(min_length=1)]
@@ -35,6 +35,7 @@ _NEEDS: dict[str, Need] = {
     "/v1/models": "infer",
     "/v1/chat/completions": "infer",
     "/v1/completions": "infer",
+    "/v1/merge": "operate",
 }
 
 
@@ -52,9 +53,11 @@ class Key:
         return self.adapters is None or adapter in self.adapters
 
     def allows(self, need: Need) -> bool:
-        """`observe` is for every key but those with an allow-list: metrics and stats name all adapters."""
+        """`observe` and `operate` are not for keys with an allow-list: metrics name all adapters, a merge stops all."""
         if need == "observe":
             return self.adapters is None
+        if need == "operate":
+            return self.adapters is None and "admin" in self.scopes
         return need == "open" or need in self.scopes
 
 

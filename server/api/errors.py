@@ -27,7 +27,7 @@ _TYPES = {  # every other status is an invalid_request_error
     507: "insufficient_storage",
 }
 _CODES = {404: "not_found", 405: "method_not_allowed"}
-_REFUSAL_STATUS = {"busy": 409, "no_room": 409, "invalid": 422, "not_found": 404}
+_REFUSAL_STATUS = {"busy": 409, "no_room": 409, "not_mergeable": 409, "invalid": 422, "not_found": 404}
 
 
 class ApiError(HTTPException):

@@ -207,6 +207,8 @@ async def _free(context: AppContext, digest: str) -> None:
     """Give back device and host memory. An engine that is away or busy with it forgets it by itself, later."""
     residency = context.engine.residency
     with suppress(AdapterMoveRefused, EngineUnavailable):
+        if digest in (context.engine.merge_status.digest, context.engine.asked_to_merge):
+            await context.engine.unmerge()
         if digest in residency.pinned:
             await context.engine.pin_adapter(digest, False)
         if digest in (*residency.device, *residency.host, *residency.loading):

@@ -2,26 +2,33 @@
 
 import logging
 import os
+import re
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 import torch
 
 from adapters.host_cache import HostCache
+from adapters.merge import Room, merge
 from adapters.pack import PackedAdapter, pack
-from adapters.residency import Residency
+from adapters.residency import MoveRefused, Residency
 from adapters.selftest import Reference
 from adapters.slots import PAGE_COLUMNS, SlotTable
 from adapters.spec import ModelSpec
 from adapters.store import AdapterStore
-from adapters.validation import load
+from adapters.traits import Traits
+from adapters.validation import inspect, load
 from server.config import GIB, ServeConfig
 from server.engine.block_manager import BlockManager
 from server.engine.engine import Engine
+from server.engine.merging import Merged, MergePolicy, Merging
 from server.engine.messages import EngineInfo
 from server.engine.scheduler import Scheduler
 from server.engine.trials import Trials
 from server.model.kv_cache import CacheShape
 from server.model.loader import LoadedModel, ModelRefused, load_model
+from server.model.packed_linear import packed
 from server.model.probe import probe
 from server.model.runner import ModelRunner
 
@@ -48,8 +55,9 @@ def build_engine(config: ServeConfig) -> tuple[Engine, EngineInfo]:
         max_wait_steps=config.max_wait_steps,
     )
     refer = _reference_reader(config, spec, runner)
-    trials = Trials(runner, residency, refer, _stay_single_threaded)
-    engine = Engine(runner, scheduler, residency, trials, loaded.eos_token_ids, max_model_len)
+    trials = Trials(runner, residency, refer, scheduler.gate, _stay_single_threaded)
+    merging = _merging(config, spec, runner, scheduler)
+    engine = Engine(runner, scheduler, residency, trials, merging, loaded.eos_token_ids, max_model_len)
     return engine, _info(config, loaded, spec, runner, num_blocks, max_model_len)
 
 
@@ -67,6 +75,44 @@ def _residency(config: ServeConfig, spec: ModelSpec, runner: ModelRunner, num_pa
 def _reference_reader(config: ServeConfig, spec: ModelSpec, runner: ModelRunner) -> Callable[[str], Reference]:
     store = AdapterStore(config.data_dir / "store")
     return lambda digest: Reference.of(load(store.path(digest), spec, digest), runner.bases)
+
+
+def _merging(config: ServeConfig, spec: ModelSpec, runner: ModelRunner, scheduler: Scheduler) -> Merging:
+    store = AdapterStore(config.data_dir / "store")
+    policy = MergePolicy(config.merge_window, config.merge_min_requests, config.merge_cooldown)
+
+    def compute(digest: str, allow_requantize: bool) -> Merged:
+        folder = store.path(digest)
+        if not Traits.of(inspect(folder, spec).report).mergeable:
+            raise MoveRefused("not_mergeable", "the adapter changes more than linear layers")
+        weights = load(folder, spec, digest)
+        return merge(weights, runner.layers, _room(runner.device), packed, allow_requantize=allow_requantize)
+
+    def prepare(digest: str, allow_requantize: bool) -> "Future[Merged]":
+        thread = ThreadPoolExecutor(1, "merge", initializer=_stay_single_threaded)
+        future = thread.submit(compute, digest, allow_requantize)
+        thread.shutdown(wait=False)  # it ends with the work
+        return future
+
+    gives_way = config.merge_others == "wait"
+    return Merging(scheduler, prepare, gives_way, policy if config.merge_policy == "auto" else None)
+
+
+def _room(device: torch.device) -> Room:
+    host = _available_memory()
+    if device.type != "cuda":
+        return Room(host)
+    free, _ = torch.cuda.mem_get_info(device)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return Room(free + unused, host)
+
+
+def _available_memory() -> int:
+    """Bytes of host memory that can be had without swapping; where Linux is not there to say, half of it."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        return int(re.findall(r"MemAvailable: *(\d+) kB", meminfo.read_text())[0]) << 10
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 def _stay_single_threaded() -> None:

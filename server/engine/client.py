@@ -21,6 +21,8 @@ from server.engine.messages import (
     EngineStats,
     Fatal,
     FromEngine,
+    Merge,
+    MergeStatus,
     MoveAdapter,
     PinAdapter,
     Ready,
@@ -34,6 +36,7 @@ from server.engine.messages import (
     Tier,
     ToEngine,
     TryAdapter,
+    Unmerge,
 )
 
 log = logging.getLogger(__name__)
@@ -53,7 +56,7 @@ class EngineUnavailable(Exception):
 
 
 class AdapterMoveRefused(Exception):
-    """A load, unload or pin that the engine could not do; `code` is that of `messages.Reply.error`."""
+    """A load, unload, pin or merge that the engine could not do; `code` is that of `messages.Reply.error`."""
 
     def __init__(self, code: str, message: str):
         super().__init__(message)
@@ -102,6 +105,7 @@ class EngineClient:
         self._streams: dict[str, Stream] = {}
         self._replies: dict[int, asyncio.Future[SelfTest | None]] = {}
         self._pins: set[str] = set()
+        self._merge: Merge | None = None  # asked for and not refused or ended
         self._request_ids = itertools.count()
         self._started: asyncio.Future[None] | None = None
         self._listeners: list[StepListener] = []
@@ -114,6 +118,7 @@ class EngineClient:
         self.info: EngineInfo | None = None
         self.stats = EngineStats()
         self.residency = Residency()
+        self.merge_status = MergeStatus()
 
     def add_listener(self, listener: StepListener) -> None:
         """Have `listener` called, on the event loop, with every message of a step (metrics hang here)."""
@@ -170,8 +175,32 @@ class EngineClient:
     def retire_adapter(self, digest: str) -> None:
         """No name points at the version any more; its memory goes when its last sequence has ended."""
         self._pins.discard(digest)
+        if self.asked_to_merge == digest:
+            self._merge = None
         if self.state is EngineState.READY:
             self._transport.send(RetireAdapter(digest))
+
+    @property
+    def asked_to_merge(self) -> str | None:
+        """The version that `merge` was asked for and that is merged, or about to be."""
+        return None if self._merge is None else self._merge.digest
+
+    async def merge(self, digest: str, *, drain: bool, allow_requantize: bool) -> None:
+        """Fold a version into the base's weights; a merge outlives a restart. Raises `AdapterMoveRefused`,
+        `EngineUnavailable`."""
+        before = self._merge
+        self._merge = asked = Merge(next(self._request_ids), digest, drain, allow_requantize)
+        try:
+            await self._call(asked)
+        except (AdapterMoveRefused, EngineUnavailable):
+            if self._merge is asked:
+                self._merge = before
+            raise
+
+    async def unmerge(self) -> None:
+        """Put the base's own weights back. Raises `EngineUnavailable`."""
+        await self._call(Unmerge(next(self._request_ids)))
+        self._merge = None
 
     def is_alive(self) -> bool:
         """False when the engine is dead, or has work and made no step for the hang threshold."""
@@ -184,7 +213,7 @@ class EngineClient:
         if self.state is not EngineState.READY:
             raise EngineUnavailable(self.reason)
 
-    async def _call(self, request: MoveAdapter | PinAdapter | TryAdapter) -> SelfTest | None:
+    async def _call(self, request: MoveAdapter | PinAdapter | TryAdapter | Merge | Unmerge) -> SelfTest | None:
         self._require_ready()
         reply: asyncio.Future[SelfTest | None] = asyncio.get_running_loop().create_future()
         self._replies[request.request_id] = reply
@@ -212,6 +241,10 @@ class EngineClient:
         self.stats = message.stats
         if message.residency is not None:
             self.residency = message.residency
+        if message.merge is not None:
+            self.merge_status = message.merge
+        if any(s.direction == "unmerge" and s.digest == self.asked_to_merge for s in message.switches):
+            self._merge = None  # it gave way
         for output in message.outputs:
             stream = self._streams.get(output.seq_id)
             if stream is None:
@@ -228,8 +261,19 @@ class EngineClient:
         self._failures = 0
         for digest in self._pins:  # nobody waits for these replies: a pin that no longer fits shows in residency
             self._transport.send(PinAdapter(next(self._request_ids), digest, True))
+        if self._merge is not None:
+            self._spawn(self._merge_again(self._merge))
         if self._started is not None and not self._started.done():
             self._started.set_result(None)
+
+    async def _merge_again(self, lost: Merge) -> None:
+        self._merge = None
+        try:
+            await self.merge(lost.digest, drain=True, allow_requantize=lost.allow_requantize)
+        except AdapterMoveRefused as refused:
+            log.warning("the adapter stays unmerged: %s", refused)
+        except EngineUnavailable:  # the next one may be luckier
+            self._merge = lost
 
     def _on_fatal(self, reason: str) -> None:
         """The engine says why it cannot start: starting it again would fail in the same way."""
@@ -246,7 +290,7 @@ class EngineClient:
             return
         log.error("engine lost: %s", reason)
         self.state, self.reason = EngineState.RESTARTING, "the engine is restarting"
-        self.stats, self.residency = EngineStats(), Residency()
+        self.stats, self.residency, self.merge_status = EngineStats(), Residency(), MergeStatus()
         self._fail_everything("the engine died and is restarting; try again")
         self._spawn(self._start_again())
 

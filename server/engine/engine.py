@@ -10,11 +10,13 @@ from adapters.residency import MoveRefused, Residency
 from adapters.segments import Segments, build_segments, column_runs
 from adapters.slots import PAGE_COLUMNS
 from server.engine import messages
+from server.engine.merging import Merging
 from server.engine.messages import (
     Abort,
     AdapterMove,
     EngineStats,
     FromEngine,
+    Merge,
     MoveAdapter,
     PinAdapter,
     Reply,
@@ -24,6 +26,7 @@ from server.engine.messages import (
     Submit,
     ToEngine,
     TryAdapter,
+    Unmerge,
 )
 from server.engine.scheduler import Scheduler
 from server.engine.trials import Trials
@@ -46,11 +49,13 @@ class Engine:
         scheduler: Scheduler,
         residency: Residency[PackedAdapter],
         trials: Trials,
+        merging: Merging,
         eos_token_ids: frozenset[int],
         max_model_len: int,
     ) -> None:
         self.scheduler = scheduler
         self.residency = residency
+        self.merging = merging
         self._runner = runner
         self._trials = trials
         self._eos_token_ids = eos_token_ids
@@ -62,9 +67,8 @@ class Engine:
         self._steps = 0
 
     def has_work(self) -> bool:
-        return bool(
-            self._sequences or self._pending or self._trials or self._retired or self._outputs or self.residency.changed
-        )
+        waiting = self._sequences or self._pending or self._trials or self._retired or self._outputs
+        return bool(waiting) or self.residency.changed or self.merging.has_work()
 
     def close(self) -> None:
         """End the threads that read adapters."""
@@ -87,12 +91,19 @@ class Engine:
             case RetireAdapter(digest=digest):
                 self.residency.unpin(digest)
                 self._retired.add(digest)
+                self.merging.leave("retired", digest)
+            case Merge():
+                self.residency.expect(message.digest)
+                self.merging.merge(message)
+            case Unmerge(request_id=request_id):
+                self.merging.unmerge(request_id)
 
     def step(self) -> list[FromEngine]:
         """Advance everything that can run by one forward pass; returns what there is to say, outputs first."""
         started = time.perf_counter()
         self.residency.poll()
-        replies = [*self._settle_moves(), *self._trials.advance()]
+        self.merging.advance()
+        replies = [*self._settle_moves(), *self._trials.advance(), *self.merging.take_replies()]
         self._unload_retired()
         for seq, reason in self.scheduler.failed():
             self._finish(seq, [], FinishReason.ERROR, error=f"the adapter could not be loaded: {reason}")
@@ -118,6 +129,7 @@ class Engine:
         for adapter in seq.adapters:
             self._retired.discard(adapter.digest)  # a name points at it again
             self.residency.expect(adapter.digest)
+        self.merging.arrived(seq.sole_adapter)
         self.scheduler.add(seq)
 
     def _run(self, batch: ScheduledBatch) -> None:
@@ -251,8 +263,12 @@ class Engine:
             AdapterMove(m.digest, m.source, m.target, m.outcome, m.seconds, m.error)
             for m in self.residency.take_moves()
         ]
-        changed, self.residency.changed = self.residency.changed, False
-        return StepOutputs(outputs, self._measure(batch, seconds), moves, self._residency() if changed else None)
+        residency = self._residency() if self.residency.changed else None
+        merge = self.merging.status if self.merging.changed else None
+        self.residency.changed = self.merging.changed = False
+        return StepOutputs(
+            outputs, self._measure(batch, seconds), moves, residency, merge, self.merging.take_switches()
+        )
 
     def _measure(self, batch: ScheduledBatch, seconds: float) -> EngineStats:
         blocks, slots = self.scheduler.blocks, self.residency.slots
@@ -292,6 +308,9 @@ class Engine:
         references: dict[str, int] = {}
         for seq in running:
             assert seq.status is SequenceStatus.RUNNING
+            if not seq.slots:
+                assert not seq.adapters or self.scheduler.gate.in_base(seq)
+                continue
             for adapter in seq.adapters:
                 references[adapter.digest] = references.get(adapter.digest, 0) + 1
         self.residency.slots.check_integrity(references)

@@ -47,7 +47,8 @@ def _worth_saying(message: FromEngine) -> bool:
     """A step in which everything waited says nothing new."""
     if not isinstance(message, StepOutputs):
         return True
-    return bool(message.outputs or message.moves or message.residency or message.stats.batch_tokens)
+    news = message.outputs or message.moves or message.residency or message.merge
+    return bool(news or message.stats.batch_tokens)
 
 
 class ThreadTransport:

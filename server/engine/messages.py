@@ -8,6 +8,10 @@ from adapters.spec import ModelSpec
 from server.sequence import SamplingParams, ScaledAdapter, TokenLogprobs
 
 Tier = Literal["disk", "host", "device"]
+# preparing: the merged weights are being computed; waiting: others finish; leaving: on the way back to the base's own
+MergeState = Literal["none", "preparing", "waiting", "merged", "leaving"]
+AskedBy = Literal["request", "policy"]
+SwitchReason = Literal["request", "policy", "others", "retired"]
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True):
@@ -57,11 +61,28 @@ class RetireAdapter(msgspec.Struct, frozen=True, tag=True):
     digest: str
 
 
+class Merge(msgspec.Struct, frozen=True, tag=True):
+    """Fold a version into the base's weights. With `drain`, what runs for others may finish first; without, their
+    presence refuses it. `allow_requantize` permits a 4-bit base to stay 4-bit where memory is short. Answered by
+    `Reply` once merged."""
+
+    request_id: int
+    digest: str
+    drain: bool = False
+    allow_requantize: bool = False
+
+
+class Unmerge(msgspec.Struct, frozen=True, tag=True):
+    """Put the base's own weights back, or give up a merge that has not happened yet. Answered by `Reply` once done."""
+
+    request_id: int
+
+
 class Shutdown(msgspec.Struct, frozen=True, tag=True):
     """Abort everything and end the loop."""
 
 
-ToEngine = Submit | Abort | MoveAdapter | PinAdapter | TryAdapter | RetireAdapter | Shutdown
+ToEngine = Submit | Abort | MoveAdapter | PinAdapter | TryAdapter | RetireAdapter | Merge | Unmerge | Shutdown
 
 
 class SequenceOutput(msgspec.Struct, frozen=True, array_like=True):
@@ -95,6 +116,23 @@ class Residency(msgspec.Struct, frozen=True):
     loading: list[str] = []
     pinned: list[str] = []
     failed: dict[str, str] = {}  # digest to reason
+
+
+class MergeStatus(msgspec.Struct, frozen=True):
+    """Which version is in the base's weights, or on its way there or out of them."""
+
+    state: MergeState = "none"
+    digest: str | None = None
+    asked_by: AskedBy | None = None
+    requantized: bool = False  # a 4-bit base stayed 4-bit, at the price of rounding the merged weights to it
+
+
+class MergeSwitch(msgspec.Struct, frozen=True, array_like=True):
+    """A version went into the base's weights or out of them, and why."""
+
+    digest: str
+    direction: Literal["merge", "unmerge"]
+    reason: SwitchReason
 
 
 class EngineStats(msgspec.Struct, frozen=True):
@@ -137,12 +175,14 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
 
 
 class StepOutputs(msgspec.Struct, frozen=True, tag=True):
-    """Everything one step has to say, in one message. `residency` comes only when it changed."""
+    """Everything one step has to say, in one message. `residency` and `merge` come only when they changed."""
 
     outputs: list[SequenceOutput]
     stats: EngineStats
     moves: list[AdapterMove] = []
     residency: Residency | None = None
+    merge: MergeStatus | None = None
+    switches: list[MergeSwitch] = []
 
 
 class SelfTest(msgspec.Struct, frozen=True):
@@ -158,7 +198,7 @@ class Reply(msgspec.Struct, frozen=True, tag=True):
     """Answer to the request with that id; `error` is (code, sentence) when it failed."""
 
     request_id: int
-    error: tuple[Literal["busy", "invalid", "not_found", "no_room"], str] | None = None
+    error: tuple[Literal["busy", "invalid", "not_found", "no_room", "not_mergeable"], str] | None = None
     selftest: SelfTest | None = None
 
 

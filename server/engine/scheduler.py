@@ -44,6 +44,28 @@ class AdapterSlots(Protocol):
         """Why the version cannot be loaded, if its last load failed."""
 
 
+@dataclass(slots=True)
+class MergeGate:
+    """What a merge (engine/merging.py) asks of admission. Open, unless it is kept for one version."""
+
+    owner: str | None = None  # the version that is in the base's weights, or about to be
+    closed: float = 0.0  # others that arrived later wait
+    merged: bool = False
+
+    def close(self, owner: str, now: float) -> None:
+        self.owner, self.closed = owner, now
+
+    def open(self) -> None:
+        self.owner, self.merged = None, False
+
+    def admits(self, seq: Sequence) -> bool:
+        return self.owner is None or seq.sole_adapter == self.owner or seq.arrival <= self.closed
+
+    def in_base(self, seq: Sequence) -> bool:
+        """Its adapter is in the base's weights: it runs as a base row, without a slot."""
+        return self.merged and seq.sole_adapter == self.owner
+
+
 class Admission(Enum):
     ADMITTED = auto()
     NO_ADAPTER = auto()  # passed over: later sequences may still run
@@ -52,7 +74,8 @@ class Admission(Enum):
 
 @dataclass(slots=True)
 class Scheduler:
-    """Invariant: between steps, a sequence holds blocks and adapter slots exactly while it is in `running`."""
+    """Invariant: a sequence holds blocks exactly while it is in `running`, and between steps references on its
+    adapters' device slots exactly while it has `slots`."""
 
     blocks: BlockManager
     adapters: AdapterSlots
@@ -62,6 +85,7 @@ class Scheduler:
     waiting: deque[Sequence] = field(default_factory=deque)
     running: list[Sequence] = field(default_factory=list)
     preemptions: int = 0
+    gate: MergeGate = field(default_factory=MergeGate)
     _suspect_blocks: list[int] = field(default_factory=list)
 
     def add(self, seq: Sequence) -> None:
@@ -155,12 +179,15 @@ class Scheduler:
 
     def _try_admit(self, seq: Sequence, collected: list[str]) -> Admission:
         """Take the adapters' slots and the cached prefix for `seq`; on refusal only slots in `collected` stay taken."""
-        slots = self._acquire_all(seq, collected)
+        if not self.gate.admits(seq):
+            return Admission.NO_ADAPTER
+        slots = () if self.gate.in_base(seq) else self._acquire_all(seq, collected)
         if slots is None:
             return Admission.NO_ADAPTER
         matched = self.blocks.match_prefix(seq)
         if not self.blocks.can_admit(seq, matched):
-            collected += [adapter.digest for adapter in seq.adapters]
+            if slots:
+                collected += [adapter.digest for adapter in seq.adapters]
             return Admission.NO_BLOCKS
         self.blocks.admit(seq, matched)
         seq.slots, seq.status = slots, SequenceStatus.RUNNING
@@ -186,6 +213,29 @@ class Scheduler:
         self._suspect_blocks += self.blocks.disown_unverified(seq)
         self.blocks.free(seq)
         seq.num_verified_tokens = 0
-        for adapter in seq.adapters:
-            self.adapters.release(adapter.digest)
+        self._release_slots(seq)
+
+    def _release_slots(self, seq: Sequence) -> None:
+        if seq.slots:
+            for adapter in seq.adapters:
+                self.adapters.release(adapter.digest)
         seq.slots = ()
+
+    # -- merged mode -----------------------------------------------------------------------------------------------
+
+    def enter_base(self) -> None:
+        """The gate's owner is in the base's weights now, and it is all that runs: its sequences need no slots."""
+        self.gate.merged = True
+        for seq in self.running:
+            self._release_slots(seq)
+
+    def leave_base(self) -> bool:
+        """Have what runs take slots again and open the gate; False while there is none, which requests one."""
+        for seq in self.running:
+            if seq.adapters and not seq.slots:
+                slot = self.adapters.acquire(seq.adapters[0].digest)
+                if slot is None:
+                    return False
+                seq.slots = (slot,)
+        self.gate.open()
+        return True

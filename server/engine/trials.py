@@ -10,6 +10,7 @@ from adapters.pack import PackedAdapter
 from adapters.residency import Residency
 from adapters.selftest import Reference
 from server.engine.messages import Reply, SelfTest, TryAdapter
+from server.engine.scheduler import MergeGate
 from server.model.probe import TOLERANCE, relative_error
 from server.model.runner import ModelRunner
 from server.model.trial import try_adapter
@@ -32,11 +33,13 @@ class Trials:
         runner: ModelRunner,
         residency: Residency[PackedAdapter],
         refer: Callable[[str], Reference],
+        gate: MergeGate,
         on_thread_start: Callable[[], None],
     ) -> None:
         self._runner = runner
         self._residency = residency
         self._refer = refer
+        self._gate = gate
         self._threads = ThreadPoolExecutor(1, "adapter-reference", initializer=on_thread_start)
         self._pending: list[_Trial] = []
 
@@ -65,6 +68,8 @@ class Trials:
         reason = self._residency.failure(request.digest)
         if reason is not None:
             return Reply(request.request_id, ("invalid", reason))
+        if self._gate.merged:  # neither way would begin with the base's own weights
+            return Reply(request.request_id, ("no_room", "an adapter is merged into the base model"))
         if not trial.reference.done():
             return None
         if self._residency.acquire(request.digest) is None:

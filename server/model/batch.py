@@ -113,6 +113,8 @@ def sampled_rows(sequences: Iterable[ScheduledSequence]) -> Iterator[Rows]:
 
 def _uses(scheduled: ScheduledSequence) -> tuple[SlotUse, ...]:
     seq = scheduled.seq
+    if not seq.slots:  # the base, or an adapter that is merged into its weights
+        return ()
     return tuple(SlotUse(slot, adapter.scale) for slot, adapter in zip(seq.slots, seq.adapters, strict=True))
 
 

@@ -4,6 +4,8 @@
 at decode (measured in docs/decisions.md).
 """
 
+from typing import TypeGuard
+
 import torch
 from torch import nn
 
@@ -28,15 +30,19 @@ class PackedLinear(nn.Module):
 
 
 def pack_linears(model: nn.Module) -> int:
-    """Pack every plain bf16 linear of `model` in place, where the processor has bf16 arithmetic; returns how many."""
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return 0
-    linears = {name: module for name, module in model.named_modules() if _is_packable(module)}
-    for name, linear in linears.items():
-        model.set_submodule(name, PackedLinear(linear))
-    return len(linears)
+    """Pack what can be packed of `model` in place; returns how many linears that were."""
+    found = {name: packed(module) for name, module in model.named_modules() if _is_packable(module)}
+    for name, linear in found.items():
+        model.set_submodule(name, linear)
+    return len(found)
 
 
-def _is_packable(module: nn.Module) -> bool:
+def packed(linear: nn.Module) -> nn.Module:
+    """`linear` packed, when it is a plain bf16 linear and the processor has bf16 arithmetic; otherwise itself."""
+    return PackedLinear(linear) if _is_packable(linear) else linear
+
+
+def _is_packable(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Not for subclasses: a quantised linear stores something else."""
-    return type(module) is nn.Linear and module.weight.dtype is torch.bfloat16 and module.weight.device.type == "cpu"
+    plain = type(module) is nn.Linear and module.weight.dtype is torch.bfloat16 and module.weight.device.type == "cpu"
+    return plain and torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from adapters.kernels import choose_kernel
-from adapters.layers import attach
+from adapters.layers import attach, wrapped
 from adapters.pool import AdapterPool
 from adapters.segments import NO_SEGMENTS, Segments
 from adapters.spec import ModelSpec
@@ -36,6 +36,7 @@ class ModelRunner:
         self.pool = AdapterPool(spec, num_pages, loaded.dtype, loaded.device, kernel)
         pack_linears(self._model)
         self.bases = attach(self._model, spec, self.pool, loaded.head)
+        self.layers = wrapped(self._model)
         self._vocab_size = spec.vocab_size or 0
 
     def vocab_size(self, slots: tuple[int, ...]) -> int:

@@ -1,0 +1,240 @@
+"""Merged mode: when one version goes into the base's weights, and when it comes out again. Pure accounting, no torch.
+
+none → preparing (a thread computes the merged weights) → waiting (what runs for others finishes) → merged → leaving
+(sequences that run need device slots) → none. Weights change places in `advance`, which the engine calls between steps.
+"""
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from adapters.errors import AdapterError
+from adapters.residency import MoveRefused, RefusalCode
+from server.engine.messages import AskedBy, Merge, MergeState, MergeStatus, MergeSwitch, Reply, SwitchReason
+from server.engine.scheduler import Scheduler
+
+log = logging.getLogger(__name__)
+
+Clock = Callable[[], float]  # seconds, that of `Sequence.arrival`
+
+
+class Merged(Protocol):
+    """A version's merged weights (adapters/merge.py)."""
+
+    @property
+    def requantized(self) -> bool: ...
+
+    def install(self) -> None:
+        """Take the places of the base's own. Raises `MoveRefused`, the base being back in its place."""
+
+    def restore(self) -> None: ...
+
+
+Prepare = Callable[[str, bool], "Future[Merged]"]  # of a version, and whether it may be requantised
+
+
+class MergePolicy:
+    """Which version should be merged by itself: the one that has owned all traffic for `window` seconds, with at least
+    `min_requests` of them, and not within `cooldown` seconds of the last time that a merge ended or failed."""
+
+    def __init__(self, window: float, min_requests: int, cooldown: float, clock: Clock = time.monotonic):
+        self._window, self._cooldown, self._clock = window, cooldown, clock
+        self._owner: str | None = None
+        self._since = 0.0
+        self._arrivals: deque[float] = deque(maxlen=min_requests)
+        self._not_before = float("-inf")
+
+    def arrived(self, version: str | None) -> None:
+        """A request came, for the base with None."""
+        now = self._clock()
+        if version != self._owner or not self._arrivals:
+            self._owner, self._since = version, now
+            self._arrivals.clear()
+        self._arrivals.append(now)
+
+    def ended(self) -> None:
+        self._not_before = self._clock() + self._cooldown
+
+    def choice(self) -> str | None:
+        now = self._clock()
+        if self._owner is None or now - self._since < self._window or now < self._not_before:
+            return None
+        busy = len(self._arrivals) == self._arrivals.maxlen and now - self._arrivals[0] <= self._window
+        return self._owner if busy else None
+
+
+@dataclass(slots=True)
+class Merging:
+    """At most one version is merged. A merge by policy always gives way to other requests; one that was asked for does
+    when `gives_way` (otherwise the API refuses them)."""
+
+    scheduler: Scheduler
+    prepare: Prepare
+    gives_way: bool = True
+    policy: MergePolicy | None = None
+    clock: Clock = time.monotonic
+    status: MergeStatus = field(default_factory=MergeStatus)
+    changed: bool = False
+    _asked: Merge | None = None  # not answered yet
+    _drain: bool = False
+    _unmerges: list[int] = field(default_factory=list)  # request ids, not answered yet
+    _future: "Future[Merged] | None" = None
+    _merged: Merged | None = None
+    _leaves: SwitchReason = "request"
+    _replies: list[Reply] = field(default_factory=list)
+    _switches: list[MergeSwitch] = field(default_factory=list)
+
+    def has_work(self) -> bool:
+        return self.changed or bool(self._replies) or self.status.state not in ("none", "merged")
+
+    # -- requests ------------------------------------------------------------------------------------------------
+
+    def arrived(self, version: str | None) -> None:
+        if self.policy is not None:
+            self.policy.arrived(version)
+
+    def merge(self, asked: Merge) -> None:
+        same = self.status.digest == asked.digest
+        if self.status.state == "merged" and same:
+            self._set("merged", asked.digest, "request")
+            self._replies.append(Reply(asked.request_id))
+        elif self.status.state != "none":
+            which = "this adapter is just being merged or unmerged" if same else "another adapter is merged"
+            self._replies.append(Reply(asked.request_id, ("busy", f"{which}; unmerge it first")))
+        elif not asked.drain and self._in_the_way(asked.digest):
+            self._replies.append(Reply(asked.request_id, ("busy", "other requests are in flight; set drain to wait")))
+        else:
+            self._asked, self._drain = asked, asked.drain
+            self._start(asked.digest, asked.allow_requantize)
+
+    def unmerge(self, request_id: int) -> None:
+        self._unmerges.append(request_id)
+        self.leave("request")
+
+    def leave(self, reason: SwitchReason, digest: str | None = None) -> None:
+        """Begin to go back to the base's own weights (if it is `digest` that is merged), or give up a merge."""
+        if digest not in (None, self.status.digest):
+            return
+        if self.status.state == "merged":
+            self._leaves = reason
+            self._set("leaving", self.status.digest, self.status.asked_by)
+        elif self.status.state in ("preparing", "waiting"):
+            self._give_up("busy", "the merge was given up")
+        if self.status.state == "none":
+            self._answer_unmerges()
+
+    # -- between steps -------------------------------------------------------------------------------------------
+
+    def advance(self) -> None:
+        """Go on as far as can be."""
+        digest = self.status.digest
+        if self.status.state == "none":
+            self._consider()
+        elif self.status.state == "preparing":
+            self._take_prepared()
+        elif self.status.state == "merged" and self._yields() and self._in_the_way(digest):
+            self.leave("others")
+        if self.status.state == "waiting" and not self._in_the_way(digest):
+            self._install()
+        if self.status.state == "leaving" and self.scheduler.leave_base():
+            self._restore()
+
+    def take_replies(self) -> list[Reply]:
+        replies, self._replies = self._replies, []
+        return replies
+
+    def take_switches(self) -> list[MergeSwitch]:
+        switches, self._switches = self._switches, []
+        return switches
+
+    def _yields(self) -> bool:
+        return self.gives_way or self.status.asked_by == "policy"
+
+    def _in_the_way(self, digest: str | None) -> bool:
+        """Whether others run, or wait without being held back by this merge; once merged, whether any wait."""
+        gate, waiting = self.scheduler.gate, self.scheduler.waiting
+        queued = waiting if gate.merged else filter(gate.admits, waiting)
+        return any(seq.sole_adapter != digest for seq in (*self.scheduler.running, *queued))
+
+    def _consider(self) -> None:
+        choice = None if self.policy is None else self.policy.choice()
+        if choice is not None and not self._in_the_way(choice):
+            self._drain = False
+            self._start(choice, False)
+
+    def _start(self, digest: str, allow_requantize: bool) -> None:
+        self._future = self.prepare(digest, allow_requantize)
+        self._set("preparing", digest, "policy" if self._asked is None else "request")
+
+    def _take_prepared(self) -> None:
+        assert self._future is not None and self.status.digest is not None
+        if not self._future.done():
+            return
+        try:
+            self._merged = self._future.result()
+        except MoveRefused as refused:
+            self._give_up(refused.code, str(refused))
+        except AdapterError as error:
+            self._give_up("invalid", str(error))
+        except Exception:  # the future's own: whatever went wrong in the thread, the engine goes on
+            log.exception("merging %s failed", self.status.digest)
+            self._give_up("no_room", "computing the merged weights failed")
+        else:
+            if not self._drain and self._in_the_way(self.status.digest):
+                self._give_up("busy", "other requests came in flight; set drain to wait for them")
+                return
+            self.scheduler.gate.close(self.status.digest, self.clock())
+            self._set("waiting", self.status.digest, self.status.asked_by)
+
+    def _install(self) -> None:
+        assert self._merged is not None and self.status.digest is not None
+        try:
+            self._merged.install()
+        except MoveRefused as refused:
+            self._give_up(refused.code, str(refused))
+            return
+        self.scheduler.enter_base()
+        self._set("merged", self.status.digest, self.status.asked_by)
+        self._switch("merge", self.status.asked_by or "request")
+        if self._asked is not None:
+            self._replies.append(Reply(self._asked.request_id))
+            self._asked = None
+
+    def _restore(self) -> None:
+        assert self._merged is not None
+        self._merged.restore()
+        self._switch("unmerge", self._leaves)
+        self._clear()
+
+    def _give_up(self, code: RefusalCode, why: str) -> None:
+        """The base was not touched yet."""
+        if self._asked is not None:
+            self._replies.append(Reply(self._asked.request_id, (code, why)))
+        else:
+            log.info("not merged: %s", why)
+        self.scheduler.gate.open()
+        self._clear()
+
+    def _clear(self) -> None:
+        self._asked = self._future = self._merged = None
+        if self.policy is not None:
+            self.policy.ended()
+        self._set("none", None, None)
+        self._answer_unmerges()
+
+    def _set(self, state: MergeState, digest: str | None, asked_by: AskedBy | None) -> None:
+        requantized = self._merged is not None and self._merged.requantized
+        self.status, self.changed = MergeStatus(state, digest, asked_by, requantized), True
+
+    def _switch(self, direction: Literal["merge", "unmerge"], reason: SwitchReason) -> None:
+        assert self.status.digest is not None
+        self._switches.append(MergeSwitch(self.status.digest, direction, reason))
+        log.info("%sd %s (%s)", direction, self.status.digest[:12], reason)
+
+    def _answer_unmerges(self) -> None:
+        self._replies += [Reply(request_id) for request_id in self._unmerges]
+        self._unmerges.clear()
