@@ -66,7 +66,7 @@ class LoraChecks:
                 yield problem(present, f"no {' and no '.join(missing)} beside it", "both factors", "shape_mismatch")
 
     def _targets(self, settings: LoraSettings) -> Iterator[Problem]:
-        """A declared target without a tensor, and a tensor that PEFT would drop because no target declares it."""
+        """A declared target without a tensor, and a tensor that PEFT would drop because its module is no target."""
         if settings.target_modules is None:
             return
         declared = set(settings.target_modules)
@@ -74,11 +74,18 @@ class LoraChecks:
         for module, names in (self.tensors.modules | self.tensors.embeddings).items():
             suffixes = declared & self._known_as(module, settings)
             reached |= suffixes
-            if not suffixes and not targeted_parameters(module, settings, self.spec):
-                expected = "only modules that target_modules names"
-                yield problem(next(iter(names.values())), "a module beyond them", expected, "no_target")
-        for target in sorted(declared - reached):
+            is_target = module in declared or (suffixes and settings.reaches(module))
+            if (not is_target or settings.leaves_out(module)) and not targeted_parameters(module, settings, self.spec):
+                yield problem(next(iter(names.values())), "a module beyond them", "only targeted modules", "no_target")
+        for target in sorted(declared - reached - self._left_out(settings)):
             yield _undelivered("target_modules", target)
+
+    def _left_out(self, settings: LoraSettings) -> set[str]:
+        """The targets that name only modules that PEFT does not wrap."""
+        left, kept = set[str](), set[str]()
+        for module in (*self.spec.modules, self.spec.embedding):
+            (left if settings.leaves_out(module) else kept).update(dotted_suffixes(module))
+        return left - kept
 
     def _known_as(self, module: str, settings: LoraSettings) -> set[str]:
         ends = (self.spec.embedding, self.spec.head)

@@ -4,7 +4,7 @@ An expression is a stranger's: it is matched by RE2, in time linear in the name,
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 MAX_EXPRESSIONS = 64
@@ -30,12 +30,42 @@ class ModulePatterns:
         expressions = [pattern for pattern in values if not _LITERAL.fullmatch(pattern)]
         if len(expressions) > MAX_EXPRESSIONS:
             raise BadPattern(f"at most {MAX_EXPRESSIONS} regular expressions")
-        self._expressions = [(pattern, _compiled(pattern)) for pattern in expressions]
+        self._expressions = [(pattern, _compiled(pattern, prefix=r"(?:.*\.)?")) for pattern in expressions]
 
     def get(self, module: str, default: float) -> float:
         matches = [name for name in (f"^{module}", *dotted_suffixes(module)) if name in self._values]
         matches += [pattern for pattern, expression in self._expressions if expression.fullmatch(module)]
         return self._values[min(matches, key=self._order.__getitem__)] if matches else default
+
+
+class ModuleNames:
+    """PEFT's `exclude_modules`: dotted endings of names, or one regular expression of whole names."""
+
+    def __init__(self, names: str | Iterable[str]):
+        """Raises `BadPattern` for an expression that RE2 does not take."""
+        self._endings = frozenset(() if isinstance(names, str) else names)
+        self._expression = _compiled(names) if names and isinstance(names, str) else None
+
+    def __contains__(self, module: str) -> bool:
+        if self._expression is not None:
+            return bool(self._expression.fullmatch(module))
+        return not self._endings.isdisjoint(dotted_suffixes(module))
+
+
+def layer_of(module: str, lists: Sequence[str]) -> int | None:
+    """The number of the layer that `module` is in: PEFT's first after one of `lists`, which are dotted endings, or
+    without any the first with two parts of the name before it."""
+    parts = module.split(".")
+    numbers = [place for place, part in enumerate(parts[:-1]) if part.isdigit()]
+    before = {place: dotted_suffixes(".".join(parts[:place])) for place in numbers}
+    found = [place for name in lists for place in numbers if name in before[place]]
+    found = found if lists else [place for place in numbers if place > 1]
+    return int(parts[found[0]]) if found else None
+
+
+def is_name(pattern: str) -> bool:
+    """Whether it is no expression."""
+    return bool(_LITERAL.fullmatch(pattern)) and not pattern.startswith("^")
 
 
 def dotted_suffixes(module: str) -> list[str]:
@@ -44,7 +74,7 @@ def dotted_suffixes(module: str) -> list[str]:
     return [".".join(parts[start:]) for start in range(len(parts))]
 
 
-def _compiled(pattern: str) -> Any:
+def _compiled(pattern: str, prefix: str = "") -> Any:
     import re2  # few adapters need it
 
     options = re2.Options()
@@ -53,6 +83,6 @@ def _compiled(pattern: str) -> Any:
     if not pattern or len(pattern) > MAX_EXPRESSION_LENGTH or not pattern.isprintable():
         raise BadPattern(expected)
     try:
-        return re2.compile(rf"(?:.*\.)?(?:{pattern})", options)
+        return re2.compile(f"{prefix}(?:{pattern})", options)
     except re2.error:
         raise BadPattern(expected) from None

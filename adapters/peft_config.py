@@ -9,7 +9,7 @@ from typing import Any
 from adapters.config_keys import FEATURES, HARMLESS_KEYS, REFUSED_KEYS, SERVED_KEYS, WAYS_OUT
 from adapters.config_reader import ConfigReader, KeyTable, canonical, read_json
 from adapters.errors import Problem
-from adapters.patterns import ModulePatterns
+from adapters.patterns import BadPattern, ModuleNames, ModulePatterns, is_name, layer_of
 from adapters.traits import Traits
 
 # LORA, and the types that `families` converts.
@@ -23,11 +23,11 @@ BIASES = ("none", "lora_only", "all")
 class LoraSettings:
     """What a config says of the tensors beside it.
 
-    `target_modules` is None where the config leaves the choice to the tensors; `bias` is one of `BIASES`;
-    with `ensures_tying` what is said of one end of a tied vocabulary is meant of both; `token_indices` maps a module's
-    ending to the tokens that are trained, "" being the input embedding; `qalora_group_size` is None without QA-LoRA;
-    `invocation_tokens` switch an aLoRA on. `features` are named in the report; `canonical` is the config as the digest
-    sees it.
+    `target_modules` is None where the config leaves the choice to the tensors, and `layers` where all are meant;
+    `bias` is one of `BIASES`; with `ensures_tying` what is said of one end of a tied vocabulary is meant of both;
+    `token_indices` maps a module's ending to the tokens that are trained, "" being the input embedding;
+    `qalora_group_size` is None without QA-LoRA; `invocation_tokens` switch an aLoRA on. `features` are named in the
+    report; `canonical` is the config as the digest sees it.
     """
 
     r: int
@@ -39,6 +39,9 @@ class LoraSettings:
     rank_pattern: ModulePatterns
     alpha_pattern: ModulePatterns
     target_modules: tuple[str, ...] | None
+    exclude_modules: ModuleNames
+    layers: frozenset[int] | None
+    layers_pattern: tuple[str, ...]
     target_parameters: tuple[str, ...]
     modules_to_save: tuple[str, ...]
     ensures_tying: bool
@@ -57,6 +60,16 @@ class LoraSettings:
             mergeable=not elsewhere,
             invocation_tokens=self.invocation_tokens,
         )
+
+    def leaves_out(self, module: str) -> bool:
+        """Whether PEFT does not wrap `module` even if it is a target."""
+        return module in self.exclude_modules or any(f".{name}." in f".{module}." for name in self.modules_to_save)
+
+    def reaches(self, module: str) -> bool:
+        """Whether `layers_to_transform` has the layer of `module`; what an expression means is left to the tensors."""
+        if self.layers is None or not all(map(is_name, self.layers_pattern)):
+            return True
+        return layer_of(module, self.layers_pattern) in self.layers
 
     def rank(self, module: str) -> int:
         return int(self.rank_pattern.get(module, self.r))
@@ -97,6 +110,9 @@ class _Reader(ConfigReader):
             rank_pattern=self._patterns("rank_pattern", self._rank),
             alpha_pattern=self._patterns("alpha_pattern", self._alpha),
             target_modules=self._target_modules(),
+            exclude_modules=self._exclude_modules(),
+            layers=self._layers(),
+            layers_pattern=self._layers_pattern(),
             target_parameters=self._names("target_parameters"),
             modules_to_save=self._names("modules_to_save"),
             ensures_tying=self._switch("ensure_weight_tying"),
@@ -118,6 +134,28 @@ class _Reader(ConfigReader):
         if value is not None and value not in BIASES:
             self._refuse("bias", value, " or ".join(map(json.dumps, BIASES)), "unsupported_feature")
         return value if value in BIASES else "none"
+
+    def _exclude_modules(self) -> ModuleNames:
+        """An expression that RE2 does not take is no reason to refuse what has a tensor for every target."""
+        value = self._config.get("exclude_modules")
+        if isinstance(value, str):
+            try:
+                return ModuleNames(value)
+            except BadPattern:
+                return ModuleNames(())
+        return ModuleNames(self._names("exclude_modules"))
+
+    def _layers(self) -> frozenset[int] | None:
+        value = self._config.get("layers_to_transform")
+        layers = [value] if type(value) is int else value or []
+        if isinstance(layers, list) and all(type(layer) is int for layer in layers):
+            return frozenset(layers) or None
+        self._refuse("layers_to_transform", value, "a whole number or a list of them", "malformed_file")
+        return None
+
+    def _layers_pattern(self) -> tuple[str, ...]:
+        value = self._config.get("layers_pattern") or ()
+        return (value,) if isinstance(value, str) else self._names("layers_pattern")
 
     def _names(self, key: str) -> tuple[str, ...]:
         value = self._config.get(key) or []

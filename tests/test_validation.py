@@ -92,7 +92,13 @@ SERVED: dict[str, dict[str, Any]] = {
     "rslora": {"use_rslora": True, "r": 6, "lora_alpha": 5},
     "one layer": {"layers_to_transform": [1]},
     "layer number": {"layers_to_transform": 1, "layers_pattern": "layers"},
+    "full names and layers": {
+        "target_modules": ["model.layers.0.self_attn.q_proj", "v_proj"],
+        "layers_to_transform": [1],
+    },
     "excluded": {"exclude_modules": ["layers.0.self_attn.q_proj"], "target_modules": ["q_proj"]},
+    "excluded targets": {"exclude_modules": ["up_proj", "layers.1.mlp.gate_proj"], "target_modules": "all-linear"},
+    "excluded by an expression": {"exclude_modules": r".*\.0\..*|.*down.*", "target_modules": ["q_proj", "down_proj"]},
     "patterns": {
         "use_rslora": True,
         "target_modules": ["q_proj", "v_proj", "gate_proj"],
@@ -386,6 +392,40 @@ def test_refuses_a_deeper_base(model: LlamaForCausalLM, spec: ModelSpec, tmp_pat
 def test_refuses_an_adapter_that_touches_nothing(folder: Path) -> None:
     problems = refused(folder, ModelSpec({"transformer.h.0.attn.c_attn": (64, 192)}, max_rank=64))
     assert [problem.code for problem in problems] == ["no_target"]
+
+
+@pytest.mark.parametrize("layers", [1, [1], [1, 7]])
+@pytest.mark.parametrize("layers_pattern", [None, "layers", ["h", "model.layers"]])
+def test_refuses_tensors_of_other_layers(layers: Any, layers_pattern: Any, folder: Path, spec: ModelSpec) -> None:
+    change_config(folder, layers_to_transform=layers, layers_pattern=layers_pattern)  # PEFT would drop them in silence
+    problems = refused(folder, spec)
+    assert len(problems) == 2 and all("layers.0." in problem.where for problem in problems)
+
+
+@pytest.mark.parametrize("layers", ["1", [True], 0.5, {"0": 1}, ["0"]])
+def test_refuses_layers_that_are_no_numbers(layers: Any, folder: Path, spec: ModelSpec) -> None:
+    change_config(folder, layers_to_transform=layers)
+    assert "layers_to_transform" in refused(folder, spec)[0].where
+
+
+@pytest.mark.parametrize(("layers", "layers_pattern"), [([0, 1], None), ([], None), ([1], "(h|layer)s?"), (None, None)])
+def test_serves_the_layers_that_are_meant(layers: Any, layers_pattern: Any, folder: Path, spec: ModelSpec) -> None:
+    change_config(folder, layers_to_transform=layers, layers_pattern=layers_pattern)
+    assert inspect(folder, spec).report["applied"]["modules"] == 4
+
+
+@pytest.mark.parametrize("exclude_modules", [["layers.0.self_attn.q_proj"], r".*\.0\..*q_proj"])
+def test_refuses_tensors_of_excluded_modules(exclude_modules: Any, folder: Path, spec: ModelSpec) -> None:
+    change_config(folder, exclude_modules=exclude_modules)  # PEFT would drop them in silence
+    (problem,) = refused(folder, spec)
+    assert problem.where.startswith(Q0) and problem.code == "no_target"
+
+
+@pytest.mark.parametrize("exclude_modules", [["layers.0.mlp.up_proj"], r".*layers\.0.*", r"(?!x).*up_proj"])
+def test_excluding_a_part_of_a_target_does_not_excuse_it(exclude_modules: Any, folder: Path, spec: ModelSpec) -> None:
+    change_config(folder, exclude_modules=exclude_modules, target_modules=["q_proj", "v_proj", "up_proj"])
+    problems = refused(folder, spec)
+    assert [p.found for p in problems if "target_modules" in p.where] == ["up_proj without a tensor"]
 
 
 def test_refuses_declared_targets_without_tensors(folder: Path, spec: ModelSpec) -> None:
