@@ -78,7 +78,15 @@ def write_adapter(
     return folder
 
 
-def write_family(model: nn.Module, folder: Path, config: PeftConfig, *, seed: int = 0, scale: float = 0.2) -> Path:
+def write_family(
+    model: nn.Module,
+    folder: Path,
+    config: PeftConfig,
+    *,
+    seed: int = 0,
+    scale: float = 0.2,
+    save_embedding_layers: bool | str = False,
+) -> Path:
     """Save a PEFT adapter of any type in `folder`, with all that is trained moved away at random from where it starts,
     `scale` being the standard deviation; `model` stays as it was. Returns `folder`."""
     config, ranks_left = copy.deepcopy(config), None
@@ -94,7 +102,7 @@ def write_family(model: nn.Module, folder: Path, config: PeftConfig, *, seed: in
         config.rank_pattern = ranks_left
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*have invalid shape: .*\\(0, ")  # a layer that lost every rank
-        peft_model.save_pretrained(folder, save_embedding_layers=False)
+        peft_model.save_pretrained(folder, save_embedding_layers=save_embedding_layers)
     return folder
 
 

@@ -32,6 +32,7 @@ from transformers import (
     MixtralForCausalLM,
 )
 
+from adapters.errors import AdapterInvalid
 from adapters.fold import dora_scale
 from adapters.format import LoraFactors
 from adapters.slots import PAGE_COLUMNS
@@ -72,6 +73,8 @@ LLAMA_CASES: dict[str, dict[str, Any]] = {
         "save_embedding_layers": True,
         "vocab_size": 101,
     },
+    "qalora": {**ALL, "use_qalora": True, "qalora_group_size": 8},
+    "gaussian": {**ALL, "init_lora_weights": "gaussian"},
     "parameter of a linear": {**ALL, "target_modules": ["q_proj"], "target_parameters": ["mlp.up_proj.weight"]},
 }
 TIED_CASES: dict[str, dict[str, Any]] = {
@@ -320,6 +323,14 @@ def assert_as_close_as_bf16_allows(logits: Tensor, expected: Tensor, exact: Tens
 
 def cases_on(kind: str, base: str) -> list[str]:
     return [case for case in CASES[kind] if base != "nf4" or case not in NOT_ON_NF4]
+
+
+@pytest.mark.parametrize(("kind", "case"), [(k, case) for k in CASES for case in CASES[k] if case in NOT_ON_NF4])
+def test_a_copy_of_a_quantised_weight_is_refused(kind: str, case: str, world: Callable[[str, str], World]) -> None:
+    here = world(kind, "nf4")
+    with pytest.raises(AdapterInvalid, match="not quantised") as error:
+        here.driver.add_adapter(here.folder / case)
+    assert any(problem.where.endswith((".v_proj.weight", ".c_fc.weight")) for problem in error.value.problems)
 
 
 ALL_CASES = [(kind, case, base) for kind in CASES for base in BASES for case in cases_on(kind, base)]
