@@ -18,8 +18,8 @@ check: .venv/.installed-dev ## what pre-commit and CI check besides the tests
 format: .venv/.installed-dev
 	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
 
-docs: .venv/.installed-dev ## write the README's tables from the code
-	$(BIN)/python -m docs.tables
+docs: .venv/.installed-dev ## write the README's tables and docs/compatibility.md's from the code
+	$(BIN)/python -m docs.tables && $(BIN)/python -m docs.compatibility
 
 bench: .venv/.installed-dev ## tokens per second beside PEFT's own mixed batch
 	$(BIN)/python -m load_tests.versus_peft

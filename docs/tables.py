@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +74,9 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 
 
-def render(text: str) -> str:
+def render(text: str, tables: Mapping[str, Callable[[], str]] = TABLES) -> str:
     """`text` with every `<!-- table: name -->` … `<!-- end -->` section made anew."""
-    for name, make in TABLES.items():
+    for name, make in tables.items():
         section = re.search(rf"<!-- table: {name} -->\n(.*?)<!-- end -->", text, re.DOTALL)
         assert section is not None, f"no section for the table of {name}"
         text = text[: section.start(1)] + make() + "\n" + text[section.end(1) :]

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from docs import compatibility
 from docs.tables import README, render
 
 ROOT = Path(__file__).parent.parent
@@ -10,6 +11,11 @@ ROOT = Path(__file__).parent.parent
 def test_the_readme_s_tables_are_those_of_the_code() -> None:
     text = README.read_text()
     assert render(text) == text, "run 'make docs'"
+
+
+def test_the_compatibility_tables_are_those_of_the_tests() -> None:
+    text = compatibility.DOCUMENT.read_text()
+    assert render(text, compatibility.TABLES) == text, "run 'make docs'"
 
 
 def test_every_file_that_the_readme_names_exists() -> None:
