@@ -173,10 +173,13 @@ class OverlayTable:
 
     def write(self, slot: int, overlays: Mapping[str, tuple[nn.Module, ...]]) -> None:
         if overlays:
-            device = self._device
-            self._by_slot[slot] = {name: tuple(o.to(device) for o in own) for name, own in overlays.items()}
+            self._by_slot[slot] = {name: tuple(map(self._on_device, own)) for name, own in overlays.items()}
         else:
             self._by_slot.pop(slot, None)
+
+    def _on_device(self, overlay: nn.Module) -> nn.Module:
+        """What is in host memory stays there: a module moves in place."""
+        return overlay if self._device.type == "cpu" else copy.deepcopy(overlay).to(self._device)
 
     def plan(self, rows: Iterable[SlotRows], num_rows: int) -> OverlayPlan | None:
         """None when no adapter of the step has overlays."""

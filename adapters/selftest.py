@@ -5,7 +5,7 @@ computed from the tensors as they are stored, by a hook on the base's own module
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -61,47 +61,55 @@ class Reference:
         return lambda _module, args, _output: _with_parameters(base, self._parameters(name, base)).forward(*args)
 
     def _linear(self, name: str, base: Any, x: Tensor, output: Tensor) -> Tensor:
+        of = _on(x)
         own_bias = 0 if base.bias is None else base.bias.float()
         weight = self.weights.replaced.get(name, {}).get("weight")
         if (scale := self.weights.input_scales.get(name)) is not None:
-            output = base.forward((x * scale).to(x.dtype))  # not a call, which would come back here
+            output = base.forward((x * of(scale)).to(x.dtype))  # not a call, which would come back here
         if weight is None:
             y = output.float() - own_bias
         else:
-            y = linear(x.float(), (weight.T if isinstance(base, Conv1D) else weight).float())
+            y = linear(x.float(), of(weight.T if isinstance(base, Conv1D) else weight))
         bias = self.weights.biases.get(name, self.weights.replaced.get(name, {}).get("bias"))
         if factors := self.weights.factors.get(name):
-            delta = linear(linear(x.float(), factors.a.float()), factors.b.float())
-            y = (y + factors.scaling * delta) * self.magnitudes.get(name, 1)
+            delta = linear(linear(x.float(), of(factors.a)), of(factors.b))
+            y = (y + factors.scaling * delta) * of(self.magnitudes.get(name, _ONE))
             if factors.bias is not None:
-                y = y + factors.scaling * factors.bias.float()
-        y = y + (own_bias if bias is None else bias.float())
+                y = y + factors.scaling * of(factors.bias)
+        y = y + (own_bias if bias is None else of(bias))
         if rows := self.weights.tokens.get(name):
-            y[..., list(rows.ids)] = linear(x.float(), rows.values.float())
-        return (y * self.weights.output_scales.get(name, 1)).to(output.dtype)
+            y[..., list(rows.ids)] = linear(x.float(), of(rows.values))
+        return (y * of(self.weights.output_scales.get(name, _ONE))).to(output.dtype)
 
     def _embedding(self, name: str, base: nn.Embedding, ids: Tensor) -> Tensor:
-        weight = self.weights.replaced.get(name, {}).get("weight", base.weight).float()
+        of = _on(ids)
+        weight = of(self.weights.replaced.get(name, {}).get("weight", base.weight))
         if rows := self.weights.tokens.get(name):
-            weight = weight.index_copy(0, torch.tensor(rows.ids), rows.values.float())
+            weight = weight.index_copy(0, torch.tensor(rows.ids, device=ids.device), of(rows.values))
         y = embedding(ids, weight)
         if factors := self.weights.embeddings.get(name):
-            y = y + factors.scaling * (embedding(ids, factors.a.float().T) @ factors.b.float().T)
+            a, b = of(factors.a), factors.scaling * of(factors.b)
+            y = y + embedding(ids, a.T) @ b.T
             if factors.magnitude is not None:
-                norm = torch.linalg.vector_norm(
-                    weight.T + factors.scaling * factors.b.float() @ factors.a.float(), dim=1
-                )
-                y = y * (factors.magnitude.float() / norm)
+                y = y * (of(factors.magnitude) / torch.linalg.vector_norm(weight.T + b @ a, dim=1))
         return y * getattr(base, "embed_scale", 1)
 
     def _parameters(self, name: str, base: nn.Module) -> dict[str, Tensor]:
         """Of a module that is used with other parameters; PEFT's `ParamWrapper` adds the factors to them."""
-        found: dict[str, Tensor] = {key: value.float() for key, value in base.named_parameters(recurse=False)}
-        found.update({key: value.float() for key, value in self.weights.replaced.get(name, {}).items()})
+        own = dict(base.named_parameters(recurse=False))
+        of = _on(next(iter(own.values())))
+        found = {key: of(value) for key, value in {**own, **self.weights.replaced.get(name, {})}.items()}
         for key, factors in self.weights.parameters.get(name, {}).items():
-            found[key] = found[key] + _stacked_delta(found[key], factors, getattr(base, "is_transposed", False))
-        dtypes = {key: value.dtype for key, value in base.named_parameters(recurse=False)}
-        return {key: value.to(dtypes[key]) for key, value in found.items()}
+            found[key] = found[key] + of(_stacked_delta(own[key], factors, getattr(base, "is_transposed", False)))
+        return {key: value.to(own[key].dtype) for key, value in found.items()}
+
+
+_ONE = torch.ones(())
+
+
+def _on(like: Tensor) -> Callable[[Tensor], Tensor]:
+    """Moves tensors to where `like` is, as float32."""
+    return lambda tensor: tensor.to(like.device, torch.float32)
 
 
 def _with_parameters(base: nn.Module, parameters: dict[str, Tensor]) -> nn.Module:

@@ -139,10 +139,10 @@ async def test_the_version_decides(tmp_path: Path) -> None:
         assert first != second  # though their weights are the same
         for model, expected in (("own", TOOL + 1), (f"own@{first[:12]}", TOOL), (f"own@{second[:12]}", TOOL + 1)):
             await api.complete("<tool>", model=model)
-            assert last_prompt(api) == [expected] and api.engine.submitted[-1].adapter in (first, second)
+            assert last_prompt(api) == [expected] and api.engine.submitted[-1].adapters[0].digest in (first, second)
         assert (await api.http.post("/v1/adapters/own/rollback")).status_code == 200
         await api.complete("<tool>", model="own")
-        assert last_prompt(api) == [TOOL] and api.engine.submitted[-1].adapter == first
+        assert last_prompt(api) == [TOOL] and api.engine.submitted[-1].adapters[0].digest == first
 
 
 async def test_tokens_without_an_embedding_never_reach_the_engine(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def test_the_three_printed_curl_lines_work_as_printed(server: RunningServer) -> 
 
 def test_the_readme_s_curl_commands_work_in_order(server: RunningServer) -> None:
     commands = re.findall(r"^curl .*$", (ROOT / "README.md").read_text(), re.MULTILINE)
-    assert len(commands) == 7
+    assert len(commands) == 8
     for command in commands:
         run(command.replace("http://127.0.0.1:8000", server.url))
 

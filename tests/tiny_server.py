@@ -21,10 +21,11 @@ from tests.api_server import fast_byte_tokenizer
 BASE = "tiny-base"
 
 
-def write_tiny_model(folder: Path) -> Path:
+def write_tiny_model(folder: Path, **changes: Any) -> Path:
     """A tiny Llama with a tokenizer of one token per byte, so that its answers can be compared as text."""
     tokenizer = fast_byte_tokenizer()
-    model = tiny_llama(vocab_size=len(tokenizer), initializer_range=0.3, max_position_embeddings=2048)
+    sizes = {"vocab_size": len(tokenizer), "initializer_range": 0.3, "max_position_embeddings": 2048}
+    model = tiny_llama(**{**sizes, **changes})
     model.generation_config.eos_token_id = None
     model.config.eos_token_id = None
     model.save_pretrained(folder)

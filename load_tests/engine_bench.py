@@ -1,0 +1,67 @@
+"""An engine over SmolLM2 in this process, for benchmarks of what happens inside a step."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from adapters.store import CONFIG_FILE, WEIGHTS_FILE, AdapterStore
+from adapters.validation import inspect
+from server.config import ServeConfig
+from server.engine.build import build_engine
+from server.engine.messages import Reply, Submit, ToEngine
+from server.model.default_model import prepare_default_model
+from server.sequence import SamplingParams, ScaledAdapter
+
+PROMPT_TOKENS = 70
+
+
+class EngineBench:
+    """Streams of `new_tokens` greedy tokens over random prompts, new ones every time."""
+
+    def __init__(self, data_dir: Path, new_tokens: int, **settings: object):
+        config = ServeConfig(model=str(prepare_default_model()), data_dir=data_dir, **settings)  # type: ignore[arg-type]
+        self.engine, self.info = build_engine(config)
+        self._new_tokens = new_tokens
+        self._store = AdapterStore(data_dir / "store")
+        self._runs = 0
+
+    def add(self, folder: Path) -> str:
+        """Put a PEFT folder into the engine's store; returns its digest."""
+        with self._store.stage() as staged:
+            for name in (CONFIG_FILE, WEIGHTS_FILE):
+                (staged / name).write_bytes((folder / name).read_bytes())
+            digest = inspect(staged, self.info.spec).digest
+            self._store.admit(staged, digest)
+        return digest
+
+    def run(self, adapters: Sequence[str | None]) -> float:
+        """Tokens per second of one stream for each of `adapters` (None: the base), all at once."""
+        self._runs += 1
+        generator = torch.Generator().manual_seed(self._runs)
+        params = SamplingParams(max_tokens=self._new_tokens, temperature=0.0, ignore_eos=True)
+        started = time.perf_counter()
+        for i, digest in enumerate(adapters):
+            prompt = torch.randint(100, 40_000, (PROMPT_TOKENS,), generator=generator).tolist()
+            uses = () if digest is None else (ScaledAdapter(digest),)
+            self.engine.handle(Submit(f"{self._runs}-{i}", prompt, params, uses))
+        self.settle()
+        return len(adapters) * self._new_tokens / (time.perf_counter() - started)
+
+    def switch(self, request: ToEngine) -> float:
+        """Seconds until the engine says that it is done."""
+        started = time.perf_counter()
+        self.engine.handle(request)
+        assert [reply.error for reply in self.settle()] == [None]
+        return time.perf_counter() - started
+
+    def settle(self) -> list[Reply]:
+        """Step until nothing is left to do."""
+        replies = []
+        while self.engine.has_work():
+            said = self.engine.step()
+            replies += [message for message in said if isinstance(message, Reply)]
+            if not said[0].stats.batch_tokens:  # type: ignore[union-attr]
+                time.sleep(0.002)  # what it waits for happens in threads, which need the interpreter
+        return replies
