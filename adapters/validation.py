@@ -23,6 +23,7 @@ from adapters.lora_tensors import (
     token_target,
 )
 from adapters.peft_config import LoraSettings, parse_config
+from adapters.safetensors_header import read_header
 from adapters.spec import ModelSpec
 from adapters.store import CONFIG_FILE, FILES, WEIGHTS_FILE
 from adapters.tokenizer_files import check_tokenizer, read_tokenizer_files
@@ -75,6 +76,18 @@ def _inspect_converted(adapter: Converted, folder: Path, spec: ModelSpec) -> Ins
 
 def _last_parts(modules: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted({module.rpartition(".")[2] for module in modules}))
+
+
+def digest_of(folder: Path) -> str:
+    """The version that the adapter in `folder` is, whichever base model it is for.
+
+    Raises `AdapterInvalid` for files that make no adapter, and `OSError` where one cannot be read.
+    """
+    with (folder / CONFIG_FILE).open("rb") as file:
+        settings, problems = parse_config(file.read(MAX_CONFIG_BYTES + 1))
+    if settings is None:
+        raise AdapterInvalid(problems)
+    return version_digest(settings.canonical, read_header(folder / WEIGHTS_FILE), folder / WEIGHTS_FILE)
 
 
 def load(folder: Path, spec: ModelSpec, digest: str | None = None) -> AdapterWeights:

@@ -56,8 +56,8 @@ def complete(config: ServeConfig) -> ServeConfig:
 
 def run(config: ServeConfig) -> None:
     """Serve until a signal ends it. Raises `ConfigError` or `StartFailed`."""
-    config = complete(config)
     _check_sources(config)
+    config = complete(config)
     keys = KeyRing.load(config)
     check_bind(config, keys)
     config.data_dir.mkdir(parents=True, exist_ok=True)

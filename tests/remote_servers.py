@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
+import pytest
+from huggingface_hub import constants
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 KEY_ID, SECRET, REGION = "the-key-id", "the-secret", "eu-west-1"
 
@@ -77,7 +80,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def answer(self, status: int, body: bytes, *, cut: bool = False, **headers: str) -> None:
         self.send_response(status)
-        for key, value in {"content-length": str(len(body)), **headers}.items():
+        for key, value in {"content-length": str(len(body)), "connection": "close", **headers}.items():
             self.send_header(key, value)
         self.end_headers()
         self.wfile.write(body[: len(body) // 2] if cut else body)
@@ -167,3 +170,12 @@ def hub() -> AbstractContextManager[Remote]:
 def s3(*, public: bool = False) -> AbstractContextManager[Remote]:
     """Objects by /bucket/key, addressed by path as MinIO is."""
     return _running(_PublicS3 if public else _S3)
+
+
+def use_hub(remote: Remote, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have huggingface_hub, which read its environment when it was imported, take `remote` for the hub."""
+    monkeypatch.setattr(constants, "ENDPOINT", remote.url)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{remote.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)

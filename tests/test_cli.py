@@ -66,6 +66,12 @@ def test_a_config_survives_the_way_to_the_engine_process() -> None:
     assert config.load(json.loads(json.dumps(config.to_dict(made)))) == made
 
 
+@pytest.mark.parametrize("entry", ["nonsense", "hf://", "s3://", "file://host/x", "http://localhost/"])
+def test_serve_does_not_start_with_a_source_that_allows_nothing(entry: str) -> None:
+    result = runner.invoke(app, ["serve", "--allow-source", entry])
+    assert result.exit_code == 2 and "--allow-source" in result.stderr
+
+
 def test_serve_reports_a_bad_flag_in_one_line() -> None:
     result = runner.invoke(app, ["serve", "--dtype", "float8"])
     assert result.exit_code == 2

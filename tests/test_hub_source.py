@@ -25,11 +25,7 @@ ALLOWED = ("file:///srv", "hf://org")
 @pytest.fixture
 def remote(monkeypatch: pytest.MonkeyPatch) -> Iterator[Remote]:
     with remote_servers.hub() as remote:
-        monkeypatch.setattr(constants, "ENDPOINT", remote.url)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", remote.url + "/{repo_id}/resolve/{revision}/{filename}"
-        )
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        remote_servers.use_hub(remote, monkeypatch)
         monkeypatch.setattr(download, "WAITS_SECONDS", (0.0, 0.0))
         remote.files = {**FILES, "README.md": b"x", "pytorch_model.bin": b"x" * LIMIT}
         yield remote
