@@ -9,12 +9,13 @@ import httpx
 import pytest
 import yaml
 from click.testing import Result
+from peft import IA3Config
 from typer.testing import CliRunner
 
 from adapters.validation import digest_of
 from server.cli import app
 from tests import remote_servers
-from tests.adapter_factory import tiny_llama, write_adapter
+from tests.adapter_factory import tiny_llama, write_adapter, write_family
 from tests.api_server import LiveServer, listening
 from tests.remote_servers import COMMIT, Remote
 from tests.tiny_server import wait_for
@@ -109,6 +110,17 @@ def test_unchanged_folders_are_not_uploaded(
     invoke(file, "--yes")
     monkeypatch.setattr("server.sync_commands.upload", None)
     assert plan(file, "--yes") == []
+
+
+def test_every_kind_of_folder_is_recognised(adapters: Path, server: LiveServer) -> None:
+    write_family(tiny_llama(), adapters / "ia3", IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
+    write_adapter(tiny_llama(), adapters / "with-template")
+    (adapters / "with-template" / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    file = write(adapters, *({"name": name, "source": name} for name in ("ia3", "with-template")))
+    assert plan(file, "--yes") == [("create", "ia3"), ("create", "with-template")]
+    assert plan(file, "--yes") == []
+    (adapters / "with-template" / "chat_template.jinja").write_text("{{ messages[-1].content }}")
+    assert plan(file, "--yes") == [("replace", "with-template")]
 
 
 def test_what_a_hub_s_branch_has_now(adapters: Path, server: LiveServer, hub: Remote) -> None:
