@@ -32,15 +32,7 @@ from adapters.store import AdapterStore
 if TYPE_CHECKING:
     from adapters.validation import Inspected  # needs torch; the registry does not
 
-__all__ = [
-    "AdapterRecord",
-    "AdapterRegistry",
-    "AdapterVersion",
-    "HistoryEntry",
-    "PendingAdapter",
-    "RegistryLocked",
-    "check_name",
-]
+__all__ = ["AdapterRecord", "AdapterRegistry", "AdapterVersion", "HistoryEntry", "RegistryLocked", "check_name"]
 
 RETAINED_VERSIONS = 5
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
@@ -224,11 +216,8 @@ class AdapterRegistry:
         self._check_free(pending.name)
         with self._writing:
             with transaction(self._db):
-                self._db.execute(
-                    "INSERT OR REPLACE INTO pending (name, source, replacing, pinned, created, error) "
-                    "VALUES (:name, :source, :replacing, :pinned, :created, :error)",
-                    asdict(pending),
-                )
+                values = ":name, :source, :replacing, :pinned, :created, :error"
+                self._db.execute(f"INSERT OR REPLACE INTO pending VALUES ({values})", asdict(pending))
             self.pending = read_pending(self._db)
 
     def forget(self, name: str) -> None:
