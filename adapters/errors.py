@@ -7,6 +7,7 @@ AdapterError
 ├── AdapterConflict     409  conflict
 ├── SourceNotAllowed    403  source_not_allowed
 ├── SourceNotFound      404  source_not_found
+├── SourceUnavailable   503  source_unavailable
 ├── AdapterTooLarge     413  too_large
 └── NoSpace             507  insufficient_storage
 """
@@ -92,6 +93,13 @@ class SourceNotFound(AdapterError):
 
     status = 404
     code = "source_not_found"
+
+
+class SourceUnavailable(AdapterError):
+    """The source's server does not answer, or what it sends is not what it says."""
+
+    status = 503
+    code = "source_unavailable"
 
 
 class AdapterTooLarge(AdapterError):

@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Collection
 from contextlib import ExitStack, closing
+from dataclasses import asdict
 from itertools import dropwhile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,9 +19,11 @@ from adapters.registry_db import (
     AdapterVersion,
     Entry,
     HistoryEntry,
+    PendingAdapter,
     connect,
     point,
     read_entries,
+    read_pending,
     transaction,
     was_set_aside,
 )
@@ -55,11 +58,13 @@ class AdapterRegistry:
     """All adapters of one data folder, of which one process is the owner.
 
     Methods may be called from any thread. Readers see the state of the last finished write: `resolve` and the other
-    lookups read a dict that writers replace and never change. `damaged` says by name why an adapter is not served.
+    lookups read a dict that writers replace and never change. `damaged` says by name why an adapter is not served, and
+    `pending` has by name what is still to be fetched or could not be.
     """
 
     store: AdapterStore
     damaged: dict[str, str]
+    pending: dict[str, PendingAdapter]
 
     def __init__(self, data_dir: Path, reserved: Collection[str] = ()):
         """Open `data_dir`, creating it if needed; `reserved` names cannot be taken by adapters.
@@ -79,6 +84,7 @@ class AdapterRegistry:
             self.collect_garbage()
             self._entries = read_entries(self._db, self.store)
             self.damaged = {name: entry.damage for name, entry in self._entries.items() if entry.damage}
+            self.pending = read_pending(self._db)
             self._held = undo.pop_all()
 
     def close(self) -> None:
@@ -88,6 +94,9 @@ class AdapterRegistry:
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries
 
     def resolve(self, model: str) -> AdapterRecord:
         """What `name` points to now, or the stored version meant by `name@<12 or more hex digits>`.
@@ -131,21 +140,22 @@ class AdapterRegistry:
         """Store the staged `folder` and point `name` at it, both or neither, also across a crash.
 
         Returns the record, and False when `name` pointed to this content already. `pinned` pins; it never unpins.
+        Nothing is pending under `name` any more.
         Raises `InvalidName`, `AdapterConflict` (reserved, or taken and not `replace`) or `NoSpace`.
         """
-        check_name(name)
-        if name in self._reserved:
-            raise AdapterConflict(f"The name '{name}' is the base model's.")
+        self._check_free(name)
         with self._writing:
             known = self._entries.get(name)
             same = known is not None and known.record.version.digest == inspected.digest
             if known is not None and not same and not replace:
                 raise AdapterConflict(f"The adapter '{name}' exists; publish with replace to give it a new version.")
             self.store.admit(folder, inspected.digest)
-            if known is None or known.damage or not same:
-                with transaction(self._db):
+            with transaction(self._db):
+                if known is None or known.damage or not same:
                     point(self._db, name, _as_version(inspected), source, pinned, RETAINED_VERSIONS)
-                self._refresh(name)
+                self._db.execute("DELETE FROM pending WHERE name = ?", (name,))
+            self._refresh(name)
+            self.pending = read_pending(self._db)
             return self._entry(name).record, not same
 
     def hold(self, digest: str, folder: Path) -> None:
@@ -198,6 +208,25 @@ class AdapterRegistry:
             self._refresh(name)
             return record
 
+    def remember(self, pending: PendingAdapter) -> None:
+        """Have it among `pending`, also after a restart, in place of what was pending under its name.
+
+        Raises `InvalidName`, `AdapterConflict` (reserved) or `NoSpace`.
+        """
+        self._check_free(pending.name)
+        with self._writing:
+            with transaction(self._db):
+                values = ":name, :source, :replacing, :pinned, :created, :error"
+                self._db.execute(f"INSERT OR REPLACE INTO pending VALUES ({values})", asdict(pending))
+            self.pending = read_pending(self._db)
+
+    def forget(self, name: str) -> None:
+        """Take `name` out of `pending`; nothing happens when it is not there."""
+        with self._writing:
+            with transaction(self._db):
+                self._db.execute("DELETE FROM pending WHERE name = ?", (name,))
+            self.pending = read_pending(self._db)
+
     def collect_garbage(self, in_use: Collection[str] = ()) -> list[str]:
         """Delete the stored versions that no name's history holds and that are not `in_use`; returns their digests."""
         with self._writing:
@@ -212,6 +241,11 @@ class AdapterRegistry:
             for digest in stored.intersection(garbage):
                 self.store.delete(digest)
             return garbage
+
+    def _check_free(self, name: str) -> None:
+        check_name(name)
+        if name in self._reserved:
+            raise AdapterConflict(f"The name '{name}' is the base model's.")
 
     def _entry(self, name: str) -> Entry:
         entry = self._entries.get(name)

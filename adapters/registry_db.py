@@ -44,6 +44,14 @@ CREATE TABLE IF NOT EXISTS history (  -- what each name has pointed to; the high
     UNIQUE (name, digest)
 ) STRICT;
 CREATE INDEX IF NOT EXISTS history_digest ON history (digest);
+CREATE TABLE IF NOT EXISTS pending (  -- what was asked for and is not fetched yet, or could not be
+    name TEXT PRIMARY KEY,
+    source TEXT NOT NULL,
+    replacing INTEGER NOT NULL,
+    pinned INTEGER NOT NULL,
+    created INTEGER NOT NULL,
+    error TEXT
+) STRICT;
 PRAGMA user_version = {_SCHEMA_VERSION};
 """
 _ROWS = """
@@ -90,6 +98,19 @@ class HistoryEntry:
     digest: str
     created: int
     current: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PendingAdapter:
+    """An adapter that is to be fetched from `source` and published; `error` says why that failed, `created` is when it
+    was asked for, in Unix seconds."""
+
+    name: str
+    source: str
+    replacing: bool
+    pinned: bool
+    created: int
+    error: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,6 +234,16 @@ def read_entries(db: sqlite3.Connection, store: AdapterStore, name: str | None =
     query = _ROWS.format(where="WHERE names.name = ?" if name else "")
     with closing(db.execute(query, (name,) if name else ())) as cursor:
         return {key: _entry(list(rows), store) for key, rows in groupby(cursor, key=itemgetter("name"))}
+
+
+def read_pending(db: sqlite3.Connection) -> dict[str, PendingAdapter]:
+    rows = db.execute("SELECT name, source, replacing, pinned, created, error FROM pending ORDER BY created, name")
+    return {
+        row["name"]: PendingAdapter(
+            row["name"], row["source"], bool(row["replacing"]), bool(row["pinned"]), row["created"], row["error"]
+        )
+        for row in rows
+    }
 
 
 def _entry(rows: list[sqlite3.Row], store: AdapterStore) -> Entry:

@@ -9,7 +9,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from adapters.config_reader import MAX_CONFIG_BYTES
+from adapters.config_reader import MAX_CONFIG_BYTES, canonical, read_json
 from adapters.errors import AdapterInvalid, Problem
 from adapters.families.converted import Converted, read_converted
 from adapters.format import AdapterWeights, LoraFactors, TensorKind, TokenRows, version_digest
@@ -23,6 +23,7 @@ from adapters.lora_tensors import (
     token_target,
 )
 from adapters.peft_config import LoraSettings, parse_config
+from adapters.safetensors_header import INDEX_BYTES, ITEM_BYTES, read_header
 from adapters.spec import ModelSpec
 from adapters.store import CONFIG_FILE, FILES, WEIGHTS_FILE
 from adapters.tokenizer_files import check_tokenizer, read_tokenizer_files
@@ -75,6 +76,19 @@ def _inspect_converted(adapter: Converted, folder: Path, spec: ModelSpec) -> Ins
 
 def _last_parts(modules: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted({module.rpartition(".")[2] for module in modules}))
+
+
+def digest_of(folder: Path) -> str:
+    """The version that the adapter in `folder` is, whichever base model it is for.
+
+    Raises `AdapterInvalid` for files that make no adapter, and `OSError` where one cannot be read.
+    """
+    with (folder / CONFIG_FILE).open("rb") as file:
+        config, problems = read_json(file.read(MAX_CONFIG_BYTES + 1))
+    if config is None:
+        raise AdapterInvalid(problems)
+    tensors = read_header(folder / WEIGHTS_FILE, {**ITEM_BYTES, **INDEX_BYTES}, allow_empty=True)
+    return version_digest(canonical(config), tensors, folder / WEIGHTS_FILE)
 
 
 def load(folder: Path, spec: ModelSpec, digest: str | None = None) -> AdapterWeights:

@@ -58,12 +58,7 @@ def adapter_errors() -> str:
 
 
 def _subclasses(kind: type[AdapterError]) -> list[type[AdapterError]]:
-    return [
-        found
-        for child in kind.__subclasses__()
-        for found in (child, *_subclasses(child))
-        if found.status < 500 or found.status == 507
-    ]
+    return [found for child in kind.__subclasses__() for found in (child, *_subclasses(child)) if found.status != 500]
 
 
 TABLES: dict[str, Callable[[], str]] = {

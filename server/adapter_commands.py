@@ -11,7 +11,7 @@ from rich.table import Table
 
 from adapters.folders import FolderError, writing
 from adapters.store import TOKENIZER_FILES
-from server.api_client import call, check, connect, download, fail, upload
+from server.api_client import all_adapters, call, check, connect, download, fail, upload
 
 app = typer.Typer(no_args_is_help=True, help="Manage the adapters of a running server.")
 Json = Annotated[bool, typer.Option("--json", help="Print the server's JSON")]
@@ -43,20 +43,11 @@ def _print(record: dict[str, Any], as_json: bool) -> None:
 @app.command("ls")
 def list_adapters(as_json: Json = False) -> None:
     """List all adapters."""
-    records = list(_pages())
+    records = all_adapters()
     if as_json:
         typer.echo(json.dumps(records))
     else:
         _show(records, _COLUMNS)
-
-
-def _pages() -> Iterator[dict[str, Any]]:
-    after, more = "", True
-    while more:
-        page = call("GET", "/v1/adapters", params={"after": after, "limit": 100})
-        yield from page["data"]
-        more = page["has_more"]
-        after = page["data"][-1]["name"] if page["data"] else ""
 
 
 @app.command()

@@ -47,6 +47,17 @@ def fail(message: str, code: int = 1) -> NoReturn:
     raise typer.Exit(code)
 
 
+def all_adapters() -> list[dict[str, Any]]:
+    """The server's records, in the order of names."""
+    records: list[dict[str, Any]] = []
+    more = True
+    while more:
+        page = call("GET", "/v1/adapters", params={"after": records[-1]["name"] if records else "", "limit": 1000})
+        records += page["data"]
+        more = page["has_more"]
+    return records
+
+
 def upload(
     name: str, folder: Path, *, replace: bool = False, pinned: bool = False, dry_run: bool = False
 ) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from server import adapter_commands, folder_commands
+from server import adapter_commands, folder_commands, sync_commands
 from server import config as settings
 from server.config import HINTS, ConfigError, ServeConfig
 
@@ -65,6 +65,7 @@ app.command()(folder_commands.convert)
 app.command()(folder_commands.merge_adapters)
 app.command()(adapter_commands.merge)
 app.command()(adapter_commands.unmerge)
+app.command()(sync_commands.sync)
 app.add_typer(adapter_commands.app, name="adapters")
 
 

@@ -57,7 +57,9 @@ class ServeConfig:
     max_queue: int = _setting(256, "Requests that may wait before new ones get 503", ge=1)
     max_wait_steps: int = _setting(256, "Steps a request may be passed over before later ones are held back", ge=1)
     max_upload_bytes: int = _setting(512 << 20, "Largest adapter upload", ge=1024)
-    allow_source: tuple[str, ...] = _setting((), "Where adapters may be registered from, such as file:///srv/adapters")
+    allow_source: tuple[str, ...] = _setting(
+        (), "Where adapters may be registered from: file:///folder, hf://org or s3://bucket/prefix"
+    )
     adapter: tuple[str, ...] = _setting((), "Adapter to register at start, as name=folder")
     merge: str = _setting("", "Adapter to merge into the base's weights at start")
     merge_policy: Literal["off", "auto"] = _setting(

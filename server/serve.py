@@ -12,9 +12,10 @@ import torch
 import uvicorn
 from rich.console import Console
 
-from adapters.errors import AdapterError
+from adapters.errors import AdapterError, SourceNotAllowed
 from adapters.registry import AdapterRegistry
-from adapters.sources import copy_from
+from adapters.sources import check_allowed, copy_from
+from server.api import fetching
 from server.api.app import create_app
 from server.api.auth import KeyRing, check_bind
 from server.api.context import AppContext
@@ -55,6 +56,7 @@ def complete(config: ServeConfig) -> ServeConfig:
 
 def run(config: ServeConfig) -> None:
     """Serve until a signal ends it. Raises `ConfigError` or `StartFailed`."""
+    _check_sources(config)
     config = complete(config)
     keys = KeyRing.load(config)
     check_bind(config, keys)
@@ -67,6 +69,14 @@ def run(config: ServeConfig) -> None:
         asyncio.run(_serve(config, keys, registry))
     finally:
         registry.close()
+
+
+def _check_sources(config: ServeConfig) -> None:
+    for entry in config.allow_source:
+        try:
+            check_allowed(entry)
+        except SourceNotAllowed as error:
+            raise ConfigError(f"--allow-source {entry}: {error}") from error
 
 
 async def _serve(config: ServeConfig, keys: KeyRing, registry: AdapterRegistry) -> None:
@@ -162,6 +172,7 @@ async def _bring_up(context: AppContext, starting: "asyncio.Task[None]", server:
         for name, folder in _named_adapters(context.config):
             await _register(context, name, folder)
         await _restore(context)
+        fetching.resume(context)
         if context.config.merge:
             await _merge(context)
     except EngineUnavailable as error:

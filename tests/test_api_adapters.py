@@ -222,12 +222,12 @@ async def test_register_lazily(tmp_path: Path) -> None:
         pending = await api.http.post("/v1/adapters", json=body)
         assert pending.status_code == 202 and pending.json()["state"] == "registered"
         assert_error(await api.chat(model="acme"), 503, "adapter_loading")
-        await asyncio.gather(*api.context.background)
+        await asyncio.gather(*api.context.fetching.values())
         assert (await api.chat(model="acme")).status_code == 200
 
         body = {"name": "gone", "source": f"file://{tmp_path}/allowed/gone", "lazy": True}
         assert (await api.http.post("/v1/adapters", json=body)).status_code == 202
-        await asyncio.gather(*api.context.background)
+        await asyncio.gather(*api.context.fetching.values())
         failed = (await api.http.get("/v1/adapters/gone")).json()
         assert failed["state"] == "failed" and failed["error"]
         names = [r["name"] for r in (await api.http.get("/v1/adapters?state=failed")).json()["data"]]

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from adapters.store import FILES
-from server import config
+from server import config, serve
 from server.cli import app
 from server.config import ConfigError, ServeConfig
 from tests.adapter_factory import tiny_llama, write_adapter
@@ -64,6 +64,12 @@ def test_an_unknown_setting_in_a_file_is_refused(tmp_path: Path) -> None:
 def test_a_config_survives_the_way_to_the_engine_process() -> None:
     made = config.load({"port": 0, "data_dir": "/x", "allow_source": ["file:///a"], "demo": True})
     assert config.load(json.loads(json.dumps(config.to_dict(made)))) == made
+
+
+@pytest.mark.parametrize("entry", ["nonsense", "hf://", "s3://", "file://host/x", "http://localhost/"])
+def test_no_server_starts_with_a_source_that_allows_nothing(entry: str) -> None:
+    with pytest.raises(ConfigError, match="--allow-source"):
+        serve.run(ServeConfig(allow_source=("file:///srv", entry)))
 
 
 def test_serve_reports_a_bad_flag_in_one_line() -> None:

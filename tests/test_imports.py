@@ -35,6 +35,7 @@ ONLY_IN = {
     "uvicorn": ["server/serve.py"],
     "zmq": ["server/engine/process.py"],
     "peft": ["adapters/combination.py"],
+    "obstore": ["adapters/sources/s3.py"],
 }
 
 

@@ -22,6 +22,7 @@ from adapters import registry_db
 from adapters import store as store_module
 from adapters.errors import AdapterConflict, AdapterError, AdapterNotFound, InvalidName, NoSpace
 from adapters.registry import AdapterRecord, AdapterRegistry, RegistryLocked, check_name
+from adapters.registry_db import PendingAdapter
 from adapters.store import FILES
 
 
@@ -609,4 +610,56 @@ def test_ten_thousand_names_resolve_from_a_dict(registry: AdapterRegistry, data_
     start = time.perf_counter()
     publish(again, "n5", "v2", replace=True)
     assert time.perf_counter() - start < 1
+    again.close()
+
+
+# --- what is to be fetched ---
+
+
+def pending(name: str, **fields: Any) -> PendingAdapter:
+    return PendingAdapter(name, **{"source": "hf://org/a", "replacing": False, "pinned": True, "created": 7} | fields)
+
+
+def test_what_is_pending_stays_across_restarts(registry: AdapterRegistry, data_dir: Path) -> None:
+    failed = pending("two", error="gone", replacing=True, pinned=False)
+    registry.remember(pending("two"))
+    registry.remember(pending("one"))
+    registry.remember(failed)
+    again = reopened(registry, data_dir)
+    assert again.pending == {"one": pending("one"), "two": failed}
+    assert "one" not in again and len(again) == 0
+    again.forget("two")
+    again.forget("absent")
+    last = reopened(again, data_dir)
+    assert last.pending == {"one": pending("one")}
+    last.close()
+
+
+def test_what_is_published_is_not_pending_any_more(registry: AdapterRegistry, data_dir: Path) -> None:
+    for content in ("v1", "v1", "v2"):
+        registry.remember(pending("one"))
+        publish(registry, "one", content, replace=True)
+        assert "one" in registry and not registry.pending
+    registry.remember(pending("one"))
+    with pytest.raises(AdapterConflict):
+        publish(registry, "one", "v3")
+    again = reopened(registry, data_dir)
+    assert again.pending == {"one": pending("one")}
+    again.close()
+
+
+def test_only_what_could_be_published_can_be_pending(registry: AdapterRegistry) -> None:
+    for name, error in (("base", AdapterConflict), ("../x", InvalidName)):
+        with pytest.raises(error):
+            registry.remember(pending(name))
+    assert not registry.pending
+
+
+def test_a_database_without_pending_adapters_gets_their_table(registry: AdapterRegistry, data_dir: Path) -> None:
+    publish(registry, "one", "v1")
+    registry.close()
+    spoil(data_dir, "DROP TABLE pending")
+    again = AdapterRegistry(data_dir)
+    again.remember(pending("two"))
+    assert again.resolve("one") and list(again.pending) == ["two"]
     again.close()

@@ -18,6 +18,8 @@ import psutil
 import pytest
 from transformers import AutoModelForCausalLM
 
+from adapters.registry import AdapterRegistry
+from adapters.registry_db import PendingAdapter
 from tests.adapter_factory import write_adapter
 from tests.tiny_server import RunningServer, running_server, sse_events, wait_for, write_tiny_model
 
@@ -244,6 +246,30 @@ def test_a_hub_id_is_served_out_of_the_hub_s_cache(tiny: Path, tmp_path: Path) -
         running.client() as client,
     ):
         assert running.complete(client, "tiny", "abc")["usage"]["completion_tokens"] == 16
+
+
+def test_what_a_server_had_not_fetched_is_fetched_by_the_next(tiny: Path, tmp_path: Path) -> None:
+    registry = AdapterRegistry(tmp_path)
+    registry.remember(PendingAdapter("late", (tiny / "version-0").as_uri(), replacing=False, pinned=True, created=1))
+    registry.close()
+    flags = ("--model", str(tiny / "model"), "--allow-source", tiny.as_uri(), *ENGINE_FLAGS)
+    with running_server(tmp_path, *flags) as running, running.client() as client:
+        wait_for(lambda: client.get("/v1/adapters/late").json()["state"] == "ready", 20, "the fetching")
+        wait_for(lambda: client.get("/v1/adapters/late").json()["pinned"], 20, "the pin")
+        assert running.complete(client, "late", "abc")["usage"]["completion_tokens"] == 16
+
+
+def test_a_server_ends_while_it_is_fetching(tiny: Path, tmp_path: Path) -> None:
+    """And the next one would go on with it."""
+    flags = ("--model", str(tiny / "model"), "--allow-source", "hf://org", *ENGINE_FLAGS)
+    environment = {"HF_ENDPOINT": "http://127.0.0.1:1", "HF_HUB_OFFLINE": "0"}
+    with running_server(tmp_path, *flags, environment=environment) as running, running.client() as client:
+        body = {"name": "late", "source": "hf://org/repo", "lazy": True}
+        assert client.post("/v1/adapters", json=body).status_code == 202
+    assert running.process.returncode == 0
+    registry = AdapterRegistry(tmp_path)
+    assert registry.pending["late"].error is None
+    registry.close()
 
 
 def test_a_second_server_on_the_same_data_is_refused(server: RunningServer, tiny: Path) -> None:

@@ -128,7 +128,8 @@ def test_no_file_of_the_system(root: Path, what: str) -> None:
     [
         "http://169.254.169.254/latest",
         "https://example.com/x",
-        "hf://org/repo@main",
+        "hf://other/repo@main",
+        "hf://org",
         "s3://bucket/prefix",
         "ftp://x/y",
         "javascript:alert(1)",

@@ -10,8 +10,10 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ValidationError
 
 from adapters.registry import AdapterRecord
+from adapters.registry_db import PendingAdapter
 from adapters.store import FILES, TOKENIZER_FILES
-from server.api import publishing
+from adapters.validation import Inspected
+from server.api import fetching, publishing
 from server.api.adapter_schemas import (
     AdapterBody,
     AdapterList,
@@ -27,7 +29,7 @@ from server.api.adapter_schemas import (
     VersionText,
 )
 from server.api.auth import Key, key_of
-from server.api.context import AppContext, Context, LazyAdapter
+from server.api.context import AppContext, Context
 from server.api.errors import ApiError, error_answers, validation_error
 from server.engine.messages import Tier
 
@@ -81,25 +83,29 @@ async def create_adapter(request: Request, context: Context, key: Caller, dry_ru
         return await _create_from_upload(request, context, key, dry_run)
     if kind != "application/json":
         raise ApiError(415, "Send multipart/form-data or application/json.", code="unsupported_media_type")
-    return await _create_from_source(context, key, _parse_json(await request.body()))
+    return await _create_from_source(context, key, _parse_json(await request.body()), dry_run)
 
 
 async def _create_from_upload(request: Request, context: AppContext, key: Key, dry_run: bool) -> JSONResponse:
     form, inspected, published = await publishing.upload(context, request, _parse_form, key, dry_run=dry_run)
     if published is None:
-        version = f"sha256:{inspected.digest}"
-        body = DryRunBody(name=form.name, version=version, rank=inspected.rank, report=inspected.report)
-        return _json(body, 200)
+        return _json(_dry_run_body(form.name, inspected), 200)
     record, created = published
     return _json(record_body(context, record), 201 if created else 200)
 
 
-async def _create_from_source(context: AppContext, key: Key, body: RegisterRequest) -> JSONResponse:
+async def _create_from_source(context: AppContext, key: Key, body: RegisterRequest, dry_run: bool) -> JSONResponse:
     publishing.check_writable(key, body.name)
+    if dry_run:
+        return _json(_dry_run_body(body.name, await fetching.try_out(context, body.source)), 200)
     if body.lazy:
-        return _json(_lazy_body(context, publishing.register_lazily(context, body)), 202)
-    record, created = await publishing.register(context, body)
+        return _json(_pending_body(context, await fetching.register_lazily(context, body)), 202)
+    record, created = await fetching.register(context, body)
     return _json(record_body(context, record), 201 if created else 200)
+
+
+def _dry_run_body(name: str, inspected: Inspected) -> DryRunBody:
+    return DryRunBody(name=name, version=f"sha256:{inspected.digest}", rank=inspected.rank, report=inspected.report)
 
 
 def _parse_form(fields: dict[str, str]) -> UploadForm:
@@ -147,10 +153,12 @@ def _state(context: AppContext, record: AdapterRecord) -> tuple[State, str | Non
     error = context.registry.damaged.get(record.name) or residency.failed.get(digest)
     if error is not None:
         return "failed", error
-    return "loading" if digest in residency.loading else "ready", None
+    pending = context.registry.pending.get(record.name)
+    missed = f"A new version could not be fetched: {pending.error}" if pending and pending.error else None
+    return "loading" if digest in residency.loading else "ready", missed
 
 
-def _lazy_body(context: AppContext, adapter: LazyAdapter) -> AdapterBody:
+def _pending_body(context: AppContext, adapter: PendingAdapter) -> AdapterBody:
     return AdapterBody(
         name=adapter.name,
         version=None,
@@ -181,7 +189,8 @@ async def list_adapters(
 ) -> AdapterList:
     """Adapters in the order of their names, those past `after`."""
     published, _ = context.registry.records(limit=len(context.registry), after=after)
-    bodies = {name: _lazy_body(context, adapter) for name, adapter in context.lazy.items() if name > after}
+    pending = context.registry.pending
+    bodies = {name: _pending_body(context, adapter) for name, adapter in pending.items() if name > after}
     bodies |= {record.name: record_body(context, record) for record in published}
     wanted = [
         body
@@ -194,8 +203,9 @@ async def list_adapters(
 @router.get("/{name}", responses=_COMMON)
 async def get_adapter(name: str, context: Context, key: Caller) -> AdapterBody:
     """One adapter's record."""
-    if name in context.lazy and key.sees(name):
-        return _lazy_body(context, context.lazy[name])
+    pending = context.registry.pending.get(name)
+    if pending is not None and name not in context.registry and key.sees(name):
+        return _pending_body(context, pending)
     return record_body(context, publishing.find(context, key, name))
 
 
@@ -204,10 +214,10 @@ async def delete_adapter(
     name: str, context: Context, key: Caller, drain_timeout: Annotated[float, Query(ge=0, le=3600)] = 30.0
 ) -> DeletedBody:
     """New requests get 404 at once; running ones may finish until the timeout; then memory and disk are freed."""
-    lazy = context.lazy.get(name)
-    if lazy is not None and lazy.error is not None and key.sees(name):
-        del context.lazy[name]
-        return DeletedBody(name=name, drained=0, aborted=0)
+    if name in context.registry.pending and key.sees(name):
+        await fetching.forget(context, name)
+        if name not in context.registry:
+            return DeletedBody(name=name, drained=0, aborted=0)
     publishing.find(context, key, name)
     return await publishing.remove(context, name, drain_timeout)
 

@@ -155,8 +155,8 @@ def resolve_record(context: AppContext, key: Key, model: str) -> AdapterRecord:
     try:
         record = context.registry.resolve(model)
     except AdapterNotFound:
-        lazy = context.lazy.get(model)
-        if lazy is not None and lazy.error is None and key.sees(model):
+        pending = context.registry.pending.get(model)
+        if pending is not None and pending.error is None and key.sees(model):
             raise unavailable("The adapter is being fetched.", "adapter_loading") from None
         raise model_not_found(model) from None
     if not key.sees(record.name):

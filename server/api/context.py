@@ -4,6 +4,7 @@ import asyncio
 import math
 import time
 from collections import Counter
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Annotated, NamedTuple
 
@@ -105,16 +106,6 @@ class InFlight:
         return True
 
 
-@dataclass(slots=True)
-class LazyAdapter:
-    """An adapter that was registered lazily and is still being fetched, or could not be."""
-
-    name: str
-    source: str
-    created: int
-    error: str | None = None
-
-
 @dataclass(slots=True, eq=False)
 class AppContext:
     config: ServeConfig
@@ -128,8 +119,9 @@ class AppContext:
     draining: bool = False  # unready, but still serving: load balancers need time to notice
     accepting: bool = True
     in_flight: InFlight = field(default_factory=InFlight)
-    lazy: dict[str, LazyAdapter] = field(default_factory=dict)
-    background: set["asyncio.Task[None]"] = field(default_factory=set)
+    fetching: dict[str, "asyncio.Task[None]"] = field(default_factory=dict)  # of the registry's pending adapters
+    # Slow remotes keep their own threads waiting, not those of uploads and tokenizers.
+    fetchers: Executor = field(default_factory=lambda: ThreadPoolExecutor(4, "fetch"))
     sandbox: TemplateSandbox = field(default_factory=TemplateSandbox)
     tokenizers: AdapterTokenizers = field(init=False)
     _locks: dict[str, asyncio.Lock] = field(default_factory=dict)

@@ -124,7 +124,8 @@ async def _on_adapter_error(_: Request, error: Exception) -> JSONResponse:
     body = error_body(error.status, str(error), code=error.code)
     if isinstance(error, AdapterInvalid):
         body["error"]["problems"] = [problem.as_dict() for problem in error.problems]
-    return JSONResponse(body, error.status)
+    headers = {"retry-after": str(RETRY_AFTER_SECONDS)} if error.status == 503 else None
+    return JSONResponse(body, error.status, headers=headers)
 
 
 async def _on_move_refused(_: Request, error: Exception) -> JSONResponse:

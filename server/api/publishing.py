@@ -1,30 +1,25 @@
 """Bringing adapters in and taking them out: stage, validate, publish; retire, drain, free."""
 
 import asyncio
-import logging
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 from starlette.requests import Request
 
-from adapters.errors import AdapterConflict, AdapterError, AdapterInvalid, AdapterNotFound, Problem
+from adapters.errors import AdapterInvalid, AdapterNotFound, Problem
 from adapters.registry import AdapterRecord, check_name
-from adapters.sources import copy_from
 from adapters.spec import ModelSpec
 from adapters.tokenizer_files import CONFIG, TEMPLATE, read_tokenizer_files
 from adapters.validation import Inspected, inspect
-from server.api.adapter_schemas import DeletedBody, RegisterRequest, UploadForm
+from server.api.adapter_schemas import DeletedBody, UploadForm
 from server.api.auth import Key
-from server.api.context import AppContext, LazyAdapter
+from server.api.context import AppContext
 from server.api.errors import ApiError, model_not_found
 from server.api.template_sandbox import TemplateFailed
 from server.api.trials import tried
 from server.api.uploads import receive_upload
 from server.engine.client import AdapterMoveRefused, EngineUnavailable
-
-log = logging.getLogger(__name__)
 
 
 def find(context: AppContext, key: Key, name: str) -> AdapterRecord:
@@ -59,22 +54,10 @@ async def upload(
         async with tried(context, inspected, folder):
             if dry_run:
                 return form, inspected, None
-            published = await _publish(
+            published = await publish(
                 context, form.name, inspected, folder, source="upload", replace=form.replace, pinned=form.pinned
             )
             return form, inspected, published
-
-
-async def register(context: AppContext, body: RegisterRequest) -> tuple[AdapterRecord, bool]:
-    """Fetch from an allowed source, validate and publish."""
-    config = context.config
-    with context.registry.store.stage() as folder:
-        await asyncio.to_thread(copy_from, body.source, config.allow_source, folder, max_bytes=config.max_upload_bytes)
-        inspected = await examine(context, folder, context.spec)
-        async with tried(context, inspected, folder):
-            return await _publish(
-                context, body.name, inspected, folder, source=body.source, replace=body.replace, pinned=body.pinned
-            )
 
 
 async def examine(context: AppContext, folder: Path, spec: ModelSpec) -> Inspected:
@@ -103,32 +86,7 @@ async def _template_problems(context: AppContext, folder: Path) -> list[Problem]
     return []
 
 
-def register_lazily(context: AppContext, body: RegisterRequest) -> LazyAdapter:
-    """Fetch in the background; until that is done, or when it failed, `context.lazy` has the name."""
-    pending = context.lazy.get(body.name)
-    if pending is not None and pending.error is None:
-        raise AdapterConflict(f"The adapter '{body.name}' is being fetched already.")
-    adapter = context.lazy[body.name] = LazyAdapter(body.name, body.source, int(time.time()))
-    task = asyncio.create_task(_fetch(context, body, adapter))
-    context.background.add(task)
-    task.add_done_callback(context.background.discard)
-    return adapter
-
-
-async def _fetch(context: AppContext, body: RegisterRequest, adapter: LazyAdapter) -> None:
-    try:
-        await register(context, body)
-    except (AdapterError, AdapterMoveRefused, EngineUnavailable) as error:
-        adapter.error = str(error)
-    except Exception:
-        log.exception("adapter %s could not be fetched", body.name)
-        adapter.error = "The adapter could not be fetched."
-        raise
-    else:
-        del context.lazy[body.name]
-
-
-async def _publish(
+async def publish(
     context: AppContext,
     name: str,
     inspected: Inspected,
@@ -138,6 +96,7 @@ async def _publish(
     replace: bool,
     pinned: bool,
 ) -> tuple[AdapterRecord, bool]:
+    """Point `name` at the staged content and have the engine follow; False when it pointed there already."""
     async with context.lock(name):
         old = _current(context, name)
         record, created = await asyncio.to_thread(

@@ -8,7 +8,7 @@ from fastapi.responses import PlainTextResponse
 from pydantic import ValidationError
 
 from adapters.errors import AdapterConflict, AdapterInvalid, SourceNotAllowed
-from server.api import publishing
+from server.api import fetching, publishing
 from server.api.adapter_schemas import RegisterRequest, VllmLoadRequest, VllmUnloadRequest
 from server.api.auth import Key, key_of
 from server.api.context import Context
@@ -31,7 +31,7 @@ async def load_lora_adapter(body: VllmLoadRequest, context: Context, key: Caller
     source = body.lora_path if "://" in body.lora_path else f"file://{quote(body.lora_path)}"
     try:
         request = RegisterRequest(name=body.lora_name, source=source, replace=body.load_inplace, lazy=False)
-        _, created = await publishing.register(context, request)
+        _, created = await fetching.register(context, request)
     except (AdapterConflict, AdapterInvalid, SourceNotAllowed) as error:
         raise bad_request(str(error), code=error.code) from None
     except ValidationError as error:  # the path as a URL can be longer than a source may be

@@ -1,7 +1,8 @@
-"""Fetching an adapter from a place that the operator allowed: `file:///folder`, so far."""
+"""`file:///folder`: a folder of the server's own disk."""
 
 import os
 import stat
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -13,22 +14,32 @@ from adapters.store import FILES, TOKENIZER_FILES
 _CHUNK_BYTES = 1 << 20
 
 
-def copy_from(source: str, allowed: Sequence[str], into: Path, *, max_bytes: int) -> None:
-    """Copy the two files of the adapter at `source`, and those of its tokenizer that are there, into the folder `into`.
+def roots(allowed: Sequence[str]) -> list[Path]:
+    """The folders that `file:` entries name. Raises `SourceNotAllowed` for one that is not written as a folder is."""
+    return [_resolve(_file_url_path(entry), entry) for entry in allowed if entry.startswith("file:")]
 
-    `source` is `file:///absolute/folder`, inside one of the folders that `allowed` names in the same way; symbolic
-    links count as where they lead. All files together are at most `max_bytes` bytes. Raises `SourceNotAllowed`,
-    `SourceNotFound` or `AdapterTooLarge`; their messages say nothing of the disk but `source` itself.
-    """
-    folder = _file_url_path(source)
-    roots = [_resolve(_file_url_path(entry), entry) for entry in allowed if entry.startswith("file:")]
-    left = max_bytes
+
+def check(source: str, allowed: Sequence[str]) -> None:
+    for name in FILES:
+        _checked(_file_url_path(source) / name, roots(allowed), source)
+
+
+def copy(source: str, allowed: Sequence[str], into: Path, max_bytes: int, stop: threading.Event) -> str:
+    """Symbolic links count as where they lead."""
+    folder, left = _file_url_path(source), max_bytes
     for name in (*FILES, *TOKENIZER_FILES):
-        path = _resolve(folder / name, source)
-        if not any(path.is_relative_to(root) for root in roots):
-            raise SourceNotAllowed(f"The source {source[:200]!r} is not one that this server may read.")
+        path = _checked(folder / name, roots(allowed), source)
         if name in FILES or os.path.lexists(folder / name):
             left -= _copy_file(path, into / name, min(left, TOKENIZER_FILES.get(name, left)), source)
+    return source
+
+
+def _checked(path: Path, roots: Sequence[Path], source: str) -> Path:
+    """Where `path` leads. Raises `SourceNotAllowed` when that is under none of `roots`."""
+    resolved = _resolve(path, source)
+    if not any(resolved.is_relative_to(root) for root in roots):
+        raise SourceNotAllowed(f"The source {source[:200]!r} is not one that this server may read.")
+    return resolved
 
 
 def _file_url_path(url: str) -> Path:
@@ -36,8 +47,6 @@ def _file_url_path(url: str) -> Path:
         parts = urlsplit(url)
     except ValueError:
         raise SourceNotAllowed("The source is not a URL.") from None
-    if parts.scheme != "file":
-        raise SourceNotAllowed(f"Sources with the scheme {parts.scheme[:20]!r} are not served; file:///folder is.")
     path = unquote(parts.path)
     if parts.netloc or parts.query or parts.fragment or not path.startswith("/"):
         raise SourceNotAllowed("A file source is written file:///absolute/folder.")

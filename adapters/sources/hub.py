@@ -1,0 +1,105 @@
+"""`hf://org/repo@revision[/subfolder]`: repositories of the Hugging Face hub, or of the one that HF_ENDPOINT names.
+
+The token is the server's own, from where huggingface_hub takes it (HF_TOKEN, or its login).
+"""
+
+import re
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+from urllib.parse import quote, unquote
+
+import httpx
+import msgspec
+
+from adapters.errors import SourceNotAllowed
+from adapters.sources.download import Digest, Download
+from adapters.sources.urls import check_under, parts
+from adapters.store import FILES, TOKENIZER_FILES
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")  # of an organisation, a repository, or one part of a revision
+
+
+class _LargeFile(msgspec.Struct):
+    sha256: str
+
+
+class _File(msgspec.Struct, rename={"name": "rfilename", "blob": "blobId"}):
+    name: str
+    size: int | None = None
+    blob: str | None = None  # git's SHA-1, of the pointer where the file is a large one
+    lfs: _LargeFile | None = None
+
+    def digest(self, _: httpx.Headers) -> Digest | None:
+        if self.lfs is not None:
+            return Digest("sha256", self.lfs.sha256)
+        return Digest("sha1", self.blob, b"blob %d\0" % self.size) if self.blob and self.size is not None else None
+
+
+class _Revision(msgspec.Struct):
+    """The hub's answer about a revision, as far as we read it."""
+
+    sha: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{40,64}$")]
+    siblings: list[_File]
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    repo: str
+    revision: str
+    subfolder: tuple[str, ...]
+
+    @classmethod
+    def parse(cls, source: str) -> "_Place":
+        org, *rest = parts(source, "hf")
+        repo, _, revision = (rest[0] if rest else "").partition("@")
+        revision = unquote(revision) or "main"
+        if not all(_NAME.fullmatch(name) for name in (org, repo, *revision.split("/"))):
+            raise SourceNotAllowed("A hub's source is written hf://org/repo@revision or hf://org/repo@revision/folder.")
+        return cls(f"{org}/{repo}", revision, tuple(rest[1:]))
+
+    def at(self, commit: str) -> str:
+        return "/".join((f"hf://{self.repo}@{commit}", *self.subfolder))
+
+    def path(self, file: str) -> str:
+        return "/".join((*self.subfolder, file))
+
+
+def roots(allowed: Sequence[str]) -> list[tuple[str, ...]]:
+    """The parts of the entries for hubs: `hf://org` or `hf://org/repo`, or `SourceNotAllowed` is raised."""
+    found = [parts(entry, "hf") for entry in allowed if entry.startswith("hf:")]
+    if any(len(root) > 2 or "@" in "".join(root) for root in found):
+        raise SourceNotAllowed("What is allowed of a hub is written hf://org or hf://org/repo.")
+    return found
+
+
+def check(source: str, allowed: Sequence[str]) -> None:
+    check_under(source, tuple(_Place.parse(source).repo.split("/")), roots(allowed))
+
+
+def copy(source: str, allowed: Sequence[str], into: Path, max_bytes: int, stop: threading.Event) -> str:
+    """Fetch the files of one commit, whatever the branch does meanwhile; returns the source with that commit."""
+    from huggingface_hub import constants, get_token, hf_hub_url
+
+    place, token = _Place.parse(source), get_token()
+    headers = {"authorization": f"Bearer {token}"} if token else {}
+    with Download(source, max_bytes, stop, follow_redirects=True) as download:
+        if constants.HF_HUB_OFFLINE:
+            raise download.unavailable("is on a hub, and this server has HF_HUB_OFFLINE set")
+        revision = quote(place.revision, safe="")
+        about = f"{constants.ENDPOINT}/api/models/{quote(place.repo)}/revision/{revision}?blobs=true"
+        try:
+            known = msgspec.json.decode(download.read(about, headers), type=_Revision)
+        except msgspec.MsgspecError:  # not a hub, or not one that we know
+            raise download.unavailable("is described by its hub in a way that cannot be read") from None
+        files = {file.name: file for file in known.siblings}
+        if any(place.path(name) not in files for name in FILES):
+            raise download.not_found()
+        wanted = {name: files[path] for name in (*FILES, *TOKENIZER_FILES) if (path := place.path(name)) in files}
+        download.check_size(sum(file.size or 0 for file in wanted.values()))
+        for name, file in wanted.items():
+            url = hf_hub_url(place.repo, file.name, revision=known.sha)
+            download.save(url, into / name, file.digest, headers, max_bytes=TOKENIZER_FILES.get(name))
+    return place.at(known.sha)

@@ -1,0 +1,98 @@
+"""`s3://bucket/prefix`: Amazon's object store, and those that speak its protocol (AWS_ENDPOINT_URL).
+
+obstore finds the credentials as Amazon's tools do (environment, web identity, container, instance) and signs the
+addresses; needs the extra `loraplex[s3]`.
+"""
+
+import os
+import re
+import threading
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import httpx
+
+from adapters.errors import SourceNotAllowed, SourceNotFound
+from adapters.sources.download import Digest, Download
+from adapters.sources.urls import check_under, parts
+from adapters.store import FILES, TOKENIZER_FILES
+
+if TYPE_CHECKING:
+    from obstore.store import S3Store
+
+_VALID_FOR = timedelta(minutes=15)  # of a signed address: only the beginning of a download has to come that soon
+_MD5 = re.compile(r'"([0-9a-f]{32})"')
+_TRUE = ("1", "true", "yes", "on")
+
+
+def roots(allowed: Sequence[str]) -> list[tuple[str, ...]]:
+    """The parts of those entries that are `s3://bucket` or `s3://bucket/prefix`. Raises `SourceNotAllowed`."""
+    found = [_parts(entry) for entry in allowed if entry.startswith("s3:")]
+    if found:
+        try:
+            import obstore  # noqa: F401
+        except ImportError:
+            raise SourceNotAllowed("Sources of S3 need the extra loraplex[s3], which is not installed.") from None
+    return found
+
+
+def check(source: str, allowed: Sequence[str]) -> None:
+    check_under(source, _parts(source), roots(allowed))
+
+
+def _parts(source: str) -> tuple[str, ...]:
+    if "%" in source:
+        raise SourceNotAllowed("A source of S3 is the key as it is, without % in it.")
+    return parts(source, "s3")
+
+
+def copy(source: str, allowed: Sequence[str], into: Path, max_bytes: int, stop: threading.Event) -> str:
+    bucket, *prefix = _parts(source)
+    with Download(source, max_bytes, stop, follow_redirects=False) as download:
+        for name in (*FILES, *TOKENIZER_FILES):
+            try:
+                url = _signed(download, bucket, "/".join((*prefix, name)))
+                download.save(url, into / name, _digest, max_bytes=TOKENIZER_FILES.get(name))
+            except SourceNotFound:
+                if name in FILES:
+                    raise
+    return source
+
+
+def _signed(download: Download, bucket: str, key: str) -> str:
+    import obstore
+    from obstore.exceptions import BaseError
+
+    try:
+        url: str = obstore.sign(_store(bucket), "GET", key, _VALID_FOR)
+    except BaseError as error:  # its text may name what the credentials are
+        raise download.unavailable("cannot be fetched: the server finds no credentials for it") from error
+    return url.partition("?")[0] if _anonymous() else url
+
+
+def _store(bucket: str) -> "S3Store":
+    from obstore.store import S3Store
+
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+    return S3Store(
+        bucket,
+        client_options={"allow_http": endpoint.startswith("http://")},
+        retry_config={"max_retries": 2, "retry_timeout": timedelta(seconds=10)},  # of asking for credentials
+        **({"endpoint": endpoint} if endpoint else {}),
+        **({"access_key_id": "none", "secret_access_key": "none"} if _anonymous() else {}),
+    )
+
+
+def _anonymous() -> bool:
+    return os.environ.get("AWS_SKIP_SIGNATURE", "").lower() in _TRUE
+
+
+def _digest(headers: httpx.Headers) -> Digest | None:
+    """The ETag is the content's MD5, but for uploads in parts (it says so) and what another key than S3's encrypts."""
+    found = _MD5.fullmatch(headers.get("etag", ""))
+    own_key = "x-amz-server-side-encryption-customer-algorithm" in headers
+    if found is None or own_key or headers.get("x-amz-server-side-encryption", "AES256") != "AES256":
+        return None
+    return Digest("md5", found[1])
