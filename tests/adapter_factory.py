@@ -63,7 +63,7 @@ def write_adapter(
     with _peft_asks_old_names(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         own = resized(copy.deepcopy(model), vocab_size)
-        peft_model = get_peft_model(own, LoraConfig(**{**settings, **lora_config}))
+        peft_model = get_peft_model(own, LoraConfig(**copy.deepcopy({**settings, **lora_config})))
         for name, parameter in peft_model.named_parameters():
             if "lora_B" in name or "lora_embedding" in name:
                 nn.init.normal_(parameter, std=scale)
