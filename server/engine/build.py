@@ -26,6 +26,7 @@ from server.engine.merging import Merged, MergePolicy, Merging
 from server.engine.messages import EngineInfo
 from server.engine.scheduler import Scheduler
 from server.engine.trials import Trials
+from server.model import attention
 from server.model.kv_cache import CacheShape
 from server.model.loader import LoadedModel, ModelRefused, load_model
 from server.model.packed_linear import packed
@@ -164,7 +165,7 @@ def _info(
             "device": str(loaded.device),
             "dtype": str(loaded.dtype).removeprefix("torch."),
             "quantization": config.quantization,
-            "attention": "paged torch attention (no faster one is built for this device)",
+            "attention": attention.choose(loaded.device.type)[1],
             "lora_kernel": runner.kernel_reason,
         },
     )
