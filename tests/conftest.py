@@ -9,6 +9,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
+import tests.triton_device  # noqa: F401  (first: it decides how Triton runs)
 from tests.adapter_factory import tiny_llama
 from tests.engine_driver import Driver, make_driver
 

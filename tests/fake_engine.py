@@ -153,6 +153,8 @@ class FakeTransport:
             blocks_total=100,
             prefix_queries=10,
             prefix_hits=4,
+            graph_steps=7,
+            eager_steps={"prefill": 3},
             slots_used=len(self.device),
             slots_pinned=len(self.pinned),
             slots_total=self.info.adapter_slots,

@@ -115,6 +115,8 @@ async def test_gauges_say_what_the_engine_said_last(tmp_path: Path) -> None:
         await running
         assert found["loraplex_requests_running", ()] == found["vllm:num_requests_running", ()] == 1
         assert found["loraplex_kv_cache_usage_ratio", ()] == found["vllm:kv_cache_usage_perc", ()] == 0.01
+        assert found["loraplex_graph_steps_total", ()] == 7
+        assert found["loraplex_eager_steps_total", (("reason", "prefill"),)] == 3
         assert found["loraplex_adapter_slots", (("state", "pinned"),)] == 1
         assert found["loraplex_adapter_slots", (("state", "free"),)] == 3
         assert found["loraplex_adapters", (("state", "ready"), ("tier", "device"))] == 1

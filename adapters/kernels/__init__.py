@@ -32,6 +32,8 @@ def choose_kernel(device: torch.device, dtype: torch.dtype) -> tuple[LoRAKernel,
     from adapters.kernels.grouped import GroupedKernel
     from adapters.kernels.native import NativeKernel, NativeUnavailable, build
 
+    if device.type == "cuda":
+        return _for_cuda(device)
     if device.type != "cpu":
         return GroupedKernel(device), f"torch matmuls: there is no native kernel for {device.type}"
     if dtype not in NativeKernel.DTYPES:
@@ -40,3 +42,13 @@ def choose_kernel(device: torch.device, dtype: torch.dtype) -> tuple[LoRAKernel,
         return NativeKernel(build()), "native C++ kernel"
     except NativeUnavailable as unavailable:
         return GroupedKernel(device), f"torch matmuls: {unavailable}"
+
+
+def _for_cuda(device: torch.device) -> tuple[LoRAKernel, str]:
+    from adapters.kernels.grouped import GroupedKernel
+
+    try:
+        from adapters.kernels.triton_lora import TritonKernel
+    except ImportError as error:
+        return GroupedKernel(device), f"torch matmuls: Triton cannot be imported ({error})"
+    return TritonKernel(device), "Triton kernels"

@@ -26,6 +26,7 @@ from server.engine.merging import Merged, MergePolicy, Merging
 from server.engine.messages import EngineInfo
 from server.engine.scheduler import Scheduler
 from server.engine.trials import Trials
+from server.model import attention
 from server.model.kv_cache import CacheShape
 from server.model.loader import LoadedModel, ModelRefused, load_model
 from server.model.packed_linear import packed
@@ -46,6 +47,7 @@ def build_engine(config: ServeConfig) -> tuple[Engine, EngineInfo]:
     num_blocks, max_model_len = _size_kv_cache(config, loaded, shape)
     num_pages = config.adapter_slots * -(-config.max_adapter_rank // PAGE_COLUMNS)
     runner = ModelRunner(loaded, shape, spec, num_blocks=num_blocks, block_size=BLOCK_SIZE, num_pages=num_pages)
+    graphs = "none: --eager" if config.eager else runner.capture_graphs(config.max_num_seqs, max_model_len)
     residency = _residency(config, spec, runner, num_pages)
     scheduler = Scheduler(
         BlockManager(num_blocks, BLOCK_SIZE),
@@ -58,7 +60,7 @@ def build_engine(config: ServeConfig) -> tuple[Engine, EngineInfo]:
     trials = Trials(runner, residency, refer, scheduler.gate, _stay_single_threaded)
     merging = _merging(config, spec, runner, scheduler)
     engine = Engine(runner, scheduler, residency, trials, merging, loaded.eos_token_ids, max_model_len)
-    return engine, _info(config, loaded, spec, runner, num_blocks, max_model_len)
+    return engine, _info(config, loaded, spec, runner, num_blocks, max_model_len, graphs)
 
 
 def _residency(config: ServeConfig, spec: ModelSpec, runner: ModelRunner, num_pages: int) -> Residency[PackedAdapter]:
@@ -150,6 +152,7 @@ def _info(
     runner: ModelRunner,
     num_blocks: int,
     max_model_len: int,
+    graphs: str,
 ) -> EngineInfo:
     return EngineInfo(
         base_fingerprint=loaded.fingerprint,
@@ -164,7 +167,8 @@ def _info(
             "device": str(loaded.device),
             "dtype": str(loaded.dtype).removeprefix("torch."),
             "quantization": config.quantization,
-            "attention": "paged torch attention (no faster one is built for this device)",
+            "attention": attention.choose(loaded.device.type)[1],
             "lora_kernel": runner.kernel_reason,
+            "cuda_graphs": graphs,
         },
     )

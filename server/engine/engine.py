@@ -271,7 +271,7 @@ class Engine:
         )
 
     def _measure(self, batch: ScheduledBatch, seconds: float) -> EngineStats:
-        blocks, slots = self.scheduler.blocks, self.residency.slots
+        blocks, slots, graphs = self.scheduler.blocks, self.residency.slots, self._runner.graphs
         return EngineStats(
             steps=self._steps,
             running=len(self.scheduler.running),
@@ -281,6 +281,8 @@ class Engine:
             prefix_queries=blocks.prefix_queries,
             prefix_hits=blocks.prefix_hits,
             preemptions=self.scheduler.preemptions,
+            graph_steps=graphs.replayed if graphs else 0,
+            eager_steps=dict(graphs.skipped) if graphs else {},
             slots_used=len(slots.slots()),
             slots_pinned=self.residency.num_pinned(),
             slots_total=slots.num_slots,

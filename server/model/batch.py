@@ -2,11 +2,14 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 
 from adapters.segments import Rows, SlotUse
+from adapters.upload import upload
 from server.sequence import ScheduledBatch, ScheduledSequence
 
 
@@ -52,19 +55,59 @@ class PrefillChunk:
         return self.masks[window]
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
+class SequenceRows:
+    """Rows `[start, end)` of the step are the new tokens of one sequence; its context ends with them."""
+
+    start: int
+    end: int
+    context_len: int
+    block_table: list[int]  # at least the blocks of the context
+
+    def num_blocks(self, block_size: int) -> int:
+        return -(-self.context_len // block_size)
+
+
+@dataclass
 class ForwardBatch:
     """What the forward needs besides the weights. Rows are the flattened new tokens of all sequences, in batch order.
 
     `sample_rows` are the rows whose logits are wanted: the last token of each sequence that reaches its end.
+    `attention_plan` is what the attention makes of `sequences` in the first layer and reads in the others.
     """
 
     input_ids: torch.Tensor  # [rows] int64
     positions: torch.Tensor  # [rows] int64
-    slot_mapping: torch.Tensor  # [rows] int64
+    slot_mapping: torch.Tensor  # [rows] int64; -1: the row's key and value are not kept
     sample_rows: torch.Tensor  # [samples] int64
-    decode_groups: list[DecodeGroup]
-    prefill_chunks: list[PrefillChunk]
+    sequences: list[SequenceRows]
+    block_size: int
+    attention_plan: Any = None
+
+    @cached_property
+    def decode_groups(self) -> list[DecodeGroup]:
+        """Sequences with one new token, by context length within a factor of two: padding at most doubles the keys
+        that are read."""
+        by_size: dict[int, list[SequenceRows]] = {}
+        for seq in self.sequences:
+            if seq.end - seq.start == 1:
+                by_size.setdefault(seq.num_blocks(self.block_size).bit_length(), []).append(seq)
+        return [_decode_group(members, self.block_size, self.input_ids.device) for members in by_size.values()]
+
+    @cached_property
+    def prefill_chunks(self) -> list[PrefillChunk]:
+        """Sequences with several new tokens."""
+        device, size = self.input_ids.device, self.block_size
+        return [
+            PrefillChunk(
+                seq.start,
+                seq.end,
+                torch.tensor(seq.block_table[: seq.num_blocks(size)], device=device),
+                seq.context_len,
+            )
+            for seq in self.sequences
+            if seq.end - seq.start > 1
+        ]
 
 
 def build_batch(batch: ScheduledBatch, block_size: int, device: torch.device) -> ForwardBatch:
@@ -72,28 +115,33 @@ def build_batch(batch: ScheduledBatch, block_size: int, device: torch.device) ->
     ids: list[int] = []
     positions, slots = [], []
     sample_rows: list[int] = []
-    decodes: list[tuple[int, ScheduledSequence]] = []
-    chunks: list[PrefillChunk] = []
+    sequences: list[SequenceRows] = []
     for scheduled in batch.sequences:
-        row = len(ids)
+        row, table = len(ids), scheduled.seq.block_table
         ids += scheduled.seq.token_ids[scheduled.start : scheduled.end]
         span = np.arange(scheduled.start, scheduled.end)
         positions.append(span)
-        slots.append(np.asarray(scheduled.seq.block_table)[span // block_size] * block_size + span % block_size)
+        slots.append(np.asarray(table)[span // block_size] * block_size + span % block_size)
         if scheduled.samples:
             sample_rows.append(len(ids) - 1)
-        if scheduled.num_new_tokens == 1:
-            decodes.append((row, scheduled))
-        else:
-            table = torch.tensor(scheduled.seq.block_table[: -(-scheduled.end // block_size)], device=device)
-            chunks.append(PrefillChunk(row, len(ids), table, scheduled.end))
-    return ForwardBatch(
-        input_ids=torch.tensor(ids, device=device),
-        positions=torch.from_numpy(np.concatenate(positions)).to(device),
-        slot_mapping=torch.from_numpy(np.concatenate(slots)).to(device),
-        sample_rows=torch.tensor(sample_rows, dtype=torch.int64, device=device),
-        decode_groups=_decode_groups(decodes, block_size, device),
-        prefill_chunks=chunks,
+        sequences.append(SequenceRows(row, len(ids), scheduled.end, table))
+    packed = np.concatenate([ids, *positions, *slots, sample_rows]).astype(np.int64)
+    sizes = [len(ids), len(ids), len(ids), len(sample_rows)]
+    input_ids, row_positions, slot_mapping, samples = torch.split(upload(packed, device), sizes)
+    return ForwardBatch(input_ids, row_positions, slot_mapping, samples, sequences, block_size)
+
+
+def _decode_group(members: list[SequenceRows], block_size: int, device: torch.device) -> DecodeGroup:
+    num_blocks = max(seq.num_blocks(block_size) for seq in members)
+    tables = np.zeros((len(members), num_blocks), dtype=np.int64)
+    for index, seq in enumerate(members):
+        used = seq.block_table[:num_blocks]
+        tables[index, : len(used)] = used
+        tables[index, len(used) :] = used[-1]  # not another's: masked keys still spread NaN
+    return DecodeGroup(
+        rows=torch.tensor([seq.start for seq in members], device=device),
+        block_tables=torch.from_numpy(tables).to(device),
+        context_lens=torch.tensor([seq.context_len for seq in members], device=device),
     )
 
 
@@ -116,28 +164,3 @@ def _uses(scheduled: ScheduledSequence) -> tuple[SlotUse, ...]:
     if not seq.slots:  # the base, or an adapter that is merged into its weights
         return ()
     return tuple(SlotUse(slot, adapter.scale) for slot, adapter in zip(seq.slots, seq.adapters, strict=True))
-
-
-def _decode_groups(
-    decodes: list[tuple[int, ScheduledSequence]], block_size: int, device: torch.device
-) -> list[DecodeGroup]:
-    """Group by context length within a factor of two, so that padding at most doubles the keys that are read."""
-    by_size: dict[int, list[tuple[int, ScheduledSequence]]] = {}
-    for row, scheduled in decodes:
-        by_size.setdefault((-(-scheduled.end // block_size)).bit_length(), []).append((row, scheduled))
-    groups = []
-    for members in by_size.values():
-        num_blocks = max(-(-scheduled.end // block_size) for _, scheduled in members)
-        tables = np.zeros((len(members), num_blocks), dtype=np.int64)
-        for index, (_, scheduled) in enumerate(members):
-            used = scheduled.seq.block_table[:num_blocks]
-            tables[index, : len(used)] = used
-            tables[index, len(used) :] = used[-1]  # not another's: masked keys still spread NaN
-        groups.append(
-            DecodeGroup(
-                rows=torch.tensor([row for row, _ in members], device=device),
-                block_tables=torch.from_numpy(tables).to(device),
-                context_lens=torch.tensor([scheduled.end for _, scheduled in members], device=device),
-            )
-        )
-    return groups

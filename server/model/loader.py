@@ -89,7 +89,10 @@ def refuse_unsupported(config: Any) -> None:
 def _device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(device)
+    chosen = torch.device(device)
+    if chosen.type == "cuda" and chosen.index is not None:
+        torch.cuda.set_device(chosen)  # Triton launches on the current device
+    return chosen
 
 
 def _requested_dtype(path: str, dtype: str, device: torch.device) -> torch.dtype:

@@ -10,6 +10,7 @@ from adapters.pool import AdapterPool
 from adapters.segments import NO_SEGMENTS, Segments
 from adapters.spec import ModelSpec
 from server.model.batch import ForwardBatch
+from server.model.graphs import DecodeGraphs, capture_decode_graphs
 from server.model.kv_cache import CacheShape, KVCache
 from server.model.loader import LoadedModel
 from server.model.packed_linear import pack_linears
@@ -37,11 +38,25 @@ class ModelRunner:
         pack_linears(self._model)
         self.bases = attach(self._model, spec, self.pool, loaded.head)
         self.layers = wrapped(self._model)
+        self.graphs: DecodeGraphs | None = None
         self._vocab_size = spec.vocab_size or 0
 
     def vocab_size(self, slots: tuple[int, ...]) -> int:
         """Of the adapters in `slots`, or of the base model."""
         return max((self.pool.vocab_size(slot) or 0 for slot in slots), default=0) or self._vocab_size
+
+    def capture_graphs(self, max_rows: int, max_model_len: int) -> str:
+        """Record decode steps where that is possible; returns what was done, in words for the log."""
+        self.graphs, done = capture_decode_graphs(
+            self._forward,
+            self.pool,
+            self.layers.values(),
+            max_rows,
+            max_model_len,
+            self.kv_cache.block_size,
+            self.device,
+        )
+        return done
 
     @torch.inference_mode()
     def run(
@@ -57,6 +72,13 @@ class ModelRunner:
         `tokens` are the adapter segments over all rows, `head` those over the sample rows alone.
         """
         self.pool.set_step(tokens, head, num_tokens=len(batch.input_ids), num_head=len(batch.sample_rows))
+        if self.graphs is not None and kv_cache is None:
+            recorded = self.graphs.run(batch, tokens, head)
+            if recorded is not None:
+                return recorded
+        return self._forward(batch, kv_cache)
+
+    def _forward(self, batch: ForwardBatch, kv_cache: KVCache | None = None) -> torch.Tensor:
         logits: torch.Tensor = self._model(
             input_ids=batch.input_ids[None],
             position_ids=batch.positions[None],

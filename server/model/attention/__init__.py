@@ -4,12 +4,13 @@ transformers calls it per layer with the queries, keys and values of the step's 
 keywords the model was called with; ours is `batch` (the `ForwardBatch`) and `kv_cache`.
 """
 
-from typing import Any
+from functools import cache
+from typing import Any, Protocol
 
 import torch
 from transformers import AttentionInterface
 
-from server.model.attention.paged import paged_attention
+from server.model.attention import paged
 from server.model.batch import ForwardBatch
 from server.model.kv_cache import KVCache
 
@@ -21,6 +22,42 @@ _INERT = {
     "position_embeddings", "logits_to_keep", "return_dict", "is_causal", "layer_type", "past_key_values",
     "output_router_logits", "head_mask", "block_sequence_ids",
 }  # fmt: skip
+
+
+class PagedAttention(Protocol):
+    """Writes a step's keys and values and attends through the block tables; see `paged.paged_attention`."""
+
+    def __call__(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        batch: ForwardBatch,
+        cache: KVCache,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> torch.Tensor: ...
+
+
+@cache
+def choose(device_type: str) -> tuple[PagedAttention, str]:
+    """The implementation for a device, and the reason in words for the log.
+
+    cuda    Triton: one pass over the pages for prefill and decode together; made for graphs
+    others  plain torch: runs anywhere, and is what the others are tested against
+
+    A library's kernels (FlashInfer, FlashAttention) would be one more line here. There is none yet: none was measured
+    against ours on a GPU.
+    """
+    if device_type != "cuda":
+        return paged.paged_attention, f"plain torch: there is no faster one for {device_type}"
+    try:
+        from server.model.attention import triton_paged
+    except ImportError as error:
+        return paged.paged_attention, f"plain torch: Triton cannot be imported ({error})"
+    return triton_paged.paged_attention, "Triton kernels"
 
 
 class UnsupportedAttention(ValueError):
@@ -51,6 +88,7 @@ def _attention(
     if unknown or attention_mask is not None:
         raise UnsupportedAttention(f"attention with {', '.join(unknown) or 'an explicit mask'}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    paged_attention, _ = choose(query.device.type)
     out = paged_attention(
         int(module.layer_idx),  # type: ignore[arg-type]
         query[0],

@@ -1,0 +1,1 @@
+"""What the GPU path costs, on random weights at real shapes: `make bench-gpu`."""

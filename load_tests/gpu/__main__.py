@@ -1,0 +1,110 @@
+"""python -m load_tests.gpu: the benchmark of the GPU path. See docs/performance.md for what it measures.
+
+--smoke            tiny sizes on a CPU, in Triton's interpreter: shows that it runs to its end, measures nothing
+--out FOLDER       where the JSON (and, with matplotlib, the PNG) go; default load_tests/results
+--minutes N        sections that would begin later than this are left out; default 8
+--vllm FOLDER      an unpacked wheel of vLLM, whose LoRA kernels then run beside ours
+--sglang FOLDER    the same of SGLang
+"""
+
+import argparse
+import gc
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+from load_tests.gpu.setting import Report, Shape
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m load_tests.gpu", description="The benchmark of the GPU path.")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes on a CPU: shows that it runs to its end")
+    parser.add_argument("--out", type=Path, default=Path("load_tests/results"))
+    parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--vllm", type=Path, help="folder of an unpacked vLLM wheel")
+    parser.add_argument("--sglang", type=Path, help="folder of an unpacked SGLang wheel")
+    options = parser.parse_args()
+    if not options.smoke and not torch.cuda.is_available():
+        raise SystemExit("there is no CUDA device; --smoke shows on a CPU that the benchmark runs to its end")
+    wheels = {name: path for name in ("vllm", "sglang") if (path := getattr(options, name)) is not None}
+    with ExitStack() as stack, torch.no_grad():
+        if options.smoke:
+            stack.enter_context(interpreted())
+        run(options.smoke, options.minutes * 60, wheels, options.out)
+
+
+@contextmanager
+def interpreted() -> Iterator[None]:
+    """The GPU path on a CPU, in Triton's interpreter."""
+    os.environ["TRITON_INTERPRET"] = "1"
+    from tests.triton_device import DEVICE, require_triton
+
+    require_triton()
+    from adapters.kernels.triton_lora import TritonKernel
+    from server.model import attention, runner
+    from server.model.attention import triton_paged
+
+    chosen = lambda *_: (TritonKernel(DEVICE), "interpreted")  # noqa: E731
+    attend = lambda *_: (triton_paged.paged_attention, "interpreted")  # noqa: E731
+    with mock.patch.object(runner, "choose_kernel", chosen), mock.patch.object(attention, "choose", attend):
+        yield
+
+
+def run(smoke: bool, seconds: float, wheels: dict[str, Path], out: Path) -> None:
+    from load_tests.gpu import ceilings, kernels, nf4, setting, writing
+
+    own = setting.smoke() if smoke else setting.full()
+    report = setting.Report(own, time.monotonic() + seconds)
+    report.note(f"{versions()}, {own.dtype}, rank {own.rank} on all linears, context {own.context}")
+    main_shape = own.shapes[0]
+    sections: list[tuple[str, float, Callable[[], None]]] = [  # with the seconds that there must be for it
+        ("ceilings", 0, partial(ceilings.run, report)),
+        (f"steps of {main_shape.name}", 120, partial(whole_model, report, main_shape)),
+        ("kernels", 60, partial(kernels.run, report, main_shape, wheels)),
+        ("nf4", 30, partial(nf4.run, report, main_shape)),
+        *((f"steps of {shape.name}", 60, partial(whole_model, report, shape)) for shape in own.shapes[1:]),
+    ]
+    for name, needed, section in sections:
+        if report.left < needed and not smoke:
+            report.note(f"{name} left out: {report.left:.0f} s are left of the time there is")
+            continue
+        started = time.monotonic()
+        section()
+        gc.collect()
+        if own.device.type == "cuda":
+            torch.cuda.empty_cache()
+        print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)
+    writing.write(report, out)
+
+
+def whole_model(report: Report, shape: Shape) -> None:
+    from load_tests.gpu import steps, streams
+    from load_tests.gpu.models import build_runner, record
+
+    runner = build_runner(shape, report.setting)
+    graphs = record(runner, report.setting)
+    steps.decode(report, shape, runner, graphs)
+    steps.prefill(report, shape, runner)
+    streams.run(report, shape, runner, graphs)
+
+
+def versions() -> str:
+    import transformers
+    import triton
+
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return (
+        f"{where}, torch {torch.__version__}, CUDA {torch.version.cuda}, triton {triton.__version__}, "
+        f"transformers {transformers.__version__}, Python {platform.python_version()}"
+    )
+
+
+if __name__ == "__main__":
+    main()

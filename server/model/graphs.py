@@ -1,0 +1,201 @@
+"""Decode steps as CUDA graphs: one per number of rows (bucket), with adapters and without.
+
+A graph repeats launches on the same memory, so a step is copied into the buffers that its graph reads. Whatever differs
+from plain decoding runs eagerly instead, and is counted by its reason. A step without adapters replays a graph that
+has no LoRA launches at all. Not yet run on a GPU: tests replay by calling the forward again over the same buffers.
+"""
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from adapters.kernels import LoRAKernel
+from adapters.layers import LoRALinear
+from adapters.pool import AdapterPool
+from adapters.segments import NO_SEGMENTS, Segments
+from server.model.attention import triton_layout
+from server.model.batch import ForwardBatch
+
+log = logging.getLogger(__name__)
+
+Forward = Callable[[ForwardBatch], torch.Tensor]
+Replay = Callable[[], torch.Tensor]
+Capture = Callable[[Replay], Replay]
+
+
+@runtime_checkable
+class StaticKernel(LoRAKernel, Protocol):
+    """A LoRA kernel whose plan can be replaced in its place."""
+
+    def static_plan(self, rows: int) -> Any: ...
+
+    def refill(self, plan: Any, segments: Segments) -> bool: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """The buffers of the graphs for up to `rows` rows, and the graphs by whether they have adapters."""
+
+    rows: int
+    batch: ForwardBatch
+    plan: Any
+    replays: dict[bool, Replay]
+
+
+def bucket_sizes(max_rows: int) -> list[int]:
+    """Ascending numbers of rows: close together where a row costs most, at most an eighth apart from 64 on."""
+    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, max_rows, 32)]
+    return [*(size for size in sizes if size < max_rows), max_rows]
+
+
+class DecodeGraphs:
+    """`run` gives the logits of a decode step, or None when the step is not one that was captured. The pool's step is
+    set before it is called.
+
+    `replayed` counts the steps of the first kind, `skipped` the others by reason.
+    """
+
+    def __init__(
+        self,
+        forward: Forward,
+        pool: AdapterPool,
+        layers: Iterable[LoRALinear],
+        kernel: StaticKernel,
+        sizes: list[int],
+        blocks_per_row: int,
+        block_size: int,
+        device: torch.device,
+        capture: Capture,
+    ) -> None:
+        self.replayed = 0
+        self.skipped: Counter[str] = Counter()
+        self._pool = pool
+        self._kernel = kernel
+        # A graph reads the weights that it was recorded with. Whoever puts others in their place is found out by this.
+        self._weights = [(layer, _weight(layer)) for layer in layers]
+        self._buckets = [
+            Bucket(rows, _static_batch(rows, rows * blocks_per_row, block_size, device), kernel.static_plan(rows), {})
+            for rows in sizes
+        ]
+        self._capture(forward, capture)
+
+    def _capture(self, forward: Forward, capture: Capture) -> None:
+        """Largest first: the smaller graphs then fit into the memory of the larger ones."""
+        for bucket in track(self._buckets[::-1], "Capturing CUDA graphs", console=Console(stderr=True)):
+            for with_adapters in (False, True):
+                self._set_plans(bucket.plan if with_adapters else None)
+                bucket.replays[with_adapters] = capture(partial(forward, bucket.batch))
+        self._pool.set_step(NO_SEGMENTS)
+
+    def run(self, batch: ForwardBatch, tokens: Segments, head: Segments) -> torch.Tensor | None:
+        """Logits `[rows, vocab]`, valid until the next step."""
+        rows = len(batch.input_ids)
+        unusual = self._unusual(batch, tokens, head)
+        bucket = next((bucket for bucket in self._buckets if bucket.rows >= rows), None)
+        if unusual or bucket is None or not self._fill(bucket, batch, tokens):
+            self.skipped[unusual or "size"] += 1
+            return None
+        self.replayed += 1
+        self._set_plans(bucket.plan if tokens else None)
+        return bucket.replays[bool(tokens)]()[:rows]
+
+    def _unusual(self, batch: ForwardBatch, tokens: Segments, head: Segments) -> str:
+        """What makes the step other than plain decoding, if anything does."""
+        if len(batch.sequences) < len(batch.input_ids):
+            return "prefill"
+        if len(batch.sample_rows) < len(batch.input_ids) or head.items != tokens.items:
+            return "rows without a sample"
+        if not (self._pool.token_plan.is_lora_alone() and self._pool.head_plan.is_lora_alone()):
+            return "more than A and B"
+        if any(_weight(layer) is not recorded for layer, recorded in self._weights):
+            return "other base weights"
+        return ""
+
+    def _fill(self, bucket: Bucket, batch: ForwardBatch, tokens: Segments) -> bool:
+        """Copy the step into the bucket's buffers; False when its rank columns or its context are beyond them."""
+        if tokens and not self._kernel.refill(bucket.plan, tokens):
+            return False
+        if not triton_layout.refill(bucket.batch.attention_plan, batch.sequences, batch.block_size):
+            return False
+        rows, static = len(batch.input_ids), bucket.batch
+        static.input_ids[:rows].copy_(batch.input_ids)
+        static.positions[:rows].copy_(batch.positions)
+        static.slot_mapping[:rows].copy_(batch.slot_mapping)
+        static.slot_mapping[rows:].fill_(-1)  # padding rows are computed, and kept nowhere
+        return True
+
+    def _set_plans(self, plan: Any) -> None:
+        for step in (self._pool.token_plan, self._pool.head_plan):
+            step.active, step.plan = plan is not None, plan
+
+
+def _weight(layer: LoRALinear) -> object:
+    """Past `nn.Module`'s slow lookups, for it is asked of every layer in every step."""
+    base = layer._modules["base"]
+    return base and base._parameters.get("weight", base)
+
+
+def _static_batch(rows: int, num_blocks: int, block_size: int, device: torch.device) -> ForwardBatch:
+    ids, positions = torch.zeros(2, rows, dtype=torch.int64, device=device)
+    nowhere = torch.full((rows,), -1, dtype=torch.int64, device=device)
+    every = torch.arange(rows, device=device)
+    layout = triton_layout.static_layout(rows, num_blocks, device)
+    return ForwardBatch(ids, positions, nowhere, every, [], block_size, layout)
+
+
+class CudaCapture:
+    """Records a forward into a CUDA graph; all graphs share one memory pool, for they never run at once."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+
+    @torch.inference_mode()
+    def __call__(self, forward: Replay) -> Replay:
+        stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            forward()  # compiles kernels and makes the libraries' workspaces, which must not happen while recording
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        # Adapters may be on their way in other threads: only this thread's calls are held to the rules of recording.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            logits = forward()
+
+        def replay() -> torch.Tensor:
+            graph.replay()
+            return logits
+
+        return replay
+
+
+def capture_decode_graphs(
+    forward: Forward,
+    pool: AdapterPool,
+    layers: Iterable[LoRALinear],
+    max_rows: int,
+    max_model_len: int,
+    block_size: int,
+    device: torch.device,
+) -> tuple[DecodeGraphs | None, str]:
+    """Graphs for decode steps of up to `max_rows` rows, or None; and in words what was done, for the log."""
+    kernel = pool.kernel
+    if device.type != "cuda" or not isinstance(kernel, StaticKernel):
+        return None, "none: they need CUDA and the Triton kernels"
+    started, free = time.perf_counter(), torch.cuda.mem_get_info(device)[0]
+    blocks_per_row = -(-max_model_len // block_size)
+    sizes = bucket_sizes(max_rows)
+    try:
+        graphs = DecodeGraphs(forward, pool, layers, kernel, sizes, blocks_per_row, block_size, device, CudaCapture())
+    except RuntimeError as error:  # torch's for everything that cannot be recorded
+        log.warning("decode steps run without CUDA graphs: this model cannot be recorded", exc_info=error)
+        return None, f"none: this model cannot be recorded ({error})"
+    taken = (free - torch.cuda.mem_get_info(device)[0]) / (1 << 20)
+    return graphs, f"{len(sizes)} batch sizes up to {max_rows}: {taken:.0f} MiB, {time.perf_counter() - started:.1f} s"

@@ -1,0 +1,51 @@
+"""The GPU benchmark runs to its end where there is no GPU, tiny and in Triton's interpreter."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.triton_device import require_triton
+
+require_triton()
+
+ROOT = Path(__file__).parent.parent
+
+
+def python(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280
+    )
+
+
+def test_it_measures_every_section_and_writes_what_it_found(tmp_path: Path) -> None:
+    done = python("-m", "load_tests.gpu", "--smoke", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    written = json.loads(next(tmp_path.glob("smoke-*.json")).read_text())
+    results = written["results"]
+    assert {row["section"] for row in results} == {"ceilings", "decode", "prefill", "streams", "kernels", "nf4"}
+    assert {(row["rows"], row["adapters"]) for row in results if row["section"] == "decode"} == {
+        (1, 0), (1, 1), (2, 0), (2, 1), (2, 2),
+    }  # fmt: skip
+    assert all(row["largest_error"] < 0.05 for row in results if "largest_error" in row)
+    assert all(f"kernels of {name} are left out" in str(written["notes"]) for name in ("vllm", "sglang"))
+
+
+def test_it_needs_no_web_server_and_no_bitsandbytes() -> None:
+    """The machine with the GPU may have nothing but torch, Triton, transformers and msgspec."""
+    absent = ["bitsandbytes", "fastapi", "uvicorn", "zmq", "peft", "prometheus_client", "pydantic_settings"]
+    modules = [f"load_tests.gpu.{path.stem}" for path in (ROOT / "load_tests" / "gpu").glob("[!_]*.py")]
+    code = f"import sys; sys.modules.update(dict.fromkeys({absent!r})); import {', '.join(modules)}"
+    done = python("-c", code)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it would run for minutes")
+def test_without_a_gpu_it_says_so() -> None:
+    done = python("-m", "load_tests.gpu")
+    assert done.returncode == 1 and "no CUDA device" in done.stderr

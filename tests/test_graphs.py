@@ -1,0 +1,173 @@
+"""Which decode steps replay a graph, what they find in its buffers, and why the others do not. Recording is left out:
+here a replay is the forward, called again over the same buffers."""
+
+from collections import Counter
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+
+from adapters.layers import LoRALinear
+from adapters.pack import PackedAdapter
+from adapters.pool import AdapterPool
+from adapters.segments import NO_SEGMENTS, Segments, SlotUse, build_segments
+from adapters.slots import Slot
+from adapters.spec import ModelSpec
+from server.model.batch import ForwardBatch, SequenceRows
+from server.model.graphs import DecodeGraphs, StaticKernel, bucket_sizes, capture_decode_graphs
+
+CPU = torch.device("cpu")
+COLUMNS = {0: [(0, 16)], 1: [(16, 32)]}
+
+
+class Kernel:
+    """A plan is a list of the segments; `room` says how many fit."""
+
+    name = "fake"
+    room = 2
+
+    def plan(self, segments: Segments) -> Any:
+        return "the step's own"
+
+    def add_lora(self, y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, plan: Any) -> None: ...
+
+    def static_plan(self, rows: int) -> list[Any]:
+        return []
+
+    def refill(self, plan: list[Any], segments: Segments) -> bool:
+        if len(segments.items) > self.room:
+            return False
+        plan[:] = segments.items
+        return True
+
+
+class Recorded:
+    """Graphs over a forward that notes what it finds: the logits of a row are its token and position."""
+
+    def __init__(self, sizes: list[int]) -> None:
+        kernel = Kernel()
+        assert isinstance(kernel, StaticKernel)
+        self.pool = AdapterPool(ModelSpec({"m": (4, 4)}, 16), 2, torch.float32, CPU, kernel)
+        self.captured: list[tuple[int, bool]] = []
+        self.seen: tuple[list[int], list[Any] | None] | None = None
+        self.layer = LoRALinear(torch.nn.Linear(4, 4), self.pool, "m", self.pool.token_plan)
+        self.graphs = DecodeGraphs(self._forward, self.pool, [self.layer], kernel, sizes, 4, 16, CPU, self._capture)
+
+    def run(self, batch: ForwardBatch, tokens: Segments = NO_SEGMENTS, head: Segments | None = None) -> Any:
+        head = tokens if head is None else head
+        self.pool.set_step(tokens, head, num_tokens=len(batch.input_ids), num_head=len(batch.sample_rows))
+        return self.graphs.run(batch, tokens, head)
+
+    def _forward(self, batch: ForwardBatch) -> torch.Tensor:
+        plan = self.pool.token_plan
+        assert (self.pool.head_plan.plan, plan.active) == (plan.plan, plan.plan is not None)
+        self.seen = batch.slot_mapping.tolist(), plan.plan and list(plan.plan)
+        return torch.stack([batch.input_ids, batch.positions], 1)
+
+    def _capture(self, forward: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        self.captured.append((len(forward()), self.pool.token_plan.active))
+        return forward
+
+
+def decode(rows: int, **changes: Any) -> ForwardBatch:
+    row = torch.arange(rows)
+    sequences = [SequenceRows(index, index + 1, 20 + index, [index, index + 1]) for index in range(rows)]
+    fields = {"sample_rows": row, "sequences": sequences, **changes}
+    return ForwardBatch(input_ids=row + 5, positions=row + 19, slot_mapping=row + 300, block_size=16, **fields)
+
+
+def adapters(*slots: int) -> Segments:
+    return build_segments((((SlotUse(slot),) if slot >= 0 else (), 1) for slot in slots), COLUMNS)
+
+
+def test_buckets_lie_close_and_end_at_the_largest_batch() -> None:
+    assert bucket_sizes(1) == [1]
+    assert bucket_sizes(20) == [1, 2, 4, 8, 16, 20]
+    large = bucket_sizes(300)
+    assert large[-1] == 300 and large == sorted(set(large))
+    assert all(b - a <= max(a // 4, 8) for a, b in pairwise(large))
+
+
+def test_every_bucket_is_recorded_without_and_with_adapters_largest_first() -> None:
+    recorded = Recorded([1, 4])
+    assert recorded.captured == [(4, False), (4, True), (1, False), (1, True)]
+    assert not recorded.pool.token_plan.active
+
+
+def test_a_decode_step_replays_the_smallest_bucket_that_holds_it() -> None:
+    recorded = Recorded([1, 4])
+    logits = recorded.run(decode(2))
+    assert logits is not None and logits.tolist() == [[5, 19], [6, 20]]
+    assert recorded.seen == ([300, 301, -1, -1], None)
+    recorded.run(decode(4), adapters(0, 0, -1, 1))
+    assert recorded.seen == ([300, 301, 302, 303], list(adapters(0, 0, -1, 1).items))
+    recorded.run(decode(1))
+    assert recorded.seen == ([300], None)
+    recorded.run(decode(3))
+    assert recorded.seen == ([300, 301, 302, -1], None)  # nothing is left of the step of four rows
+    assert (recorded.graphs.replayed, recorded.graphs.skipped) == (4, Counter())
+
+
+PREFILL = [SequenceRows(0, 2, 20, [0, 1])]
+LONG = [SequenceRows(0, 1, 20, [0, 1]), SequenceRows(1, 2, 160, list(range(10)))]
+
+
+@pytest.mark.parametrize(
+    ("batch", "tokens", "head", "reason"),
+    [
+        (decode(2, sequences=PREFILL), NO_SEGMENTS, NO_SEGMENTS, "prefill"),
+        (decode(2, sample_rows=torch.tensor([1])), NO_SEGMENTS, NO_SEGMENTS, "rows without a sample"),
+        (decode(2), adapters(0, 1), adapters(0), "rows without a sample"),
+        (decode(5), NO_SEGMENTS, NO_SEGMENTS, "size"),
+        (decode(4), adapters(0, 1, 0, 1), adapters(0, 1, 0, 1), "size"),
+        (decode(2, sequences=LONG), NO_SEGMENTS, NO_SEGMENTS, "size"),
+    ],
+)
+def test_other_steps_are_left_to_eager_execution_and_counted(
+    batch: ForwardBatch, tokens: Segments, head: Segments, reason: str
+) -> None:
+    recorded = Recorded([2, 4])
+    recorded.seen = None
+    assert recorded.run(batch, tokens, head) is None
+    assert recorded.graphs.skipped == {reason: 1} and recorded.graphs.replayed == 0
+    assert recorded.seen is None
+
+
+def test_weights_that_were_put_in_the_base_s_place_are_not_in_the_graphs() -> None:
+    """A merged adapter's modules, and the base's own in new memory."""
+    recorded = Recorded([2])
+    own, weight = recorded.layer.base, recorded.layer.base.weight
+    recorded.layer.base = torch.nn.Linear(4, 4)
+    assert recorded.run(decode(2)) is None
+    recorded.layer.base = own
+    assert recorded.run(decode(2)) is not None
+    own.weight = torch.nn.Parameter(torch.zeros(4, 4))
+    assert recorded.run(decode(2)) is None
+    own.weight = weight
+    assert recorded.run(decode(2)) is not None
+    assert recorded.graphs.skipped == {"other base weights": 2}
+
+
+EXTRAS: dict[str, dict[str, Any]] = {
+    "output vectors": {"vectors": {"m": torch.ones(2, 4)}},
+    "input vectors": {"input_vectors": {"m": torch.ones(2, 4)}},
+    "overlays": {"overlays": {"m": (torch.nn.Identity(),)}},
+}
+
+
+@pytest.mark.parametrize("extras", EXTRAS.values(), ids=EXTRAS)
+def test_an_adapter_with_more_than_a_and_b_runs_eagerly(extras: dict[str, Any]) -> None:
+    recorded = Recorded([2])
+    recorded.pool.install_hook = lambda name: None
+    recorded.pool.write(Slot(1, "", [1]), PackedAdapter(1, {}, 0, **extras))
+    assert recorded.run(decode(2), adapters(0, 0)) is not None
+    assert recorded.run(decode(2), adapters(0, 1)) is None
+    assert recorded.graphs.skipped == {"more than A and B": 1}
+
+
+def test_there_are_no_graphs_without_cuda() -> None:
+    pool = AdapterPool(ModelSpec({"m": (4, 4)}, 16), 1, torch.float32, CPU, Kernel())
+    graphs, done = capture_decode_graphs(lambda batch: torch.zeros(1), pool, [], 4, 64, 16, CPU)
+    assert graphs is None and "CUDA" in done
