@@ -2,8 +2,8 @@
 
     locust -f load_tests/locustfile.py --host http://127.0.0.1:8000 --users 4 --spawn-rate 2 --run-time 1m --headless
 
-The key comes from LORAPLEX_API_KEY. Locust's users are a closed loop: one that waits sends nothing, so a slow server gets
-less traffic. `python -m load_tests` does not have that blind spot.
+The key comes from LORAPLEX_API_KEY. Locust's users are a closed loop: one that waits sends nothing, so a slow server
+gets less traffic. `python -m load_tests` does not have that blind spot.
 """
 
 import json
