@@ -27,7 +27,7 @@ class ChatUser(HttpUser):  # type: ignore[misc]  # Locust is no dependency, so i
             self.client.headers["Authorization"] = f"Bearer {key}"
         self.models = [model["id"] for model in self.client.get("/v1/models").json()["data"]]
 
-    @task
+    @task  # type: ignore[untyped-decorator]
     def chat(self) -> None:
         """A chat's own entry is its time to the end of the stream; "first token" is one of its own."""
         model = random.choices(self.models, [1 / rank for rank in range(1, len(self.models) + 1)])[0]
