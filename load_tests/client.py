@@ -44,9 +44,12 @@ class Failed(Exception):
 
 
 class Clock:
-    """Seconds since it was made."""
+    """Seconds since it was started."""
 
     def __init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
         self._started = time.perf_counter()
 
     def __call__(self) -> float:

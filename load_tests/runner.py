@@ -37,16 +37,17 @@ async def run(scenario: Scenario, client: httpx.AsyncClient, *, template: Path, 
     failures of requests and of changes are in the result.
     """
     base, adapters = await _models(client)
-    publisher = Publisher(client, template) if scenario.models.published else None
+    clock, ended = Clock(), asyncio.Event()
+    publisher = Publisher(client, template, clock) if scenario.models.published else None
     async with publisher.publishing(scenario.models.published) if publisher else nullcontext(adapters) as asked:
         schedule = build(scenario, base, asked, seed)
-        clock, changes, ended = Clock(), list[Change](), asyncio.Event()
+        clock.start()
         async with asyncio.TaskGroup() as group:
             if publisher and scenario.churn:
-                group.create_task(publisher.churn(asked, scenario.churn.every_s, clock, changes, ended))
+                group.create_task(publisher.churn(asked, scenario.churn.every_s, ended))
             records = await send(scenario, schedule, client, clock)
             ended.set()
-    return Run(scenario, seed, str(client.base_url), records, changes)
+    return Run(scenario, seed, str(client.base_url), records, publisher.changes if publisher else [])
 
 
 async def _models(client: httpx.AsyncClient) -> tuple[str, list[str]]:

@@ -79,18 +79,21 @@ async def test_a_request_that_never_ends_is_given_up() -> None:
 
 
 class Adapters:
-    """A server that knows adapters; `refusing` refuses to publish."""
+    """A server that knows adapters; `refusing` refuses to publish, `keeping` to delete."""
 
-    def __init__(self, refusing: Callable[[int], bool] = lambda _: False) -> None:
+    def __init__(self, refusing: Callable[[int], bool] = lambda _: False, keeping: bool = False) -> None:
         self.published: set[str] = set()
         self.versions: list[tuple[str, float]] = []
         self._refusing = refusing
+        self._keeping = keeping
 
     async def __call__(self, request: httpx.Request) -> httpx.Response:
         if request.url.path == "/v1/models":
             return httpx.Response(200, json={"data": [{"id": "own", "parent": "base"}, {"id": "base", "parent": None}]})
         if request.url.path == "/v1/adapters":
             return self._publish((await request.aread()).decode(errors="replace"))
+        if request.method == "DELETE" and self._keeping:
+            return httpx.Response(503, json={})
         if request.method == "DELETE":
             name = request.url.path.rpartition("/")[2]
             found = name in self.published
@@ -176,3 +179,12 @@ async def test_when_the_adapters_cannot_be_published_nothing_is_sent_and_nothing
     with pytest.raises(httpx.HTTPStatusError, match="507"):
         await run_against(server, template, models=Models(published=2))
     assert not server.published
+
+
+async def test_an_adapter_that_stays_is_a_failed_change_and_the_run_is_kept(template: Path) -> None:
+    bounds = Bounds(duration_s=9.0, max_requests=5)
+    seen = await run_against(
+        Adapters(keeping=True), template, arrivals=Poisson(1e4), models=Models(published=2), bounds=bounds
+    )
+    assert [record.error for record in seen.records] == [None] * 5
+    assert [change.kind for change in seen.changes if "503" in (change.error or "")] == ["delete", "delete"]
