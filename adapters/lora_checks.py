@@ -11,7 +11,6 @@ from adapters.lora_tensors import (
     KINDS,
     LoraTensors,
     factor_shapes,
-    names_module,
     parameter_factors,
     parameter_names,
     problem,
@@ -19,11 +18,11 @@ from adapters.lora_tensors import (
     scaling_of,
     shares_weight,
     targeted_parameters,
-    token_target,
 )
 from adapters.numbers_check import number_problems
 from adapters.patterns import dotted_suffixes
 from adapters.peft_config import LoraSettings
+from adapters.saved_checks import copy_problems, token_problems
 from adapters.spec import ModelSpec
 from adapters.store import CONFIG_FILE, WEIGHTS_FILE
 
@@ -45,9 +44,14 @@ class LoraChecks:
         if settings:
             found += [*self._targets(settings), *self._saved_targets(settings), *self._sizes(settings)]
             found += [*self._vectors(settings), *self._biases(settings), *self._embedding(settings)]
-            found += [*self._stacked(settings), *self._tokens(settings), *self._invocation(settings)]
+            found += [
+                *self._stacked(settings),
+                *token_problems(self.tensors, self.spec, settings),
+                *self._invocation(settings),
+            ]
         scalings = self._scalings(settings) if settings else {}
-        return [*found, *self._saved(), *self._vocabulary(settings), *number_problems(self.tensors, scalings)]
+        found += [*self._saved(), *copy_problems(self.tensors), *self._vocabulary(settings)]
+        return [*found, *number_problems(self.tensors, scalings)]
 
     # -- which modules -------------------------------------------------------------------------------------------
 
@@ -189,7 +193,8 @@ class LoraChecks:
         for module, names in self.tensors.saved.items():
             for parameter, name in names.items():
                 expected = self.spec.parameters[module][parameter]
-                if (".base_layer." in name) != (module in self.tensors.adapted()):
+                wrapped = module in self.tensors.adapted() | self.tensors.tokens.keys()
+                if (".base_layer." in name) != wrapped:
                     yield problem(name, "a name that PEFT would not look for", "base_layer in adapted layers only")
                 elif module in (self.spec.embedding, self.spec.head) and parameter == "weight":
                     yield from self._shape(name, (self.tensors.infos[name].shape[0], *expected[1:]))
@@ -259,31 +264,6 @@ class LoraChecks:
         for kind, shape in zip(_FACTORS, shapes, strict=True):
             if kind in names:
                 yield from self._shape(names[kind], shape)
-
-    def _tokens(self, settings: LoraSettings) -> Iterator[Problem]:
-        reached = set()
-        for module, name in self.tensors.tokens.items():
-            target, ids = token_target(module, settings, self.spec)
-            reached.add(target)
-            if target is None or module not in (self.spec.embedding, self.spec.head):
-                yield problem(name, "rows of tokens that nothing declares", "those of trainable_token_indices")
-            elif module in self.tensors.saved or module in self.tensors.adapted():
-                yield problem(name, "rows of a module that is also adapted or saved", "one of the two, as in PEFT")
-            elif ids and max(ids) >= (self.spec.vocab_size or 0):
-                yield problem(name, f"token {max(ids)}", f"tokens below {self.spec.vocab_size}", "shape_mismatch")
-            elif len(set(ids)) != len(ids):
-                yield problem(f"{CONFIG_FILE}: trainable_token_indices", "a token twice", "each once", "malformed_file")
-            else:
-                yield from self._shape(name, (len(ids), self.spec.parameters[module]["weight"][1]))
-        for target in settings.token_indices.keys() - reached:
-            if not self._is_tied_away(target, settings):
-                yield _undelivered("trainable_token_indices", target or "the input embedding")
-
-    def _is_tied_away(self, target: str, settings: LoraSettings) -> bool:
-        """PEFT stores the rows of tied layers once, with the embedding, when both declare the same tokens."""
-        ids = settings.token_indices
-        same = any(ids[target] == ids[other] for other in ids if names_module(other, self.spec.embedding))
-        return self.spec.tied and same and names_module(target, self.spec.head)
 
     def _invocation(self, settings: LoraSettings) -> Iterator[Problem]:
         """PEFT switches linears on at the invocation tokens, and would apply everything else from the start."""

@@ -22,6 +22,7 @@ KINDS: dict[str, str] = {
     "embedding_B": "lora_embedding_B",
 }
 _BASE_LAYER = ".base_layer"
+_WRAPPERS = (".modules_to_save", ".original_module", ".token_adapter")
 Names = dict[TensorKind, str]
 
 
@@ -32,6 +33,9 @@ class LoraTensors:
     `modules` are those with factors: linears, and whatever the base model lacks. `embeddings` is for the input
     embedding. `stacked` are modules whose parameters have factors, by how deep PEFT nested the wrapper. `saved` are
     parameters as a whole, `biases` trained biases of linears that are not adapted, `tokens` rows of embeddings.
+
+    Where the vocabulary was resized, PEFT writes whole wrappers: `copies` are second ones of saved parameters and
+    `unused` the weights that they took the place of, as (module, parameter, tensor).
     """
 
     path: Path
@@ -42,6 +46,8 @@ class LoraTensors:
     saved: dict[str, dict[str, str]] = field(default_factory=dict)
     biases: dict[str, str] = field(default_factory=dict)
     tokens: dict[str, str] = field(default_factory=dict)
+    copies: list[tuple[str, str, str]] = field(default_factory=list)
+    unused: list[tuple[str, str, str]] = field(default_factory=list)
     misnamed: list[Problem] = field(default_factory=list)
 
     @classmethod
@@ -50,6 +56,9 @@ class LoraTensors:
         tensors = cls(path, read_header(path))
         for name in tensors.infos:
             tensors._sort(name, spec)
+        for module, parameter, name in list(tensors.copies):
+            if tensors.saved.setdefault(module, {}).setdefault(parameter, name) == name:
+                tensors.copies.remove((module, parameter, name))  # the only one
         for module in tensors.saved.keys() & tensors.biases.keys():  # a module that is saved as a whole
             tensors.saved[module]["bias"] = tensors.biases.pop(module)
         return tensors
@@ -95,9 +104,15 @@ class LoraTensors:
 
     def _sort_parameter(self, name: str, module: str, spec: ModelSpec) -> None:
         parameter = name.rpartition(".")[2]
+        wrapper = next((wrapper for wrapper in _WRAPPERS if module.endswith(wrapper)), "")
+        module = module.removesuffix(wrapper)
         if parameter not in spec.parameters.get(module, {}):
             expected = "tensors of a LoRA, or parameters of the base model that see every token and are not quantised"
             self.misnamed.append(problem(name, "neither", expected))
+        elif wrapper == ".modules_to_save":
+            self.copies.append((module, parameter, name))
+        elif wrapper == ".original_module":
+            self.unused.append((module, parameter, name))
         elif self.saved.setdefault(module, {}).setdefault(parameter, name) != name:
             self.misnamed.append(problem(name, "a second one of its module", "one", "malformed_file"))
 
@@ -162,11 +177,11 @@ def _pattern_key(module: str, settings: LoraSettings, spec: ModelSpec) -> str:
 
 
 def token_target(module: str, settings: LoraSettings, spec: ModelSpec) -> tuple[str | None, tuple[int, ...]]:
-    """The key of `trainable_token_indices` that means `module`, and its tokens."""
+    """The key of `trainable_token_indices` that means `module`, and its tokens; a tied head's are the embedding's."""
     for target, ids in settings.token_indices.items():
         if names_module(target, module) or (not target and module == spec.embedding):
             return target, ids
-    return None, ()
+    return token_target(spec.embedding, settings, spec) if spec.tied and module == spec.head else (None, ())
 
 
 def names_module(target: str, module: str) -> bool:

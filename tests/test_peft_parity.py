@@ -68,6 +68,13 @@ LLAMA_CASES: dict[str, dict[str, Any]] = {
     "tokens at both ends": {**ALL, "trainable_token_indices": {"embed_tokens": [7, 30], "lm_head": [8, 30, 31]}},
     "larger vocabulary": {**ALL, **SAVED_ENDS, "vocab_size": 103},
     "smaller vocabulary": {**ALL, **SAVED_ENDS, "vocab_size": 90},
+    "larger vocabulary, all of its wrappers": {**ALL, **SAVED_ENDS, "vocab_size": 103, "save_embedding_layers": True},
+    "larger vocabulary, tokens": {
+        **ALL,
+        "trainable_token_indices": [7, 97, 98, 99],
+        "vocab_size": 100,
+        "save_embedding_layers": True,
+    },
     "larger vocabulary, adapted": {
         **ALL,
         "target_modules": ["lm_head", "embed_tokens", "o_proj"],
@@ -89,6 +96,12 @@ TIED_CASES: dict[str, dict[str, Any]] = {
     "saved embedding, tied": {**ALL, "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
     "tokens": {**ALL, "trainable_token_indices": [7, 30, 90]},
     "larger vocabulary": {**ALL, "target_modules": ["v_proj"], "vocab_size": 103, "save_embedding_layers": True},
+    "larger vocabulary, tokens": {
+        **ALL,
+        "trainable_token_indices": [7, 97, 98, 99],
+        "vocab_size": 100,
+        "save_embedding_layers": True,
+    },
 }
 MIXTRAL_CASES: dict[str, dict[str, Any]] = {
     "plain": {**ALL, "target_modules": ["q_proj", "v_proj"]},

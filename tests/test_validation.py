@@ -320,6 +320,18 @@ BAD_TENSORS: dict[str, tuple[Callable[[dict[str, Tensor]], object], str, str]] =
         "unsupported_feature",
         f"{Q0}.weight",
     ),
+    "a copy that says something else": (
+        lambda tensors: tensors.update(
+            {f"{NORM}.weight": torch.ones(64), f"{NORM}.modules_to_save.weight": torch.full((64,), 2.0)}
+        ),
+        "malformed_file",
+        f"{NORM}.modules_to_save",
+    ),
+    "a weight that nothing takes the place of": (
+        replace(f"{NORM}.original_module.weight", 64),
+        "unsupported_feature",
+        f"{NORM}.original_module",
+    ),
     "a parameter that the base lacks": (replace(f"{NORM}.gain", 64), "unsupported_feature", f"{NORM}.gain"),
     "rows of tokens": (
         replace("base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta", 2, 64),
