@@ -55,6 +55,9 @@ class ServeConfig:
     max_batch_tokens: int = _setting(512, "Token budget of one step, prefill and decode together", ge=16)
     max_model_len: int = _setting(0, "Longest prompt plus answer in tokens; 0 is the model's own limit", ge=0)
     max_queue: int = _setting(256, "Requests that may wait before new ones get 503", ge=1)
+    scheduling_policy: Literal["fair", "fcfs"] = _setting(
+        "fair", "fair serves tenants by their weights and knows priorities, fcfs is strictly by arrival"
+    )
     max_wait_steps: int = _setting(256, "Steps a request may be passed over before later ones are held back", ge=1)
     max_upload_bytes: int = _setting(512 << 20, "Largest adapter upload", ge=1024)
     allow_source: tuple[str, ...] = _setting(

@@ -70,6 +70,9 @@ class Sequence:
     cache_salt: str = ""  # prefix-cache hits stay within one salt (the tenant)
     arrival: float = 0.0
     active_from: int = 0  # the first token that the adapters see; those before are the base model's
+    priority: int = 0  # within its tenant; lower is more urgent
+    weight: float = 1.0  # of its tenant: a larger share is proportional to it
+    number: int = 0  # in order of arrival; the scheduler's
     num_prompt_tokens: int = 0
     num_computed_tokens: int = 0
     num_verified_tokens: int = 0  # of the computed ones: finite logits have come of their keys and values
@@ -78,11 +81,17 @@ class Sequence:
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)  # of the full blocks of token_ids, computed lazily
     slots: tuple[int, ...] = ()  # device slots of `adapters` while RUNNING, unless they are merged into the base
-    waited_steps: int = 0
+    waited_steps: int = 0  # in which it was passed over
+    overdue: bool = False  # that was as often as may be
+    preempted: bool = False  # it was running once
     admitted: float | None = None  # when it first ran
 
     def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.token_ids)
+
+    @property
+    def tenant(self) -> str:
+        return self.cache_salt
 
     @property
     def sole_adapter(self) -> str | None:

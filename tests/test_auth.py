@@ -169,6 +169,15 @@ async def test_tenants_do_not_share_prefixes(tmp_path: Path) -> None:
         assert [submit.cache_salt for submit in api.engine.submitted] == ["app", "tenant"]
 
 
+async def test_the_tenant_s_weight_goes_with_its_requests(tmp_path: Path) -> None:
+    text = "[[keys]]\nname = 'a'\nkey = 'x'\nweight = 2.5\n[[keys]]\nname = 'b'\nkey = 'y'"
+    async with serving(tmp_path, keys=ring(tmp_path, text)) as api:
+        for secret in ("x", "y"):
+            api.http.headers.update(bearer(secret))
+            await api.chat()
+        assert [submit.weight for submit in api.engine.submitted] == [2.5, 1.0]
+
+
 async def test_without_keys_everything_is_open(tmp_path: Path) -> None:
     async with serving(tmp_path) as api:
         for path in ("/metrics", "/version", "/v1/stats", "/v1/adapters", "/v1/models"):
@@ -199,6 +208,10 @@ def test_only_loopback_without_keys(tmp_path: Path) -> None:
         "[[keys]]\nname = 'a'\nkey = 'x'\nscopes = 'infer'",
         "[[keys]]\nname = 'a'\nkey = 'x'\nadapters = 'mine'",
         "[[keys]]\nname = 'a'\nkey = 'x'\nrole = 'root'",
+        "[[keys]]\nname = 'a'\nkey = 'x'\nweight = 0",
+        "[[keys]]\nname = 'a'\nkey = 'x'\nweight = nan",
+        "[[keys]]\nname = 'a'\nkey = 'x'\nweight = inf",
+        "[[keys]]\nname = 'a'\nkey = 'x'\nweight = 2\n[[keys]]\nname = 'b'\nkey = 'y'\ntenant = 'a'",
         "[[keys",
     ],
 )

@@ -16,6 +16,7 @@ FORBIDDEN = {
     "server/engine": ["server.api", "server.serve"],
     "server/sequence.py": ["torch", "server"],
     "server/engine/scheduler.py": ["torch", "transformers", "server.model"],
+    "server/engine/policies.py": ["torch", "transformers", "server.model"],
     "server/engine/block_manager.py": ["torch", "transformers", "server.model"],
     "server/engine/merging.py": ["torch", "transformers", "server.model"],
     "server/engine/messages.py": ["torch", "transformers", "server.model"],

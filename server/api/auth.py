@@ -41,13 +41,15 @@ _NEEDS: dict[str, Need] = {
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """A caller. `adapters` of None sees all; `tenant` separates prefix caches."""
+    """A caller. `adapters` of None sees all; `tenant` separates prefix caches and shares of the device, in proportion
+    to the tenants' weights."""
 
     name: str
     sha256: str
     scopes: frozenset[KeyScope]
     tenant: str = ""
     adapters: frozenset[str] | None = None
+    weight: float = 1.0
 
     def sees(self, adapter: str) -> bool:
         return self.adapters is None or adapter in self.adapters
@@ -70,12 +72,14 @@ class _KeyEntry(msgspec.Struct, forbid_unknown_fields=True):
     scopes: frozenset[KeyScope] = frozenset({"infer"})
     tenant: str | None = None
     adapters: frozenset[str] | None = None
+    weight: Annotated[float, msgspec.Meta(ge=0.01, le=100)] = 1.0
 
     def as_key(self) -> Key:
         if (self.key is None) == (self.sha256 is None):
             raise ValueError(f"give '{self.name}' either 'key' or 'sha256'")
         digest = self.sha256 or _digest(self.key or "")
-        return Key(self.name, digest, self.scopes, self.name if self.tenant is None else self.tenant, self.adapters)
+        tenant = self.name if self.tenant is None else self.tenant
+        return Key(self.name, digest, self.scopes, tenant, self.adapters, self.weight)
 
 
 class _KeysFile(msgspec.Struct, forbid_unknown_fields=True):
@@ -134,9 +138,18 @@ def _digest(secret: str) -> str:
 def _read_keys_file(path: Path) -> list[Key]:
     try:
         found = msgspec.convert(tomllib.loads(path.read_text()), _KeysFile)
-        return [entry.as_key() for entry in found.keys]
+        keys = [entry.as_key() for entry in found.keys]
+        _check_weights(keys)
+        return keys
     except (OSError, ValueError) as error:  # msgspec's and tomllib's errors are ValueErrors that say where
         raise ConfigError(f"--keys-file {path}: {error}") from error
+
+
+def _check_weights(keys: Sequence[Key]) -> None:
+    weights = {key.tenant: key.weight for key in keys}
+    for key in keys:
+        if key.weight != weights[key.tenant]:
+            raise ValueError(f"the keys of tenant '{key.tenant}' have different weights")
 
 
 def need_of(path: str) -> Need:

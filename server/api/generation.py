@@ -142,7 +142,9 @@ class Generation:
                 for i in range(n):
                     seq_id = f"{self.id}-{len(self._choices)}"
                     seeded = _with_seed(sampling, i)
-                    stream = self._start(Submit(seq_id, prompt, seeded, adapters, key.tenant, active_from))
+                    stream = self._start(
+                        Submit(seq_id, prompt, seeded, adapters, key.tenant, active_from, weight=key.weight)
+                    )
                     text = Detokenizer(self._tokenizer, prompt, stop, sampling.min_tokens)
                     self._choices.append(Choice(len(self._choices), stream, text, stop_ids))
         except BaseException:

@@ -24,6 +24,7 @@ from server.engine.block_manager import BlockManager
 from server.engine.engine import Engine
 from server.engine.merging import Merged, MergePolicy, Merging
 from server.engine.messages import EngineInfo
+from server.engine.policies import FairShare, FirstCome
 from server.engine.scheduler import Scheduler
 from server.engine.trials import Trials
 from server.model import attention
@@ -55,6 +56,7 @@ def build_engine(config: ServeConfig) -> tuple[Engine, EngineInfo]:
         max_num_seqs=config.max_num_seqs,
         max_batch_tokens=config.max_batch_tokens,
         max_wait_steps=config.max_wait_steps,
+        policy=FairShare() if config.scheduling_policy == "fair" else FirstCome(),
     )
     refer = _reference_reader(config, spec, runner)
     trials = Trials(runner, residency, refer, scheduler.gate, _stay_single_threaded)

@@ -124,6 +124,8 @@ class Engine:
             request.cache_salt,
             time.monotonic(),
             request.active_from,
+            request.priority,
+            request.weight,
         )
         self._sequences[seq.seq_id] = seq
         for adapter in seq.adapters:

@@ -16,14 +16,16 @@ SwitchReason = Literal["request", "policy", "others", "retired"]
 
 class Submit(msgspec.Struct, frozen=True, tag=True):
     """Start a sequence. Without `adapters` the base model answers; several add up, each with its scale. They see the
-    tokens from `active_from` on."""
+    tokens from `active_from` on. `weight` is of the tenant, `priority` counts within it (lower is more urgent)."""
 
     seq_id: str
     token_ids: list[int]
     sampling: SamplingParams
     adapters: tuple[ScaledAdapter, ...] = ()
-    cache_salt: str = ""
+    cache_salt: str = ""  # the tenant
     active_from: int = 0
+    priority: int = 0
+    weight: float = 1.0
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):

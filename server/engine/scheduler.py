@@ -4,20 +4,26 @@ There are no phases: every running sequence has tokens left to compute (one when
 prefills), and the step's token budget is handed out first to what runs, then to what waits. (The idea of computed
 tokens chasing known tokens is vLLM's.)
 
+Waiting sequences are tried in the order of a policy (policies.py), preempted ones before all others: they had their
+turn.
+
 Adapters: a waiting sequence is admitted when all its adapters have device slots. One with an adapter on its way is
-passed over, not waited for; those behind it may not push out what it already has. Past `max_wait_steps` of being passed
-over, a sequence closes the door behind it: nothing that arrived later is admitted until it is, so a cold adapter cannot
-starve.
+passed over, not waited for; those behind it may not push out what it already has.
+
+Past `max_wait_steps` of being passed over, a sequence goes first in its tenant and closes the door behind it: nothing
+that arrived later and is tried after it is admitted until it is. So neither cold adapters nor low priorities starve.
 """
 
+import math
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from itertools import islice
+from itertools import chain, count, islice
 from typing import Protocol
 
 from server.engine.block_manager import BlockManager
+from server.engine.policies import FirstCome, Policy
 from server.sequence import ScheduledBatch, ScheduledSequence, Sequence, SequenceStatus
 
 PREFETCH_DEPTH = 32  # waiting sequences whose adapters are brought off the disk ahead of their turn
@@ -86,10 +92,14 @@ class Scheduler:
     running: list[Sequence] = field(default_factory=list)
     preemptions: int = 0
     gate: MergeGate = field(default_factory=MergeGate)
+    policy: Policy = field(default_factory=FirstCome)
+    _numbers: Iterator[int] = field(default_factory=count)
     _suspect_blocks: list[int] = field(default_factory=list)
 
     def add(self, seq: Sequence) -> None:
+        seq.number = next(self._numbers)
         self.waiting.append(seq)
+        self.policy.arrived(seq)
 
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)
@@ -109,6 +119,8 @@ class Scheduler:
             self._release(seq)
         elif seq.status is SequenceStatus.WAITING:
             self.waiting.remove(seq)
+            if not seq.preempted:
+                self.policy.left(seq)
         seq.status = SequenceStatus.FINISHED
 
     def take_suspect_blocks(self) -> list[int]:
@@ -132,10 +144,17 @@ class Scheduler:
                 continue
             num_new_tokens = min(seq.num_tokens - seq.num_computed_tokens, budget)
             if self._make_room(seq, seq.num_computed_tokens + num_new_tokens):
-                self.blocks.grow(seq, seq.num_computed_tokens + num_new_tokens)
-                batch.append(ScheduledSequence(seq, num_new_tokens))
-                budget -= num_new_tokens
+                budget = self._take_part(seq, batch, budget)
         return budget
+
+    def _take_part(self, seq: Sequence, batch: list[ScheduledSequence], budget: int) -> int:
+        """Put `seq` into the step; returns what is left of the budget."""
+        scheduled = ScheduledSequence(seq, min(seq.num_tokens - seq.num_computed_tokens, budget))
+        self.blocks.grow(seq, scheduled.end)
+        batch.append(scheduled)
+        if scheduled.samples:
+            self.policy.charge(seq, generated=1)
+        return budget - scheduled.num_new_tokens
 
     def _make_room(self, seq: Sequence, num_tokens: int) -> bool:
         """Preempt newer sequences until `seq` fits; False when `seq` itself had to go."""
@@ -150,32 +169,58 @@ class Scheduler:
         """Back to the head of the queue; its tokens are computed again (often from the prefix cache)."""
         self.running.remove(seq)
         self._release(seq)
-        seq.status = SequenceStatus.WAITING
+        seq.status, seq.preempted = SequenceStatus.WAITING, True
         self.waiting.appendleft(seq)
         self.preemptions += 1
 
     def _schedule_waiting(self, batch: list[ScheduledSequence], budget: int) -> None:
+        candidates = self._candidates()
+        admitted: list[Sequence] = []
         passed_over: list[Sequence] = []
-        collected: list[str] = []  # what those have of their adapters, held until all had their turn
-        while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
-            seq = self.waiting.popleft()
+        held_back: list[Sequence] = []
+        door = math.inf  # the number of the earliest overdue one: closed for later arrivals
+        collected: list[str] = []  # what those passed over have of their adapters, held until all had their turn
+        while budget > 0 and len(self.running) < self.max_num_seqs and (seq := next(candidates, None)) is not None:
+            if seq.number > door:
+                held_back.append(seq)
+                continue
             admission = self._try_admit(seq, collected)
             if admission is Admission.ADMITTED:
-                num_new_tokens = min(seq.num_tokens - seq.num_computed_tokens, budget)
-                self.blocks.grow(seq, seq.num_computed_tokens + num_new_tokens)
-                batch.append(ScheduledSequence(seq, num_new_tokens))
-                budget -= num_new_tokens
+                admitted.append(seq)
+                budget = self._take_part(seq, batch, budget)
                 continue
             passed_over.append(seq)
-            seq.waited_steps += 1
-            if admission is Admission.NO_BLOCKS or seq.waited_steps > self.max_wait_steps:
+            self._pass_over(seq)
+            if seq.overdue:
+                door = min(door, seq.number)
+            if admission is Admission.NO_BLOCKS:
                 break
-        for seq in islice(self.waiting, PREFETCH_DEPTH):
+        for seq in islice(chain(held_back, candidates), PREFETCH_DEPTH):
             for adapter in seq.adapters:
                 self.adapters.prefetch(adapter.digest)
         for digest in collected:
             self.adapters.release(digest)
-        self.waiting.extendleft(reversed(passed_over))
+        if admitted:
+            self.waiting = deque(seq for seq in self.waiting if seq.status is SequenceStatus.WAITING)
+            self._age(admitted, set(passed_over))
+
+    def _candidates(self) -> Iterator[Sequence]:
+        yield from [seq for seq in self.waiting if seq.preempted]
+        yield from self.policy.order([seq for seq in self.waiting if not seq.preempted])
+
+    def _pass_over(self, seq: Sequence) -> None:
+        seq.waited_steps += 1
+        seq.overdue = seq.waited_steps > self.max_wait_steps
+
+    def _age(self, admitted: list[Sequence], counted: set[Sequence]) -> None:
+        """Who waits while a later one of the same tenant is admitted is passed over, tried or not. That another tenant
+        goes first is no reason: it is owed its share."""
+        latest: dict[str, int] = {}
+        for seq in admitted:
+            latest[seq.tenant] = max(seq.number, latest.get(seq.tenant, -1))
+        for seq in self.waiting:
+            if seq not in counted and seq.number < latest.get(seq.tenant, -1):
+                self._pass_over(seq)
 
     def _try_admit(self, seq: Sequence, collected: list[str]) -> Admission:
         """Take the adapters' slots and the cached prefix for `seq`; on refusal only slots in `collected` stay taken."""
@@ -190,6 +235,9 @@ class Scheduler:
                 collected += [adapter.digest for adapter in seq.adapters]
             return Admission.NO_BLOCKS
         self.blocks.admit(seq, matched)
+        if not seq.preempted:
+            self.policy.charge(seq, prompt=seq.num_tokens - seq.num_computed_tokens)
+            self.policy.left(seq)
         seq.slots, seq.status = slots, SequenceStatus.RUNNING
         self.running.append(seq)
         return Admission.ADMITTED
