@@ -160,6 +160,16 @@ async def test_sampling_parameters_reach_the_engine(tmp_path: Path) -> None:
         assert api.engine.submitted[1].sampling.temperature == 1.0
 
 
+async def test_priorities_reach_the_engine_unless_they_would_have_no_effect(tmp_path: Path) -> None:
+    async with serving(tmp_path) as api:
+        for fields in ({"priority": -3}, {"priority": None}, {}):
+            assert (await api.chat(**fields)).status_code == 200
+        assert [submit.priority for submit in api.engine.submitted] == [-3, 0, 0]
+    async with serving(tmp_path / "fcfs", scheduling_policy="fcfs") as api:
+        assert assert_error(await api.chat(priority=1), 400, "unsupported")["param"] == "priority"
+        assert (await api.complete(priority=0)).status_code == 200
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_failure_before_the_first_token_is_a_json_error(tmp_path: Path, stream: bool) -> None:
     async with serving(tmp_path) as api:

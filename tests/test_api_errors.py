@@ -16,6 +16,7 @@ EXTREMES = ["NaN", "Infinity", "-Infinity", "1e999", "-1", "0", str(2**31), str(
 NUMERIC_FIELDS = [
     *("temperature", "top_p", "n", "max_tokens", "max_completion_tokens", "presence_penalty", "frequency_penalty"),
     *("seed", "top_logprobs", "top_k", "min_p", "repetition_penalty", "min_tokens", "adapter_scale", "best_of"),
+    "priority",
 ]
 
 

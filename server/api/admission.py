@@ -172,6 +172,13 @@ def admit(context: AppContext) -> None:
         raise unavailable("Too many requests are waiting.", "queue_full")
 
 
+def priority_of(context: AppContext, body: GenerationRequest) -> int:
+    """Raises 400 where a priority would have no effect."""
+    if body.priority and context.config.scheduling_policy == "fcfs":
+        raise bad_request("This server answers strictly in order of arrival.", "priority", "unsupported")
+    return body.priority or 0
+
+
 def token_budget(context: AppContext, prompts: Sequence[Sequence[int]], asked: int | None, default: int | None) -> int:
     """How many tokens may be generated: as asked, or `default` (None: no other limit) cut to what is left."""
     context_length = context.info.max_model_len

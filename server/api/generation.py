@@ -3,27 +3,33 @@
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar
+from typing import Literal
 
 import msgspec
-from starlette.requests import ClientDisconnect, Request
-from starlette.types import Receive
+from starlette.requests import Request
 
-from server.api.admission import Target, check_prompts, check_still_there, sampling_params, token_budget, vocab_size_of
+from server.api.admission import (
+    Target,
+    check_prompts,
+    check_still_there,
+    priority_of,
+    sampling_params,
+    token_budget,
+    vocab_size_of,
+)
 from server.api.auth import Key
 from server.api.context import AdapterUse, AppContext
 from server.api.errors import ApiError, engine_unavailable, server_error, unavailable
+from server.api.requests import unless_disconnected
 from server.api.schemas import GenerationRequest, PromptTokensDetails, UsageBody
 from server.api.text import Detokenizer, Tokenizer
 from server.engine.client import EngineState, Stream
 from server.engine.messages import SequenceOutput, Submit
 from server.metrics import RequestTimer
 from server.sequence import SamplingParams, TokenLogprobs
-
-T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -126,7 +132,13 @@ class Generation:
         self._open: set[str] = set()
 
     def submit(
-        self, key: Key, prompts: Sequence[list[int]], n: int, sampling: SamplingParams, stop: Sequence[str]
+        self,
+        key: Key,
+        prompts: Sequence[list[int]],
+        n: int,
+        sampling: SamplingParams,
+        stop: Sequence[str],
+        priority: int = 0,
     ) -> None:
         """Start `n` sequences per prompt. Raises `EngineUnavailable`, having started none."""
         stop_ids = frozenset((*self._context.info.eos_token_ids, *sampling.stop_token_ids))
@@ -142,9 +154,8 @@ class Generation:
                 for i in range(n):
                     seq_id = f"{self.id}-{len(self._choices)}"
                     seeded = _with_seed(sampling, i)
-                    stream = self._start(
-                        Submit(seq_id, prompt, seeded, adapters, key.tenant, active_from, weight=key.weight)
-                    )
+                    sequence = Submit(seq_id, prompt, seeded, adapters, key.tenant, active_from, priority, key.weight)
+                    stream = self._start(sequence)
                     text = Detokenizer(self._tokenizer, prompt, stop, sampling.min_tokens)
                     self._choices.append(Choice(len(self._choices), stream, text, stop_ids))
         except BaseException:
@@ -263,29 +274,10 @@ def start(
     check_prompts(prompts, vocab_size)
     max_tokens = token_budget(context, prompts, asked, default)
     sampling = sampling_params(vocab_size, body, max_tokens, logprobs, tokenizer.end_ids)
+    priority = priority_of(context, body)
     generation = Generation(context, target, tokenizer, prefix, request.state.started)
-    generation.submit(key, prompts, body.n or 1, sampling, body.stop_strings)
+    generation.submit(key, prompts, body.n or 1, sampling, body.stop_strings, priority)
     return generation
-
-
-async def unless_disconnected(receive: Receive, work: Awaitable[T]) -> T:
-    """Run `work`, but cancel it and raise `ClientDisconnect` as soon as the client is gone."""
-    task = asyncio.ensure_future(work)
-    watcher = asyncio.ensure_future(_disconnected(receive))
-    try:
-        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientDisconnect
-        return task.result()
-    finally:
-        for pending in (task, watcher):
-            pending.cancel()
-        await asyncio.gather(task, watcher, return_exceptions=True)
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 async def collect(request: Request, generation: Generation) -> list[Delta]:

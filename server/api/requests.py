@@ -1,9 +1,13 @@
-"""What every request gets: an id, an answer whatever happens, and a place in the metrics."""
+"""What every request gets: an id, an answer whatever happens, a place in the metrics, and an end when its client
+leaves."""
 
+import asyncio
 import logging
 import re
 import time
 import uuid
+from collections.abc import Awaitable
+from typing import TypeVar
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
@@ -11,6 +15,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.errors import error_response, server_error
 from server.metrics import UNKNOWN_LABEL, Metrics
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -65,3 +71,23 @@ def _request_id(scope: Scope) -> str:
     """The client's own id if it is harmless in logs and headers, else a new one."""
     given = Headers(scope=scope).get("x-request-id", "")
     return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+
+
+async def unless_disconnected(receive: Receive, work: Awaitable[T]) -> T:
+    """Run `work`, but cancel it and raise `ClientDisconnect` as soon as the client is gone."""
+    task = asyncio.ensure_future(work)
+    watcher = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        for pending in (task, watcher):
+            pending.cancel()
+        await asyncio.gather(task, watcher, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

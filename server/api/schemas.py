@@ -96,6 +96,7 @@ class GenerationRequest(Wire):
     min_tokens: int | None = Field(None, ge=0, lt=1 << 31)
     ignore_eos: bool | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=64, fail_fast=True)] | None = None
+    priority: int | None = Field(None, ge=-(1 << 31), lt=1 << 31)  # within the tenant; lower is more urgent
 
     @model_validator(mode="before")
     @classmethod

@@ -11,7 +11,8 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from server.api.errors import ApiError, error_body
-from server.api.generation import Delta, Generation, unless_disconnected
+from server.api.generation import Delta, Generation
+from server.api.requests import unless_disconnected
 from server.api.schemas import UsageBody
 
 _WRITE_SECONDS = 30.0  # a client that reads nothing for so long is gone
