@@ -14,6 +14,7 @@ from server.api import streaming
 from server.api.admission import resolve
 from server.api.auth import ANYONE
 from server.api.generation import Generation
+from server.api.rate_limits import Lease
 from server.api.schemas import ChatCompletion, ChatCompletionChunk, GenerationRequest
 from server.api.streaming import EventStream
 from server.sequence import SamplingParams
@@ -251,7 +252,7 @@ async def test_a_reader_that_never_reads_is_given_up(tmp_path: Path, monkeypatch
         api.says("x", end=False)
         api.engine.slow = 0.01
         target = resolve(api.context, ANYONE, GenerationRequest(model=BASE))
-        generation = Generation(api.context, target, api.context.tokenizer, "x", time.monotonic())
+        generation = Generation(api.context, target, api.context.tokenizer, Lease(), "x", time.monotonic())
         generation.submit(ANYONE, [[1]], 1, SamplingParams(max_tokens=100), [])
         stream = EventStream(generation, lambda delta: {"text": delta.text}, kind="x", include_usage=False)
         with pytest.raises(ClientDisconnect):

@@ -40,6 +40,10 @@ class Target:
         """Of the accounting."""
         return frozenset(name for name, _ in self.versions) or frozenset([BASE_NAME])
 
+    @property
+    def adapter_names(self) -> list[str]:
+        return [name for name, _ in self.versions]
+
     def on(self, prompt: list[int]) -> tuple[tuple[ScaledAdapter, ...], int]:
         """The adapters that see this prompt and the first token that they see: an activated LoRA sees its last
         invocation and what follows, and nothing of a prompt without one."""
@@ -72,9 +76,11 @@ def resolve(context: AppContext, key: Key, body: GenerationRequest) -> Target:
 
 
 async def choose(request: Request, context: AppContext, key: Key, body: GenerationRequest) -> tuple[Target, Tokenizer]:
-    """What answers, and the tokenizer that goes with it: the adapter's, if it is one and has its own."""
+    """What answers, and the tokenizer that goes with it: the adapter's, if it is one and has its own. Raises 429 for
+    what could not begin anyway, before anything is tokenized."""
     target = resolve(context, key, body)
     request.state.adapter = target.label
+    context.rate_limits.check(key.sha256, key.limits, target.adapter_names)
     digest = target.adapters[0].digest if len(target.adapters) == 1 else None
     try:
         return target, await context.tokenizers.of(digest, target.traits)

@@ -15,6 +15,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.api.errors import ApiError, error_response
+from server.api.rate_limits import Limits
 from server.config import ConfigError, ServeConfig
 
 KeyScope = Literal["infer", "admin"]
@@ -22,6 +23,7 @@ Need = Literal["open", "observe", "infer", "admin", "operate"]
 
 ALL_SCOPES: frozenset[KeyScope] = frozenset(get_args(KeyScope))
 _NonEmpty = Annotated[str, msgspec.Meta(min_length=1)]
+_Limit = Annotated[int, msgspec.Meta(ge=1, lt=1 << 53)] | None
 
 # Exact paths. Whatever is not listed needs `admin`, so a new route is closed until someone opens it here.
 _NEEDS: dict[str, Need] = {
@@ -50,6 +52,7 @@ class Key:
     tenant: str = ""
     adapters: frozenset[str] | None = None
     weight: float = 1.0
+    limits: Limits = Limits()
 
     def sees(self, adapter: str) -> bool:
         return self.adapters is None or adapter in self.adapters
@@ -73,13 +76,17 @@ class _KeyEntry(msgspec.Struct, forbid_unknown_fields=True):
     tenant: str | None = None
     adapters: frozenset[str] | None = None
     weight: Annotated[float, msgspec.Meta(ge=0.01, le=100)] = 1.0
+    max_concurrent: _Limit = None
+    requests_per_minute: _Limit = None
+    tokens_per_minute: _Limit = None
 
     def as_key(self) -> Key:
         if (self.key is None) == (self.sha256 is None):
             raise ValueError(f"give '{self.name}' either 'key' or 'sha256'")
         digest = self.sha256 or _digest(self.key or "")
         tenant = self.name if self.tenant is None else self.tenant
-        return Key(self.name, digest, self.scopes, tenant, self.adapters, self.weight)
+        limits = Limits(self.max_concurrent or 0, self.requests_per_minute or 0, self.tokens_per_minute or 0)
+        return Key(self.name, digest, self.scopes, tenant, self.adapters, self.weight, limits)
 
 
 class _KeysFile(msgspec.Struct, forbid_unknown_fields=True):

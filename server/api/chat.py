@@ -24,7 +24,7 @@ router = APIRouter()
 
 ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {"model": ChatCompletion, "content": {"text/event-stream": {"x-chunk": ChatCompletionChunk.__name__}}},
-    **error_answers(400, 401, 403, 404, 409, 413, 415, 500, 503),
+    **error_answers(400, 401, 403, 404, 409, 413, 415, 429, 500, 503),
 }
 
 

@@ -19,7 +19,7 @@ router = APIRouter()
 _DEFAULT_MAX_TOKENS = 16  # OpenAI's
 ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {"model": Completion, "content": {"text/event-stream": {"x-chunk": CompletionChunk.__name__}}},
-    **error_answers(400, 401, 403, 404, 409, 413, 415, 500, 503),
+    **error_answers(400, 401, 403, 404, 409, 413, 415, 429, 500, 503),
 }
 
 

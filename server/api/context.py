@@ -14,6 +14,7 @@ from adapters.registry import AdapterRegistry
 from adapters.spec import ModelSpec
 from server.api.adapter_tokenizers import AdapterTokenizers
 from server.api.auth import KeyRing
+from server.api.rate_limits import Limits, RateLimits
 from server.api.template_sandbox import TemplateSandbox
 from server.api.text import Tokenizer
 from server.config import ServeConfig
@@ -124,10 +125,16 @@ class AppContext:
     fetchers: Executor = field(default_factory=lambda: ThreadPoolExecutor(4, "fetch"))
     sandbox: TemplateSandbox = field(default_factory=TemplateSandbox)
     tokenizers: AdapterTokenizers = field(init=False)
+    rate_limits: RateLimits = field(init=False)
     _locks: dict[str, asyncio.Lock] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.tokenizers = AdapterTokenizers(self.tokenizer, self.registry.store, self.sandbox)
+        config = self.config
+        per_adapter = Limits(
+            config.adapter_max_concurrent, config.adapter_requests_per_minute, config.adapter_tokens_per_minute
+        )
+        self.rate_limits = RateLimits(per_adapter)
 
     @property
     def info(self) -> EngineInfo:

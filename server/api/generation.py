@@ -11,18 +11,12 @@ from typing import Literal
 import msgspec
 from starlette.requests import Request
 
-from server.api.admission import (
-    Target,
-    check_prompts,
-    check_still_there,
-    priority_of,
-    sampling_params,
-    token_budget,
-    vocab_size_of,
-)
+from server.api import admission
+from server.api.admission import Target
 from server.api.auth import Key
 from server.api.context import AdapterUse, AppContext
 from server.api.errors import ApiError, engine_unavailable, server_error, unavailable
+from server.api.rate_limits import Lease
 from server.api.requests import unless_disconnected
 from server.api.schemas import GenerationRequest, PromptTokensDetails, UsageBody
 from server.api.text import Detokenizer, Tokenizer
@@ -119,7 +113,9 @@ class EngineFailure(Exception):
 class Generation:
     """The sequences of one request. `close` must run when the request ends, however it ends."""
 
-    def __init__(self, context: AppContext, target: Target, tokenizer: Tokenizer, prefix: str, started: float):
+    def __init__(
+        self, context: AppContext, target: Target, tokenizer: Tokenizer, lease: Lease, prefix: str, started: float
+    ):
         self.id = f"{prefix}-{uuid.uuid4().hex}"
         self.created = int(time.time())
         self.target = target
@@ -127,6 +123,7 @@ class Generation:
         self.timer = RequestTimer(context.metrics, target.label, started)
         self._context = context
         self._tokenizer = tokenizer
+        self._lease = lease
         self._choices: list[Choice] = []
         self._n = 1
         self._open: set[str] = set()
@@ -192,6 +189,7 @@ class Generation:
         for use in self._uses():
             use.generated_tokens += delta.num_tokens
             use.rate.add(delta.num_tokens)
+        self._lease.generated(delta.num_tokens)
         self.timer.tokens(choice.index, delta.num_tokens, output.queue_seconds)
         if choice.finished:
             self._end([choice.seq_id], abort=output.finish_reason is None)
@@ -213,6 +211,7 @@ class Generation:
     def close(self) -> None:
         """Abort what still runs and let go of it. Safe to call twice."""
         self._end(list(self._open), abort=bool(self._open))
+        self._lease.close()
         self.timer.ended()
 
     def usage(self) -> UsageBody:
@@ -268,14 +267,15 @@ def start(
     default: int | None,
     logprobs: int | None,
 ) -> Generation:
-    """Submit `prompts`, which `tokenizer` made for `target`."""
-    check_still_there(context, target)
-    vocab_size = vocab_size_of(context, target)
-    check_prompts(prompts, vocab_size)
-    max_tokens = token_budget(context, prompts, asked, default)
-    sampling = sampling_params(vocab_size, body, max_tokens, logprobs, tokenizer.end_ids)
-    priority = priority_of(context, body)
-    generation = Generation(context, target, tokenizer, prefix, request.state.started)
+    """Submit `prompts`, which `tokenizer` made for `target`. Raises 429 when a key or an adapter is at its limits."""
+    admission.check_still_there(context, target)
+    vocab_size = admission.vocab_size_of(context, target)
+    admission.check_prompts(prompts, vocab_size)
+    max_tokens = admission.token_budget(context, prompts, asked, default)
+    sampling = admission.sampling_params(vocab_size, body, max_tokens, logprobs, tokenizer.end_ids)
+    priority = admission.priority_of(context, body)
+    lease = context.rate_limits.admit(key.sha256, key.limits, target.adapter_names, sum(map(len, prompts)))
+    generation = Generation(context, target, tokenizer, lease, prefix, request.state.started)
     generation.submit(key, prompts, body.n or 1, sampling, body.stop_strings, priority)
     return generation
 

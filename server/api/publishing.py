@@ -159,6 +159,7 @@ async def remove(context: AppContext, name: str, drain_timeout: float) -> Delete
         await asyncio.to_thread(context.registry.collect_garbage, context.in_flight.digests())
         context.in_flight.forget(name)
         context.metrics.forget(name)
+        context.rate_limits.forget(name)
     return DeletedBody(name=name, drained=running - aborted, aborted=aborted)
 
 

@@ -1,0 +1,153 @@
+"""How much a key or an adapter may be used: requests at once, requests per minute, tokens per minute."""
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from server.api.errors import ApiError
+
+Clock = Callable[[], float]
+_ANY_MOMENT = 1.0  # seconds; when a running request will end is not known
+_ROUNDING = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """0 is no limit."""
+
+    max_concurrent: int = 0
+    requests_per_minute: int = 0
+    tokens_per_minute: int = 0
+
+
+class Bucket:
+    """Fills steadily with `per_minute` and holds as much. It can be overdrawn: then it has to fill up again first."""
+
+    def __init__(self, per_minute: int, clock: Clock):
+        self._capacity = self._level = float(per_minute)
+        self._clock = clock
+        self._updated = clock()
+
+    def wait(self, amount: float) -> float:
+        """Seconds until `amount` is there, or as much as it holds: what is more goes on credit. 0 is now."""
+        self._refill()
+        missing = min(amount, self._capacity) - self._level
+        return missing * 60 / self._capacity if missing > _ROUNDING else 0.0
+
+    def take(self, amount: float) -> None:
+        self._refill()
+        self._level -= amount
+
+    def _refill(self) -> None:
+        now = self._clock()
+        self._level = min(self._capacity, self._level + (now - self._updated) * self._capacity / 60)
+        self._updated = now
+
+
+class Refusal(NamedTuple):
+    seconds: float
+    limit: str  # a phrase for the client
+
+
+class Meter:
+    """What one key or one adapter has used."""
+
+    def __init__(self, owner: str, limits: Limits, clock: Clock):
+        self.owner = owner  # a phrase for the client
+        self._limits = limits
+        self._running = 0
+        self._requests = Bucket(limits.requests_per_minute, clock) if limits.requests_per_minute else None
+        self._tokens = Bucket(limits.tokens_per_minute, clock) if limits.tokens_per_minute else None
+
+    def refusal(self, tokens: int) -> Refusal | None:
+        """Why a request with such a prompt cannot begin now; the reason that lasts longest."""
+        limits, found = self._limits, []
+        if limits.max_concurrent and self._running >= limits.max_concurrent:
+            found.append(Refusal(_ANY_MOMENT, f"{limits.max_concurrent} requests at once"))
+        if self._requests is not None and (wait := self._requests.wait(1)):
+            found.append(Refusal(wait, f"{limits.requests_per_minute} requests per minute"))
+        if self._tokens is not None and (wait := self._tokens.wait(tokens)):
+            found.append(Refusal(wait, f"{limits.tokens_per_minute} tokens per minute"))
+        return max(found, default=None)
+
+    def begin(self, tokens: int) -> None:
+        self._running += 1
+        if self._requests is not None:
+            self._requests.take(1)
+        self.use(tokens)
+
+    def use(self, tokens: int) -> None:
+        if self._tokens is not None:
+            self._tokens.take(tokens)
+
+    def end(self) -> None:
+        self._running -= 1
+
+
+class Lease:
+    """One request's place under its limits. `close` gives it back; twice is no error."""
+
+    def __init__(self, meters: Iterable[Meter] = ()):
+        self._meters = list(meters)
+        self._open = True
+
+    def generated(self, tokens: int) -> None:
+        for meter in self._meters:
+            meter.use(tokens)
+
+    def close(self) -> None:
+        for meter in self._meters if self._open else ():
+            meter.end()
+        self._open = False
+
+
+class RateLimits:
+    """The meters of all keys and adapters that have limits.
+
+    The prompt's tokens are taken when the request begins, the answer's as they come, on credit if need be. Reserving
+    `max_tokens` instead would refuse requests for tokens that most of them never use: a chat may use the whole context
+    unless the client says otherwise. The price is that what runs at once can overdraw a bucket once.
+    """
+
+    def __init__(self, adapters: Limits, clock: Clock = time.monotonic):
+        self._adapter_limits = adapters
+        self._clock = clock
+        self._keys: dict[str, Meter] = {}
+        self._adapters: dict[str, Meter] = {}
+
+    def check(self, key_id: str, limits: Limits, adapters: Iterable[str], prompt_tokens: int = 0) -> list[Meter]:
+        """The meters of such a request. Raises 429 when it cannot begin now."""
+        meters = self._meters(key_id, limits, adapters)
+        found = [(refusal, meter) for meter in meters if (refusal := meter.refusal(prompt_tokens)) is not None]
+        if found:
+            refusal, meter = max(found, key=lambda pair: pair[0])
+            raise _too_many(meter.owner, refusal)
+        return meters
+
+    def admit(self, key_id: str, limits: Limits, adapters: Iterable[str], prompt_tokens: int) -> Lease:
+        """Begin a request. Raises 429, nothing being taken from any meter."""
+        meters = self.check(key_id, limits, adapters, prompt_tokens)
+        for meter in meters:
+            meter.begin(prompt_tokens)
+        return Lease(meters)
+
+    def forget(self, adapter: str) -> None:
+        self._adapters.pop(adapter, None)
+
+    def _meters(self, key_id: str, limits: Limits, adapters: Iterable[str]) -> list[Meter]:
+        meters = []
+        if limits != Limits():
+            meters.append(self._keys.setdefault(key_id, Meter("this key", limits, self._clock)))
+        if self._adapter_limits != Limits():
+            for name in adapters:
+                new = Meter(f"the adapter '{name}'", self._adapter_limits, self._clock)
+                meters.append(self._adapters.setdefault(name, new))
+        return meters
+
+
+def _too_many(owner: str, refusal: Refusal) -> ApiError:
+    seconds = max(1, math.ceil(refusal.seconds))
+    message = f"The limit of {refusal.limit} for {owner} is reached; try again in {seconds} s."
+    return ApiError(429, message, code="rate_limit_exceeded", headers={"retry-after": str(seconds)})
