@@ -7,8 +7,8 @@ results come back through a queue that `poll` empties. A slot is marked ready la
 import logging
 import queue
 import time
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Container, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Generic, Literal, Protocol, TypeVar
 
@@ -88,7 +88,7 @@ class Residency(Generic[P]):
         self._write = write
         self._threads = ThreadPoolExecutor(threads, "adapter-reader", initializer=on_thread_start)
         self._done: queue.SimpleQueue[_Done[P]] = queue.SimpleQueue()
-        self._reading: set[str] = set()
+        self._reading: dict[str, Future[None]] = {}
         self._failed: dict[str, tuple[str, float]] = {}
         self._moves: list[Move] = []
         self.changed = False  # set with every change of what `where` and `loading` tell; the reader clears it
@@ -126,9 +126,18 @@ class Residency(Generic[P]):
     def _read_to_host(self, digest: str) -> None:
         if digest in self._reading or digest in self._failed or self.slots.get(digest) or digest in self.host:
             return
-        self._reading.add(digest)
+        self._reading[digest] = self._threads.submit(self._read_job, digest)
         self.changed = True
-        self._threads.submit(self._read_job, digest)
+
+    def is_reading(self) -> bool:
+        return bool(self._reading)
+
+    def cancel_reads(self, wanted: Container[str]) -> None:
+        """Drop the reads of all other versions, except those that began: what they read stays in host memory."""
+        for digest, read in list(self._reading.items()):
+            if digest not in wanted and read.cancel():
+                del self._reading[digest]
+                self.changed = True
 
     # -- moves ---------------------------------------------------------------------------------------------------
 
@@ -203,7 +212,7 @@ class Residency(Generic[P]):
         return "host" if digest in self.host else "disk"
 
     def loading(self) -> list[str]:
-        return sorted(self._reading | {slot.digest for slot in self.slots.slots() if not slot.ready})
+        return sorted(self._reading.keys() | {slot.digest for slot in self.slots.slots() if not slot.ready})
 
     def take_moves(self) -> list[Move]:
         """What moved since the last call."""
@@ -249,7 +258,7 @@ class Residency(Generic[P]):
         source: Tier = "host" if done.slot is not None else "disk"
         target: Tier = "device" if done.slot is not None else "host"
         if done.slot is None:
-            self._reading.discard(done.digest)
+            del self._reading[done.digest]
         if done.error is not None:
             self._failed[done.digest] = (done.error, time.monotonic())
             if done.slot is not None:

@@ -1,5 +1,6 @@
 """The engine as a whole, step by step: one batch of many adapters gives everybody the answer they would get alone."""
 
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -423,6 +424,35 @@ def test_a_load_is_tried_anew_after_an_old_failure(driver: Driver, adapters: dic
     (tmp_path / "away").rename(driver.store.path(digest))
     time.sleep(RETRY_SECONDS + 0.01)
     assert settled(driver, MoveAdapter(1, digest, "device")) is None
+
+
+def test_reads_that_nobody_waits_for_any_more_are_dropped(
+    driver: Driver, adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both reader threads are busy. Of the reads in their queue those of an aborted request go; those that another
+    request, a load or a trial waits for stay."""
+    digests = [driver.add_adapter(folder) for folder in adapters.values()]
+    names = dict(zip(digests, adapters, strict=True))
+    gate, read, begun = threading.Event(), driver.engine.residency._read, []
+
+    def held(digest: str) -> Any:
+        begun.append(names[digest])
+        assert gate.wait(10)
+        return read(digest)
+
+    monkeypatch.setattr(driver.engine.residency, "_read", held)
+    for digest in digests[:5]:
+        driver.submit(names[digest], [1, 5, 9], digest, max_tokens=1)
+    driver.submit("also r24", [1, 5, 9], digests[3], max_tokens=1)
+    driver.engine.handle(MoveAdapter(1, digests[4], "host"))
+    driver.step()
+    driver.engine.handle(Abort(["r16", "r24", "r40"]))
+    driver.step()
+    assert names.keys() - {digests[2], digests[5]} == set(driver.engine.residency.loading())
+    gate.set()
+    driver.run()
+    assert sorted(begun) == ["r1", "r24", "r4", "r40"]
+    assert driver.replies[1].error is None and driver.finish_reason("also r24") == "length"
 
 
 def test_pinning_loads_and_protects(drivers: Drivers, adapters: dict[str, Path]) -> None:

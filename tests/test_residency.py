@@ -140,6 +140,24 @@ def test_many_requests_for_one_version_read_it_once(residency: Residency[Weights
     residency.slots.check_integrity({"a": 2})
 
 
+def test_a_read_that_nobody_waits_for_does_not_begin(residency: Residency[Weights], tiers: Tiers) -> None:
+    gates = [tiers.hold("read a"), tiers.hold("read b")]  # both threads are busy
+    for digest in "abcd":
+        assert residency.acquire(digest) is None
+    wait_until(residency, lambda: tiers.reads.total() == 2)
+    residency.changed = False
+    residency.cancel_reads({"a", "d"})
+    assert residency.changed and residency.loading() == ["a", "b", "d"]
+    residency.unload("c")  # nothing of it is left
+    for gate in gates:
+        gate.set()
+    wait_until(residency, lambda: not residency.is_reading())
+    assert sorted(residency.host.digests()) == ["a", "b", "d"]  # b had begun
+    assert tiers.reads == {"a": 1, "b": 1, "d": 1}
+    acquire(residency, "c")
+    assert tiers.reads["c"] == 1
+
+
 def test_a_slot_is_ready_only_after_its_copy_arrived(residency: Residency[Weights], tiers: Tiers) -> None:
     gate = tiers.hold("write a")
     wait_until(residency, lambda: residency.acquire("a") or residency.slots.get("a"))

@@ -104,6 +104,7 @@ class Engine:
         self.residency.poll()
         self.merging.advance()
         replies = [*self._settle_moves(), *self._trials.advance(), *self.merging.take_replies()]
+        self._cancel_reads()
         self._unload_retired()
         for seq, reason in self.scheduler.failed():
             self._finish(seq, [], FinishReason.ERROR, error=f"the adapter could not be loaded: {reason}")
@@ -250,6 +251,11 @@ class Engine:
         if isinstance(request, PinAdapter):
             self.residency.pin(digest)
         return True
+
+    def _cancel_reads(self) -> None:
+        if self.residency.is_reading():
+            moved = {request.digest for request in self._pending}
+            self.residency.cancel_reads(_digests(self._sequences.values()) | moved | self._trials.digests())
 
     def _unload_retired(self) -> None:
         for digest in self._retired - _digests(self._sequences.values()) if self._retired else ():

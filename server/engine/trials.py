@@ -46,6 +46,9 @@ class Trials:
     def __bool__(self) -> bool:
         return bool(self._pending)
 
+    def digests(self) -> set[str]:
+        return {trial.request.digest for trial in self._pending}
+
     def add(self, request: TryAdapter) -> None:
         self._residency.expect(request.digest)
         self._pending.append(_Trial(request, self._threads.submit(self._refer, request.digest)))
