@@ -29,6 +29,10 @@ class HostCache(Generic[T]):
     def digests(self) -> list[str]:
         return list(self._entries)
 
+    def peek(self, digest: str) -> T | None:
+        """Without using it."""
+        return self._entries.get(digest)
+
     def get(self, digest: str) -> T | None:
         entry = self._entries.get(digest)
         if entry is not None:

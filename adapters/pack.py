@@ -10,7 +10,7 @@ from adapters.errors import AdapterInvalid, Problem
 from adapters.fold import dora_scale, output_vectors
 from adapters.format import AdapterWeights, LoraFactors
 from adapters.overlays import EmbeddingDelta, LowRank, Replaced, TokenEmbedding, TokenLogits, nbytes, replaced
-from adapters.slots import PAGE_COLUMNS
+from adapters.slots import PAGE_COLUMNS, pages_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ def pack(weights: AdapterWeights, dtype: torch.dtype, bases: Mapping[str, nn.Mod
 
     Raises `AdapterInvalid` when a weight is finite in its own dtype but not in `dtype`.
     """
-    num_pages = max(1, -(-weights.rank // PAGE_COLUMNS))
+    num_pages = pages_of(weights.rank)
     overlays = {name: tuple(own) for name in _overlaid(weights) if (own := [*_overlays(name, weights, dtype, bases)])}
     modules, vectors = {}, {}
     for name in weights.factors.keys() | weights.biases.keys():

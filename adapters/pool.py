@@ -31,6 +31,11 @@ class StepPlan:
         return all(getattr(self, name) is None for name in self.__slots__ if name not in ("active", "plan"))
 
 
+def page_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
+    """Device memory of one page in all modules: a version takes so much for every 16 of its rank."""
+    return PAGE_COLUMNS * sum(map(sum, spec.modules.values())) * dtype.itemsize
+
+
 class AdapterPool:
     """Per adaptable module one A and one B buffer of `num_pages * 16` rank columns.
 

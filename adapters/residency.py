@@ -7,7 +7,7 @@ results come back through a queue that `poll` empties. A slot is marked ready la
 import logging
 import queue
 import time
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Generic, Literal, Protocol, TypeVar
@@ -70,7 +70,8 @@ class Residency(Generic[P]):
     """Keeps versions where they are needed.
 
     `read(digest)` reads, checks and packs a version; `write(slot, packed)` copies it into the slot's pages. Both run in
-    reader threads and may raise `AdapterError`.
+    reader threads and may raise `AdapterError`. `max_pages` are those of the largest version that is served: pins leave
+    room for one.
     """
 
     def __init__(
@@ -79,11 +80,13 @@ class Residency(Generic[P]):
         host: HostCache[P],
         read: Callable[[str], P],
         write: Callable[[Slot, P], None],
+        max_pages: int = 1,
         threads: int = 2,
         on_thread_start: Callable[[], None] = lambda: None,
     ) -> None:
         self.slots = slots
         self.host = host
+        self._max_pages = max_pages
         self._read = read
         self._write = write
         self._threads = ThreadPoolExecutor(threads, "adapter-reader", initializer=on_thread_start)
@@ -112,7 +115,15 @@ class Residency(Generic[P]):
 
     def fit(self, digests: Iterable[str]) -> bool:
         """Whether these versions can be on the device together, beside the pinned ones."""
-        return len({slot.digest for slot in self.slots.slots() if slot.pinned}.union(digests)) <= self.slots.num_slots
+        return self._have_room({**self.pinned(), **{digest: self._num_pages(digest) for digest in digests}})
+
+    def _have_room(self, pages: Mapping[str, int]) -> bool:
+        return len(pages) <= self.slots.num_slots and sum(pages.values()) <= self.slots.num_pages
+
+    def _num_pages(self, digest: str) -> int:
+        """Of a version that is in memory; of others, the least it can be."""
+        slot, packed = self.slots.get(digest), self.host.peek(digest)
+        return len(slot.pages) if slot is not None else packed.num_pages if packed is not None else 1
 
     def failure(self, digest: str) -> str | None:
         failed = self._failed.get(digest)
@@ -188,11 +199,12 @@ class Residency(Generic[P]):
         self.host.drop(digest)
 
     def pin(self, digest: str) -> None:
-        """Protect a resident version from eviction. Raises `MoveRefused` when no slot would be left for others."""
+        """Protect a resident version from eviction. Raises `MoveRefused` when no room would be left for others."""
         slot = self.slots.get(digest)
         assert slot is not None, digest
-        if not slot.pinned and self.num_pinned() >= self.slots.num_slots - 1:
-            raise MoveRefused("no_room", "no slot would be left for other adapters")
+        beside = {**self.pinned(), digest: len(slot.pages), "another": self._max_pages}
+        if not slot.pinned and not self._have_room(beside):
+            raise MoveRefused("no_room", "no room would be left for other adapters")
         slot.pinned = True
         self.changed = True
 
@@ -202,8 +214,9 @@ class Residency(Generic[P]):
             slot.pinned = False
             self.changed = True
 
-    def num_pinned(self) -> int:
-        return sum(slot.pinned for slot in self.slots.slots())
+    def pinned(self) -> dict[str, int]:
+        """Pages of the pinned versions."""
+        return {slot.digest: len(slot.pages) for slot in self.slots.slots() if slot.pinned}
 
     def where(self, digest: str) -> Tier:
         slot = self.slots.get(digest)
@@ -237,6 +250,10 @@ class Residency(Generic[P]):
         done: _Done[P] = _Done(digest, time.monotonic())
         try:
             done.packed = self._read(digest)
+            if done.packed.num_pages > self.slots.num_pages:
+                done.error = (
+                    f"it takes {done.packed.num_pages} pages of ranks and the device has {self.slots.num_pages}"
+                )
         except AdapterError as error:
             done.error = str(error)
         except Exception:  # a thread that ended without a report would leave its sequences waiting for ever

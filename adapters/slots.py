@@ -12,6 +12,10 @@ from dataclasses import dataclass, field
 PAGE_COLUMNS = 16
 
 
+def pages_of(rank: int) -> int:
+    return max(1, -(-rank // PAGE_COLUMNS))
+
+
 @dataclass(slots=True)
 class Slot:
     index: int

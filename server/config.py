@@ -48,6 +48,9 @@ class ServeConfig:
     api_key: str = _setting("", "One key with all scopes", secret=True)
     keys_file: Path = _setting(Path(), "TOML file of keys with scopes and tenants")
     adapter_slots: int = _setting(16, "Adapters that can be on the device at once", ge=1, le=4096)
+    adapter_device_bytes: int = _setting(
+        0, "Device memory for the ranks of adapters; 0 is room for the largest rank in every slot", ge=0
+    )
     adapter_max_concurrent: int = _setting(0, "Requests that may run for one adapter at once; 0 is no limit", ge=0)
     adapter_requests_per_minute: int = _setting(0, "Requests per minute for one adapter; 0 is no limit", ge=0)
     adapter_tokens_per_minute: int = _setting(

@@ -96,6 +96,7 @@ def engine_info(tokenizer: Tokenizer) -> EngineInfo:
         max_model_len=MAX_MODEL_LEN,
         spec=spec_of(_tiny_model(), max_rank=16),
         adapter_slots=4,
+        adapter_pages=4,
         num_blocks=100,
         block_size=16,
         eos_token_ids=ids(tokenizer, EOS),

@@ -115,7 +115,7 @@ class FakeTransport:
                 (self.pinned.add if message.pinned else self.pinned.discard)(message.digest)
         ends = ("disk", "device") if up else ("device", "disk")
         move = AdapterMove(message.digest, *ends, "ok" if error is None else "failed", 0.01)
-        residency = Residency(device=sorted(self.device), pinned=sorted(self.pinned))
+        residency = Residency(device=sorted(self.device), pinned=dict.fromkeys(sorted(self.pinned), 1))
         self._emit(StepOutputs([], self._stats(), [move], residency))
         self._emit(Reply(message.request_id, error))
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 
 from adapters.peft_config import LoraSettings
@@ -140,6 +141,21 @@ async def test_no_room_beside_pinned_adapters(tmp_path: Path) -> None:
         assert_error(await api.chat(adapters=HALF_AND_HALF), 503, "no_room")
         pair = [{"name": "one"}, {"name": "three"}]  # the pinned one is part of it
         assert (await api.chat(adapters=pair)).status_code == 200
+
+
+async def test_ranks_that_do_not_fit_together(tmp_path: Path) -> None:
+    async with serving(tmp_path, adapter_slots=4) as api:
+        await upload_two(api)
+        await api.upload("three", seed=2)
+        await api.http.post("/v1/adapters/three/pin")
+        info = api.engine.info
+        for pages, status, code in ((1, 400, "invalid_value"), (2, 503, "no_room"), (3, 200, None)):
+            api.context.engine.info = msgspec.structs.replace(info, adapter_pages=pages)
+            answer = await api.chat(adapters=HALF_AND_HALF)
+            assert answer.status_code == status
+            if code is not None:
+                assert_error(answer, status, code)
+        assert (await api.chat(model="one")).status_code == 200
 
 
 async def test_every_adapter_must_be_known_and_visible(tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ async def test_adapters_are_moved_pinned_and_used(llama_folder: Path, tmp_path: 
         await client.move_adapter(digest, "host")
         await eventually(lambda: client.residency.host == [digest])
         await client.pin_adapter(digest, True)
-        await eventually(lambda: client.residency.pinned == [digest])
+        await eventually(lambda: client.residency.pinned.keys() == {digest})
         assert await collect(client.submit(request("s", adapter=digest))) == (driver.tokens("s"), "length")
         await client.pin_adapter(digest, False)
         await client.move_adapter(digest, "disk")
@@ -168,7 +168,7 @@ class FakeTransport:
 
 
 def info() -> EngineInfo:
-    return EngineInfo("0" * 12, 97, 512, ModelSpec({}, 64), 2, 8, 16, [2], {})
+    return EngineInfo("0" * 12, 97, 512, ModelSpec({}, 64), 2, 8, 8, 16, [2], {})
 
 
 @pytest.fixture

@@ -11,9 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from adapters.pool import page_bytes
 from adapters.residency import RETRY_SECONDS
 from server.engine.messages import Abort, MoveAdapter, PinAdapter, RetireAdapter, Submit
 from server.model.batch import build_batch
+from server.model.loader import ModelRefused
 from server.sequence import SamplingParams, Sequence
 from tests.adapter_factory import tiny_llama, with_peft, write_adapter
 from tests.engine_driver import Driver, make_driver, plain
@@ -455,6 +457,41 @@ def test_reads_that_nobody_waits_for_any_more_are_dropped(
     assert driver.replies[1].error is None and driver.finish_reason("also r24") == "length"
 
 
+def test_device_memory_is_taken_by_native_rank(drivers: Drivers, adapters: dict[str, Path], tmp_path: Path) -> None:
+    """A budget for one adapter of rank 64 holds four of rank 16, and no byte more is allocated."""
+    page = page_bytes(drivers.make().info.spec, torch.float32)
+    driver = drivers.make(adapter_slots=8, max_adapter_rank=64, adapter_device_bytes=5 * page - 1)
+    assert driver.engine._runner.pool.nbytes() == 4 * page
+    assert (driver.info.adapter_slots, driver.info.adapter_pages) == (8, 4)
+    small = [write_adapter(tiny_llama(), tmp_path / f"{i}", seed=i, r=16) for i in range(5)]
+    digests = [driver.add_adapter(folder) for folder in (*small, adapters["r64"])]
+    table = driver.engine.residency.slots
+
+    def used() -> dict[str, int]:
+        return {slot.digest: len(slot.pages) * page for slot in table.slots()}
+
+    for index, digest in enumerate(digests[:4]):
+        assert settled(driver, MoveAdapter(index, digest, "device")) is None
+    assert used() == dict.fromkeys(digests[:4], page)
+    assert settled(driver, MoveAdapter(5, digests[4], "device")) is None
+    assert used() == dict.fromkeys(digests[1:5], page)  # there are slots left, but no memory
+    assert settled(driver, MoveAdapter(6, digests[5], "device")) is None
+    assert used() == {digests[5]: 4 * page}
+    assert settled(driver, PinAdapter(7, digests[5], True)) == "no_room"
+    for index, digest in enumerate(digests):
+        driver.submit(f"s{index}", prompt_of(4), digest, max_tokens=3)
+    driver.run()
+    assert {driver.finish_reason(f"s{index}") for index in range(6)} == {"length"}
+
+
+def test_a_budget_without_room_for_the_largest_rank_is_refused(drivers: Drivers) -> None:
+    page = page_bytes(drivers.make().info.spec, torch.float32)
+    with pytest.raises(ModelRefused, match=f"--adapter-device-bytes {4 * page};"):
+        drivers.make(adapter_device_bytes=4 * page - 1)
+    assert drivers.make(adapter_device_bytes=4 * page).info.adapter_pages == 4
+    assert drivers.make(adapter_device_bytes=10**12, adapter_slots=3).info.adapter_pages == 12
+
+
 def test_pinning_loads_and_protects(drivers: Drivers, adapters: dict[str, Path]) -> None:
     driver = drivers.make(adapter_slots=2)
     digests = [driver.add_adapter(adapters[name]) for name in ("r1", "r4", "r16")]
@@ -481,7 +518,7 @@ def test_a_retired_version_goes_when_its_last_sequence_ends(driver: Driver, adap
     driver.run()
     assert driver.finish_reason("running") == driver.finish_reason("waiting") == "length"
     assert driver.engine.residency.where(digest) == "disk"
-    assert driver.engine.residency.num_pinned() == 0
+    assert len(driver.engine.residency.pinned()) == 0
 
 
 def test_an_idle_version_that_is_retired_goes_at_once(driver: Driver, adapters: dict[str, Path]) -> None:
@@ -513,7 +550,7 @@ def test_a_retired_version_that_is_pinned_again_stays(driver: Driver, adapters: 
     driver.run()
     assert driver.finish_reason("running") == "length"
     assert driver.engine.residency.where(digest) == "device"
-    assert driver.engine.residency.num_pinned() == 1
+    assert len(driver.engine.residency.pinned()) == 1
 
 
 def test_an_answer_ends_at_max_tokens(driver: Driver) -> None:

@@ -77,8 +77,14 @@ def single(tiers: Tiers) -> Iterator[Residency[Weights]]:
     yield from opened(tiers, num_slots=1)
 
 
-def opened(tiers: Tiers, num_slots: int) -> Iterator[Residency[Weights]]:
-    made: Residency[Weights] = Residency(SlotTable(num_slots, 8), HostCache(10), tiers.read, tiers.write)
+@pytest.fixture
+def roomy(tiers: Tiers) -> Iterator[Residency[Weights]]:
+    """Six slots, and versions of up to four of the eight pages."""
+    yield from opened(tiers, num_slots=6, max_pages=4)
+
+
+def opened(tiers: Tiers, num_slots: int, max_pages: int = 1) -> Iterator[Residency[Weights]]:
+    made: Residency[Weights] = Residency(SlotTable(num_slots, 8), HostCache(10), tiers.read, tiers.write, max_pages)
     yield made
     for gate in tiers.gates.values():
         gate.set()
@@ -366,7 +372,7 @@ def test_a_pinned_version_stays_and_one_slot_is_left_for_others(residency: Resid
     acquire(residency, "d")
     assert {slot.digest for slot in residency.slots.slots()} == {"a", "b", "d"}
     residency.unpin("a")
-    assert residency.num_pinned() == 1
+    assert len(residency.pinned()) == 1
     residency.unpin("never heard of")
 
 
@@ -378,6 +384,31 @@ def test_what_fits_beside_the_pinned(residency: Residency[Weights]) -> None:
     assert not residency.fit(["c", "d"]) and not residency.fit(["a", "c", "d"])
     residency.unpin("a")
     assert residency.fit(["c", "d"]) and not residency.fit(["c", "d", "e"])
+
+
+def test_what_fits_by_pages(roomy: Residency[Weights], tiers: Tiers) -> None:
+    tiers.sizes.update(wide=5, large=4, small=1)
+    assert roomy.fit(["wide", "large"])  # how large they are is not known yet
+    acquire(roomy, "wide")
+    roomy.prefetch("large")
+    wait_until(roomy, lambda: roomy.where("large") == "host")
+    assert not roomy.fit(["wide", "large"]) and roomy.fit(["wide", "small"])
+    with pytest.raises(MoveRefused) as refused:  # three pages would be left, of the four that the largest takes
+        roomy.pin("wide")
+    assert refused.value.code == "no_room"
+    roomy.release("wide")
+    acquire(roomy, "large")
+    roomy.pin("large")
+    assert roomy.pinned() == {"large": 4}
+    assert not roomy.fit(["wide", "small"]) and roomy.fit(["small", "large"])
+
+
+def test_a_version_that_can_never_fit_is_refused(residency: Residency[Weights], tiers: Tiers) -> None:
+    tiers.sizes["huge"] = 9
+    residency.acquire("huge")
+    wait_until(residency, lambda: residency.failure("huge"))
+    assert "9 pages" in str(residency.failure("huge")) and "8" in str(residency.failure("huge"))
+    assert residency.host.digests() == [] and residency.where("huge") == "disk"
 
 
 def test_an_explicit_load_is_asked_again_until_it_is_done(residency: Residency[Weights]) -> None:

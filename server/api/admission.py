@@ -9,6 +9,7 @@ from fastapi import Request
 
 from adapters.errors import AdapterNotFound
 from adapters.registry import AdapterRecord
+from adapters.slots import PAGE_COLUMNS, pages_of
 from adapters.traits import Traits
 from server.api.auth import Key
 from server.api.context import BASE_NAME, AppContext
@@ -67,7 +68,7 @@ def resolve(context: AppContext, key: Key, body: GenerationRequest) -> Target:
     if not found:
         return Target(body.model, BASE_NAME, (), (), f"{base}-base")
     _check_additive(found)
-    _check_room(context, adapters)
+    _check_room(context, found)
     versions = tuple((record.name, record.version.digest) for record, _ in found)
     for name, _ in versions:
         context.metrics.know(name)
@@ -133,13 +134,18 @@ def _check_additive(found: list[tuple[AdapterRecord, float]]) -> None:
             raise bad_request(f"The adapter '{record.name}' cannot be scaled or composed with others: it {why}.")
 
 
-def _check_room(context: AppContext, adapters: tuple[ScaledAdapter, ...]) -> None:
-    digests, slots = {adapter.digest for adapter in adapters}, context.config.adapter_slots
-    if len(digests) < len(adapters):
+def _check_room(context: AppContext, found: list[tuple[AdapterRecord, float]]) -> None:
+    pages = {record.version.digest: pages_of(record.version.rank) for record, _ in found}
+    slots, all_pages = context.config.adapter_slots, context.info.adapter_pages
+    if len(pages) < len(found):
         raise bad_request("The same adapter version is in 'adapters' twice.", "adapters")
-    if len(adapters) > slots:
-        raise bad_request(f"There is room for {slots} adapters at once; the request has {len(adapters)}.", "adapters")
-    if len(adapters) > 1 and len(digests | {*context.engine.residency.pinned}) > slots:
+    if len(found) > slots:
+        raise bad_request(f"There is room for {slots} adapters at once; the request has {len(found)}.", "adapters")
+    if sum(pages.values()) > all_pages:
+        room = all_pages * PAGE_COLUMNS
+        raise bad_request(f"There is room for adapters of rank {room} together; the request has more.", "adapters")
+    beside = {**context.engine.residency.pinned, **pages}
+    if len(found) > 1 and (len(beside) > slots or sum(beside.values()) > all_pages):
         raise unavailable("The adapters do not fit on the device beside those that are pinned.", "no_room")
 
 

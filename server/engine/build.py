@@ -12,9 +12,10 @@ import torch
 from adapters.host_cache import HostCache
 from adapters.merge import Room, merge
 from adapters.pack import PackedAdapter, pack
+from adapters.pool import page_bytes
 from adapters.residency import MoveRefused, Residency
 from adapters.selftest import Reference
-from adapters.slots import PAGE_COLUMNS, SlotTable
+from adapters.slots import SlotTable, pages_of
 from adapters.spec import ModelSpec
 from adapters.store import AdapterStore
 from adapters.traits import Traits
@@ -46,7 +47,7 @@ def build_engine(config: ServeConfig) -> tuple[Engine, EngineInfo]:
     loaded = load_model(config.model, config.dtype, config.quantization, config.device, config.max_model_len)
     shape, spec = probe(loaded, BLOCK_SIZE, config.max_adapter_rank)
     num_blocks, max_model_len = _size_kv_cache(config, loaded, shape)
-    num_pages = config.adapter_slots * -(-config.max_adapter_rank // PAGE_COLUMNS)
+    num_pages = _size_pool(config, spec, loaded.dtype)
     runner = ModelRunner(loaded, shape, spec, num_blocks=num_blocks, block_size=BLOCK_SIZE, num_pages=num_pages)
     graphs = "none: --eager" if config.eager else runner.capture_graphs(config.max_num_seqs, max_model_len)
     residency = _residency(config, spec, runner, num_pages)
@@ -62,7 +63,7 @@ def build_engine(config: ServeConfig) -> tuple[Engine, EngineInfo]:
     trials = Trials(runner, residency, refer, scheduler.gate, _stay_single_threaded)
     merging = _merging(config, spec, runner, scheduler)
     engine = Engine(runner, scheduler, residency, trials, merging, loaded.eos_token_ids, max_model_len)
-    return engine, _info(config, loaded, spec, runner, num_blocks, max_model_len, graphs)
+    return engine, _info(config, loaded, spec, runner, residency.slots, num_blocks, max_model_len, graphs)
 
 
 def _residency(config: ServeConfig, spec: ModelSpec, runner: ModelRunner, num_pages: int) -> Residency[PackedAdapter]:
@@ -72,6 +73,7 @@ def _residency(config: ServeConfig, spec: ModelSpec, runner: ModelRunner, num_pa
         HostCache(config.adapter_host_bytes),
         read=lambda digest: pack(load(store.path(digest), spec, digest), runner.pool.dtype, runner.bases),
         write=runner.pool.write,
+        max_pages=pages_of(config.max_adapter_rank),
         on_thread_start=_stay_single_threaded,
     )
 
@@ -125,6 +127,19 @@ def _stay_single_threaded() -> None:
     torch.set_num_threads(1)
 
 
+def _size_pool(config: ServeConfig, spec: ModelSpec, dtype: torch.dtype) -> int:
+    """Pages of the adapter pool. Raises `ModelRefused` when the largest adapter would not fit into it."""
+    largest, page = pages_of(config.max_adapter_rank), page_bytes(spec, dtype)
+    most = config.adapter_slots * largest
+    num_pages = min(config.adapter_device_bytes // page, most) if config.adapter_device_bytes else most
+    if num_pages < largest:
+        raise ModelRefused(
+            f"an adapter of rank {config.max_adapter_rank} takes --adapter-device-bytes {largest * page}; "
+            "give it that, or lower --max-adapter-rank"
+        )
+    return num_pages
+
+
 def _size_kv_cache(config: ServeConfig, loaded: LoadedModel, shape: CacheShape) -> tuple[int, int]:
     """Blocks of the cache, and the longest sequence that it can hold. Raises `ModelRefused`."""
     block_bytes = shape.bytes_per_token() * BLOCK_SIZE
@@ -152,6 +167,7 @@ def _info(
     loaded: LoadedModel,
     spec: ModelSpec,
     runner: ModelRunner,
+    slots: SlotTable,
     num_blocks: int,
     max_model_len: int,
     graphs: str,
@@ -161,7 +177,8 @@ def _info(
         vocab_size=loaded.config.vocab_size,
         max_model_len=max_model_len,
         spec=spec,
-        adapter_slots=config.adapter_slots,
+        adapter_slots=slots.num_slots,
+        adapter_pages=slots.num_pages,
         num_blocks=num_blocks,
         block_size=BLOCK_SIZE,
         eos_token_ids=sorted(loaded.eos_token_ids),

@@ -292,7 +292,7 @@ class Engine:
             graph_steps=graphs.replayed if graphs else 0,
             eager_steps=dict(graphs.skipped) if graphs else {},
             slots_used=len(slots.slots()),
-            slots_pinned=self.residency.num_pinned(),
+            slots_pinned=len(self.residency.pinned()),
             slots_total=slots.num_slots,
             step_seconds=seconds if batch else 0.0,
             batch_tokens=batch.num_tokens,
@@ -307,7 +307,7 @@ class Engine:
             device=[slot.digest for slot in slots if slot.ready],
             host=self.residency.host.digests(),
             loading=self.residency.loading(),
-            pinned=[slot.digest for slot in slots if slot.pinned],
+            pinned=self.residency.pinned(),
             failed=self.residency.failures(),
         )
 

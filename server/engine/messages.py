@@ -116,7 +116,7 @@ class Residency(msgspec.Struct, frozen=True):
     device: list[str] = []
     host: list[str] = []
     loading: list[str] = []
-    pinned: list[str] = []
+    pinned: dict[str, int] = {}  # digest to pages
     failed: dict[str, str] = {}  # digest to reason
 
 
@@ -168,6 +168,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     max_model_len: int
     spec: ModelSpec
     adapter_slots: int
+    adapter_pages: int  # of 16 rank columns, for the adapters in all slots together
     num_blocks: int
     block_size: int
     eos_token_ids: list[int]
