@@ -52,10 +52,8 @@ class ServeConfig:
         0, "Device memory for the ranks of adapters; 0 is room for the largest rank in every slot", ge=0
     )
     adapter_max_concurrent: int = _setting(0, "Requests that may run for one adapter at once; 0 is no limit", ge=0)
-    adapter_requests_per_minute: int = _setting(0, "Requests per minute for one adapter; 0 is no limit", ge=0)
-    adapter_tokens_per_minute: int = _setting(
-        0, "Prompt and answer tokens per minute for one adapter; 0 is no limit", ge=0
-    )
+    adapter_rpm: int = _setting(0, "Requests per minute for one adapter; 0 is no limit", ge=0)
+    adapter_tpm: int = _setting(0, "Prompt and answer tokens per minute for one adapter; 0 is no limit", ge=0)
     max_adapter_rank: int = _setting(64, "Largest LoRA rank that is served", ge=1, le=512)
     adapter_host_bytes: int = _setting(2 * GIB, "Host memory for adapters that are off the device", ge=0)
     kv_cache_bytes: int = _setting(0, "Memory of the KV cache; 0 chooses by what is free", ge=0)

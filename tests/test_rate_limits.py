@@ -205,7 +205,7 @@ async def test_answers_use_up_tokens(tmp_path: Path) -> None:
 
 
 async def test_adapters_have_their_own_limits_and_the_base_has_none(tmp_path: Path) -> None:
-    async with serving(tmp_path, adapter_requests_per_minute=1) as api:
+    async with serving(tmp_path, adapter_rpm=1) as api:
         for name, seed in (("acme", 0), ("beta", 1)):
             await api.upload(name, seed=seed)
             assert (await api.chat(model=name)).status_code == 200

@@ -131,9 +131,7 @@ class AppContext:
     def __post_init__(self) -> None:
         self.tokenizers = AdapterTokenizers(self.tokenizer, self.registry.store, self.sandbox)
         config = self.config
-        per_adapter = Limits(
-            config.adapter_max_concurrent, config.adapter_requests_per_minute, config.adapter_tokens_per_minute
-        )
+        per_adapter = Limits(config.adapter_max_concurrent, config.adapter_rpm, config.adapter_tpm)
         self.rate_limits = RateLimits(per_adapter)
 
     @property
