@@ -21,8 +21,8 @@ from adapters import registry as registry_module
 from adapters import registry_db
 from adapters import store as store_module
 from adapters.errors import AdapterConflict, AdapterError, AdapterNotFound, InvalidName, NoSpace
+from adapters.records import PendingAdapter
 from adapters.registry import AdapterRecord, AdapterRegistry, RegistryLocked, check_name
-from adapters.registry_db import PendingAdapter
 from adapters.store import FILES
 
 

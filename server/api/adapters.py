@@ -9,8 +9,8 @@ from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ValidationError
 
+from adapters.records import PendingAdapter
 from adapters.registry import AdapterRecord
-from adapters.registry_db import PendingAdapter
 from adapters.store import FILES, TOKENIZER_FILES
 from adapters.validation import Inspected
 from server.api import fetching, publishing
