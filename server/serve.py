@@ -211,8 +211,7 @@ async def _register(context: AppContext, name: str, folder: Path) -> None:
 
 
 async def _restore(context: AppContext) -> None:
-    records, _ = context.registry.records(limit=len(context.registry))
-    for record in records:
+    for record in context.registry.walk():
         context.metrics.know(record.name)
         if record.pinned:
             try:
