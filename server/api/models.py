@@ -1,8 +1,10 @@
 """`/v1/models`: the base model and the adapters, as OpenAI clients list them."""
 
+import asyncio
 from typing import Annotated
 
 from fastapi import APIRouter, Depends
+from fastapi.responses import Response
 
 from adapters.aliases import Alias
 from adapters.registry import AdapterRecord
@@ -16,14 +18,20 @@ router = APIRouter(tags=["inference"])
 Caller = Annotated[Key, Depends(key_of)]
 
 
-@router.get("/v1/models", responses=error_answers(401, 403))
-async def list_models(context: Context, key: Caller) -> ModelList:
+@router.get("/v1/models", responses={200: {"model": ModelList}, **error_answers(401, 403)})
+async def list_models(context: Context, key: Caller) -> Response:
     """What may be named as `model`, as far as this key may see it."""
+    # OpenAI's route has no pages: in a thread, thousands of names do not hold up the streams.
+    return Response(await asyncio.to_thread(_listed, context, key), media_type="application/json")
+
+
+def _listed(context: AppContext, key: Key) -> str:
     registry = context.registry
     records = (r for r in registry.walk() if key.sees(r.name) and r.name not in registry.damaged)
     aliases = (alias for name, alias in sorted(registry.aliases.items()) if key.sees(name))
     adapters = (_adapter(context, record) for record in records)
-    return ModelList(data=[_base(context), *adapters, *(_alias(context, alias) for alias in aliases)])
+    models = [_base(context), *adapters, *(_alias(context, alias) for alias in aliases)]
+    return ModelList(data=models).model_dump_json()
 
 
 @router.get("/v1/models/{model:path}", responses=error_answers(400, 401, 403, 404))
