@@ -10,7 +10,7 @@ from contextlib import ExitStack, closing
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from adapters.aliases import Alias, delete_alias, read_aliases, write_alias
 from adapters.catalogue import Catalogue
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from adapters.validation import Inspected  # needs torch; the registry does not
 
 __all__ = ["AdapterRecord", "AdapterRegistry", "AdapterVersion", "HistoryEntry", "RegistryLocked", "check_name"]
-
-T = TypeVar("T")
 
 RETAINED_VERSIONS = 5
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
@@ -156,7 +154,7 @@ class AdapterRegistry:
                     point(self._db, name, _as_version(inspected), source, pinned, RETAINED_VERSIONS)
                 self._db.execute("DELETE FROM pending WHERE name = ?", (name,))
             self._refresh(name)
-            self.pending = _without(self.pending, name)
+            self.pending = {key: value for key, value in self.pending.items() if key != name}
             return self._entry(name).record, not same
 
     def hold(self, digest: str, folder: Path) -> None:
@@ -229,7 +227,7 @@ class AdapterRegistry:
         with self._writing:
             with transaction(self._db):
                 self._db.execute("DELETE FROM pending WHERE name = ?", (name,))
-            self.pending = _without(self.pending, name)
+            self.pending = {key: value for key, value in self.pending.items() if key != name}
 
     def split(self, name: str, weights: Mapping[str, int]) -> Alias:
         """Have the alias `name` stand for the adapters in `weights`, in place of what it stood for.
@@ -258,7 +256,7 @@ class AdapterRegistry:
                 raise _not_found(name)
             with transaction(self._db):
                 delete_alias(self._db, name)
-            self.aliases = _without(self.aliases, name)
+            self.aliases = {key: value for key, value in self.aliases.items() if key != name}
 
     def collect_garbage(self, in_use: Collection[str] = ()) -> list[str]:
         """Delete the stored versions that no name's history holds and that are not `in_use`; returns their digests."""
@@ -291,10 +289,6 @@ class AdapterRegistry:
 
 def _not_found(model: str) -> AdapterNotFound:
     return AdapterNotFound(f"The model {model[:200]!r} does not exist.")
-
-
-def _without(items: dict[str, T], name: str) -> dict[str, T]:
-    return {key: item for key, item in items.items() if key != name} if name in items else items
 
 
 def _as_version(inspected: "Inspected") -> AdapterVersion:

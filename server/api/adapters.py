@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from adapters.store import FILES, TOKENIZER_FILES
 from adapters.validation import Inspected
-from server.api import fetching, publishing
+from server.api import fetching, publishing, splits
 from server.api.adapter_bodies import pending_body, pending_state, record_body, state_of
 from server.api.adapter_schemas import (
     AdapterBody,
@@ -32,7 +32,7 @@ from server.api.adapter_schemas import (
 from server.api.auth import Key, key_of
 from server.api.context import AppContext, Context
 from server.api.errors import ApiError, error_answers, validation_error
-from server.api.splits import AliasBody, alias_body, visible
+from server.api.splits import AliasBody
 from server.engine.messages import Tier
 
 router = APIRouter(prefix="/v1/adapters", tags=["adapters"])
@@ -159,9 +159,8 @@ async def list_adapters(
 @router.get("/{name}", responses=_COMMON)
 async def get_adapter(name: str, context: Context, key: Caller) -> AdapterBody | AliasBody:
     """One adapter's record, or an alias with its weights."""
-    alias = visible(context, key, name)
-    if alias is not None:
-        return alias_body(alias)
+    if name in context.registry.aliases:
+        return splits.alias_body(splits.find(context, key, name))
     pending = context.registry.pending.get(name)
     if pending is not None and name not in context.registry and key.sees(name):
         return pending_body(context, pending)

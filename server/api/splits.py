@@ -42,10 +42,16 @@ class UnsplitBody(Wire):
     deleted: Literal[True] = True
 
 
-def visible(context: AppContext, key: Key, name: str) -> Alias | None:
-    """The alias `name`, for a key that may see it and all its members."""
+def find(context: AppContext, key: Key, name: str) -> Alias:
+    """The alias `name`. Raises 404, also for one that the key may not see with all its members."""
     alias = context.registry.aliases.get(name)
-    return alias if alias is not None and all(map(key.sees, (name, *alias.weights))) else None
+    if alias is None or not _sees(key, alias):
+        raise model_not_found(name)
+    return alias
+
+
+def _sees(key: Key, alias: Alias) -> bool:
+    return all(map(key.sees, (alias.name, *alias.weights)))
 
 
 def alias_body(alias: Alias) -> AliasBody:
@@ -56,7 +62,8 @@ def alias_body(alias: Alias) -> AliasBody:
 async def split_alias(alias: str, body: SplitRequest, context: Context, key: Caller) -> AliasBody:
     """Have a name stand for several adapters by weight; a client's `user` stays with one of them."""
     check_writable(key, alias)
-    if alias in context.registry.aliases and not visible(context, key, alias):
+    known = context.registry.aliases.get(alias)
+    if known is not None and not _sees(key, known):
         raise ApiError(403, "This API key may not change that alias.", code="insufficient_scope")
     for member in body.weights:
         if not key.sees(member):
@@ -67,7 +74,6 @@ async def split_alias(alias: str, body: SplitRequest, context: Context, key: Cal
 @router.delete("/{alias}/split", responses=error_answers(401, 403, 404))
 async def unsplit_alias(alias: str, context: Context, key: Caller) -> UnsplitBody:
     """Take an alias away; its members stay, and running requests go on."""
-    if visible(context, key, alias) is None:
-        raise model_not_found(alias)
+    find(context, key, alias)
     await asyncio.to_thread(context.registry.unsplit, alias)
     return UnsplitBody(name=alias)
