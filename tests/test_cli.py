@@ -73,7 +73,7 @@ def test_no_server_starts_with_a_source_that_allows_nothing(entry: str) -> None:
 
 
 def test_no_server_starts_watching_a_folder_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="--watch-adapters.*no such folder"):
+    with pytest.raises(ConfigError, match=r"--watch-adapters .*no such folder"):
         serve.run(ServeConfig(watch_adapters=str(tmp_path / "nowhere")))
 
 
