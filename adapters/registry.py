@@ -1,32 +1,24 @@
 """Which adapters there are: names that point to immutable versions, durable in SQLite, looked up without a lock."""
 
-import fcntl
+import json
 import os
 import re
 import threading
 import time
-from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import asdict
-from itertools import dropwhile
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adapters.errors import AdapterConflict, AdapterError, AdapterNotFound, InvalidName
-from adapters.registry_db import (
-    AdapterRecord,
-    AdapterVersion,
-    Entry,
-    HistoryEntry,
-    PendingAdapter,
-    connect,
-    point,
-    read_entries,
-    read_pending,
-    transaction,
-    was_set_aside,
-)
+from adapters.aliases import Alias, delete_alias, read_aliases, write_alias
+from adapters.catalogue import Catalogue
+from adapters.errors import AdapterConflict, AdapterNotFound, InvalidName
+from adapters.folder_lock import RegistryLocked, lock
+from adapters.garbage import Garbage
+from adapters.records import AdapterRecord, AdapterVersion, Entry, HistoryEntry, PendingAdapter
+from adapters.registry_db import connect, point, read_entries, read_pending, transaction, was_set_aside
 from adapters.store import AdapterStore
 
 if TYPE_CHECKING:
@@ -36,13 +28,6 @@ __all__ = ["AdapterRecord", "AdapterRegistry", "AdapterVersion", "HistoryEntry",
 
 RETAINED_VERSIONS = 5
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
-_VERSION = re.compile(r"(?:sha256:)?([0-9a-f]{12,64})")
-
-
-class RegistryLocked(AdapterError):
-    """Another server uses the data folder; the message names its process."""
-
-    code = "registry_locked"
 
 
 def check_name(name: str) -> None:
@@ -57,14 +42,16 @@ def check_name(name: str) -> None:
 class AdapterRegistry:
     """All adapters of one data folder, of which one process is the owner.
 
-    Methods may be called from any thread. Readers see the state of the last finished write: `resolve` and the other
-    lookups read a dict that writers replace and never change. `damaged` says by name why an adapter is not served, and
-    `pending` has by name what is still to be fetched or could not be.
+    Methods may be called from any thread. Readers see the state of the last finished write and wait for nobody. What a
+    change costs does not depend on how many adapters there are. `damaged` says by name why an adapter is not served,
+    `pending` has by name what is still to be fetched or could not be, and `aliases` stand for several adapters: dicts
+    that writers replace.
     """
 
     store: AdapterStore
     damaged: dict[str, str]
     pending: dict[str, PendingAdapter]
+    aliases: dict[str, Alias]
 
     def __init__(self, data_dir: Path, reserved: Collection[str] = ()):
         """Open `data_dir`, creating it if needed; `reserved` names cannot be taken by adapters.
@@ -74,16 +61,17 @@ class AdapterRegistry:
         data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._reserved = frozenset(reserved)
         self._writing = threading.Lock()
-        self._held_digests: Counter[str] = Counter()
         with ExitStack() as undo:  # gives back what was taken when a later step fails
-            undo.callback(os.close, _lock(data_dir / "lock"))
+            undo.callback(os.close, lock(data_dir / "lock"))
             self.store = AdapterStore(data_dir / "store")
             self.store.sweep()
             self._db = undo.enter_context(closing(connect(data_dir, self.store)))
-            self._keeps_orphans = was_set_aside(data_dir)
+            self._garbage = Garbage(self._db, self.store, keep_orphans=was_set_aside(data_dir))
             self.collect_garbage()
-            self._entries = read_entries(self._db, self.store)
-            self.damaged = {name: entry.damage for name, entry in self._entries.items() if entry.damage}
+            entries = read_entries(self._db, self.store)
+            self._catalogue = Catalogue(entries)
+            self.damaged = {name: entry.damage for name, entry in entries.items() if entry.damage}
+            self.aliases = read_aliases(self._db)
             self.pending = read_pending(self._db)
             self._held = undo.pop_all()
 
@@ -93,10 +81,10 @@ class AdapterRegistry:
             self._held.close()
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._catalogue)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._entries
+        return self._catalogue.get(name) is not None
 
     def resolve(self, model: str) -> AdapterRecord:
         """What `name` points to now, or the stored version meant by `name@<12 or more hex digits>`.
@@ -104,20 +92,27 @@ class AdapterRegistry:
         Raises `AdapterNotFound`, with one message for everything that cannot be served.
         """
         name, at, version = model.partition("@")
-        entry = self._entries.get(name)
+        entry = self._catalogue.get(name)
         if entry is not None and at:
-            digest = _one_match(entry.versions, version)
-            if digest is not None:
-                return entry.versions[digest]
+            record = entry.matching(version)
+            if record is not None:
+                return record
         elif entry is not None and entry.damage is None:
             return entry.record
         raise _not_found(model)
 
+    def record(self, name: str) -> AdapterRecord:
+        """The record of `name`, damaged or not. Raises `AdapterNotFound`."""
+        return self._entry(name).record
+
     def records(self, *, limit: int = 100, after: str = "") -> tuple[list[AdapterRecord], bool]:
         """Up to `limit` records in the order of names past `after`, damaged ones included; and whether more follow."""
-        entries = self._entries
-        names = sorted(name for name in entries if name > after)
-        return [entries[name].record for name in names[:limit]], len(names) > limit
+        found = list(islice(self.walk(after), limit + 1))
+        return found[:limit], len(found) > limit
+
+    def walk(self, after: str = "") -> Iterator[AdapterRecord]:
+        """All records in the order of names past `after`, damaged ones included."""
+        return self._catalogue.walk(after)
 
     def history(self, name: str) -> list[HistoryEntry]:
         """The retained versions of `name`, newest first. Raises `AdapterNotFound`."""
@@ -125,7 +120,11 @@ class AdapterRegistry:
 
     def names_of(self, digest: str) -> list[str]:
         """The names that point to `digest` now, sorted."""
-        return sorted(name for name, entry in self._entries.items() if entry.record.version.digest == digest)
+        return list(self._catalogue.names_of(digest))
+
+    def digests(self) -> set[str]:
+        """Of all versions that a name points to now."""
+        return self._catalogue.digests()
 
     def publish(
         self,
@@ -141,33 +140,33 @@ class AdapterRegistry:
 
         Returns the record, and False when `name` pointed to this content already. `pinned` pins; it never unpins.
         Nothing is pending under `name` any more.
-        Raises `InvalidName`, `AdapterConflict` (reserved, or taken and not `replace`) or `NoSpace`.
+        Raises `InvalidName`, `AdapterConflict` (reserved, an alias, or taken and not `replace`) or `NoSpace`.
         """
-        self._check_free(name)
         with self._writing:
-            known = self._entries.get(name)
+            self._check_free(name)
+            known = self._catalogue.get(name)
             same = known is not None and known.record.version.digest == inspected.digest
             if known is not None and not same and not replace:
                 raise AdapterConflict(f"The adapter '{name}' exists; publish with replace to give it a new version.")
-            self.store.admit(folder, inspected.digest)
+            self._garbage.admit(folder, inspected.digest)
             with transaction(self._db):
                 if known is None or known.damage or not same:
                     point(self._db, name, _as_version(inspected), source, pinned, RETAINED_VERSIONS)
                 self._db.execute("DELETE FROM pending WHERE name = ?", (name,))
             self._refresh(name)
-            self.pending = read_pending(self._db)
+            self.pending = {key: value for key, value in self.pending.items() if key != name}
             return self._entry(name).record, not same
 
     def hold(self, digest: str, folder: Path) -> None:
         """Store the staged `folder` before any name points at it, until `let_go`. Raises `NoSpace`."""
         with self._writing:
-            self.store.admit(folder, digest)
-            self._held_digests[digest] += 1
+            self._garbage.admit(folder, digest)
+            self._garbage.hold(digest)
 
     def let_go(self, digest: str) -> None:
         """End a `hold`; the next `collect_garbage` takes the files unless a name points at them by then."""
         with self._writing:
-            self._held_digests[digest] -= 1
+            self._garbage.let_go(digest)
 
     def rollback(self, name: str, version: str | None) -> AdapterRecord:
         """Point `name` at an earlier version: the one before the current, or the one that begins with `version`.
@@ -176,13 +175,14 @@ class AdapterRegistry:
         """
         with self._writing:
             entry = self._entry(name)
-            digest = _previous(entry) if version is None else _one_match(entry.versions, version)
-            if digest is None and version is None:
+            target = entry.previous() if version is None else entry.matching(version)
+            if target is None and version is None:
                 raise AdapterConflict(f"The adapter '{name}' has no earlier version.")
-            if digest is None:
+            if target is None:
                 raise _not_found(f"{name}@{version}")
             with transaction(self._db):
-                self._db.execute("UPDATE history SET current = (digest = ?) WHERE name = ?", (digest, name))
+                values = (target.version.digest, name)
+                self._db.execute("UPDATE history SET current = (digest = ?) WHERE name = ?", values)
             self._refresh(name)
             return self._entry(name).record
 
@@ -198,10 +198,12 @@ class AdapterRegistry:
     def retire(self, name: str) -> AdapterRecord:
         """Forget `name` and its history; its last record is returned, its files wait for `collect_garbage`.
 
-        Raises `AdapterNotFound`.
+        Raises `AdapterNotFound`, and `AdapterConflict` for a member of an alias: what it was given would go to others.
         """
         with self._writing:
             record = self._entry(name).record
+            if any(name in alias.weights for alias in self.aliases.values()):
+                raise AdapterConflict(f"An alias sends requests to the adapter '{name}'; change its split first.")
             with transaction(self._db):
                 self._db.execute("DELETE FROM names WHERE name = ?", (name,))
                 self._db.execute("DELETE FROM history WHERE name = ?", (name,))
@@ -211,89 +213,85 @@ class AdapterRegistry:
     def remember(self, pending: PendingAdapter) -> None:
         """Have it among `pending`, also after a restart, in place of what was pending under its name.
 
-        Raises `InvalidName`, `AdapterConflict` (reserved) or `NoSpace`.
+        Raises `InvalidName`, `AdapterConflict` (reserved or an alias) or `NoSpace`.
         """
-        self._check_free(pending.name)
         with self._writing:
+            self._check_free(pending.name)
             with transaction(self._db):
                 values = ":name, :source, :replacing, :pinned, :created, :error"
                 self._db.execute(f"INSERT OR REPLACE INTO pending VALUES ({values})", asdict(pending))
-            self.pending = read_pending(self._db)
+            self.pending = {**self.pending, pending.name: pending}
 
     def forget(self, name: str) -> None:
         """Take `name` out of `pending`; nothing happens when it is not there."""
         with self._writing:
             with transaction(self._db):
                 self._db.execute("DELETE FROM pending WHERE name = ?", (name,))
-            self.pending = read_pending(self._db)
+            self.pending = {key: value for key, value in self.pending.items() if key != name}
+
+    def split(self, name: str, weights: Mapping[str, int]) -> Alias:
+        """Have the alias `name` stand for the adapters in `weights`, in place of what it stood for.
+
+        Raises `InvalidName`, `AdapterConflict` (the name is the base model's or an adapter's), `AdapterNotFound` (a
+        member) or `NoSpace`.
+        """
+        with self._writing:
+            known = self.aliases.get(name)
+            if known is None:
+                self._check_free(name)
+            if name in self or name in self.pending:
+                raise AdapterConflict(f"The name '{name}' is an adapter's.")
+            for member in weights:
+                self._entry(member)
+            alias = Alias(name, dict(weights), known.created if known else int(time.time()))
+            with transaction(self._db):
+                write_alias(self._db, alias)
+            self.aliases = {**self.aliases, name: alias}
+            return alias
+
+    def unsplit(self, name: str) -> None:
+        """Forget an alias. Raises `AdapterNotFound`."""
+        with self._writing:
+            if name not in self.aliases:
+                raise _not_found(name)
+            with transaction(self._db):
+                delete_alias(self._db, name)
+            self.aliases = {key: value for key, value in self.aliases.items() if key != name}
 
     def collect_garbage(self, in_use: Collection[str] = ()) -> list[str]:
         """Delete the stored versions that no name's history holds and that are not `in_use`; returns their digests."""
         with self._writing:
-            held = {row["digest"] for row in self._db.execute("SELECT digest FROM history")}.union(in_use)
-            held |= {digest for digest, holders in self._held_digests.items() if holders}
-            known = {row["digest"] for row in self._db.execute("SELECT digest FROM versions")}
-            stored = set(self.store.digests())
-            # Files that no row knows are left by a crash, or named by a database that was set aside.
-            garbage = sorted((known if self._keeps_orphans else known | stored) - held)
-            with transaction(self._db):
-                self._db.executemany("DELETE FROM versions WHERE digest = ?", [(digest,) for digest in garbage])
-            for digest in stored.intersection(garbage):
-                self.store.delete(digest)
-            return garbage
+            return self._garbage.collect(in_use)
 
     def _check_free(self, name: str) -> None:
         check_name(name)
         if name in self._reserved:
             raise AdapterConflict(f"The name '{name}' is the base model's.")
+        if name in self.aliases:
+            raise AdapterConflict(f"The name '{name}' is an alias; remove its split first.")
 
     def _entry(self, name: str) -> Entry:
-        entry = self._entries.get(name)
+        entry = self._catalogue.get(name)
         if entry is None:
             raise _not_found(name)
         return entry
 
     def _refresh(self, name: str) -> None:
-        """Read `name` again and replace the dicts that readers hold."""
-        fresh = read_entries(self._db, self.store, name)
-        self._entries = {key: entry for key, entry in self._entries.items() if key != name} | fresh
-        damage = {key: entry.damage for key, entry in fresh.items() if entry.damage}
-        self.damaged = {key: reason for key, reason in self.damaged.items() if key != name} | damage
+        """Read `name` again."""
+        fresh = read_entries(self._db, self.store, name).get(name)
+        old = self._catalogue.put(name, fresh)
+        if old is not None:
+            self._garbage.left(old.digests() - (fresh.digests() if fresh else set()))
+        self.damaged.pop(name, None)
+        if fresh is not None and fresh.damage:
+            self.damaged[name] = fresh.damage
 
 
 def _not_found(model: str) -> AdapterNotFound:
     return AdapterNotFound(f"The model {model[:200]!r} does not exist.")
 
 
-def _one_match(versions: Collection[str], version: str) -> str | None:
-    """The digest that `version` abbreviates, if it is exactly one."""
-    match = _VERSION.fullmatch(version)
-    found = [digest for digest in versions if match and digest.startswith(match[1])]
-    return found[0] if len(found) == 1 else None
-
-
-def _previous(entry: Entry) -> str | None:
-    """The newest stored version that was published before the current one."""
-    from_current = dropwhile(lambda version: not version.current, entry.history)
-    return next((v.digest for v in from_current if not v.current and v.digest in entry.versions), None)
-
-
 def _as_version(inspected: "Inspected") -> AdapterVersion:
     created = int(time.time())
-    return AdapterVersion(
-        inspected.digest, inspected.rank, inspected.target_modules, inspected.nbytes, created, inspected.report
-    )
-
-
-def _lock(path: Path) -> int:
-    """Take the exclusive lock on `path`, which the kernel releases when this process ends; returns its handle."""
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.pread(handle, 20, 0).decode(errors="replace").strip() or "unknown"
-        os.close(handle)
-        raise RegistryLocked(f"The data folder is in use by process {holder}.") from None
-    os.ftruncate(handle, 0)
-    os.pwrite(handle, b"%d\n" % os.getpid(), 0)
-    return handle
+    report = json.dumps(inspected.report)
+    return AdapterVersion(inspected.digest, inspected.rank, inspected.target_modules, inspected.nbytes, created, report)

@@ -1,22 +1,23 @@
-"""The registry's tables in SQLite, and the records that are read from them.
+"""The registry's tables in SQLite, and how records are read from them.
 
 A row that makes no sense damages the adapter it belongs to and nothing else; a file that is no database is set aside.
 """
 
 import json
 import sqlite3
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
 
+from adapters import aliases
 from adapters.errors import AdapterError, NoSpace
+from adapters.records import AdapterRecord, AdapterVersion, Entry, HistoryEntry, PendingAdapter
 from adapters.store import AdapterStore
-from adapters.traits import Traits
 
 DATABASE = "registry.sqlite3"
 _SCHEMA_VERSION = 1
@@ -63,67 +64,6 @@ FROM names LEFT JOIN history ON history.name = names.name LEFT JOIN versions ON 
 """
 
 
-@dataclass(frozen=True, slots=True)
-class AdapterVersion:
-    """One immutable content: `digest` is 64 hex digits, `nbytes` the size of its tensors, `created` in Unix seconds."""
-
-    digest: str
-    rank: int
-    target_modules: tuple[str, ...]
-    nbytes: int
-    created: int
-    report: dict[str, Any]
-
-    @property
-    def traits(self) -> Traits:
-        return Traits.of(self.report)
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterRecord:
-    """A name and the version it points to; `source` is where that version came from, `created` when the name was
-    first published, in Unix seconds."""
-
-    name: str
-    version: AdapterVersion
-    source: str
-    pinned: bool
-    created: int
-
-
-@dataclass(frozen=True, slots=True)
-class HistoryEntry:
-    """A version that a name points or pointed to; `created` is when it was published under the name."""
-
-    digest: str
-    created: int
-    current: bool
-
-
-@dataclass(frozen=True, slots=True)
-class PendingAdapter:
-    """An adapter that is to be fetched from `source` and published; `error` says why that failed, `created` is when it
-    was asked for, in Unix seconds."""
-
-    name: str
-    source: str
-    replacing: bool
-    pinned: bool
-    created: int
-    error: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """All that is kept in memory of one name: `versions` are the stored ones by digest, newest first; `damage` says
-    why the current one cannot be served."""
-
-    record: AdapterRecord
-    versions: dict[str, AdapterRecord]
-    history: tuple[HistoryEntry, ...]
-    damage: str | None
-
-
 def connect(data_dir: Path, store: AdapterStore) -> sqlite3.Connection:
     """Open or create the registry's database; a file that is no sound database is renamed to `….damaged-<time>`.
 
@@ -163,7 +103,7 @@ def _open(path: Path) -> sqlite3.Connection:
         if db.execute("PRAGMA user_version").fetchone()[0] > _SCHEMA_VERSION:
             raise AdapterError("The registry was written by a newer version of this server.")
         _check_sound(db)
-        db.executescript(_SCHEMA)
+        db.executescript(_SCHEMA + aliases.SCHEMA)
     except BaseException:
         db.close()
         raise
@@ -209,7 +149,7 @@ def point(db: sqlite3.Connection, name: str, version: AdapterVersion, source: st
             json.dumps(version.target_modules),
             version.nbytes,
             version.created,
-            json.dumps(version.report),
+            version.report_json,
         ),
     )
     db.execute(
@@ -255,10 +195,10 @@ def _entry(rows: list[sqlite3.Row], store: AdapterStore) -> Entry:
             records[row["digest"]] = _record(row, _stored_version(row, store))
         except _Damaged as damage:
             damages[row["digest"]] = str(damage)
-    nothing = AdapterVersion(current["digest"] or "", rank=0, target_modules=(), nbytes=0, created=0, report={})
+    nothing = AdapterVersion(current["digest"] or "", rank=0, target_modules=(), nbytes=0, created=0, report_json="{}")
     return Entry(
         record=records.get(current["digest"]) or _record(current, nothing),
-        versions=records,
+        versions=tuple(records.values()),
         history=tuple(
             HistoryEntry(row["digest"], row["published"], bool(row["current"])) for row in rows if row["digest"]
         ),
@@ -272,14 +212,23 @@ class _Damaged(Exception):
 
 def _stored_version(row: sqlite3.Row, store: AdapterStore) -> AdapterVersion:
     try:
-        targets, report = json.loads(row["target_modules"]), json.loads(row["report"])
+        targets, report = _targets(row["target_modules"]), row["report"]
+        if not isinstance(json.loads(report), dict):
+            raise ValueError("a report is an object")
         stored = row["digest"] in store
     except (TypeError, ValueError):
         raise _Damaged("its row in the registry cannot be read") from None
     if not stored:
         raise _Damaged("its files are missing from the store")
-    return AdapterVersion(row["digest"], row["rank"], tuple(targets), row["nbytes"], row["created"], report)
+    return AdapterVersion(row["digest"], row["rank"], targets, row["nbytes"], row["created"], report)
+
+
+@lru_cache(maxsize=256)
+def _targets(text: str) -> tuple[str, ...]:
+    """Few lists of modules serve thousands of adapters, which share them."""
+    return tuple(json.loads(text))
 
 
 def _record(row: sqlite3.Row, version: AdapterVersion) -> AdapterRecord:
-    return AdapterRecord(row["name"], version, row["source"] or "", bool(row["pinned"]), row["named"])
+    source = sys.intern(row["source"] or "")  # mostly "upload"
+    return AdapterRecord(row["name"], version, source, bool(row["pinned"]), row["named"])

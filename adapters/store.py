@@ -84,7 +84,8 @@ class AdapterStore:
         return self._root / digest[:2] / digest
 
     def __contains__(self, digest: str) -> bool:
-        return all((self.path(digest) / name).is_file() for name in FILES)
+        place = self.path(digest)
+        return all(os.path.isfile(f"{place}/{name}") for name in FILES)  # a start asks for thousands
 
     def delete(self, digest: str) -> None:
         """Remove `digest`; nothing happens when it is not there."""

@@ -10,7 +10,7 @@ from fastapi import FastAPI
 
 from adapters.errors import AdapterError
 from server import config
-from server.api import adapters, chat, completions, merge, models, ops, vllm
+from server.api import adapters, chat, completions, merge, models, ops, splits, vllm
 from server.config import ServeConfig
 from server.metrics import METRICS
 
@@ -34,7 +34,7 @@ def flags() -> str:
 
 def endpoints() -> str:
     app = FastAPI()
-    for module in (chat, completions, models, adapters, merge, vllm, ops):
+    for module in (chat, completions, models, adapters, splits, merge, vllm, ops):
         app.include_router(module.router)
     rows = []
     for path, operations in app.openapi()["paths"].items():

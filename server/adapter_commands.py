@@ -142,6 +142,27 @@ def rollback(
     _print(call("POST", f"/v1/adapters/{name}/rollback", json={"version": version}), as_json)
 
 
+@app.command()
+def split(
+    alias: Annotated[str, typer.Argument(help="The name that clients use")],
+    members: Annotated[list[str], typer.Argument(help="Adapters with whole weights, as stable=90 canary=10")],
+) -> None:
+    """Have one name stand for several adapters by weight."""
+    weights = {}
+    for member in members:
+        name, _, weight = member.partition("=")
+        if not weight.isdecimal():
+            fail(f"{member}: expected adapter=weight")
+        weights[name] = int(weight)
+    typer.echo(json.dumps(call("PUT", f"/v1/adapters/{alias}/split", json={"weights": weights}), indent=2))
+
+
+@app.command()
+def unsplit(alias: Annotated[str, typer.Argument(help="The name that clients use")]) -> None:
+    """Take an alias away; its members stay."""
+    typer.echo(json.dumps(call("DELETE", f"/v1/adapters/{alias}/split"), indent=2))
+
+
 def merge(
     name: Name,
     drain: Annotated[bool, typer.Option(help="Wait for other requests to end")] = False,

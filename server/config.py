@@ -70,6 +70,7 @@ class ServeConfig:
         (), "Where adapters may be registered from: file:///folder, hf://org or s3://bucket/prefix"
     )
     adapter: tuple[str, ...] = _setting((), "Adapter to register at start, as name=folder")
+    watch_adapters: str = _setting("", "Folder whose sub-folders are registered as adapters, also when they change")
     merge: str = _setting("", "Adapter to merge into the base's weights at start")
     merge_policy: Literal["off", "auto"] = _setting(
         "off", "auto merges an adapter that has owned all traffic for a while"

@@ -27,6 +27,7 @@ from server.config import ConfigError, ServeConfig, default_data_dir
 from server.engine.client import AdapterMoveRefused, EngineClient, EngineTransport, EngineUnavailable
 from server.engine.process import ProcessTransport
 from server.metrics import Metrics
+from server.watch import FolderWatcher
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +78,8 @@ def _check_sources(config: ServeConfig) -> None:
             check_allowed(entry)
         except SourceNotAllowed as error:
             raise ConfigError(f"--allow-source {entry}: {error}") from error
+    if config.watch_adapters and not Path(config.watch_adapters).is_dir():
+        raise ConfigError(f"--watch-adapters {config.watch_adapters}: there is no such folder")
 
 
 async def _serve(config: ServeConfig, keys: KeyRing, registry: AdapterRegistry) -> None:
@@ -187,6 +190,8 @@ async def _bring_up(context: AppContext, starting: "asyncio.Task[None]", server:
     while not server.started:
         await asyncio.sleep(0.01)
     _greet(context, server.url)
+    if context.config.watch_adapters:
+        await FolderWatcher(context, Path(context.config.watch_adapters)).run()
 
 
 def _named_adapters(config: ServeConfig) -> list[tuple[str, Path]]:
@@ -211,8 +216,7 @@ async def _register(context: AppContext, name: str, folder: Path) -> None:
 
 
 async def _restore(context: AppContext) -> None:
-    records, _ = context.registry.records(limit=len(context.registry))
-    for record in records:
+    for record in context.registry.walk():
         context.metrics.know(record.name)
         if record.pinned:
             try:

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -58,8 +59,8 @@ async def test_what_cannot_be_merged_is_refused_with_the_reason(
         assert "beta" not in error["message"]
         await merge(api, "beta")  # once more changes nothing
         await api.http.delete("/v1/merge")
-        record = api.context.registry.resolve("acme")
-        record.version.report["traits"] = {"mergeable": False}
+        version = api.context.registry.resolve("acme").version
+        object.__setattr__(version, "report_json", json.dumps({"traits": {"mergeable": False}}))
         error = assert_error(await api.http.post("/v1/merge", json={"name": "acme"}), 409, "conflict")
         assert "linear layers" in error["message"]
 

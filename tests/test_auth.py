@@ -38,6 +38,7 @@ ADMIN = {
     "/v1/adapters",
     "/v1/adapters/{name}",
     *(f"/v1/adapters/{{name}}/{action}" for action in ("load", "unload", "pin", "unpin", "versions", "rollback")),
+    "/v1/adapters/{alias}/split",
     "/v1/adapters/{name}/files/{file}",
     "/v1/load_lora_adapter",
     "/v1/unload_lora_adapter",

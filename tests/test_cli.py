@@ -72,6 +72,11 @@ def test_no_server_starts_with_a_source_that_allows_nothing(entry: str) -> None:
         serve.run(ServeConfig(allow_source=("file:///srv", entry)))
 
 
+def test_no_server_starts_watching_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--watch-adapters .*no such folder"):
+        serve.run(ServeConfig(watch_adapters=str(tmp_path / "nowhere")))
+
+
 def test_serve_reports_a_bad_flag_in_one_line() -> None:
     result = runner.invoke(app, ["serve", "--dtype", "float8"])
     assert result.exit_code == 2
@@ -153,6 +158,20 @@ def test_what_was_pushed_can_be_pulled(adapter: Path, tmp_path: Path) -> None:
         refused = runner.invoke(app, ["adapters", "pull", name, str(tmp_path / "nothing")])
         assert refused.exit_code == 1 and len(refused.stderr.splitlines()) == 1
     assert not (tmp_path / "nothing").exists()
+
+
+@pytest.mark.usefixtures("server")
+def test_splitting_from_the_command_line(adapter: Path) -> None:
+    for name in ("stable", "canary"):
+        run("adapters", "push", name, str(adapter))
+    made = json.loads(run("adapters", "split", "prod", "stable=90", "canary=10"))
+    assert made == json.loads(run("adapters", "show", "prod"))
+    assert made["weights"] == {"stable": 90, "canary": 10}
+    for word in ("stable", "stable=", "stable=-1", "stable=0.5", "stable=many"):
+        refused = runner.invoke(app, ["adapters", "split", "prod", word])
+        assert refused.exit_code == 1 and f"{word}: expected adapter=weight" in refused.stderr
+    assert json.loads(run("adapters", "unsplit", "prod")) == {"name": "prod", "deleted": True}
+    assert runner.invoke(app, ["adapters", "show", "prod"]).exit_code == 1
 
 
 @pytest.mark.usefixtures("server")

@@ -18,8 +18,8 @@ import psutil
 import pytest
 from transformers import AutoModelForCausalLM
 
+from adapters.records import PendingAdapter
 from adapters.registry import AdapterRegistry
-from adapters.registry_db import PendingAdapter
 from tests.adapter_factory import write_adapter
 from tests.tiny_server import RunningServer, running_server, sse_events, wait_for, write_tiny_model
 

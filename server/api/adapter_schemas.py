@@ -14,6 +14,7 @@ VersionText = Annotated[str, Field(pattern=r"^(sha256:)?[0-9a-f]{12,64}$", max_l
 
 class AdapterBody(Wire):
     name: str
+    kind: Literal["adapter"] = "adapter"
     version: str | None = Field(description="Null until a lazily registered adapter was fetched")
     state: State
     tier: Tier

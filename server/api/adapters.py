@@ -1,19 +1,20 @@
 """`/v1/adapters`: upload, register, list, inspect, move between tiers, pin, roll back, delete."""
 
 import asyncio
+import heapq
 import os
 from collections.abc import Iterator
+from itertools import islice
 from typing import Annotated, Any, BinaryIO
 
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ValidationError
 
-from adapters.registry import AdapterRecord
-from adapters.registry_db import PendingAdapter
 from adapters.store import FILES, TOKENIZER_FILES
 from adapters.validation import Inspected
-from server.api import fetching, publishing
+from server.api import fetching, publishing, splits
+from server.api.adapter_bodies import pending_body, pending_state, record_body, state_of
 from server.api.adapter_schemas import (
     AdapterBody,
     AdapterList,
@@ -31,6 +32,7 @@ from server.api.adapter_schemas import (
 from server.api.auth import Key, key_of
 from server.api.context import AppContext, Context
 from server.api.errors import ApiError, error_answers, validation_error
+from server.api.splits import AliasBody
 from server.engine.messages import Tier
 
 router = APIRouter(prefix="/v1/adapters", tags=["adapters"])
@@ -99,7 +101,7 @@ async def _create_from_source(context: AppContext, key: Key, body: RegisterReque
     if dry_run:
         return _json(_dry_run_body(body.name, await fetching.try_out(context, body.source)), 200)
     if body.lazy:
-        return _json(_pending_body(context, await fetching.register_lazily(context, body)), 202)
+        return _json(pending_body(context, await fetching.register_lazily(context, body)), 202)
     record, created = await fetching.register(context, body)
     return _json(record_body(context, record), 201 if created else 200)
 
@@ -126,58 +128,6 @@ def _json(body: BaseModel, status: int) -> JSONResponse:
     return JSONResponse(body.model_dump(), status)
 
 
-def record_body(context: AppContext, record: AdapterRecord) -> AdapterBody:
-    version, use = record.version, context.in_flight.uses.get(record.name)
-    state, error = _state(context, record)
-    return AdapterBody(
-        name=record.name,
-        version=f"sha256:{version.digest}",
-        state=state,
-        tier=context.tier_of(version.digest),
-        pinned=record.pinned,
-        base_model=context.base_model,
-        rank=version.rank,
-        target_modules=list(version.target_modules),
-        bytes=version.nbytes,
-        source=record.source,
-        created=record.created,
-        last_used=use.last_used if use else None,
-        in_flight=context.in_flight.count(record.name),
-        error=error,
-        report=version.report,
-    )
-
-
-def _state(context: AppContext, record: AdapterRecord) -> tuple[State, str | None]:
-    residency, digest = context.engine.residency, record.version.digest
-    error = context.registry.damaged.get(record.name) or residency.failed.get(digest)
-    if error is not None:
-        return "failed", error
-    pending = context.registry.pending.get(record.name)
-    missed = f"A new version could not be fetched: {pending.error}" if pending and pending.error else None
-    return "loading" if digest in residency.loading else "ready", missed
-
-
-def _pending_body(context: AppContext, adapter: PendingAdapter) -> AdapterBody:
-    return AdapterBody(
-        name=adapter.name,
-        version=None,
-        state="failed" if adapter.error else "registered",
-        tier="disk",
-        pinned=False,
-        base_model=context.base_model,
-        rank=None,
-        target_modules=[],
-        bytes=0,
-        source=adapter.source,
-        created=adapter.created,
-        last_used=None,
-        in_flight=0,
-        error=adapter.error,
-        report={},
-    )
-
-
 @router.get("", responses=_COMMON)
 async def list_adapters(
     context: Context,
@@ -188,24 +138,32 @@ async def list_adapters(
     after: Annotated[str, Query(max_length=256)] = "",
 ) -> AdapterList:
     """Adapters in the order of their names, those past `after`."""
-    published, _ = context.registry.records(limit=len(context.registry), after=after)
-    pending = context.registry.pending
-    bodies = {name: _pending_body(context, adapter) for name, adapter in pending.items() if name > after}
-    bodies |= {record.name: record_body(context, record) for record in published}
-    wanted = [
-        body
-        for name, body in sorted(bodies.items())
-        if key.sees(name) and state in (None, body.state) and tier in (None, body.tier)
-    ]
-    return AdapterList(data=wanted[:limit], has_more=len(wanted) > limit)
+
+    def wanted(name: str, its_state: State, its_tier: Tier) -> bool:
+        return key.sees(name) and state in (None, its_state) and tier in (None, its_tier)
+
+    published = (
+        record_body(context, record)
+        for record in context.registry.walk(after)
+        if wanted(record.name, state_of(context, record)[0], context.tier_of(record.version.digest))
+    )
+    pending = (
+        pending_body(context, adapter)
+        for name, adapter in sorted(context.registry.pending.items())
+        if name > after and name not in context.registry and wanted(name, pending_state(adapter), "disk")
+    )
+    page = list(islice(heapq.merge(published, pending, key=lambda body: body.name), limit + 1))
+    return AdapterList(data=page[:limit], has_more=len(page) > limit)
 
 
 @router.get("/{name}", responses=_COMMON)
-async def get_adapter(name: str, context: Context, key: Caller) -> AdapterBody:
-    """One adapter's record."""
+async def get_adapter(name: str, context: Context, key: Caller) -> AdapterBody | AliasBody:
+    """One adapter's record, or an alias with its weights."""
+    if name in context.registry.aliases:
+        return splits.alias_body(splits.find(context, key, name))
     pending = context.registry.pending.get(name)
     if pending is not None and name not in context.registry and key.sees(name):
-        return _pending_body(context, pending)
+        return pending_body(context, pending)
     return record_body(context, publishing.find(context, key, name))
 
 

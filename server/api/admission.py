@@ -62,12 +62,13 @@ def _last_occurrence(needle: list[int], tokens: list[int]) -> int | None:
 def resolve(context: AppContext, key: Key, body: GenerationRequest) -> Target:
     """Find what the request names. The versions found here are those that answer, whatever is published meanwhile."""
     base = context.info.base_fingerprint
-    found = [(resolve_record(context, key, part.name), part.scale) for part in _parts(context, body)]
+    parts = _parts(context, body)
+    found = [(_answering(context, key, part.name, body.user), part.scale) for part in parts]
     adapters = tuple(sorted(ScaledAdapter(record.version.digest, scale) for record, scale in found))
     _refuse_if_merged(context, adapters)
     if not found:
         return Target(body.model, BASE_NAME, (), (), f"{base}-base")
-    _check_additive(found)
+    _check_additive(parts, [record for record, _ in found])
     _check_room(context, found)
     versions = tuple((record.name, record.version.digest) for record, _ in found)
     for name, _ in versions:
@@ -124,14 +125,14 @@ def _parts(context: AppContext, body: GenerationRequest) -> list[AdapterPart]:
     return [AdapterPart(name=body.model, scale=1.0 if body.adapter_scale is None else body.adapter_scale)]
 
 
-def _check_additive(found: list[tuple[AdapterRecord, float]]) -> None:
-    for record, scale in found:
+def _check_additive(parts: list[AdapterPart], records: list[AdapterRecord]) -> None:
+    for part, record in zip(parts, records, strict=True):
         traits = record.version.traits
-        if not traits.additive and (len(found) > 1 or scale != 1):
+        if not traits.additive and (len(parts) > 1 or part.scale != 1):
             why = (
                 "sees a part of the prompt only" if traits.invocation_tokens else "does more than add B A x to outputs"
             )
-            raise bad_request(f"The adapter '{record.name}' cannot be scaled or composed with others: it {why}.")
+            raise bad_request(f"The adapter '{part.name}' cannot be scaled or composed with others: it {why}.")
 
 
 def _check_room(context: AppContext, found: list[tuple[AdapterRecord, float]]) -> None:
@@ -160,6 +161,21 @@ def _refuse_if_merged(context: AppContext, adapters: tuple[ScaledAdapter, ...]) 
     merged = context.engine.asked_to_merge
     if context.config.merge_others == "refuse" and merged is not None and adapters != (ScaledAdapter(merged),):
         raise ApiError(409, "The server answers for one merged adapter alone.", code="merged", param="model")
+
+
+def _answering(context: AppContext, key: Key, name: str, user: str | None) -> AdapterRecord:
+    """The adapter that `name` means; of an alias the member that its weights give `user`. Who may use an alias need not
+    see its members, and learns nothing of them."""
+    alias = context.registry.aliases.get(name)
+    if alias is None:
+        return resolve_record(context, key, name)
+    try:
+        record = context.registry.resolve(alias.pick(user))
+    except AdapterNotFound:  # damaged
+        raise model_not_found(name) from None
+    if not key.sees(name):
+        raise model_not_found(name)
+    return record
 
 
 def resolve_record(context: AppContext, key: Key, model: str) -> AdapterRecord:

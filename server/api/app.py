@@ -7,7 +7,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
 import server
-from server.api import adapters, chat, completions, merge, models, ops, vllm
+from server.api import adapters, chat, completions, merge, models, ops, splits, vllm
 from server.api.auth import AuthMiddleware
 from server.api.context import AppContext
 from server.api.errors import install_error_handlers
@@ -20,7 +20,7 @@ def create_app(context: AppContext) -> FastAPI:
     """The HTTP interface over the parts in `context`. Starting and stopping the engine is the caller's business."""
     app = FastAPI(title="Loraplex", version=server.__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.context = context
-    for module in (ops, models, chat, completions, adapters, merge, vllm):
+    for module in (ops, models, chat, completions, adapters, splits, merge, vllm):
         app.include_router(module.router)
     install_error_handlers(app)
     # The last one added is the outermost: an id first, then who it is, then how much may be sent.

@@ -7,6 +7,7 @@ from collections import Counter
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Annotated, NamedTuple
+from weakref import WeakValueDictionary
 
 from fastapi import Depends, Request
 
@@ -19,7 +20,7 @@ from server.api.template_sandbox import TemplateSandbox
 from server.api.text import Tokenizer
 from server.config import ServeConfig
 from server.engine.client import EngineClient, EngineState, EngineUnavailable
-from server.engine.messages import EngineInfo, Tier
+from server.engine.messages import EngineInfo, Residency, Tier
 from server.metrics import Metrics
 
 BASE_NAME = ""  # of the base model in the accounting; no adapter can be called so
@@ -126,7 +127,8 @@ class AppContext:
     sandbox: TemplateSandbox = field(default_factory=TemplateSandbox)
     tokenizers: AdapterTokenizers = field(init=False)
     rate_limits: RateLimits = field(init=False)
-    _locks: dict[str, asyncio.Lock] = field(default_factory=dict)
+    _tiers: tuple[Residency, dict[str, Tier]] = field(default_factory=lambda: (Residency(), {}))  # as of that message
+    _locks: WeakValueDictionary[str, asyncio.Lock] = field(default_factory=WeakValueDictionary)
 
     def __post_init__(self) -> None:
         self.tokenizers = AdapterTokenizers(self.tokenizer, self.registry.store, self.sandbox)
@@ -154,15 +156,14 @@ class AppContext:
 
     def watch(self) -> None:
         """Have the metrics follow the engine and the adapters."""
-        self.metrics.watch(self.engine, self.registry.names_of, self._published)
-
-    def _published(self) -> set[str]:
-        records, _ = self.registry.records(limit=len(self.registry))
-        return {record.version.digest for record in records}
+        self.metrics.watch(self.engine, self.registry.names_of, self.registry.digests)
 
     def tier_of(self, digest: str) -> Tier:
         residency = self.engine.residency
-        return "device" if digest in residency.device else "host" if digest in residency.host else "disk"
+        if residency is not self._tiers[0]:
+            tiers: dict[str, Tier] = dict.fromkeys(residency.host, "host")
+            self._tiers = residency, tiers | dict.fromkeys(residency.device, "device")
+        return self._tiers[1].get(digest, "disk")
 
     def lock(self, name: str) -> asyncio.Lock:
         """Changes to one adapter name happen one after the other."""

@@ -11,8 +11,8 @@ from functools import partial
 from pathlib import Path
 
 from adapters.errors import AdapterConflict, AdapterError
+from adapters.records import PendingAdapter
 from adapters.registry import AdapterRecord
-from adapters.registry_db import PendingAdapter
 from adapters.sources import check, copy_from
 from adapters.validation import Inspected
 from server.api.adapter_schemas import RegisterRequest

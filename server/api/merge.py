@@ -6,7 +6,6 @@ from fastapi import APIRouter, Depends
 from pydantic import Field
 
 from adapters.registry import AdapterRecord
-from adapters.traits import Traits
 from server.api import publishing
 from server.api.adapter_schemas import Name
 from server.api.auth import Key, key_of
@@ -58,7 +57,7 @@ async def unmerge(context: Context) -> MergeBody:
 
 async def merge(context: AppContext, record: AdapterRecord, *, drain: bool, allow_requantize: bool) -> None:
     """Raises `ApiError` 409, `AdapterMoveRefused`, `EngineUnavailable`."""
-    if not Traits.of(record.version.report).mergeable:
+    if not record.version.traits.mergeable:
         raise ApiError(409, "The adapter changes more than linear layers and cannot be merged.", code="conflict")
     if context.engine.merge_status.digest not in (None, record.version.digest):
         raise ApiError(409, "Another adapter is merged; unmerge it first.", code="conflict")

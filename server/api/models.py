@@ -1,9 +1,12 @@
 """`/v1/models`: the base model and the adapters, as OpenAI clients list them."""
 
+import asyncio
 from typing import Annotated
 
 from fastapi import APIRouter, Depends
+from fastapi.responses import Response
 
+from adapters.aliases import Alias
 from adapters.registry import AdapterRecord
 from server.api.admission import resolve_record
 from server.api.auth import Key, key_of
@@ -15,12 +18,20 @@ router = APIRouter(tags=["inference"])
 Caller = Annotated[Key, Depends(key_of)]
 
 
-@router.get("/v1/models", responses=error_answers(401, 403))
-async def list_models(context: Context, key: Caller) -> ModelList:
+@router.get("/v1/models", responses={200: {"model": ModelList}, **error_answers(401, 403)})
+async def list_models(context: Context, key: Caller) -> Response:
     """What may be named as `model`, as far as this key may see it."""
-    records, _ = context.registry.records(limit=len(context.registry))
-    visible = [r for r in records if key.sees(r.name) and r.name not in context.registry.damaged]
-    return ModelList(data=[_base(context), *(_adapter(context, record) for record in visible)])
+    # OpenAI's route has no pages: in a thread, thousands of names do not hold up the streams.
+    return Response(await asyncio.to_thread(_listed, context, key), media_type="application/json")
+
+
+def _listed(context: AppContext, key: Key) -> str:
+    registry = context.registry
+    records = (r for r in registry.walk() if key.sees(r.name) and r.name not in registry.damaged)
+    aliases = (alias for name, alias in sorted(registry.aliases.items()) if key.sees(name))
+    adapters = (_adapter(context, record) for record in records)
+    models = [_base(context), *adapters, *(_alias(context, alias) for alias in aliases)]
+    return ModelList(data=models).model_dump_json()
 
 
 @router.get("/v1/models/{model:path}", responses=error_answers(400, 401, 403, 404))
@@ -28,12 +39,20 @@ async def get_model(model: str, context: Context, key: Caller) -> ModelBody:
     """One of them."""
     if model == context.base_model:
         return _base(context)
+    alias = context.registry.aliases.get(model)
+    if alias is not None and key.sees(model):
+        return _alias(context, alias)
     return _adapter(context, resolve_record(context, key, model), model)
 
 
 def _base(context: AppContext) -> ModelBody:
     name = context.base_model
     return ModelBody(id=name, created=int(context.started), root=name, parent=None)
+
+
+def _alias(context: AppContext, alias: Alias) -> ModelBody:
+    """`root` is the name itself: what is behind it differs from request to request."""
+    return ModelBody(id=alias.name, created=alias.created, root=alias.name, parent=context.base_model)
 
 
 def _adapter(context: AppContext, record: AdapterRecord, asked: str | None = None) -> ModelBody:

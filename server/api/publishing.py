@@ -23,14 +23,13 @@ from server.engine.client import AdapterMoveRefused, EngineUnavailable
 
 
 def find(context: AppContext, key: Key, name: str) -> AdapterRecord:
-    """The record of a name, damaged ones included. Raises 404 also for one that the key may not see."""
-    if "@" in name or not key.sees(name):
+    """The record of a name, damaged ones included. Raises 404, also for what the key may not see; 409 for an alias."""
+    if not key.sees(name):
         raise model_not_found(name)
-    if name in context.registry.damaged:
-        records, _ = context.registry.records(limit=len(context.registry))
-        return next(record for record in records if record.name == name)
+    if name in context.registry.aliases:
+        raise ApiError(409, f"'{name}' is an alias; this is done to its members.", code="conflict")
     try:
-        return context.registry.resolve(name)
+        return context.registry.record(name)
     except AdapterNotFound:
         raise model_not_found(name) from None
 

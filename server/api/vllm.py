@@ -45,5 +45,8 @@ async def load_lora_adapter(body: VllmLoadRequest, context: Context, key: Caller
 async def unload_lora_adapter(body: VllmUnloadRequest, context: Context, key: Caller) -> str:
     """Take an adapter out once its running requests have ended."""
     publishing.find(context, key, body.lora_name)
-    await publishing.remove(context, body.lora_name, context.config.drain_timeout)
+    try:
+        await publishing.remove(context, body.lora_name, context.config.drain_timeout)
+    except AdapterConflict as error:
+        raise bad_request(str(error), "lora_name", error.code) from None
     return f"Success: LoRA adapter '{body.lora_name}' removed successfully."

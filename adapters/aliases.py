@@ -1,0 +1,66 @@
+"""Aliases: names that stand for several adapters by weight, and their table."""
+
+import hashlib
+import math
+import random
+import sqlite3
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS aliases (
+    alias TEXT NOT NULL,
+    member TEXT NOT NULL,
+    weight INTEGER NOT NULL,
+    created INTEGER NOT NULL,  -- the alias, not the member
+    PRIMARY KEY (alias, member)
+) STRICT;
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Alias:
+    """`weights` are of its members, adapters by name: 0 or more, at least one above 0. `created` in Unix seconds."""
+
+    name: str
+    weights: Mapping[str, int]
+    created: int
+
+    def pick(self, user: str | None) -> str:
+        """One of the members, chosen by weight: always the same one for a `user`, at random without one.
+
+        Weighted rendezvous hashing (Schindelhauer and Schomaker, 2005): every user draws a number for every member, and
+        the smallest of -ln(draw) / weight wins. A member whose weight grows takes users from others, and no user
+        moves between two others.
+        """
+        members = [(name, weight) for name, weight in self.weights.items() if weight]
+        if not user:
+            names, weights = zip(*members, strict=True)
+            return str(random.choices(names, weights)[0])
+        return min(members, key=lambda member: -math.log(_draw(self.name, user, member[0])) / member[1])[0]
+
+
+def _draw(*parts: str) -> float:
+    """In (0, 1), the same for the same parts on every server."""
+    digest = hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).digest()
+    return (int.from_bytes(digest[:6]) + 0.5) / (1 << 48)
+
+
+def read_aliases(db: sqlite3.Connection) -> dict[str, Alias]:
+    with closing(db.execute("SELECT alias, member, weight, created FROM aliases ORDER BY alias, member")) as cursor:
+        groups = [(name, list(rows)) for name, rows in groupby(cursor, key=itemgetter("alias"))]
+    return {name: Alias(name, {r["member"]: r["weight"] for r in rows}, rows[0]["created"]) for name, rows in groups}
+
+
+def write_alias(db: sqlite3.Connection, alias: Alias) -> None:
+    """In place of what the name stood for. Call in a transaction."""
+    delete_alias(db, alias.name)
+    rows = [(alias.name, member, weight, alias.created) for member, weight in alias.weights.items()]
+    db.executemany("INSERT INTO aliases VALUES (?, ?, ?, ?)", rows)
+
+
+def delete_alias(db: sqlite3.Connection, name: str) -> None:
+    db.execute("DELETE FROM aliases WHERE alias = ?", (name,))
