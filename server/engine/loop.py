@@ -8,7 +8,17 @@ import time
 from collections.abc import Callable
 
 from server.engine.engine import Engine
-from server.engine.messages import EngineInfo, Fatal, FromEngine, Ready, Shutdown, StepOutputs, ToEngine
+from server.engine.messages import (
+    Emit,
+    EngineInfo,
+    Fatal,
+    FromEngine,
+    Ready,
+    Receive,
+    Shutdown,
+    StepOutputs,
+    ToEngine,
+)
 from server.model.loader import ModelRefused
 
 log = logging.getLogger(__name__)
@@ -16,9 +26,6 @@ log = logging.getLogger(__name__)
 IDLE_SECONDS = 1.0  # how long an engine without work waits for a message at a time
 LOADING_SECONDS = 0.002  # the same while everything waits for adapters that are on their way
 HEARTBEAT_SECONDS = 0.5  # an engine with work says something at least this often
-
-Receive = Callable[[float], list[ToEngine]]  # waits so many seconds for a first message, then takes all there are
-Emit = Callable[[FromEngine], None]
 
 
 def run_loop(engine: Engine, receive: Receive, emit: Emit) -> None:

@@ -1,5 +1,6 @@
 """What crosses between the API process and the engine: typed msgpack, never pickle."""
 
+from collections.abc import Callable
 from typing import Literal
 
 import msgspec
@@ -214,6 +215,9 @@ class Fatal(msgspec.Struct, frozen=True, tag=True):
 
 
 FromEngine = Ready | StepOutputs | Reply | Fatal
+
+Receive = Callable[[float], list[ToEngine]]  # waits so many seconds for a first message, then takes all there are
+Emit = Callable[[FromEngine], None]
 
 _encoder = msgspec.msgpack.Encoder()
 _to_decoder: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)

@@ -24,9 +24,11 @@ import zmq.asyncio
 from server import config as settings
 from server.config import ServeConfig
 from server.engine.messages import (
+    Emit,
     Fatal,
     FromEngine,
     Ready,
+    Receive,
     Shutdown,
     ToEngine,
     decode_from_engine,
@@ -42,8 +44,10 @@ STOP_SECONDS = 5.0  # how long an engine gets to end by itself
 class ProcessTransport:
     """Starts the child, and again after each death when asked to."""
 
-    def __init__(self, config: ServeConfig):
+    def __init__(self, config: ServeConfig, child: str = "server.engine.process"):
+        """`child` is the module that is run; it calls `main`."""
         self._config = config
+        self._child = child
         self._folder: Path | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._outbox: zmq.Socket[bytes] | None = None
@@ -62,7 +66,7 @@ class ProcessTransport:
         inbox = zmq.asyncio.Context.instance().socket(zmq.PULL)
         inbox.set_hwm(0)
         inbox.bind(f"ipc://{self._folder}/from-engine")
-        self._process = _spawn(self._config, self._folder)
+        self._process = _spawn(self._child, self._config, self._folder)
         self._tasks = [
             asyncio.create_task(_receive(inbox, on_message)),
             asyncio.create_task(self._watch(self._process, on_exit)),
@@ -128,9 +132,9 @@ async def _receive(inbox: "zmq.asyncio.Socket", on_message: Callable[[FromEngine
         inbox.close(linger=0)
 
 
-def _spawn(config: ServeConfig, folder: Path) -> "subprocess.Popen[bytes]":
+def _spawn(module: str, config: ServeConfig, folder: Path) -> "subprocess.Popen[bytes]":
     process = subprocess.Popen(
-        [sys.executable, "-m", "server.engine.process", str(folder)],
+        [sys.executable, "-m", module, str(folder)],
         stdin=subprocess.PIPE,
         start_new_session=True,  # Ctrl-C in the terminal is the parent's to handle
     )
@@ -151,7 +155,8 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
 # -- the child ---------------------------------------------------------------------------------------------------------
 
 
-def main() -> None:
+def main(serve: Callable[[ServeConfig, Receive, Emit], None] | None = None) -> None:
+    """Connect to the parent and run `serve` (the engine, unless told otherwise) until it returns."""
     config = settings.load(json.loads(sys.stdin.buffer.readline()))
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     folder = sys.argv[1]
@@ -164,12 +169,12 @@ def main() -> None:
     def emit(message: FromEngine) -> None:
         outbox.send(encode(message))
 
-    _serve(config, inbox, emit)
+    (serve or _serve)(config, lambda timeout: _take_all(inbox, timeout), emit)
     outbox.close(linger=1000)
     inbox.close(linger=0)
 
 
-def _serve(config: ServeConfig, inbox: "zmq.Socket[bytes]", emit: Callable[[FromEngine], None]) -> None:
+def _serve(config: ServeConfig, receive: Receive, emit: Emit) -> None:
     from server.engine.build import build_engine  # torch and transformers: the parent does without
     from server.engine.loop import run_loop
     from server.logs import configure_logging
@@ -182,7 +187,7 @@ def _serve(config: ServeConfig, inbox: "zmq.Socket[bytes]", emit: Callable[[From
         emit(Fatal(str(refused)))
         return
     emit(Ready(info))
-    run_loop(engine, lambda timeout: _take_all(inbox, timeout), emit)
+    run_loop(engine, receive, emit)
 
 
 def _take_all(inbox: "zmq.Socket[bytes]", timeout: float) -> list[ToEngine]:
