@@ -2,9 +2,11 @@
 
 import asyncio
 import dataclasses
+import gc
 import json
 import logging
 import signal
+import socket
 from pathlib import Path
 from types import FrameType
 
@@ -153,6 +155,13 @@ class Server(uvicorn.Server):
     def url(self) -> str:
         host, port = self.servers[0].sockets[0].getsockname()[:2]
         return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """What is there by now stays: a full collection would go through all of torch and transformers again, and
+        every stream would wait."""
+        gc.collect()
+        gc.freeze()
+        await super().startup(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._draining is None and sig in (signal.SIGTERM, signal.SIGINT):
