@@ -82,6 +82,7 @@ def _info(vocab_size: int) -> EngineInfo:
         max_model_len=8192,
         spec=ModelSpec({}, max_rank=16),
         adapter_slots=1,
+        adapter_pages=1,
         num_blocks=1,
         block_size=16,
         eos_token_ids=[vocab_size - 1],

@@ -77,10 +77,18 @@ _SPECS = {spec.name: spec for spec in METRICS}
 _TIERS = ("disk", "host", "device")
 
 
+class TokenSeries(NamedTuple):
+    """What every token of an adapter goes to: looking series up by label costs more than counting."""
+
+    generated: Counter
+    gaps: Histogram
+
+
 class Metrics:
     """One server's metrics, in a registry of their own."""
 
     def __init__(self) -> None:
+        self._token_series: dict[str, TokenSeries] = {}
         self._registry = CollectorRegistry()
         self._names: set[str] = set()
         self._fed: dict[str, Any] = {}
@@ -128,10 +136,19 @@ class Metrics:
             return BASE_LABEL
         return name if name in self._names or name == COMPOSED_LABEL else OTHER_LABEL
 
+    def token_series(self, name: str) -> TokenSeries:
+        label = self.label(name)
+        series = self._token_series.get(label)
+        if series is None:
+            series = TokenSeries(self.generated_tokens.labels(label), self.inter_token_latency.labels(label))
+            self._token_series[label] = series
+        return series
+
     def forget(self, name: str) -> None:
         """Remove the series of a deleted adapter. What still comes for it counts under `_other`."""
         if name in self._names:
             self._names.discard(name)
+            self._token_series.pop(name, None)
             for metric_name, metric in self._fed.items():
                 if "adapter" in _SPECS[metric_name].labels:
                     metric.remove_by_labels({"adapter": name})
@@ -170,11 +187,12 @@ class RequestTimer:
     def tokens(self, choice: int, count: int, queue_seconds: float) -> None:
         if not count:
             return
-        now, label = time.monotonic(), self._metrics.label(self._name)
-        self._metrics.generated_tokens.labels(label).inc(count)
+        now, series = time.monotonic(), self._metrics.token_series(self._name)
+        series.generated.inc(count)
         if choice in self._last:
-            self._metrics.inter_token_latency.labels(label).observe((now - self._last[choice]) / count)
+            series.gaps.observe((now - self._last[choice]) / count)
         else:
+            label = self._metrics.label(self._name)
             self._metrics.queue.labels(label).observe(queue_seconds)
             if not self._last:
                 self._metrics.time_to_first_token.labels(label).observe(now - self._started)

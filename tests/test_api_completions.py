@@ -82,10 +82,10 @@ async def test_several_tokens_at_once_are_one_event(tmp_path: Path) -> None:
     async with serving(tmp_path) as api:
         queue_all = api.context.engine.submit
 
-        def submit_and_finish(request: Any) -> Any:
-            stream = queue_all(request)
+        def submit_and_finish(request: Any, stream: Any) -> Any:
+            queue_all(request, stream)
             while request.seq_id in api.engine._running:
-                stream.queue.put_nowait(api.engine._advance(*api.engine._running[request.seq_id]))
+                stream.put(api.engine._advance(*api.engine._running[request.seq_id]))
             return stream
 
         api.context.engine.submit = submit_and_finish  # type: ignore[method-assign]

@@ -44,8 +44,16 @@ def request(seq_id: str, max_tokens: int = 8, adapter: str | None = None) -> Sub
     return Submit(seq_id, list(PROMPT), SamplingParams(max_tokens, temperature=0.0, ignore_eos=True), plain(adapter))
 
 
+async def outputs_of(stream: Stream) -> list[SequenceOutput]:
+    """Of a stream of one sequence, to its end."""
+    outputs = await stream.take()
+    while outputs[-1].finish_reason is None:
+        outputs += await stream.take()
+    return outputs
+
+
 async def collect(stream: Stream) -> tuple[list[int], str | None]:
-    outputs = [output async for output in stream]
+    outputs = await outputs_of(stream)
     return [token for output in outputs for token in output.token_ids], outputs[-1].finish_reason
 
 
@@ -85,7 +93,7 @@ async def test_streams_run_side_by_side(llama_folder: Path, tmp_path: Path) -> N
 async def test_an_abort_ends_the_stream_and_only_that(llama_folder: Path, tmp_path: Path) -> None:
     async with client_over(llama_folder, tmp_path) as client:
         long, short = client.submit(request("long", 400)), client.submit(request("short"))
-        await anext(aiter(long))
+        await long.take()
         client.abort(["long", "never heard of"])
         assert (await collect(long))[1] == "abort"
         assert (await collect(short))[1] == "length"
@@ -115,7 +123,7 @@ async def test_adapters_are_moved_pinned_and_used(llama_folder: Path, tmp_path: 
 
 async def test_a_missing_adapter_ends_its_stream_with_a_reason(llama_folder: Path, tmp_path: Path) -> None:
     async with client_over(llama_folder, tmp_path) as client:
-        outputs = [output async for output in client.submit(request("s", adapter="f" * 64))]
+        outputs = await outputs_of(client.submit(request("s", adapter="f" * 64)))
     assert outputs[-1].finish_reason == "error"
     assert "adapter could not be loaded" in str(outputs[-1].error)
 
@@ -123,7 +131,7 @@ async def test_a_missing_adapter_ends_its_stream_with_a_reason(llama_folder: Pat
 async def test_stopping_ends_what_runs(llama_folder: Path, tmp_path: Path) -> None:
     async with client_over(llama_folder, tmp_path) as client:
         stream = client.submit(request("s", 480))
-        await anext(aiter(stream))
+        await stream.take()
     assert (await collect(stream))[1] in ("error", "abort")
     assert not client.is_alive()
     with pytest.raises(EngineUnavailable, match="shutting down"):

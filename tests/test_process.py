@@ -46,7 +46,7 @@ def is_gone(pid: int) -> bool:
 
 
 async def first(stream: Stream) -> SequenceOutput:
-    return await asyncio.wait_for(stream.queue.get(), 30)
+    return (await asyncio.wait_for(stream.take(), 30))[0]
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """The sequences of one request: submit them, follow them as deltas of text, and let go of them however it ends."""
 
-import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
@@ -55,31 +54,21 @@ class Delta:
 class Choice:
     """One sequence and the text it has become."""
 
-    def __init__(self, index: int, stream: Stream, detokenizer: Detokenizer, stop_ids: frozenset[int]):
+    def __init__(self, index: int, detokenizer: Detokenizer, stop_ids: frozenset[int]):
         self.index = index
-        self.seq_id = stream.seq_id
         self.finished = False
         self.num_tokens = 0
         self.cached_tokens = 0
-        self._queue = stream.queue
+        self.queue_seconds = 0.0
         self._detokenizer = detokenizer
         self._stop_ids = stop_ids
 
-    async def advance(self) -> tuple[Delta, SequenceOutput]:
-        """Wait for output, take all there is, and return it with the engine's last word on it."""
-        delta = Delta(self.index)
-        output = await self._queue.get()
-        self._absorb(output, delta)
-        while not (self.finished or self._queue.empty()):
-            output = self._queue.get_nowait()
-            self._absorb(output, delta)
-        return delta, output
-
-    def _absorb(self, output: SequenceOutput, delta: Delta) -> None:
+    def absorb(self, output: SequenceOutput, delta: Delta) -> None:
+        """Add to `delta` what `output` brings. Raises `EngineFailure` when it says that there will be no more."""
         if output.finish_reason == "error" or output.finish_reason == "abort":
             self.finished = True
             raise EngineFailure(output.finish_reason, output.error)
-        self.cached_tokens = output.num_cached_tokens
+        self.cached_tokens, self.queue_seconds = output.num_cached_tokens, output.queue_seconds
         text_ends = output.finish_reason == "stop" and output.token_ids and output.token_ids[-1] in self._stop_ids
         for i, token_id in enumerate(output.token_ids):
             delta.num_tokens += 1
@@ -126,7 +115,9 @@ class Generation:
         self._lease = lease
         self._choices: list[Choice] = []
         self._n = 1
-        self._open: set[str] = set()
+        self._stream = Stream()
+        self._open: dict[str, Choice] = {}  # by sequence
+        self._uses: list[AdapterUse] = []
 
     def submit(
         self,
@@ -140,8 +131,8 @@ class Generation:
         """Start `n` sequences per prompt. Raises `EngineUnavailable`, having started none."""
         stop_ids = frozenset((*self._context.info.eos_token_ids, *sampling.stop_token_ids))
         self._n = n
-        uses = self._uses()
-        for use in uses:
+        self._uses = [self._context.in_flight.use(name) for name in self.target.names]
+        for use in self._uses:
             use.requests += 1
             use.last_used = self.created
         try:
@@ -151,54 +142,64 @@ class Generation:
                 for i in range(n):
                     seq_id = f"{self.id}-{len(self._choices)}"
                     seeded = _with_seed(sampling, i)
-                    sequence = Submit(seq_id, prompt, seeded, adapters, key.tenant, active_from, priority, key.weight)
-                    stream = self._start(sequence)
                     text = Detokenizer(self._tokenizer, prompt, stop, sampling.min_tokens)
-                    self._choices.append(Choice(len(self._choices), stream, text, stop_ids))
+                    choice = Choice(len(self._choices), text, stop_ids)
+                    sequence = Submit(seq_id, prompt, seeded, adapters, key.tenant, active_from, priority, key.weight)
+                    self._start(choice, sequence)
         except BaseException:
             self.close()
             raise
-        for use in uses:
+        for use in self._uses:
             use.prompt_tokens += self.prompt_tokens
         self.timer.submitted(self.prompt_tokens)
 
-    def _start(self, submit: Submit) -> Stream:
-        stream = self._context.engine.submit(submit)
+    def _start(self, choice: Choice, submit: Submit) -> None:
+        self._context.engine.submit(submit, self._stream)
         digests = frozenset(adapter.digest for adapter in self.target.adapters)
         self._context.in_flight.start(submit.seq_id, self.target.names, digests)
-        self._open.add(submit.seq_id)
-        return stream
-
-    def _uses(self) -> list[AdapterUse]:
-        return [self._context.in_flight.use(name) for name in self.target.names]
+        self._choices.append(choice)
+        self._open[submit.seq_id] = choice
 
     def __len__(self) -> int:
         return len(self._choices)
 
-    async def deltas(self) -> AsyncGenerator[Delta, None]:
-        """Deltas of all choices as they come, until every choice has finished. Raises `ApiError` on a failure."""
+    async def deltas(self) -> AsyncGenerator[list[Delta], None]:
+        """What came of the choices since the last time, until all have finished. Raises `ApiError` on a failure."""
         try:
-            async with aclosing(_advances(self._choices)) as advances:
-                async for choice, delta, output in advances:
-                    self._account(choice, delta, output)
-                    yield delta
+            while self._open:
+                yield self._absorb(await self._stream.take())
         except EngineFailure as failure:
             raise self._api_error(failure) from failure
 
-    def _account(self, choice: Choice, delta: Delta, output: SequenceOutput) -> None:
-        for use in self._uses():
-            use.generated_tokens += delta.num_tokens
-            use.rate.add(delta.num_tokens)
-        self._lease.generated(delta.num_tokens)
-        self.timer.tokens(choice.index, delta.num_tokens, output.queue_seconds)
-        if choice.finished:
-            self._end([choice.seq_id], abort=output.finish_reason is None)
+    def _absorb(self, outputs: list[SequenceOutput]) -> list[Delta]:
+        deltas: dict[str, Delta] = {}
+        for output in outputs:
+            choice = self._open.get(output.seq_id)
+            if choice is None:  # ended by a stop string before the engine knew
+                continue
+            delta = deltas.get(output.seq_id)
+            if delta is None:
+                delta = deltas[output.seq_id] = Delta(choice.index)
+            choice.absorb(output, delta)
+            if choice.finished:
+                self._end([output.seq_id], abort=output.finish_reason is None)
+        return self._account(list(deltas.values()))
+
+    def _account(self, deltas: list[Delta]) -> list[Delta]:
+        total = sum(delta.num_tokens for delta in deltas)
+        for use in self._uses:
+            use.generated_tokens += total
+            use.rate.add(total)
+        self._lease.generated(total)
+        for delta in deltas:
+            self.timer.tokens(delta.index, delta.num_tokens, self._choices[delta.index].queue_seconds)
+        return deltas
 
     def _end(self, seq_ids: list[str], *, abort: bool) -> None:
         if abort:
             self._context.engine.abort(seq_ids)
         for seq_id in seq_ids:
-            self._open.discard(seq_id)
+            del self._open[seq_id]
             self._context.in_flight.finish(seq_id)
 
     def _api_error(self, failure: EngineFailure) -> ApiError:
@@ -223,27 +224,6 @@ class Generation:
             total_tokens=self.prompt_tokens + completion,
             prompt_tokens_details=PromptTokensDetails(cached_tokens=cached),
         )
-
-
-async def _advances(choices: Sequence[Choice]) -> AsyncGenerator[tuple[Choice, Delta, SequenceOutput], None]:
-    """What each choice has to say, whichever speaks first. A single one, the usual case, needs no tasks."""
-    if len(choices) == 1:
-        while not choices[0].finished:
-            yield choices[0], *await choices[0].advance()
-        return
-    waiting = {asyncio.ensure_future(choice.advance()): choice for choice in choices}
-    try:
-        while waiting:
-            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                choice = waiting.pop(task)
-                yield choice, *task.result()
-                if not choice.finished:
-                    waiting[asyncio.ensure_future(choice.advance())] = choice
-    finally:
-        for task in waiting:
-            task.cancel()
-        await asyncio.gather(*waiting, return_exceptions=True)
 
 
 def _with_seed(sampling: SamplingParams, i: int) -> SamplingParams:
@@ -290,7 +270,8 @@ async def collect(request: Request, generation: Generation) -> list[Delta]:
 
 async def _collect(generation: Generation) -> list[Delta]:
     whole = [Delta(index) for index in range(len(generation))]
-    async with aclosing(generation.deltas()) as deltas:
-        async for delta in deltas:
-            whole[delta.index].extend(delta)
+    async with aclosing(generation.deltas()) as batches:
+        async for deltas in batches:
+            for delta in deltas:
+                whole[delta.index].extend(delta)
     return whole

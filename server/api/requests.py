@@ -73,19 +73,20 @@ def _request_id(scope: Scope) -> str:
     return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
 
 
-async def unless_disconnected(receive: Receive, work: Awaitable[T]) -> T:
-    """Run `work`, but cancel it and raise `ClientDisconnect` as soon as the client is gone."""
+async def unless_disconnected(receive: Receive, work: Awaitable[T], *signs: Awaitable[None]) -> T:
+    """Run `work`, but cancel it and raise `ClientDisconnect` as soon as the client is gone, which `receive` says or
+    the end of one of `signs`."""
     task = asyncio.ensure_future(work)
-    watcher = asyncio.ensure_future(_disconnected(receive))
+    watchers = [asyncio.ensure_future(sign) for sign in (_disconnected(receive), *signs)]
     try:
-        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({task, *watchers}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
             raise ClientDisconnect
         return task.result()
     finally:
-        for pending in (task, watcher):
+        for pending in (task, *watchers):
             pending.cancel()
-        await asyncio.gather(task, watcher, return_exceptions=True)
+        await asyncio.gather(task, *watchers, return_exceptions=True)
 
 
 async def _disconnected(receive: Receive) -> None:

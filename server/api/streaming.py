@@ -1,13 +1,13 @@
 """Server-sent events: frames that are mostly prepared bytes, and a response that always ends."""
 
 import asyncio
+import time
 from collections.abc import Callable
 from contextlib import aclosing
 from typing import Any
 
 import msgspec
 from fastapi.responses import Response
-from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from server.api.errors import ApiError, error_body
@@ -70,10 +70,11 @@ class EventStream(Response):
         self._frames = Frames(generation, kind, include_usage)
         self._include_usage = include_usage
         self._started = False
+        self._writing_since: float | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await unless_disconnected(receive, self._run(scope, send))
+            await unless_disconnected(receive, self._run(scope, send), self._stalled())
         finally:
             self._generation.close()
 
@@ -90,12 +91,17 @@ class EventStream(Response):
         await self._write(send, ending + _DONE, more=False)
 
     async def _write_deltas(self, send: Send) -> None:
-        async with aclosing(self._generation.deltas()) as deltas:
-            async for delta in deltas:
+        async with aclosing(self._generation.deltas()) as batches:
+            async for deltas in batches:
                 if not self._started:
                     await self._start(send)
-                if delta.text or delta.scores or delta.finish_reason:
-                    await self._write(send, self._frames.choice(self._encode_choice(delta)))
+                frames = [
+                    self._frames.choice(self._encode_choice(delta))
+                    for delta in deltas
+                    if delta.text or delta.scores or delta.finish_reason
+                ]
+                if frames:
+                    await self._write(send, b"".join(frames))
 
     async def _start(self, send: Send) -> None:
         self._started = True
@@ -105,8 +111,14 @@ class EventStream(Response):
             await self._write(send, b"".join(map(self._frames.choice, opening)))
 
     async def _write(self, send: Send, body: bytes, *, more: bool = True) -> None:
-        try:
-            async with asyncio.timeout(_WRITE_SECONDS):
-                await send({"type": "http.response.body", "body": body, "more_body": more})
-        except TimeoutError:
-            raise ClientDisconnect from None
+        self._writing_since = time.monotonic()
+        await send({"type": "http.response.body", "body": body, "more_body": more})
+        self._writing_since = None
+
+    async def _stalled(self) -> None:
+        """Return once a write has lasted `_WRITE_SECONDS`. One timer for all writes: nearly none of them waits."""
+        left = _WRITE_SECONDS
+        while left > 0:
+            await asyncio.sleep(left)
+            since = self._writing_since
+            left = _WRITE_SECONDS if since is None else since + _WRITE_SECONDS - time.monotonic()

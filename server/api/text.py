@@ -170,6 +170,8 @@ class Detokenizer:
 
     def feed(self, token_id: int) -> str:
         """Text that this token releases; may be empty."""
+        if not self._stop:  # then nothing is ever held back
+            return self._decode(token_id)
         self._num_tokens += 1
         self._held += self._decode(token_id)
         if self._num_tokens < self._min_tokens:
@@ -207,7 +209,7 @@ class Detokenizer:
 
     def _stop_prefix_length(self) -> int:
         """Length of the longest ending of the held text that begins a stop string."""
-        longest = min(len(self._held), max(map(len, self._stop), default=1) - 1)
+        longest = min(len(self._held), max(map(len, self._stop)) - 1)
         for length in range(longest, 0, -1):
             if any(stop.startswith(self._held[-length:]) for stop in self._stop):
                 return length

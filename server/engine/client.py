@@ -10,8 +10,7 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
-from dataclasses import dataclass, field
+from collections.abc import Callable, Coroutine
 from enum import Enum
 from typing import Protocol
 
@@ -81,19 +80,31 @@ class EngineTransport(Protocol):
 StepListener = Callable[[StepOutputs], None]
 
 
-@dataclass(slots=True)
 class Stream:
-    """Outputs of one sequence, in order; the last has a `finish_reason`."""
+    """Outputs of the sequences of one request, in order; the last of each has a `finish_reason`.
 
-    seq_id: str
-    queue: "asyncio.Queue[SequenceOutput]" = field(default_factory=asyncio.Queue)
+    A plain list and one future: however much an engine's message brings, the reader is woken once.
+    """
 
-    async def __aiter__(self) -> AsyncIterator[SequenceOutput]:
-        while True:
-            output = await self.queue.get()
-            yield output
-            if output.finish_reason is not None:
-                return
+    __slots__ = ("_outputs", "_waiter")
+
+    def __init__(self) -> None:
+        self._outputs: list[SequenceOutput] = []
+        self._waiter: asyncio.Future[None] | None = None
+
+    def put(self, output: SequenceOutput) -> None:
+        self._outputs.append(output)
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+    async def take(self) -> list[SequenceOutput]:
+        """All there is, once there is something. One reader at a time."""
+        if not self._outputs:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        outputs, self._outputs = self._outputs, []
+        return outputs
 
 
 class EngineClient:
@@ -139,12 +150,12 @@ class EngineClient:
         await self._transport.stop()
         self._fail_everything(self.reason)
 
-    def submit(self, request: Submit) -> Stream:
-        """Queue a sequence. Raises `EngineUnavailable` unless READY."""
+    def submit(self, request: Submit, stream: Stream | None = None) -> Stream:
+        """Queue a sequence, with its outputs in `stream` or a new one. Raises `EngineUnavailable` unless READY."""
         self._require_ready()
         if not self._streams:
             self._last_progress = time.monotonic()
-        stream = self._streams[request.seq_id] = Stream(request.seq_id)
+        self._streams[request.seq_id] = stream = stream or Stream()
         self._transport.send(request)
         return stream
 
@@ -249,7 +260,7 @@ class EngineClient:
             stream = self._streams.get(output.seq_id)
             if stream is None:
                 continue
-            stream.queue.put_nowait(output)
+            stream.put(output)
             if output.finish_reason is not None:
                 del self._streams[output.seq_id]
         for listener in self._listeners:
@@ -310,8 +321,8 @@ class EngineClient:
 
     def _fail_everything(self, reason: str) -> None:
         """Invariant: every submitted sequence ends in exactly one terminal output, even when the engine is gone."""
-        for stream in self._streams.values():
-            stream.queue.put_nowait(SequenceOutput(stream.seq_id, [], "error", error=reason))
+        for seq_id, stream in self._streams.items():
+            stream.put(SequenceOutput(seq_id, [], "error", error=reason))
         self._streams.clear()
         for reply in self._replies.values():
             if not reply.done():
