@@ -186,8 +186,10 @@ class Residency(Generic[P]):
             del self._failed[digest]
 
     def unload(self, digest: str) -> None:
-        """Free device and host memory. Raises `MoveRefused` while sequences use the version or it is loading."""
+        """Free device and host memory. Raises `MoveRefused` while the version is in use, loading or pinned."""
         slot = self.slots.get(digest)
+        if slot is not None and slot.pinned:
+            raise MoveRefused("busy", "the adapter is pinned")
         if (slot is not None and (slot.ref_count > 0 or not slot.ready)) or digest in self._reading:
             raise MoveRefused("busy", "the adapter is in use")
         self._failed.pop(digest, None)

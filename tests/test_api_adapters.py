@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 from server.api.adapter_schemas import AdapterBody
+from server.engine.messages import PinAdapter, ToEngine
 from server.sequence import ScaledAdapter
 from tests.api_server import BASE, Api, adapter_files, assert_error, events, form, ids, listening, serving
 
@@ -284,6 +285,49 @@ async def test_load_unload_and_pin(tmp_path: Path) -> None:
         assert (await api.http.get("/v1/adapters/acme")).json()["pinned"] is False
         for action in ("load", "unload", "pin", "unpin", "rollback"):
             assert_error(await api.http.post(f"/v1/adapters/nope/{action}"), 404, "model_not_found")
+
+
+async def test_a_pin_that_cannot_move_along_is_given_up_and_said(tmp_path: Path) -> None:
+    """The version that the name left behind is not kept pinned either."""
+    async with serving(tmp_path) as api:
+        await api.upload("acme", seed=2)
+        second = await digest(api, "acme")
+        await api.upload("acme", seed=1, replace="true", pinned="true")
+        api.engine.refuse[second] = ("no_room", "All slots are in use.")
+        assert_error(await api.upload("acme", seed=2, replace="true"), 409, "conflict")
+        record = (await api.http.get("/v1/adapters/acme")).json()
+        assert (record["version"], record["pinned"]) == (f"sha256:{second}", False)
+        assert api.engine.pinned == set()
+
+
+async def test_a_pinned_name_moves_on_though_its_old_version_has_the_last_pin(tmp_path: Path) -> None:
+    async with serving(tmp_path) as api:
+        await api.upload("acme", pinned="true")
+        seen: list[set[str]] = []
+        send = api.engine.send
+
+        def watch(message: ToEngine) -> None:
+            if isinstance(message, PinAdapter):
+                seen.append({*api.engine.pinned})
+            send(message)
+
+        api.engine.send = watch  # type: ignore[method-assign]
+        assert (await api.upload("acme", seed=1, replace="true")).status_code == 201
+        assert seen == [set()]  # the old one had let go
+        assert api.engine.pinned == {await digest(api, "acme")}
+
+
+async def test_a_pin_goes_with_its_name_though_another_has_the_same_version(tmp_path: Path) -> None:
+    async with serving(tmp_path) as api:
+        await api.upload("acme", pinned="true")
+        await api.upload("other")
+        shared = await digest(api, "other")
+        assert api.engine.pinned == {shared}
+        await api.http.delete("/v1/adapters/acme")
+        assert api.engine.pinned == set()
+        assert shared in api.engine.device
+        await api.http.post("/v1/adapters/other/pin")
+        assert api.engine.pinned == {shared}
 
 
 async def test_unload_in_use_is_refused(tmp_path: Path) -> None:

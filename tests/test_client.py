@@ -237,6 +237,21 @@ async def test_pins_outlive_a_restart(transport: FakeTransport, client: EngineCl
     assert [(m.digest, m.pinned) for m in transport.sent if isinstance(m, PinAdapter)] == [("kept", True)]
 
 
+async def test_what_is_unpinned_while_the_engine_is_away_is_not_pinned_again(
+    transport: FakeTransport, client: EngineClient
+) -> None:
+    call = asyncio.create_task(client.pin_adapter("dropped", True))
+    await asyncio.sleep(0)
+    transport.say(Reply(transport.sent[-1].request_id))  # type: ignore[union-attr]
+    await call
+    transport.sent.clear()
+    transport.die("killed")
+    with pytest.raises(EngineUnavailable):
+        await client.pin_adapter("dropped", False)
+    await eventually(lambda: client.state is EngineState.READY)
+    assert not transport.sent
+
+
 async def merged(transport: FakeTransport, client: EngineClient, digest: str) -> None:
     call = asyncio.create_task(client.merge(digest, drain=False, allow_requantize=True))
     await asyncio.sleep(0)

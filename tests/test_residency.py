@@ -359,6 +359,18 @@ def test_unloading_is_refused_while_the_version_loads(residency: Residency[Weigh
     acquire(residency, "a")
 
 
+def test_unloading_is_refused_while_the_version_is_pinned(residency: Residency[Weights]) -> None:
+    """The API asks by name, and another name may have pinned the same version."""
+    acquire(residency, "a")
+    residency.release("a")
+    residency.pin("a")
+    with pytest.raises(MoveRefused) as refused:
+        residency.unload("a")
+    assert refused.value.code == "busy"
+    residency.unpin("a")
+    residency.unload("a")
+
+
 def test_a_pinned_version_stays_and_one_slot_is_left_for_others(residency: Residency[Weights]) -> None:
     for digest in "abc":
         acquire(residency, digest)

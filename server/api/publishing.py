@@ -115,8 +115,23 @@ def _current(context: AppContext, name: str) -> AdapterRecord | None:
 
 
 async def pin(context: AppContext, record: AdapterRecord) -> AdapterRecord:
-    await context.engine.pin_adapter(record.version.digest, True)
-    return await asyncio.to_thread(context.registry.set_pinned, record.name, True)
+    if record.pinned:
+        await context.engine.pin_adapter(record.version.digest, True)
+        return record
+    pinned = await asyncio.to_thread(context.registry.set_pinned, record.name, True)
+    await _hold(context, pinned)
+    return pinned
+
+
+async def _hold(context: AppContext, record: AdapterRecord) -> None:
+    """Have the engine pin what the registry says is pinned, in this order: so nobody who unpins the same version under
+    another name can miss it. When the engine does not, the name is unpinned again, and its refusal is raised."""
+    try:
+        await context.engine.pin_adapter(record.version.digest, True)
+    except (AdapterMoveRefused, EngineUnavailable):
+        with suppress(EngineUnavailable):
+            await unpin(context, record)
+        raise
 
 
 async def unpin(context: AppContext, record: AdapterRecord) -> AdapterRecord:
@@ -126,16 +141,25 @@ async def unpin(context: AppContext, record: AdapterRecord) -> AdapterRecord:
 
 
 async def follow(context: AppContext, old: AdapterRecord | None, new: AdapterRecord) -> None:
-    """A name moved from one version to the next: its pin moves along, and what it left behind is let go."""
+    """A name moved from one version to the next: what it left behind is let go, and its pin moves along. If the pin
+    cannot, the name has none any more, and the refusal is raised."""
     if old is None or old.version.digest == new.version.digest:
         return
-    if new.pinned:
-        await context.engine.pin_adapter(new.version.digest, True)
+    try:
+        await _let_go(context, old)
+        if new.pinned:
+            await _hold(context, new)
+    finally:
+        await asyncio.to_thread(context.registry.collect_garbage, context.in_flight.digests())
+
+
+async def _let_go(context: AppContext, old: AdapterRecord) -> None:
+    """The name points at `old` no longer. An engine that is away forgets it too."""
     if not context.registry.names_of(old.version.digest):
         context.engine.retire_adapter(old.version.digest)
     elif old.pinned:
-        await _unpin_unless_shared(context, old.version.digest)
-    await asyncio.to_thread(context.registry.collect_garbage, context.in_flight.digests())
+        with suppress(EngineUnavailable):
+            await _unpin_unless_shared(context, old.version.digest)
 
 
 async def _unpin_unless_shared(context: AppContext, digest: str) -> None:
@@ -148,10 +172,11 @@ async def remove(context: AppContext, name: str, drain_timeout: float) -> Delete
     """Retire at once, let running requests finish, abort those that take too long, free what no name needs."""
     async with context.lock(name):
         digests = {version.digest for version in context.registry.history(name)}
-        await asyncio.to_thread(context.registry.retire, name)
+        record = await asyncio.to_thread(context.registry.retire, name)
         running = context.in_flight.count(name)
         idle = await context.in_flight.wait_idle(name, drain_timeout)
         aborted = 0 if idle else await context.abort(name)
+        await _let_go(context, record)
         for digest in digests:
             if not context.registry.names_of(digest):
                 await _free(context, digest)
@@ -168,7 +193,6 @@ async def _free(context: AppContext, digest: str) -> None:
     with suppress(AdapterMoveRefused, EngineUnavailable):
         if digest in (context.engine.merge_status.digest, context.engine.asked_to_merge):
             await context.engine.unmerge()
-        if digest in residency.pinned:
-            await context.engine.pin_adapter(digest, False)
-        if digest in (*residency.device, *residency.host, *residency.loading):
+        needed = context.registry.names_of(digest)  # another name may have taken it up meanwhile
+        if not needed and digest in (*residency.device, *residency.host, *residency.loading):
             await context.engine.move_adapter(digest, "disk")

@@ -171,11 +171,11 @@ class EngineClient:
 
     async def pin_adapter(self, digest: str, pinned: bool) -> None:
         """Pin or unpin a version; pins outlive a restart. Raises `AdapterMoveRefused`, `EngineUnavailable`."""
+        if not pinned:
+            self._pins.discard(digest)  # an engine that is away must not pin it again
         await self._call(PinAdapter(next(self._request_ids), digest, pinned))
         if pinned:
             self._pins.add(digest)
-        else:
-            self._pins.discard(digest)
 
     async def try_adapter(self, digest: str) -> SelfTest:
         """Compare a stored version with the reference arithmetic. Raises `AdapterMoveRefused`, `EngineUnavailable`."""
