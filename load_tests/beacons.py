@@ -66,7 +66,7 @@ def write_beacon(folder: Path, token: int, rank: int, hidden_size: int = 64) -> 
 def run(folder: Path, *, beacons: int, tokens: int, seed: int) -> Count:
     """Emit at least `tokens` tokens of that many beacons in random order over `SLOTS` slots."""
     beacon_model().save_pretrained(folder / "model")
-    driver = make_driver(folder / "model", folder / "data", adapter_slots=SLOTS, adapter_host_bytes=1 << 20)
+    driver = make_driver(folder / "model", folder / "data", adapter_slots=SLOTS, adapter_host_bytes=1 << 20, threads=1)
     try:
         written = [write_beacon(folder / f"beacon-{i}", i, RANKS[i % len(RANKS)]) for i in range(beacons)]
         digests = [driver.add_adapter(beacon) for beacon in written]
