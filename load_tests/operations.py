@@ -93,6 +93,7 @@ class Asked:
 class Answer:
     status: int
     code: str | None  # of an error
+    message: str = ""  # likewise
     text: str = ""
     fingerprint: str = ""
     complete: bool = True
@@ -101,8 +102,8 @@ class Answer:
     def of(cls, response: httpx.Response) -> "Answer":
         body = response.json()
         if response.status_code != 200:
-            return cls(response.status_code, body["error"]["code"])
-        return cls(200, None, body["choices"][0]["text"], body["system_fingerprint"])
+            return cls(response.status_code, body["error"]["code"], body["error"]["message"])
+        return cls(200, None, text=body["choices"][0]["text"], fingerprint=body["system_fingerprint"])
 
 
 class Client:
@@ -169,27 +170,30 @@ class Client:
                 return self._judge(asked, Answer.of(response))
             for number, event in enumerate(sse_events(response.iter_lines())):
                 if number == stop_after:
-                    return self._judge(asked, Answer(200, None, text, fingerprint, complete=False))
+                    return self._judge(asked, Answer(200, None, text=text, fingerprint=fingerprint, complete=False))
                 if event is None:
                     break
                 if "error" in event:
                     status = 503 if event["error"]["type"] == "overloaded_error" else 500
-                    return self._judge(asked, Answer(status, event["error"]["code"]))
+                    return self._judge(asked, Answer(status, event["error"]["code"], event["error"]["message"]))
                 text += event["choices"][0]["text"]
                 fingerprint = event["system_fingerprint"]
-        return self._judge(asked, Answer(200, None, text, fingerprint))
+        return self._judge(asked, Answer(200, None, text=text, fingerprint=fingerprint))
 
     def _judge(self, asked: Asked, answer: Answer) -> str:
         named = f"{answer.status} {answer.code or ''} {[(name.text, scale) for name, scale in asked.parts]}"
         succeeded = answer.status == 200
         if not (self._is_right(asked, answer) if succeeded else answer.code in self._allowed_codes(asked)):
             states = {name.text: name.possible(asked.since) for name, _ in asked.parts}
-            raise Mismatch(f"{named}: {asked} was answered {answer}; possible were {states}")
+            sent = asked.body(stream=False)
+            raise Mismatch(f"{named}: {sent} at {asked.since:.3f} was answered {answer}; possible were {states}")
         return named
 
     def _is_right(self, asked: Asked, answer: Answer) -> bool:
         """The whole text, or the beginning of it, of a version that was current; the one that the answer names."""
         for parts in asked.right():
+            if len({part.digest for part in parts}) < len(parts):
+                continue  # refused
             text = self._world.answers.text(parts, asked.prompt, asked.length)
             matches = text == answer.text if answer.complete else text.startswith(answer.text)
             named = len(parts) != 1 or not answer.fingerprint or answer.fingerprint.endswith(parts[0].digest[:12])

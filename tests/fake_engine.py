@@ -23,6 +23,7 @@ from server.engine.messages import (
     SequenceOutput,
     StepOutputs,
     Submit,
+    Tier,
     ToEngine,
     TryAdapter,
     Unmerge,
@@ -113,7 +114,7 @@ class FakeTransport:
             (self.device.add if up else self.device.discard)(message.digest)
             if isinstance(message, PinAdapter):
                 (self.pinned.add if message.pinned else self.pinned.discard)(message.digest)
-        ends = ("disk", "device") if up else ("device", "disk")
+        ends: tuple[Tier, Tier] = ("disk", "device") if up else ("device", "disk")
         move = AdapterMove(message.digest, *ends, "ok" if error is None else "failed", 0.01)
         residency = Residency(device=sorted(self.device), pinned=dict.fromkeys(sorted(self.pinned), 1))
         self._emit(StepOutputs([], self._stats(), [move], residency))
@@ -135,7 +136,8 @@ class FakeTransport:
             return self._end(submit, SequenceOutput(submit.seq_id, [], "error", error=self.failure))
         score = TokenLogprobs(-0.5, 1, [(token, -0.5), (65, -1.5), (66, float("-inf"))][: (sampling.logprobs or 0)])
         ends = (*self.info.eos_token_ids, *sampling.stop_token_ids)
-        reason = "stop" if token in ends else "length" if said == sampling.max_tokens else None
+        limit: Literal["length"] | None = "length" if said == sampling.max_tokens else None
+        reason: Literal["stop", "length"] | None = "stop" if token in ends else limit
         scores = None if sampling.logprobs is None else [score]
         output = SequenceOutput(submit.seq_id, [token], reason, scores, num_cached_tokens=4, queue_seconds=0.001)
         return self._end(submit, output) if reason else output

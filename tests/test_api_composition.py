@@ -158,6 +158,19 @@ async def test_ranks_that_do_not_fit_together(tmp_path: Path) -> None:
         assert (await api.chat(model="one")).status_code == 200
 
 
+async def test_what_no_longer_fits_when_its_turn_comes_may_be_tried_again(tmp_path: Path) -> None:
+    """The engine gives up a composition that waits when another adapter is pinned."""
+    async with serving(tmp_path, adapter_slots=2) as api:
+        await upload_two(api)
+        await api.upload("three", seed=2)
+        api.engine.slow, api.engine.fail_after, api.engine.failure = 0.2, 0, "2 do not fit beside the pinned ones"
+        waiting = asyncio.create_task(api.chat(adapters=HALF_AND_HALF))
+        while not api.context.in_flight.count("one"):
+            await asyncio.sleep(0.001)
+        await api.http.post("/v1/adapters/three/pin")
+        assert_error(await waiting, 503, "no_room")
+
+
 async def test_every_adapter_must_be_known_and_visible(tmp_path: Path) -> None:
     keys = tmp_path / "keys.toml"
     keys.write_text('[[keys]]\nname = "k"\nkey = "secret"\nscopes = ["infer", "admin"]\nadapters = ["one"]\n')

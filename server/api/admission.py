@@ -35,6 +35,7 @@ class Target:
     adapters: tuple[ScaledAdapter, ...]  # sorted
     fingerprint: str
     traits: Traits = field(default_factory=Traits)  # of the adapter, if it is one
+    pages: dict[str, int] = field(default_factory=dict)  # of device memory, by digest
 
     @property
     def names(self) -> frozenset[str]:
@@ -69,12 +70,13 @@ def resolve(context: AppContext, key: Key, body: GenerationRequest) -> Target:
     if not found:
         return Target(body.model, BASE_NAME, (), (), f"{base}-base")
     _check_additive(parts, [record for record, _ in found])
-    _check_room(context, found)
+    pages = _pages(found)
+    check_room(context, pages)
     versions = tuple((record.name, record.version.digest) for record, _ in found)
     for name, _ in versions:
         context.metrics.know(name)
     label, traits = (COMPOSED_LABEL, Traits()) if len(found) > 1 else (found[0][0].name, found[0][0].version.traits)
-    return Target(body.model, label, versions, adapters, f"{base}-{_identity(adapters)}", traits)
+    return Target(body.model, label, versions, adapters, f"{base}-{_identity(adapters)}", traits, pages)
 
 
 async def choose(request: Request, context: AppContext, key: Key, body: GenerationRequest) -> tuple[Target, Tokenizer]:
@@ -135,18 +137,23 @@ def _check_additive(parts: list[AdapterPart], records: list[AdapterRecord]) -> N
             raise bad_request(f"The adapter '{part.name}' cannot be scaled or composed with others: it {why}.")
 
 
-def _check_room(context: AppContext, found: list[tuple[AdapterRecord, float]]) -> None:
+def _pages(found: list[tuple[AdapterRecord, float]]) -> dict[str, int]:
     pages = {record.version.digest: pages_of(record.version.rank) for record, _ in found}
-    slots, all_pages = context.config.adapter_slots, context.info.adapter_pages
     if len(pages) < len(found):
         raise bad_request("The same adapter version is in 'adapters' twice.", "adapters")
-    if len(found) > slots:
-        raise bad_request(f"There is room for {slots} adapters at once; the request has {len(found)}.", "adapters")
+    return pages
+
+
+def check_room(context: AppContext, pages: dict[str, int]) -> None:
+    """Raises 400 or 503 unless these versions can be on the device together."""
+    slots, all_pages = context.config.adapter_slots, context.info.adapter_pages
+    if len(pages) > slots:
+        raise bad_request(f"There is room for {slots} adapters at once; the request has {len(pages)}.", "adapters")
     if sum(pages.values()) > all_pages:
         room = all_pages * PAGE_COLUMNS
         raise bad_request(f"There is room for adapters of rank {room} together; the request has more.", "adapters")
     beside = {**context.engine.residency.pinned, **pages}
-    if len(found) > 1 and (len(beside) > slots or sum(beside.values()) > all_pages):
+    if len(pages) > 1 and (len(beside) > slots or sum(beside.values()) > all_pages):
         raise unavailable("The adapters do not fit on the device beside those that are pinned.", "no_room")
 
 

@@ -207,6 +207,10 @@ class Generation:
             return unavailable("The request was aborted: its adapter was deleted or the server stops.", "aborted")
         if self._context.engine.state is not EngineState.READY:
             return engine_unavailable(self._context.engine.state)
+        try:
+            admission.check_room(self._context, self.target.pages)  # others may have been pinned while it waited
+        except ApiError as no_room:
+            return no_room
         return ApiError(500, failure.message, code="engine_error") if failure.message else server_error()
 
     def close(self) -> None:

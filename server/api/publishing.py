@@ -101,9 +101,9 @@ async def publish(
         record, created = await asyncio.to_thread(
             context.registry.publish, name, inspected, folder, source=source, replace=replace
         )
+        await follow(context, old, record)
         if pinned and not record.pinned:
             record = await pin(context, record)
-        await follow(context, old, record)
         return record, created
 
 
