@@ -6,8 +6,8 @@ from typing import Any
 
 import psutil
 
-from load_tests.operations import Mismatch, World, found_state
 from load_tests.right_answers import ABSENT
+from load_tests.world import Mismatch, World, found_state
 from tests.tiny_server import wait_for
 
 QUIET_S = 60

@@ -1,109 +1,22 @@
 """Random operations by many clients against a whole server, each answer judged by the model of the right ones."""
 
-import itertools
-import os
 import random
-import signal
 import socket
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
 
-from load_tests.right_answers import ABSENT, FOREVER, Answers, Name, Parts, State
-from server.sequence import ScaledAdapter
-from tests.tiny_server import BASE, RunningServer, sse_events, wait_for
+from load_tests.right_answers import ABSENT, Name, State
+from load_tests.world import SLOTS, Answer, Asked, Mismatch, World, found_state
+from tests.tiny_server import sse_events
 
-SLOTS = 4
 LENGTHS = (8, 24, 64)
 PROMPTS = ((40, 41, 42), tuple(range(60, 100)), (7,) * 17)
 SCALES = (1.0, 0.5)
-LOGGED = 200
-RESTART_S = 120
-
-
-class Mismatch(Exception):
-    """The server did what the model does not allow."""
-
-
-@dataclass
-class World:
-    """What the clients share."""
-
-    server: RunningServer
-    answers: Answers
-    names: list[Name]
-    broken: Any  # folder of an adapter that must be refused
-    counts: Counter[str] = field(default_factory=Counter)
-    log: deque[str] = field(default_factory=lambda: deque(maxlen=LOGGED))
-    _crashes: list[list[float]] = field(default_factory=list)  # from the kill to ready again
-
-    def crashed(self, since: float) -> bool:
-        return any(until >= since for _, until in self._crashes)
-
-    def crash(self, client: httpx.Client) -> None:
-        """Kill the engine, and wait for the next one."""
-        window = [time.monotonic(), FOREVER]
-        self._crashes.append(window)
-        os.kill(self.server.engine_pid(), signal.SIGKILL)
-        wait_for(lambda: client.get("/readyz").status_code == 503, RESTART_S, "the server noticing its engine's end")
-        wait_for(lambda: client.get("/readyz").status_code == 200, RESTART_S, "the restart")
-        window[1] = time.monotonic()
-
-    def wait_for_engine(self) -> None:
-        wait_for(lambda: all(until < FOREVER for _, until in self._crashes), RESTART_S, "the restart")
-
-    def pinned(self, since: float) -> set[str]:
-        """Versions that may have been pinned at some time since."""
-        states = itertools.chain.from_iterable(name.possible(since) for name in self.names)
-        return {state.current for state in states if state.pinned and state.current}
-
-
-@dataclass(frozen=True)
-class Asked:
-    """One inference request: names and scales (none for the base), and when it was sent."""
-
-    parts: tuple[tuple[Name, float], ...]
-    prompt: tuple[int, ...]
-    length: int
-    since: float
-
-    def body(self, *, stream: bool) -> dict[str, Any]:
-        body: dict[str, Any] = {"prompt": list(self.prompt), "max_tokens": self.length, "stream": stream}
-        body |= {"model": BASE, "temperature": 0, "ignore_eos": True}
-        if len(self.parts) == 1:
-            return body | {"model": self.parts[0][0].text, "adapter_scale": self.parts[0][1]}
-        return body | {"adapters": [{"name": name.text, "scale": scale} for name, scale in self.parts]}
-
-    def right(self) -> Iterator[Parts]:
-        """The versions that may answer: those that were current at some time since it was sent."""
-        scaled = [
-            {ScaledAdapter(state.current, scale) for state in name.possible(self.since) if state.current}
-            for name, scale in self.parts
-        ]
-        return itertools.product(*scaled)
-
-
-@dataclass(frozen=True)
-class Answer:
-    status: int
-    code: str | None  # of an error
-    message: str = ""  # likewise
-    text: str = ""
-    fingerprint: str = ""
-    complete: bool = True
-
-    @classmethod
-    def of(cls, response: httpx.Response) -> "Answer":
-        body = response.json()
-        if response.status_code != 200:
-            return cls(response.status_code, body["error"]["code"], body["error"]["message"])
-        return cls(200, None, text=body["choices"][0]["text"], fingerprint=body["system_fingerprint"])
 
 
 class Client:
@@ -341,16 +254,6 @@ class Client:
     def crash(self) -> str:
         self._world.crash(self._http)
         return "killed"
-
-
-def found_state(http: httpx.Client, name: Name) -> State:
-    """What the server says of a name."""
-    record = http.get(f"/v1/adapters/{name.text}")
-    if record.status_code == 404:
-        return ABSENT
-    versions = http.get(f"/v1/adapters/{name.text}/versions").json()["data"]
-    history = tuple(version["version"].removeprefix("sha256:") for version in versions)
-    return State(history, record.json()["version"].removeprefix("sha256:"), record.json()["pinned"])
 
 
 def _moved(status: int, state: State) -> dict[int, State]:

@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM
 
 from load_tests import beacons
 from load_tests.invariants import Invariants
-from load_tests.operations import SLOTS, Client, Mismatch, World, run_round
+from load_tests.operations import Client, run_round
 from load_tests.right_answers import Answers, Name
+from load_tests.world import SLOTS, Mismatch, World
 from tests.adapter_factory import write_adapter
 from tests.tiny_server import BASE, running_server, write_tiny_model
 
