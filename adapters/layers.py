@@ -42,6 +42,8 @@ class LoRALinear(nn.Module):
         y: torch.Tensor = self.base(x if scales is None else self._input_affine.applied(x, self._name, scales))
         if self._plan.active:
             rows = y.view(-1, y.shape[-1])
+            if rows.shape[1] > self._b.shape[1]:  # a neighbour's vocabulary is larger than the base's
+                rows = rows[:, : self._b.shape[1]]
             if self._plan.affine is not None:
                 self._affine.apply(rows, self._name, self._plan.affine)
             self._kernel.add_lora(rows, x.reshape(-1, x.shape[-1]), self._a, self._b, self._plan.plan)

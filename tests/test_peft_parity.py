@@ -35,6 +35,9 @@ from transformers import (
 from adapters.errors import AdapterInvalid
 from adapters.fold import dora_scale
 from adapters.format import LoraFactors
+from adapters.kernels import choose_kernel
+from adapters.kernels.grouped import GroupedKernel
+from adapters.kernels.reference import ReferenceKernel
 from adapters.slots import PAGE_COLUMNS
 from server.engine.messages import Abort, TryAdapter
 from server.model.batch import build_batch
@@ -173,6 +176,11 @@ CASES: dict[str, Mapping[str, dict[str, Any] | PeftConfig]] = {
     "llama families": LLAMA_FAMILIES,
     "gpt2 families": GPT2_FAMILIES,
 }
+KERNELS: dict[str, Any] = {
+    "chosen": choose_kernel,
+    "reference": lambda *_: (ReferenceKernel(), "the specification"),
+    "grouped": lambda device, _: (GroupedKernel(device), "torch matmuls"),
+}
 BASES = {"fp32": torch.float32, "bf16": torch.bfloat16, "nf4": torch.float32}
 NEW_TOKENS = 6
 
@@ -296,7 +304,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str, s
         return path
 
     @cache
-    def make(kind: str, base: str) -> World:
+    def make(kind: str, base: str, kernel: str = "chosen") -> World:
+        patch.setattr("server.model.runner.choose_kernel", KERNELS[kernel])
         options = {"dtype": "bfloat16" if base == "bf16" else "float32", "adapter_slots": 4}
         if base == "nf4":
             options["quantization"] = "nf4"
@@ -368,6 +377,16 @@ def test_alone(kind: str, case: str, base: str, world: Callable[[str, str], Worl
     here = world(kind, base)
     (result,) = here.run(case)
     assert_peft_agrees(here, case, *result)
+
+
+@pytest.mark.parametrize("kernel", ["reference", "grouped"])
+@pytest.mark.parametrize(("kind", "case"), [(kind, case) for kind in CASES for case in CASES[kind]])
+def test_with_every_kernel(kind: str, case: str, kernel: str, world: Callable[..., World]) -> None:
+    """The cases above run with the kernel that is chosen for the machine; Triton's has tests of its own."""
+    here = world(kind, "fp32", kernel)
+    results = here.run(case, "plain", None, seed=5)
+    for name, result in zip((case, "plain", None), results, strict=True):
+        assert_peft_agrees(here, name, *result)
 
 
 @pytest.mark.parametrize(("kind", "case", "base"), ALL_CASES)
