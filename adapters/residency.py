@@ -8,7 +8,7 @@ import logging
 import queue
 import time
 from collections.abc import Callable, Container, Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Generic, Literal, Protocol, TypeVar
 
@@ -70,8 +70,8 @@ class Residency(Generic[P]):
     """Keeps versions where they are needed.
 
     `read(digest)` reads, checks and packs a version; `write(slot, packed)` copies it into the slot's pages. Both run in
-    reader threads and may raise `AdapterError`. `max_pages` are those of the largest version that is served: pins leave
-    room for one.
+    reader threads, or where `executor` runs them, and may raise `AdapterError`. `max_pages` are those of the largest
+    version that is served: pins leave room for one.
     """
 
     def __init__(
@@ -83,13 +83,14 @@ class Residency(Generic[P]):
         max_pages: int = 1,
         threads: int = 2,
         on_thread_start: Callable[[], None] = lambda: None,
+        executor: Executor | None = None,
     ) -> None:
         self.slots = slots
         self.host = host
         self._max_pages = max_pages
         self._read = read
         self._write = write
-        self._threads = ThreadPoolExecutor(threads, "adapter-reader", initializer=on_thread_start)
+        self._threads = executor or ThreadPoolExecutor(threads, "adapter-reader", initializer=on_thread_start)
         self._done: queue.SimpleQueue[_Done[P]] = queue.SimpleQueue()
         self._reading: dict[str, Future[None]] = {}
         self._failed: dict[str, tuple[str, float]] = {}

@@ -13,7 +13,7 @@ from adapters.host_cache import HostCache
 from adapters.residency import Residency
 from adapters.slots import SlotTable
 from server.engine.block_manager import BlockManager
-from server.engine.scheduler import Scheduler
+from server.engine.scheduler import PREFETCH_DEPTH, Scheduler
 from server.sequence import SamplingParams, ScaledAdapter, ScheduledBatch, Sequence, SequenceStatus
 
 BLOCK = 4
@@ -255,6 +255,18 @@ def test_adapters_of_those_behind_are_fetched_ahead_of_their_turn() -> None:
         scheduler.add(make_seq(name, 2, adapter))
     run_step(scheduler)
     assert slots.prefetched == ["soon", "later"]
+
+
+def test_only_the_first_of_a_long_queue_ask_for_their_adapters() -> None:
+    """Were all of them read, the host cache would drop the first ones' before they had their turn."""
+    slots = FakeSlots(held={f"cold{n}" for n in range(PREFETCH_DEPTH + 5)}, resident={"warm": 0}, indices={"warm": 0})
+    scheduler = make_scheduler(slots=slots)
+    for n in range(PREFETCH_DEPTH + 5):
+        scheduler.add(make_seq(f"s{n}", 2, f"cold{n}"))
+    scheduler.add(make_seq("last", 2, "warm"))
+    assert shares(run_step(scheduler)) == {"last": 2}
+    assert slots.asked == [f"cold{n}" for n in range(PREFETCH_DEPTH)]
+    assert len(scheduler.waiting) == PREFETCH_DEPTH + 5
 
 
 def test_nothing_stays_taken_when_an_adapter_is_there_but_memory_is_not() -> None:

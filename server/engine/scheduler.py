@@ -26,7 +26,7 @@ from server.engine.block_manager import BlockManager
 from server.engine.policies import FirstCome, Policy
 from server.sequence import ScheduledBatch, ScheduledSequence, Sequence, SequenceStatus
 
-PREFETCH_DEPTH = 32  # waiting sequences whose adapters are brought off the disk ahead of their turn
+PREFETCH_DEPTH = 32  # waiting sequences whose adapters are loaded, or brought off the disk ahead of their turn
 
 
 class AdapterSlots(Protocol):
@@ -130,13 +130,16 @@ class Scheduler:
 
     def failed(self) -> list[tuple[Sequence, str]]:
         """Waiting sequences whose adapters cannot be loaded, with the reason."""
-        reasons = [(seq, self._failure([adapter.digest for adapter in seq.adapters])) for seq in self.waiting]
-        return [(seq, reason) for seq, reason in reasons if reason is not None]
+        return [(seq, reason) for seq in self.waiting if (reason := self._failure(seq)) is not None]
 
-    def _failure(self, digests: list[str]) -> str | None:
-        if len(digests) > 1 and not self.adapters.fit(digests):
-            return f"{len(digests)} do not fit on the device beside the pinned ones"
-        return next((reason for digest in digests if (reason := self.adapters.failure(digest)) is not None), None)
+    def _failure(self, seq: Sequence) -> str | None:
+        if len(seq.adapters) > 1 and not self.adapters.fit(digest for digest, _ in seq.adapters):
+            return f"{len(seq.adapters)} do not fit on the device beside the pinned ones"
+        for digest, _ in seq.adapters:
+            reason = self.adapters.failure(digest)
+            if reason is not None:
+                return reason
+        return None
 
     def _schedule_running(self, batch: list[ScheduledSequence], budget: int) -> int:
         for seq in list(self.running):  # oldest first: the newest are preempted for them
@@ -184,7 +187,7 @@ class Scheduler:
             if seq.number > door:
                 held_back.append(seq)
                 continue
-            admission = self._try_admit(seq, collected)
+            admission = self._try_admit(seq, collected, may_load=len(passed_over) < PREFETCH_DEPTH)
             if admission is Admission.ADMITTED:
                 admitted.append(seq)
                 budget = self._take_part(seq, batch, budget)
@@ -222,11 +225,17 @@ class Scheduler:
             if seq not in counted and seq.number < latest.get(seq.tenant, -1):
                 self._pass_over(seq)
 
-    def _try_admit(self, seq: Sequence, collected: list[str]) -> Admission:
-        """Take the adapters' slots and the cached prefix for `seq`; on refusal only slots in `collected` stay taken."""
+    def _try_admit(self, seq: Sequence, collected: list[str], may_load: bool) -> Admission:
+        """Take the adapters' slots and the cached prefix for `seq`; on refusal only slots in `collected` stay taken.
+
+        Without `may_load` nothing is asked to come: the host cache could not keep what all of a long queue wants.
+        """
         if not self.gate.admits(seq):
             return Admission.NO_ADAPTER
-        slots = () if self.gate.in_base(seq) else self._acquire_all(seq, collected)
+        in_base = self.gate.in_base(seq)
+        if not (may_load or in_base) and any(self.adapters.where(digest) != "device" for digest, _ in seq.adapters):
+            return Admission.NO_ADAPTER
+        slots = () if in_base else self._acquire_all(seq, collected)
         if slots is None:
             return Admission.NO_ADAPTER
         matched = self.blocks.match_prefix(seq)

@@ -1,0 +1,163 @@
+"""What is written of the simulations: one JSON file, one HTML page that needs nothing else, and the tables and plots of
+docs/simulation.md."""
+
+import base64
+import io
+from collections.abc import Callable, Iterable
+from functools import partial
+from html import escape
+from pathlib import Path
+
+import matplotlib
+import msgspec
+from matplotlib.figure import Figure
+
+from docs.tables import render
+from docs.tables import table as markdown
+from load_tests.simulator.scenarios import Scenario, best_shares
+from load_tests.simulator.summary import Summary
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "simulation.md"
+NAMES = {
+    "tokens_per_s": "tokens/s",
+    "wait_p50_s": "wait p50, s",
+    "wait_p99_s": "wait p99, s",
+    "latency_p95_s": "latency p95, s",
+    "device_hits": "on the device",
+    "host_hits": "in host memory",
+    "reads_per_1000": "reads / 1000",
+    "writes_per_1000": "copies / 1000",
+    "adapters_per_step": "adapters / step",
+    "waited_steps": "most steps passed over",
+    "fairness": "fairness (Jain)",
+    "tenants": "latency p95 of each, s (refused)",
+}
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
+table { border-collapse: collapse } th, td { padding: .2rem .8rem; border-bottom: 1px solid #ddd; text-align: right }
+th:first-child, td:first-child { text-align: left } img { max-width: 100% }
+"""
+BEST = ("workload", "best share", "requests/s there", "best common share", "requests/s there")
+
+
+class Finding(msgspec.Struct, frozen=True):
+    """A scenario, and the summaries of its runs in their order."""
+
+    scenario: Scenario
+    summaries: list[Summary]
+
+
+def write(findings: list[Finding], folder: Path) -> tuple[Path, Path]:
+    """`simulation.json` and `simulation.html` in `folder`, which is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    json_file, html_file = folder / "simulation.json", folder / "simulation.html"
+    json_file.write_bytes(msgspec.json.encode(findings))
+    html_file.write_text(_html(findings), encoding="utf-8")
+    return json_file, html_file
+
+
+def write_docs(findings: list[Finding], document: Path = DOCUMENT) -> None:
+    """The document's tables, and its plots in images/ beside it."""
+    tables: dict[str, Callable[[], str]] = {}
+    for finding in findings:
+        tables[finding.scenario.name] = partial(markdown, *_table(finding))
+        if finding.scenario.name == "split":
+            tables["best-shares"] = partial(markdown, BEST, _best_rows(finding))
+        for kind, plot in _plots(finding).items():
+            (document.parent / "images").mkdir(exist_ok=True)
+            (document.parent / "images" / f"simulation-{kind}.png").write_bytes(plot)
+    document.write_text(render(document.read_text(encoding="utf-8"), tables), encoding="utf-8")
+
+
+def _html(findings: list[Finding]) -> str:
+    parts = [f"<!DOCTYPE html><html lang='en'><meta charset='utf-8'><title>Simulation</title><style>{STYLE}</style>"]
+    for finding in findings:
+        parts.append(f"<h2>{escape(finding.scenario.title)}</h2>")
+        parts += [f"<img alt='' src='data:image/png;base64,{_base64(png)}'>" for png in _plots(finding).values()]
+        parts.append(_html_table(*_table(finding)))
+        if finding.scenario.name == "split":
+            parts.append(_html_table(BEST, _best_rows(finding)))
+    return "\n".join([*parts, "</html>"])
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def _html_table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    lines = ["".join(f"<th>{escape(cell)}" for cell in head)]
+    lines += ["".join(f"<td>{escape(cell)}" for cell in row) for row in rows]
+    return "<table>" + "".join(f"<tr>{line}" for line in lines) + "</table>"
+
+
+def _table(finding: Finding) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    scenario = finding.scenario
+    head = ("", scenario.x_label, *(NAMES.get(column, column) for column in scenario.columns))
+    rows = [
+        (run.series, f"{run.x:g}", *(_cell(getattr(summary, column)) for column in scenario.columns))
+        for run, summary in zip(scenario.runs, finding.summaries, strict=True)
+    ]
+    return head, rows
+
+
+def _best_rows(finding: Finding) -> list[tuple[str, ...]]:
+    rows = best_shares(finding.scenario, finding.summaries)
+    return [(mix, best, f"{there:.2f}", f"{common:g}", f"{then:.2f}") for mix, best, there, common, then in rows]
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {of.latency_p95_s:.1f} ({of.refused})" for name, of in value.items())
+    if isinstance(value, float):
+        return f"{value:.0f}" if value >= 100 else f"{value:.2f}" if value >= 0.1 else f"{value:.3f}"
+    return f"{value}"
+
+
+def _plots(finding: Finding) -> dict[str, bytes]:
+    """Name → PNG."""
+    with matplotlib.rc_context({"font.size": 8}):
+        plots = {finding.scenario.name: _png(_over_x(finding))} if finding.scenario.plots else {}
+        if finding.scenario.name == "cold":
+            plots["cold"] = _png(_over_time(finding))
+        return plots
+
+
+def _over_x(finding: Finding) -> Figure:
+    scenario = finding.scenario
+    figure = Figure(figsize=(3.4 * max(len(scenario.plots), 2), 2.8), layout="constrained")
+    panels = figure.subplots(1, len(scenario.plots), squeeze=False)[0]
+    for panel, metric in zip(panels, scenario.plots, strict=True):
+        for series in dict.fromkeys(run.series for run in scenario.runs):
+            points = [
+                (run.x, getattr(summary, metric))
+                for run, summary in zip(scenario.runs, finding.summaries, strict=True)
+                if run.series == series
+            ]
+            panel.plot(*zip(*points, strict=True), ".-", label=series)
+        panel.set(xlabel=scenario.x_label, ylabel=NAMES[metric], xscale=scenario.scale)
+        panel.set_ylim(bottom=0)
+        panel.grid(color="0.9")
+        if scenario.scale == "log":
+            panel.set_xticks([run.x for run in scenario.runs], [f"{run.x:g}" for run in scenario.runs], minor=False)
+            panel.minorticks_off()
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    return figure
+
+
+def _over_time(finding: Finding) -> Figure:
+    """The longest wait by time of arrival, around the burst."""
+    figure = Figure(figsize=(10, 2.8), layout="constrained")
+    slots = list(dict.fromkeys(run.x for run in finding.scenario.runs))
+    for panel, count in zip(figure.subplots(1, len(slots), sharey=True, squeeze=False)[0], slots, strict=True):
+        for run, summary in zip(finding.scenario.runs, finding.summaries, strict=True):
+            if run.x == count:
+                panel.plot(*zip(*summary.timeline, strict=True), lw=0.8, label=run.series)
+        panel.set(title=f"{count:g} slots", xlabel="arrival, s", ylabel="longest wait, s")
+        panel.legend(frameon=False)
+    return figure
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=90)
+    return buffer.getvalue()
