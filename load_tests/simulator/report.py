@@ -6,6 +6,7 @@ import io
 from collections.abc import Callable, Iterable
 from functools import partial
 from html import escape
+from itertools import product
 from pathlib import Path
 
 import matplotlib
@@ -123,24 +124,23 @@ def _plots(finding: Finding) -> dict[str, bytes]:
 
 
 def _over_x(finding: Finding) -> Figure:
+    """A panel for every metric and profile, a line for every series."""
     scenario = finding.scenario
-    figure = Figure(figsize=(3.4 * max(len(scenario.plots), 2), 2.8), layout="constrained")
-    panels = figure.subplots(1, len(scenario.plots), squeeze=False)[0]
-    for panel, metric in zip(panels, scenario.plots, strict=True):
-        for series in dict.fromkeys(run.series for run in scenario.runs):
-            points = [
-                (run.x, getattr(summary, metric))
-                for run, summary in zip(scenario.runs, finding.summaries, strict=True)
-                if run.series == series
-            ]
-            panel.plot(*zip(*points, strict=True), ".-", label=series)
-        panel.set(xlabel=scenario.x_label, ylabel=NAMES[metric], xscale=scenario.scale)
-        panel.set_ylim(bottom=0)
-        panel.grid(color="0.9")
+    found = list(zip(scenario.runs, finding.summaries, strict=True))
+    panels = list(product(scenario.plots, dict.fromkeys(run.profile for run in scenario.runs)))
+    figure = Figure(figsize=(max(3.4 * len(panels), 8), 2.8), layout="constrained")
+    for axes, (metric, profile) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for series in dict.fromkeys(run.series for run, _ in found if run.profile == profile):
+            points = [(run.x, getattr(summary, metric)) for run, summary in found if run.series == series]
+            axes.plot(*zip(*points, strict=True), ".-", label=series.removesuffix(f"; {profile}"))
+        axes.set(xlabel=scenario.x_label, ylabel=NAMES[metric], xscale=scenario.scale, ylim=(0, None))
+        axes.set_title(profile, fontsize=8)
+        axes.grid(color="0.9")
         if scenario.scale == "log":
-            panel.set_xticks([run.x for run in scenario.runs], [f"{run.x:g}" for run in scenario.runs], minor=False)
-            panel.minorticks_off()
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+            ticks = sorted({run.x for run in scenario.runs})
+            axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            axes.minorticks_off()
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     return figure
 
 
@@ -152,8 +152,8 @@ def _over_time(finding: Finding) -> Figure:
         for run, summary in zip(finding.scenario.runs, finding.summaries, strict=True):
             if run.x == count:
                 panel.plot(*zip(*summary.timeline, strict=True), lw=0.8, label=run.series)
-        panel.set(title=f"{count:g} slots", xlabel="arrival, s", ylabel="longest wait, s")
-        panel.legend(frameon=False)
+        panel.set(title=f"{count:g} slots", xlabel="arrival, s", ylabel="longest wait, s", ylim=(0, None))
+    figure.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
