@@ -35,6 +35,10 @@ class LoRAGroup(nn.Module):
         self._shared: tuple[torch.Tensor, torch.Tensor] | None = None  # an input, and the outputs made of it
         self._taken: set[int] = set()
 
+    @property
+    def in_features(self) -> int:
+        return self._a.shape[2]
+
     def member(self, index: int) -> nn.Module:
         """The base's own module of one linear."""
         return self.base.members[index] if isinstance(self.base, StackedLinear) else self.base

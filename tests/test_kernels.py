@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from adapters.kernels import LoRAKernel, choose_kernel
+from adapters.kernels.compiled import NativeUnavailable, build
 from adapters.kernels.grouped import DensePlan, GroupedKernel
-from adapters.kernels.native import NativeKernel, NativeUnavailable, build
+from adapters.kernels.native import SOURCE, NativeKernel
 from adapters.kernels.reference import ReferenceKernel
 from adapters.pack import PackedAdapter
 from adapters.pool import AdapterPool
@@ -54,7 +55,7 @@ KERNELS: dict[str, Callable[[], LoRAKernel]] = {
 
 def native_kernel() -> LoRAKernel:
     try:
-        return NativeKernel(build())
+        return NativeKernel(build(SOURCE))
     except NativeUnavailable as unavailable:
         pytest.skip(f"the native kernel needs a compiler: {unavailable}")
 
@@ -271,9 +272,9 @@ def test_pages_that_change_hands_keep_nothing_of_their_last_owner() -> None:
 
 def test_the_native_kernel_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     native_kernel()
-    library = build(tmp_path)
+    library = build(SOURCE, tmp_path)
     built = library.stat().st_mtime_ns
-    assert build(tmp_path) == library and library.stat().st_mtime_ns == built
+    assert build(SOURCE, tmp_path) == library and library.stat().st_mtime_ns == built
     assert [file.name for file in tmp_path.iterdir()] == [library.name]
 
 

@@ -16,6 +16,7 @@ from adapters.merge import MergedModules, Room, merge
 from adapters.residency import MoveRefused
 from adapters.stacking import StackedLinear
 from adapters.validation import load
+from server.model.cpu.linear import NativeLinear
 from server.model.packed_linear import PackedLinear, packed
 from tests.adapter_factory import with_peft, write_adapter
 from tests.engine_driver import Driver, make_driver
@@ -70,7 +71,7 @@ def weights_digest(model: nn.Module) -> str:
     for name, module in sorted(model.named_modules()):
         state = quant_state(module) if "weight" in module._parameters else None
         own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-        own += [module.weight] if isinstance(module, PackedLinear) else []
+        own += [module.weight] if isinstance(module, PackedLinear | NativeLinear) else []
         for part in (state, getattr(state, "state2", None)):
             own += [value for value in vars(part).values() if isinstance(value, Tensor)] if part is not None else []
         for tensor in own:
@@ -114,7 +115,7 @@ def test_bf16_weights_are_rounded_once_and_packed_again(make: Make, case: str) -
     assert_merged(driver, reference, 2**-8, 1e-6)
     bases = [group.base for group in driver.engine._runner.groups()]
     kinds = {type(base.inner if isinstance(base, StackedLinear) else base) for base in bases}
-    assert kinds == ({PackedLinear} if torch.ops.mkldnn._is_mkldnn_bf16_supported() else {nn.Linear})
+    assert kinds == {type(packed(nn.Linear(4, 4, dtype=torch.bfloat16)))}
     modules.restore()
     assert weights_digest(driver.engine._runner._model) == before
 

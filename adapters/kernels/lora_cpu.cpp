@@ -6,6 +6,7 @@
 // every rank column is read once for all of them; items of all linears are shared out among the OpenMP threads.
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 namespace {
 
@@ -105,31 +106,32 @@ void run(T* y, int64_t ldy, const T* x, int64_t ldx, const T* a, const T* b, int
          const int64_t* sizes, int64_t num_linears, const Segment* segments, const float* scales, int64_t num_segments,
          int threads) {
     // Segments of one row range follow each other (their deltas add up), so a row range is never split between threads.
-    constexpr int MAX_ITEMS = 4096;
-    static thread_local Item items[MAX_ITEMS];
-    static thread_local int64_t offsets[MAX_ITEMS + 1];
-    int64_t groups = 0, count = 0;
+    static thread_local std::vector<Item> items;
+    static thread_local std::vector<int64_t> offsets;
+    items.clear();
+    offsets.clear();
     for (int64_t i = 0; i < num_segments;) {
         int64_t next = i;
         while (next < num_segments && segments[next].start == segments[i].start) next++;
         for (int64_t row = segments[i].start; row < segments[i].end; row += ROWS) {
-            offsets[groups++] = count;
+            offsets.push_back(int64_t(items.size()));
             for (int64_t j = i; j < next; j++) {
                 int64_t left = segments[i].end - row;
-                items[count++] = Item{&segments[j], scales ? scales[j] : 1, row, int(left < ROWS ? left : ROWS)};
+                items.push_back(Item{&segments[j], scales ? scales[j] : 1, row, int(left < ROWS ? left : ROWS)});
             }
         }
         i = next;
     }
-    offsets[groups] = count;
+    int64_t groups = int64_t(offsets.size());
+    offsets.push_back(int64_t(items.size()));
     Linear<T> linears[MAX_LINEARS];
     for (int64_t l = 0; l < num_linears; l++) {
         linears[l] = Linear<T>{y, ldy, x, ldx, a + l * columns * in, b, in, sizes[l]};
         y += sizes[l];
         b += columns * sizes[l];
     }
-    const Item* shared_items = items;
-    const int64_t* shared_offsets = offsets;
+    const Item* shared_items = items.data();
+    const int64_t* shared_offsets = offsets.data();
 #pragma omp parallel for schedule(static) num_threads(threads) if (groups * num_linears > 1)
     for (int64_t i = 0; i < groups * num_linears; i++) {
         int64_t g = i / num_linears;
@@ -141,8 +143,8 @@ void run(T* y, int64_t ldy, const T* x, int64_t ldx, const T* a, const T* b, int
 }  // namespace
 
 // x [rows, in] and y [rows, sum of sizes] with row strides ldx and ldy, a [linears, columns, in], b the linears'
-// [columns, size] one after the other, all of one type. At most 1024 columns a segment, and at most 1024 segments of at
-// most 16 rows each. `scales` are one to a segment, or null: all 1. Segments of the same rows are neighbours.
+// [columns, size] one after the other, all of one type. At most 1024 columns a segment.
+// `scales` are one to a segment, or null: all 1. Segments of the same rows are neighbours.
 extern "C" void lora_add_bf16(void* y, int64_t ldy, const void* x, int64_t ldx, const void* a, const void* b, int64_t in,
                               int64_t columns, const int64_t* sizes, int64_t linears, const void* segments,
                               const float* scales, int64_t count, int threads) {

@@ -186,7 +186,7 @@ def _info(
             "device": str(loaded.device),
             "dtype": str(loaded.dtype).removeprefix("torch."),
             "quantization": config.quantization,
-            "attention": attention.choose(loaded.device.type)[1],
+            "attention": attention.choose(loaded.device.type, loaded.dtype)[1],
             "lora_kernel": runner.kernel_reason,
             "cuda_graphs": graphs,
         },

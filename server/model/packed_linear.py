@@ -1,13 +1,17 @@
-"""bf16 linears on a CPU with their weights in the layout that oneDNN computes in.
+"""bf16 linears on a CPU with their weights in the layout that they are computed in.
 
-`nn.Linear` reorders its weight anew on every call. Doing it once gives the same product in about two thirds of the time
-at decode (measured in docs/decisions.md).
+Where the processor has bf16 arithmetic that is oneDNN's: `nn.Linear` reorders its weight anew on every call, and doing
+it once gives the same product in about two thirds of the time at decode. Where it has none, torch's product is several
+times slower than our own kernel (both measured in docs/decisions.md).
 """
 
 from typing import TypeGuard
 
 import torch
 from torch import nn
+
+from server.model.cpu.library import why_unavailable
+from server.model.cpu.linear import NativeLinear
 
 
 class PackedLinear(nn.Module):
@@ -32,17 +36,21 @@ class PackedLinear(nn.Module):
 def pack_linears(model: nn.Module) -> int:
     """Pack what can be packed of `model` in place; returns how many linears that were."""
     found = {name: packed(module) for name, module in model.named_modules() if _is_packable(module)}
-    for name, linear in found.items():
+    changed = {name: module for name, module in found.items() if type(module) is not nn.Linear}
+    for name, linear in changed.items():
         model.set_submodule(name, linear)
-    return len(found)
+    return len(changed)
 
 
 def packed(linear: nn.Module) -> nn.Module:
-    """`linear` packed, when it is a plain bf16 linear and the processor has bf16 arithmetic; otherwise itself."""
-    return PackedLinear(linear) if _is_packable(linear) else linear
+    """What computes in the place of `linear`: another module for a plain bf16 linear on a CPU, otherwise itself."""
+    if not _is_packable(linear):
+        return linear
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return PackedLinear(linear)
+    return linear if why_unavailable(torch.bfloat16) else NativeLinear(linear)
 
 
 def _is_packable(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Not for subclasses: a quantised linear stores something else."""
-    plain = type(module) is nn.Linear and module.weight.dtype is torch.bfloat16 and module.weight.device.type == "cpu"
-    return plain and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return type(module) is nn.Linear and module.weight.dtype is torch.bfloat16 and module.weight.device.type == "cpu"

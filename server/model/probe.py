@@ -4,6 +4,8 @@ Nothing here goes by a model's name: the shapes of its KV cache, which linears s
 attention gives the logits of the stock one are all observed. A model that does not pass is refused at start.
 """
 
+import logging
+import math
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,9 +17,12 @@ from transformers import AttentionInterface
 from adapters.spec import MAX_SIBLINGS, ModelSpec
 from server.model import attention
 from server.model.batch import build_batch
+from server.model.blocks import BlockOps, fuse
 from server.model.kv_cache import CacheShape, KVCache
 from server.model.loader import LoadedModel, ModelRefused
 from server.sequence import SamplingParams, ScheduledBatch, ScheduledSequence, Sequence
+
+log = logging.getLogger(__name__)
 
 PROBE_TOKENS = 24
 PROBE_CHUNKS = (13, 10, 1)  # a first chunk, a second one that reads the cache, a decode step
@@ -167,6 +172,25 @@ def _compare(loaded: LoadedModel, shape: CacheShape, block_size: int) -> None:
 def relative_error(logits: torch.Tensor, expected: torch.Tensor) -> float:
     """RMS of the difference in units of the spread of `expected`; NaN where either is not finite."""
     return float((logits - expected).square().mean().sqrt() / expected.std().clamp(min=1e-6))
+
+
+@torch.inference_mode()
+def fuse_checked(loaded: LoadedModel, shape: CacheShape, block_size: int, ops: BlockOps | None) -> int:
+    """Fuse the blocks of the model, whose linears are wrapped, unless that changes what it says; how many modules."""
+    if ops is None:
+        return 0
+    before = _paged_logits(loaded, shape, block_size).float()
+    fused, undo = fuse(loaded.model, ops)
+    try:
+        error = relative_error(_paged_logits(loaded, shape, block_size).float(), before)
+    except Exception:  # a block of this structure that is called in another way
+        log.exception("the fused blocks do not run")
+        error = math.nan
+    if error < TOLERANCE[loaded.dtype]:
+        return fused
+    log.warning("the model runs without fused blocks: they differ by %.2g of the logits' spread", error)
+    undo()
+    return 0
 
 
 def _paged_logits(loaded: LoadedModel, shape: CacheShape, block_size: int) -> torch.Tensor:

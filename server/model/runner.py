@@ -10,10 +10,12 @@ from adapters.pool import AdapterPool
 from adapters.segments import NO_SEGMENTS, Segments
 from adapters.spec import ModelSpec
 from server.model.batch import ForwardBatch
+from server.model.blocks import block_ops
 from server.model.graphs import DecodeGraphs, capture_decode_graphs
 from server.model.kv_cache import CacheShape, KVCache
 from server.model.loader import LoadedModel
 from server.model.packed_linear import pack_linears, packed
+from server.model.probe import fuse_checked
 
 
 class ModelRunner:
@@ -38,6 +40,7 @@ class ModelRunner:
         self.bases = attach(self._model, spec, self.pool, loaded.head, packed)
         pack_linears(self._model)  # what is not adaptable
         self.layers = wrapped(self._model)
+        self.fused = fuse_checked(loaded, shape, block_size, block_ops(loaded.device, loaded.dtype))
         self.graphs: DecodeGraphs | None = None
         self._vocab_size = spec.vocab_size or 0
 

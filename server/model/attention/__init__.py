@@ -12,6 +12,8 @@ from transformers import AttentionInterface
 
 from server.model.attention import paged
 from server.model.batch import ForwardBatch
+from server.model.cpu import attention as native
+from server.model.cpu.library import why_unavailable
 from server.model.kv_cache import KVCache
 
 IMPLEMENTATION = "loraplex_paged"
@@ -42,15 +44,21 @@ class PagedAttention(Protocol):
 
 
 @cache
-def choose(device_type: str) -> tuple[PagedAttention, str]:
+def choose(device_type: str, dtype: torch.dtype) -> tuple[PagedAttention, str]:
     """The implementation for a device, and the reason in words for the log.
 
     cuda    Triton: one pass over the pages for prefill and decode together; made for graphs
+    cpu     C++, where there is a compiler: reads keys and values where they are
     others  plain torch: runs anywhere, and is what the others are tested against
 
     A library's kernels (FlashInfer, FlashAttention) would be one more line here. There is none yet: none was measured
     against ours on a GPU.
     """
+    if device_type == "cpu":
+        reason = why_unavailable(dtype)
+        if reason is None:
+            return native.paged_attention, "native C++ kernel"
+        return paged.paged_attention, f"plain torch: {reason}"
     if device_type != "cuda":
         return paged.paged_attention, f"plain torch: there is no faster one for {device_type}"
     try:
@@ -88,7 +96,7 @@ def _attention(
     if unknown or attention_mask is not None:
         raise UnsupportedAttention(f"attention with {', '.join(unknown) or 'an explicit mask'}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    paged_attention, _ = choose(query.device.type)
+    paged_attention, _ = choose(query.device.type, query.dtype)
     out = paged_attention(
         int(module.layer_idx),  # type: ignore[arg-type]
         query[0],

@@ -1,0 +1,63 @@
+"""C++ beside the Python that calls it: compiled on first use with the compiler of the machine, and kept in the cache
+folder.
+
+It is a plain C interface called through ctypes; its OpenMP is the one that torch has loaded, so there is no second pool
+of threads.
+"""
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
+
+
+class NativeUnavailable(Exception):
+    """There is no compiler, or it does not build the source; the message says which."""
+
+
+def build(source: Path, cache: Path | None = None) -> Path:
+    """Path of the compiled `source`, compiling it when that was not yet done on this kind of machine.
+
+    Raises `NativeUnavailable`.
+    """
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        raise NativeUnavailable("no C++ compiler was found")
+    folder = cache or _cache_folder()
+    library = folder / f"{source.stem}-{_identity(source, compiler)}.so"
+    if not library.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        _compile(compiler, source, library)
+    return library
+
+
+def _cache_folder() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "loraplex" / "kernels"
+
+
+def _identity(source: Path, compiler: str) -> str:
+    """`-march=native` code must not meet another processor: its features are part of the name."""
+    try:
+        features = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
+    except (OSError, StopIteration):
+        features = platform.processor()
+    return hashlib.sha256("\0".join([source.read_text(), compiler, *FLAGS, features]).encode()).hexdigest()[:16]
+
+
+def _compile(compiler: str, source: Path, library: Path) -> None:
+    """The library appears by one rename, so that two processes may build it at once."""
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        built = Path(folder) / library.name
+        try:
+            subprocess.run(
+                [compiler, *FLAGS, str(source), "-o", str(built)], check=True, capture_output=True, timeout=120
+            )
+        except (OSError, subprocess.SubprocessError) as error:
+            raise NativeUnavailable(f"{compiler} does not build {source.name}: {error}") from error
+        built.rename(library)

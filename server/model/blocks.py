@@ -1,0 +1,142 @@
+"""Decoder blocks of Llama's structure in fewer operations: norms, SiLU·mul, rotary embedding with attention.
+
+The modules of the model stay; what they compute with is replaced where a module has the structure below and then gives
+the same numbers. Hooks on them, and so everything that adapters do, work as before.
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from adapters.layers import LoRAGroup, LoRALinear
+from server.model.batch import ForwardBatch
+from server.model.cpu.block_ops import NativeBlockOps
+from server.model.cpu.library import why_unavailable
+from server.model.kv_cache import KVCache
+
+Undo = Callable[[], None]
+
+
+class BlockOps(Protocol):
+    """What a block does besides its linears; `[..., n]` tensors of one dtype."""
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """`weight * (x / rms(x))` over the last dimension; the normed row is rounded before it is weighted."""
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """`silu(gate) * up` from `[..., 2 * n]`, gate first."""
+
+    def rope_attention(
+        self,
+        layer: int,
+        qkv: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        batch: ForwardBatch,
+        cache: KVCache,
+        scale: float,
+        window: int | None,
+    ) -> torch.Tensor:
+        """Rotate queries and keys of `qkv` `[rows, (heads + 2 kv_heads) * head_dim]` by cos and sin `[rows, head_dim]`,
+        keep keys and values in the cache, attend: `[rows, heads * head_dim]`. `qkv` may be overwritten."""
+
+
+def fuse(model: nn.Module, ops: BlockOps) -> tuple[int, Undo]:
+    """Have the blocks of `model`, whose linears are wrapped, compute through `ops` where they can: how many modules
+    that are, and how to undo it. The caller compares the model's logits before and after, for attention is not tried
+    alone."""
+    found = {module: _replacement(module, ops) for module in model.modules()}
+    changed = {module: forward for module, forward in found.items() if forward is not None}
+    for module, forward in changed.items():
+        module.forward = forward
+
+    def undo() -> None:
+        for module in changed:
+            del module.forward
+
+    return len(changed), undo
+
+
+def _replacement(module: nn.Module, ops: BlockOps) -> Callable[..., Any] | None:
+    return _norm_forward(module, ops) or _mlp_forward(module, ops) or _attention_forward(module, ops)
+
+
+def _norm_forward(module: nn.Module, ops: BlockOps) -> Callable[..., torch.Tensor] | None:
+    eps = getattr(module, "variance_epsilon", None)
+    weight = getattr(module, "weight", None)
+    if eps is None or not isinstance(weight, torch.Tensor) or weight.dim() != 1:
+        return None
+
+    def forward(hidden_states: torch.Tensor) -> torch.Tensor:
+        return ops.rms_norm(hidden_states, module.weight, eps)  # type: ignore[arg-type]
+
+    return forward if _agrees(module, forward, weight.shape[0], weight) else None
+
+
+def _mlp_forward(module: nn.Module, ops: BlockOps) -> Callable[..., torch.Tensor] | None:
+    group = _stacked_group(module, ("gate_proj", "up_proj"))
+    down = getattr(module, "down_proj", None)
+    if group is None or down is None:
+        return None
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = down(ops.silu_mul(group(x)))
+        return output
+
+    return forward if _agrees(module, forward, group.in_features, down.weight) else None
+
+
+def _attention_forward(module: nn.Module, ops: BlockOps) -> Callable[..., Any] | None:
+    """For rotary attention over whole heads, without norms or other steps between the projections and the cache."""
+    group = _stacked_group(module, ("q_proj", "k_proj", "v_proj"))
+    children = {name for name, _ in module.named_children()}
+    if group is None or children != {"q_proj", "k_proj", "v_proj", "o_proj"} or not hasattr(module, "scaling"):
+        return None
+    own: Any = module
+
+    def forward(
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        *_: Any,
+        batch: ForwardBatch,
+        kv_cache: KVCache,
+        **__: Any,
+    ) -> tuple[torch.Tensor, None]:
+        assert attention_mask is None
+        cos, sin = position_embeddings
+        window = getattr(own, "sliding_window", None)
+        qkv = group(hidden_states)[0]
+        out = ops.rope_attention(own.layer_idx, qkv, cos[0], sin[0], batch, kv_cache, own.scaling, window)
+        return own.o_proj(out[None]), None
+
+    return forward
+
+
+def _stacked_group(module: nn.Module, names: tuple[str, ...]) -> LoRAGroup | None:
+    """The group of exactly these children, in this order."""
+    linears = [getattr(module, name, None) for name in names]
+    first = linears[0]
+    if not isinstance(first, LoRALinear) or not all(isinstance(linear, LoRALinear) for linear in linears):
+        return None
+    found = tuple(name.rpartition(".")[2] for name in first.group.names)
+    same = all(linear.group is first.group for linear in linears if isinstance(linear, LoRALinear))
+    return first.group if same and found == names else None
+
+
+@torch.inference_mode()
+def _agrees(module: nn.Module, forward: Callable[..., torch.Tensor], size: int, like: torch.Tensor) -> bool:
+    """Whether `forward` gives the module's own output for random rows, within a few roundings."""
+    x = torch.randn(1, 3, size, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
+    expected, got = module(x).float(), forward(x).float()
+    step = 4 * torch.finfo(like.dtype).eps
+    return got.shape == expected.shape and torch.allclose(got, expected, step, step * float(expected.abs().max()))
+
+
+def block_ops(device: torch.device, dtype: torch.dtype) -> BlockOps | None:
+    """The operations for a device, where there are any that beat the model's own."""
+    if device.type != "cpu" or why_unavailable(dtype) is not None:
+        return None
+    return NativeBlockOps(dtype)

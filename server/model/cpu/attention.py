@@ -1,0 +1,85 @@
+"""Paged attention on a CPU that reads keys and values where they are, prefill and decode in one call."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from server.model.batch import ForwardBatch, SequenceRows
+from server.model.cpu.library import function
+from server.model.kv_cache import KVCache
+
+_ROWS = 8  # of a prefill that one work item takes: enough items for all threads
+
+
+@dataclass(frozen=True, slots=True)
+class NativePlan:
+    """`work` `[items, 4]` int64: (first row, rows, keys that the first row sees, start of the sequence's block table in
+    `tables`)."""
+
+    work: torch.Tensor
+    tables: torch.Tensor
+
+
+def plan(batch: ForwardBatch) -> NativePlan:
+    """Made once per step, with the first layer."""
+    if batch.attention_plan is None:
+        items: list[tuple[int, int, int, int]] = []
+        tables: list[int] = []
+        for seq in batch.sequences:
+            items += [(row, rows, seen, len(tables)) for row, rows, seen in _pieces(seq)]
+            tables += seq.block_table[: seq.num_blocks(batch.block_size)]
+        batch.attention_plan = NativePlan(
+            torch.from_numpy(np.array(items, dtype=np.int64).reshape(-1, 4)),
+            torch.from_numpy(np.array(tables, dtype=np.int64)),
+        )
+    found: NativePlan = batch.attention_plan
+    return found
+
+
+def _pieces(seq: SequenceRows) -> list[tuple[int, int, int]]:
+    return [
+        (row, min(_ROWS, seq.end - row), seq.context_len - (seq.end - row) + 1)
+        for row in range(seq.start, seq.end, _ROWS)
+    ]
+
+
+def attend(
+    layer: int,
+    query: torch.Tensor,
+    batch: ForwardBatch,
+    cache: KVCache,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """`[rows, heads, head_dim]` from `query` of the same shape, any strides between its heads, over keys and values
+    that are in the cache already."""
+    keys, values, own = cache.keys[layer], cache.values[layer], plan(batch)
+    rows, heads, head_dim = query.shape
+    out = torch.empty(rows, heads, head_dim, dtype=query.dtype)
+    function("attention", query.dtype)(
+        out.data_ptr(), query.data_ptr(), query.stride(0), query.stride(1), keys.data_ptr(), values.data_ptr(),
+        own.work.data_ptr(), len(own.work), own.tables.data_ptr(), heads, keys.shape[2], head_dim, cache.block_size,
+        window or 0, scale, softcap or 0.0, torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def paged_attention(
+    layer: int,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    batch: ForwardBatch,
+    cache: KVCache,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """As `server.model.attention.paged.paged_attention`."""
+    cache.write(layer, key.transpose(0, 1), value.transpose(0, 1), batch.slot_mapping)
+    query = query.transpose(0, 1)
+    if query.stride(2) != 1:
+        query = query.contiguous()
+    return attend(layer, query, batch, cache, scale, window, softcap)

@@ -1,0 +1,58 @@
+"""ops.cpp, compiled and declared."""
+
+import ctypes
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adapters.kernels.compiled import NativeUnavailable, build
+
+SOURCE = Path(__file__).with_name("ops.cpp")
+SUFFIXES = {torch.bfloat16: "bf16", torch.float32: "f32"}
+
+_POINTER, _SIZE, _FLOAT, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
+_SIGNATURES: dict[str, list[Any]] = {
+    "pack": [_POINTER, _POINTER, _SIZE, _SIZE, _INT],
+    "linear": [_POINTER, _SIZE, _POINTER, _SIZE, _POINTER, _POINTER, _SIZE, _SIZE, _SIZE, _INT],
+    "rms_norm": [*[_POINTER] * 3, _SIZE, _SIZE, _FLOAT, _INT],
+    "silu_mul": [_POINTER, _POINTER, _SIZE, _SIZE, _INT],
+    "rope_write": [_POINTER, _SIZE, *[_POINTER] * 5, *[_SIZE] * 4, _INT],
+    "attention": [
+        _POINTER,
+        _POINTER,
+        _SIZE,
+        _SIZE,
+        *[_POINTER] * 3,
+        _SIZE,
+        _POINTER,
+        *[_SIZE] * 5,
+        *[_FLOAT] * 2,
+        _INT,
+    ],
+}
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    return ctypes.CDLL(str(build(SOURCE)))
+
+
+@cache
+def function(name: str, dtype: torch.dtype) -> "ctypes._NamedFuncPointer":
+    """The function of ops.cpp for `dtype`. Raises `NativeUnavailable`."""
+    found: ctypes._NamedFuncPointer = _library()[f"{name}_{SUFFIXES[dtype]}"]
+    found.argtypes, found.restype = _SIGNATURES[name], None
+    return found
+
+
+def why_unavailable(dtype: torch.dtype) -> str | None:
+    """Why there are no functions for `dtype`; None when there are."""
+    if dtype not in SUFFIXES:
+        return f"there are none for {dtype}"
+    try:
+        _library()
+    except NativeUnavailable as unavailable:
+        return str(unavailable)
+    return None

@@ -1,0 +1,44 @@
+"""bf16 linears for processors without bf16 arithmetic, where torch multiplies several times slower than in float32."""
+
+import torch
+from torch import nn
+
+from server.model.cpu.library import function
+
+_PANEL = 16  # outputs whose weights lie together (ops.cpp)
+
+
+class NativeLinear(nn.Module):
+    """Takes the place of an `nn.Linear` in bf16, whose own copy of the weight is let go. Sums are fp32, in one order
+    whatever the batch, and rounded once."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.bias = linear.bias
+        weight = linear.weight.detach().contiguous()
+        panels = -(-self.out_features // _PANEL)
+        self._packed = torch.zeros(panels * _PANEL * self.in_features, dtype=torch.bfloat16)
+        pack = function("pack", torch.bfloat16)
+        pack(self._packed.data_ptr(), weight.data_ptr(), self.out_features, self.in_features, 0)
+        self._linear = function("linear", torch.bfloat16)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight `[out_features, in_features]`, unpacked into a copy, bit for bit."""
+        weight = torch.empty(self.out_features, self.in_features, dtype=torch.bfloat16)
+        pack = function("pack", torch.bfloat16)
+        pack(self._packed.data_ptr(), weight.data_ptr(), self.out_features, self.in_features, 1)
+        return weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.reshape(-1, self.in_features)
+        if rows.stride(1) != 1:
+            rows = rows.contiguous()
+        y = torch.empty(*x.shape[:-1], self.out_features, dtype=torch.bfloat16)
+        self._linear(
+            y.data_ptr(), self.out_features, rows.data_ptr(), rows.stride(0), self._packed.data_ptr(),
+            None if self.bias is None else self.bias.data_ptr(), rows.shape[0], self.in_features, self.out_features,
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return y
