@@ -4,7 +4,7 @@ The modules of the model stay; what they compute with is replaced where a module
 the same numbers. Hooks on them, and so everything that adapters do, work as before.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -43,11 +43,11 @@ class BlockOps(Protocol):
         keep keys and values in the cache, attend: `[rows, heads * head_dim]`. `qkv` may be overwritten."""
 
 
-def fuse(model: nn.Module, ops: BlockOps) -> tuple[int, Undo]:
+def fuse(model: nn.Module, ops: BlockOps, windows: Mapping[int, int | None]) -> tuple[int, Undo]:
     """Have the blocks of `model`, whose linears are wrapped, compute through `ops` where they can: how many modules
     that are, and how to undo it. The caller compares the model's logits before and after, for attention is not tried
-    alone."""
-    found = {module: _replacement(module, ops) for module in model.modules()}
+    alone. `windows` are the layers' own (see `CacheShape`)."""
+    found = {module: _replacement(module, ops, windows) for module in model.modules()}
     changed = {module: forward for module, forward in found.items() if forward is not None}
     for module, forward in changed.items():
         module.forward = forward
@@ -59,8 +59,8 @@ def fuse(model: nn.Module, ops: BlockOps) -> tuple[int, Undo]:
     return len(changed), undo
 
 
-def _replacement(module: nn.Module, ops: BlockOps) -> Callable[..., Any] | None:
-    return _norm_forward(module, ops) or _mlp_forward(module, ops) or _attention_forward(module, ops)
+def _replacement(module: nn.Module, ops: BlockOps, windows: Mapping[int, int | None]) -> Callable[..., Any] | None:
+    return _norm_forward(module, ops) or _mlp_forward(module, ops) or _attention_forward(module, ops, windows)
 
 
 def _norm_forward(module: nn.Module, ops: BlockOps) -> Callable[..., torch.Tensor] | None:
@@ -88,7 +88,9 @@ def _mlp_forward(module: nn.Module, ops: BlockOps) -> Callable[..., torch.Tensor
     return forward if _agrees(module, forward, group.in_features, down.weight) else None
 
 
-def _attention_forward(module: nn.Module, ops: BlockOps) -> Callable[..., Any] | None:
+def _attention_forward(
+    module: nn.Module, ops: BlockOps, windows: Mapping[int, int | None]
+) -> Callable[..., Any] | None:
     """For rotary attention over whole heads, without norms or other steps between the projections and the cache."""
     group = _stacked_group(module, ("q_proj", "k_proj", "v_proj"))
     children = {name for name, _ in module.named_children()}
@@ -107,7 +109,7 @@ def _attention_forward(module: nn.Module, ops: BlockOps) -> Callable[..., Any] |
     ) -> tuple[torch.Tensor, None]:
         assert attention_mask is None
         cos, sin = position_embeddings
-        window = getattr(own, "sliding_window", None)
+        window = windows.get(own.layer_idx)
         qkv = group(hidden_states)[0]
         out = ops.rope_attention(own.layer_idx, qkv, cos[0], sin[0], batch, kv_cache, own.scaling, window)
         return own.o_proj(out[None]), None

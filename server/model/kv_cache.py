@@ -1,16 +1,19 @@
 """The tensors of the paged KV cache. Who owns which block is accounted for in server/engine/block_manager.py."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 
 
 @dataclass(frozen=True, slots=True)
 class CacheShape:
-    """One layer's `(key/value heads, head dimension)` each; layers may differ."""
+    """One layer's `(key/value heads, head dimension)` each; layers may differ. `windows` are how many latest keys a
+    layer's tokens see, by layer; a layer that is not in there sees all."""
 
     layers: tuple[tuple[int, int], ...]
     dtype: torch.dtype
+    windows: Mapping[int, int | None] = field(default_factory=dict)
 
     def bytes_per_token(self) -> int:
         return sum(2 * heads * head_dim for heads, head_dim in self.layers) * self.dtype.itemsize

@@ -51,7 +51,7 @@ def probe(loaded: LoadedModel, block_size: int, max_rank: int) -> tuple[CacheSha
     _check_windows(loaded.config, seen)
     if sorted(seen.kv) != list(range(len(seen.kv))) or not seen.kv:
         raise ModelRefused("its attention layers do not go through transformers' attention interface")
-    shape = CacheShape(tuple(seen.kv[layer] for layer in range(len(seen.kv))), loaded.dtype)
+    shape = CacheShape(tuple(seen.kv[layer] for layer in range(len(seen.kv))), loaded.dtype, seen.windows)
     _compare(loaded, shape, block_size)
     return shape, _spec(loaded, seen, max_rank)
 
@@ -180,7 +180,7 @@ def fuse_checked(loaded: LoadedModel, shape: CacheShape, block_size: int, ops: B
     if ops is None:
         return 0
     before = _paged_logits(loaded, shape, block_size).float()
-    fused, undo = fuse(loaded.model, ops)
+    fused, undo = fuse(loaded.model, ops, shape.windows)
     try:
         error = relative_error(_paged_logits(loaded, shape, block_size).float(), before)
     except Exception:  # a block of this structure that is called in another way

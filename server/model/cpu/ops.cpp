@@ -10,6 +10,9 @@
 #include <cstring>
 #include <memory>
 #include <vector>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -19,8 +22,6 @@ constexpr int W = 16;
 constexpr int W = 8;
 #endif
 typedef float vec __attribute__((vector_size(W * 4)));
-typedef uint32_t uvec __attribute__((vector_size(W * 4)));
-typedef uint16_t hvec __attribute__((vector_size(W * 2)));
 
 struct bf16 { uint16_t bits; };
 
@@ -44,15 +45,27 @@ inline vec load(const float* from) {
     std::memcpy(&out, from, sizeof out);
     return out;
 }
+// Compilers do not find the best instructions for these two.
+#if defined(__AVX512F__)
+inline vec all(float value) { return (vec)_mm512_set1_ps(value); }
 inline vec load(const bf16* from) {
+    return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)), 16);
+}
+#elif defined(__AVX2__)
+inline vec all(float value) { return (vec)_mm256_set1_ps(value); }
+inline vec load(const bf16* from) {
+    return (vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from)), 16);
+}
+#else
+inline vec all(float value) { return vec{} + value; }
+inline vec load(const bf16* from) {
+    typedef uint32_t uvec __attribute__((vector_size(W * 4)));
+    typedef uint16_t hvec __attribute__((vector_size(W * 2)));
     hvec narrow;
     std::memcpy(&narrow, from, sizeof narrow);
-    uvec wide = __builtin_convertvector(narrow, uvec) << 16;
-    vec out;
-    std::memcpy(&out, &wide, sizeof out);
-    return out;
+    return (vec)(__builtin_convertvector(narrow, uvec) << 16);
 }
-inline vec all(float value) { return vec{} + value; }
+#endif
 inline float sum(vec v) {
     float lanes[W], total = 0;
     std::memcpy(lanes, &v, sizeof v);
