@@ -107,6 +107,7 @@ def replaced(base: nn.Module, parameters: Mapping[str, Tensor], dtype: torch.dty
     clone = copy.copy(base)
     clone._parameters = {**base._parameters, **own}
     clone._forward_hooks, clone._forward_pre_hooks = OrderedDict(), OrderedDict()  # the base's call overlays
+    vars(clone).pop("forward", None)  # one that was put in the class's place reads the base's own parameters
     return Replaced(clone)
 
 

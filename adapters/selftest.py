@@ -116,6 +116,7 @@ def _with_parameters(base: nn.Module, parameters: dict[str, Tensor]) -> nn.Modul
     """A copy, since other threads may be reading the base."""
     clone = copy.copy(base)
     clone._parameters = {name: nn.Parameter(value, requires_grad=False) for name, value in parameters.items()}
+    vars(clone).pop("forward", None)  # the class's own is the reference
     return clone
 
 
