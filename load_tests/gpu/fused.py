@@ -1,5 +1,5 @@
 """(g) What follows a block's linears (RoPE and the KV write, SiLU, the norms), in plain torch and fused; and with
-adapters, whether expanding inside of those and shrinking on a side stream is faster than the LoRA kernels by themselves.
+adapters: is expanding inside of those, and shrinking on a side stream, faster than the LoRA kernels by themselves?
 
 All linears of a model with distinct weights and their consumers, recorded as one graph per arm:
 
