@@ -48,6 +48,8 @@ class CudaCopies:
         return in_one_piece(packed, pinned=True)
 
     def write(self, slot: Slot, packed: PackedAdapter) -> None:
+        # A step that samples nothing is not waited for: it may still read what its last sequence has let go of.
+        self._stream.wait_stream(torch.cuda.default_stream(self._device))
         with self._own_stream():
             self._pool.write(slot, moved(packed, self._device))
             arrived = torch.cuda.Event()

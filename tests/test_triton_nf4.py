@@ -77,10 +77,8 @@ def test_a_linear_takes_our_kernel_where_bitsandbytes_would_dequantise(
     from adapters.fold import dense_weight
     from server.model import nf4, triton_nf4
 
-    dense = torch.nn.Linear(128, 96, bias=bias)
     linear = bitsandbytes.nn.Linear4bit(128, 96, bias=bias, compute_dtype=torch.float32, quant_type="nf4")
-    linear.load_state_dict(dense.state_dict())
-    linear = linear.to(DEVICE).eval()
+    linear = linear.eval().requires_grad_(False).to(DEVICE)
     weight = dense_weight(linear).double()
     taken: list[int] = []
     ours = triton_nf4.nf4_matmul

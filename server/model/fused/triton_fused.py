@@ -23,20 +23,19 @@ NORM_STEP = 4  # rank columns that a program over a whole row holds at a time
 
 @triton.jit
 def row_delta(
-    v, b, lora_rows, blocks, num_rows, num_blocks, num_columns, row, linear, before, N, n, mask,
+    v, b, lora_rows, blocks, num_rows, num_blocks, row, linear, N, n, mask,
     PARTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """What the adapters of `row` add to the outputs `n` of a linear with N of them; siblings have those `before`."""
+    """What the adapters of `row` add to the outputs `n` of a linear with N of them; `b` is that linear's own."""
     inside = row < num_rows
     own = lora_rows + row * 3
     tile_row = tl.load(own, mask=inside, other=0)
     first, count = tl.load(own + 1, mask=inside, other=0), tl.load(own + 2, mask=inside, other=0)
-    b_own = b + before.to(tl.int64) * num_columns
     acc = tl.zeros(n.shape, dtype=tl.float32)
     for block in range(first, first + count):
         meta = blocks + block * 5
         scale = tl.load(meta + 4).to(tl.float32, bitcast=True)
-        b_rows = b_own + tl.load(meta + 2).to(tl.int64) * N
+        b_rows = b + tl.load(meta + 2).to(tl.int64) * N
         for start in tl.static_range(0, COLUMNS, STEP):
             column = start + tl.arange(0, STEP)
             vs = tl.zeros((STEP,), dtype=tl.float32)
@@ -62,7 +61,7 @@ def _rms_norm(
     values = tl.load(x + row.to(tl.int64) * x_stride + n, mask=mask, other=0.0).to(tl.float32)
     if LORA:
         values += row_delta(
-            v, b, lora_rows, blocks, num_rows, num_blocks, num_columns, row, 0, row * 0, N, n, mask,
+            v, b, lora_rows, blocks, num_rows, num_blocks, row, 0, N, n, mask,
             PARTS, ROWS, COLUMNS, STEP,
         )  # fmt: skip
     if ADD:
@@ -88,11 +87,11 @@ def _silu_mul(
     up = tl.load(source + N, mask=mask, other=0.0).to(tl.float32)
     if LORA:
         gate += row_delta(
-            v, b, lora_rows, blocks, num_rows, num_blocks, num_columns, row, 0, row * 0, N, n, mask,
+            v, b, lora_rows, blocks, num_rows, num_blocks, row, 0, N, n, mask,
             PARTS, ROWS, COLUMNS, STEP,
         )  # fmt: skip
         up += row_delta(
-            v, b, lora_rows, blocks, num_rows, num_blocks, num_columns, row, 1, row * 0 + N, N, n, mask,
+            v, b + num_columns.to(tl.int64) * N, lora_rows, blocks, num_rows, num_blocks, row, 1, N, n, mask,
             PARTS, ROWS, COLUMNS, STEP,
         )  # fmt: skip
     result = gate / (1 + tl.exp(-gate)) * up
@@ -122,13 +121,14 @@ def _rope_kv_write(
     other = tl.load(source + partner, mask=turned, other=0.0).to(tl.float32)
     if LORA:
         first = (head - before) * HEAD_DIM
+        b_own = b + num_columns.to(tl.int64) * (before * HEAD_DIM)
         plain += row_delta(
-            v, b, lora_rows, blocks, num_rows, num_blocks, num_columns, row, kind, before * HEAD_DIM, N, first + d, own,
+            v, b_own, lora_rows, blocks, num_rows, num_blocks, row, kind, N, first + d, own,
             PARTS, ROWS, COLUMNS, STEP,
         )  # fmt: skip
         other += row_delta(
-            v, b, lora_rows, blocks, num_rows, num_blocks, num_columns, row, kind, before * HEAD_DIM, N,
-            first + partner, turned, PARTS, ROWS, COLUMNS, STEP,
+            v, b_own, lora_rows, blocks, num_rows, num_blocks, row, kind, N, first + partner, turned,
+            PARTS, ROWS, COLUMNS, STEP,
         )  # fmt: skip
     c = tl.load(cos + row.to(tl.int64) * cos_stride + d, mask=turned, other=1.0).to(tl.float32)
     s = tl.load(sin + row.to(tl.int64) * sin_stride + d, mask=turned, other=0.0).to(tl.float32)
