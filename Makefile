@@ -13,7 +13,7 @@ test: .venv/.installed-dev ## install what tests need and run them all
 	$(BIN)/python -m pytest $(ARGS)
 
 test-gpu: ## run the Triton tests on a GPU, with the packages of $(PYTHON), which needs a CUDA build of torch
-	TRITON_INTERPRET=0 $(PYTHON) -m pytest -c /dev/null --rootdir . --noconftest -q -rs tests/test_triton_*.py $(ARGS) || test $$? -eq 5  # all skipped
+	TRITON_INTERPRET=0 $(PYTHON) -m pytest -c /dev/null --rootdir . --noconftest -q -rs tests/test_triton_*.py tests/test_copies.py $(ARGS) || test $$? -eq 5  # all skipped
 
 check: .venv/.installed-dev ## what pre-commit and CI check besides the tests
 	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy

@@ -27,6 +27,7 @@ class PackedAdapter:
     input_vectors: dict[str, Tensor] = field(default_factory=dict)
     overlays: dict[str, tuple[nn.Module, ...]] = field(default_factory=dict)
     vocab_size: int | None = None
+    flat: Tensor | None = None  # the memory of all `modules`, where they are in one piece
 
 
 def pack(weights: AdapterWeights, dtype: torch.dtype, bases: Mapping[str, nn.Module]) -> PackedAdapter:

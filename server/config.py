@@ -41,6 +41,9 @@ class ServeConfig:
     served_model_name: str = _setting("", "Name of the base model in the API; empty derives it from --model")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _setting("auto", "Precision of the base model")
     quantization: Literal["none", "nf4"] = _setting("none", "4-bit base through bitsandbytes, double quantization")
+    nf4_policy: Literal["auto", "nf4", "bf16-copy"] = _setting(
+        "auto", "4-bit linears: kept, or dequantised once at load; auto copies on a GPU with four times the memory free"
+    )
     device: str = _setting("auto", "auto, cpu, cuda or cuda:N")
     host: str = _setting("127.0.0.1", "Address to listen on; anything but loopback needs a key")
     port: int = _setting(8000, "Port to listen on; 0 takes a free one", ge=0, le=65535)

@@ -76,7 +76,32 @@ def nf4(dtype: torch.dtype) -> None:
         nf4_matmul(torch.zeros(rows, 2048, dtype=dtype), weight)
 
 
-OPERATIONS = [lora, attention, nf4]
+def fused(dtype: torch.dtype) -> None:
+    from adapters.kernels.triton_lora import TritonKernel
+    from adapters.segments import Segment, Segments
+    from server.model.fused import triton_fused
+
+    kernel = TritonKernel(CPU)
+    rows, hidden, size, heads, head_dim = 8, 4096, 14336, 8, 128
+    plan = kernel.plan(Segments(tuple(Segment(row, row + 1, 0, 32) for row in range(rows))))
+
+    def delta(in_features: int, *sizes: int) -> Any:
+        a, b = torch.zeros(len(sizes), 32, in_features, dtype=dtype), torch.zeros(32 * sum(sizes), dtype=dtype)
+        return kernel.shrink(torch.zeros(rows, in_features, dtype=dtype), a, b, sizes, plan)
+
+    x, weight = torch.zeros(rows, hidden, dtype=dtype), torch.zeros(hidden, dtype=dtype)
+    gate_up, qkv = torch.zeros(rows, 2 * size, dtype=dtype), torch.zeros(rows, 3 * heads * head_dim, dtype=dtype)
+    keys = torch.zeros(2, 16, heads, head_dim, dtype=dtype)
+    angles, slots = torch.zeros(rows, head_dim, dtype=dtype), torch.zeros(rows, dtype=torch.int64)
+    triton_fused.rms_norm(x, weight, 1e-5)
+    for adapters in (False, True):
+        triton_fused.add_rms_norm(x, x, weight, 1e-5, delta(size, hidden) if adapters else None)
+        triton_fused.silu_mul(gate_up, delta(hidden, size, size) if adapters else None)
+        siblings = delta(hidden, *[heads * head_dim] * 3) if adapters else None
+        triton_fused.rope_kv_write(qkv, angles, angles, keys, keys, slots, siblings)
+
+
+OPERATIONS = [lora, attention, nf4, fused]
 
 
 def main() -> None:

@@ -28,7 +28,9 @@ def test_it_measures_every_section_and_writes_what_it_found(tmp_path: Path) -> N
     assert done.returncode == 0, done.stdout + done.stderr
     written = json.loads(next(tmp_path.glob("smoke-*.json")).read_text())
     results = written["results"]
-    assert {row["section"] for row in results} == {"ceilings", "decode", "prefill", "streams", "kernels", "nf4"}
+    sections = {"ceilings", "decode", "prefill", "loading", "streams", "kernels", "fused", "nf4"}
+    assert {row["section"] for row in results} == sections
+    assert {row["arm"] for row in results if row["section"] == "fused"} == {"torch", "base", "expand", "fused", "side"}
     assert {(row["rows"], row["adapters"]) for row in results if row["section"] == "decode"} == {
         (1, 0), (1, 1), (2, 0), (2, 1), (2, 2),
     }  # fmt: skip

@@ -5,6 +5,10 @@ from typing import Any
 import pytest
 import torch
 
+from adapters import upload
+from server.model import draw as drawing
+from server.model import sampler
+from server.model.draw import FEW, draws_of, plan_draws
 from server.model.sampler import Sample, sample
 from server.sequence import SamplingParams, Sequence
 
@@ -221,3 +225,50 @@ def test_draws_beyond_the_last_kept_token_are_impossible() -> None:
     logits[:, 0] = 20.0
     tokens = pick(logits, *(make_seq(seed=seed, top_k=2) for seed in range(5000)))
     assert set(tokens) <= {0, 1}
+
+
+LARGE = [{}, {"top_k": 7}, {"top_k": 2000}, {"top_p": 0.3}, {"top_p": 0.999}, {"min_p": 0.5}, {"min_p": 1e-4}]
+
+
+def test_each_way_of_drawing_gives_the_token_that_sorting_the_vocabulary_gives() -> None:
+    """On a CPU few candidates are tried first; top-p 0.999 and min-p 1e-4 keep more of this vocabulary than those."""
+    logits = torch.randn(1, 4 * FEW, generator=torch.Generator().manual_seed(0)).expand(200, -1)
+    assert ((logits[0].softmax(-1).sort().values.cumsum(-1)) > 1e-3).sum() > FEW
+    for params in LARGE[1:]:
+        seqs = [make_seq(**params, seed=seed) for seed in range(200)]
+        drawn = []
+        for on_cpu in (True, False):
+            arrays, *counts = plan_draws(seqs, 4 * FEW, on_cpu)
+            drawn.append(drawing.draw(logits, draws_of([torch.from_numpy(array) for array in arrays], *counts)))
+        assert torch.equal(*drawn), params
+
+
+def test_a_row_draws_the_same_beside_rows_that_are_drawn_in_other_ways() -> None:
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(len(LARGE), 4 * FEW, generator=generator)
+    for seed in range(20):
+        seqs = [make_seq(**params, seed=seed + 100 * row) for row, params in enumerate(LARGE)]
+        seqs.append(make_seq(temperature=0.0))
+        rows = torch.cat([logits, logits[:1]])
+        alone = [pick(rows[row : row + 1], seq)[0] for row, seq in enumerate(seqs)]
+        assert pick(rows, *seqs) == alone
+        assert pick(rows.flip(0), *reversed(seqs)) == alone[::-1]
+
+
+def test_parameters_go_to_the_device_in_one_copy_and_results_come_back_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    copies: list[str] = []
+    up, down = upload.upload, sampler.download
+    monkeypatch.setattr(upload, "upload", lambda *given: (copies.append("up"), up(*given))[1])
+    monkeypatch.setattr(sampler, "download", lambda tensor: (copies.append("down"), down(tensor))[1])
+    everything = make_seq(
+        prompt=(3, 4), output=(5,), top_p=0.9, logprobs=3, min_tokens=9, logit_bias={1: 2.0}, presence_penalty=1.0,
+        repetition_penalty=1.3,
+    )  # fmt: skip
+    assert (
+        len(sample(random_logits(3), [everything, make_seq(top_k=3), make_seq(temperature=0.0)], EOS, [24, 20, 24]))
+        == 3
+    )
+    assert copies == ["up", "down"]
+    copies.clear()
+    pick(random_logits(), make_seq(temperature=0.0))
+    assert copies == ["down"]

@@ -67,3 +67,27 @@ def test_layouts_that_the_kernel_does_not_know_are_refused() -> None:
         packed, state = functional.quantize_4bit(dense, **{"blocksize": 64, **options})
         with pytest.raises(ValueError, match="in blocks of"):
             nf4_weight(packed, state)
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+def test_a_linear_takes_our_kernel_where_bitsandbytes_would_dequantise(
+    bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    from adapters.fold import dense_weight
+    from server.model import nf4, triton_nf4
+
+    linear = bitsandbytes.nn.Linear4bit(128, 96, bias=bias, compute_dtype=torch.float32, quant_type="nf4")
+    linear = linear.eval().requires_grad_(False).to(DEVICE)
+    weight = dense_weight(linear).double()
+    taken: list[int] = []
+    ours = triton_nf4.nf4_matmul
+    monkeypatch.setattr(triton_nf4, "nf4_matmul", lambda x, own: (taken.append(len(x)), ours(x, own))[1])
+    wrapped = nf4.NF4Linear(linear)
+    for rows in (1, 7, 8, 64, 65):
+        x = torch.randn(1, rows, 128, generator=torch.Generator().manual_seed(rows)).to(DEVICE)
+        want = x.double() @ weight.T + (0 if linear.bias is None else linear.bias.double())
+        torch.testing.assert_close(wrapped(x).double(), want, atol=1e-4, rtol=1e-4)
+    assert taken == [8, 64]
+    assert wrapped.weight is linear.weight and wrapped.bias is linear.bias
+    assert (wrapped.in_features, wrapped.out_features) == (128, 96)

@@ -13,14 +13,13 @@ Tile sizes are chosen by arithmetic and are not yet measured on a GPU.
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import torch
 import triton
 import triton.language as tl
 
-from adapters.kernels.triton_plan import BLOCK_COLUMNS, Metadata, build
+from adapters.kernels.triton_plan import BLOCK_COLUMNS, Metadata, build, rows_of
 from adapters.segments import Segment, Segments
 from adapters.spec import MAX_SIBLINGS
 from adapters.upload import upload
@@ -90,12 +89,14 @@ def _expand(
 
 @dataclass(slots=True)
 class TritonPlan:
-    """`metadata` holds `num_tiles` tiles, then `num_blocks` blocks (see triton_plan.py), int32 on the device; those
-    that no step needs are zero. `tile_rows` is the height of a tile, `items` are the segments in there."""
+    """`metadata` holds `num_tiles` tiles, then `num_blocks` blocks, then `num_rows` rows (see triton_plan.py), int32 on
+    the device; those that no step needs are zero. `tile_rows` is the height of a tile, `items` are the segments in
+    there."""
 
     metadata: torch.Tensor
     num_tiles: int
     num_blocks: int
+    num_rows: int
     tile_rows: int
     items: tuple[Segment, ...]
 
@@ -106,6 +107,26 @@ class TritonPlan:
     @property
     def blocks(self) -> torch.Tensor:
         return self.metadata[self.num_tiles * TILE_FIELDS :]
+
+    @property
+    def rows(self) -> torch.Tensor:
+        return self.blocks[self.num_blocks * BLOCK_FIELDS :]
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What the step's adapters add to linears over one input, as far as `shrink` computed it: `v` `[linears, parts,
+    blocks, tile rows, block columns]` in float32, and what it is to be multiplied with."""
+
+    v: torch.Tensor
+    b: torch.Tensor
+    columns: int  # of b, for each linear
+    sizes: tuple[int, ...]
+    plan: TritonPlan
+
+    @property
+    def parts(self) -> int:
+        return self.v.shape[1]
 
 
 class TritonKernel:
@@ -124,14 +145,16 @@ class TritonKernel:
         is_decode = sum(end - start for start, end in rows) <= DECODE_ROWS * len(rows)
         tile_rows = DECODE_ROWS if is_decode else PREFILL_ROWS
         tiles, blocks = build(items, tile_rows)
-        metadata = upload(_packed(tiles, blocks, len(tiles), len(blocks)), self._device)
-        return TritonPlan(metadata, len(tiles), len(blocks), tile_rows, items)
+        num_rows = max((end for _, end in rows), default=0)
+        metadata = upload(_packed(tiles, blocks, len(tiles), len(blocks), num_rows), self._device)
+        return TritonPlan(metadata, len(tiles), len(blocks), num_rows, tile_rows, items)
 
     def static_plan(self, rows: int) -> TritonPlan:
         """An empty plan whose capacity is a decode step of `rows` rows; a captured graph keeps reading it."""
         num_blocks = max(rows * GRAPH_BLOCKS_PER_ROW, BLOCK_COLUMNS)
-        metadata = torch.zeros(rows * TILE_FIELDS + num_blocks * BLOCK_FIELDS, dtype=torch.int32, device=self._device)
-        return TritonPlan(metadata, rows, num_blocks, DECODE_ROWS, ())
+        none = np.zeros((0, 0), dtype=np.int32)
+        metadata = upload(_packed(none, none, rows, num_blocks, rows), self._device)
+        return TritonPlan(metadata, rows, num_blocks, rows, DECODE_ROWS, ())
 
     def refill(self, plan: TritonPlan, segments: Segments) -> bool:
         """Make `plan`, from `static_plan`, describe `segments` in its place; False, and no change, if they do not
@@ -141,7 +164,7 @@ class TritonKernel:
         tiles, blocks = build(segments.items, plan.tile_rows)
         if len(tiles) > plan.num_tiles or len(blocks) > plan.num_blocks:
             return False
-        packed = _packed(tiles, blocks, plan.num_tiles, plan.num_blocks)
+        packed = _packed(tiles, blocks, plan.num_tiles, plan.num_blocks, plan.num_rows)
         plan.metadata.copy_(upload(packed, self._device))
         plan.items = segments.items
         return True
@@ -155,20 +178,31 @@ class TritonKernel:
         sizes: tuple[int, ...],
         plan: TritonPlan,
     ) -> None:
+        self.expand(y, self.shrink(x, a, b, sizes, plan))
+
+    def shrink(
+        self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, sizes: tuple[int, ...], plan: TritonPlan
+    ) -> Delta:
+        """The first half of `add_lora`, which does not need the linears' output."""
         linears, columns, in_features = a.shape
         assert len(sizes) == linears <= MAX_SIBLINGS, (sizes, a.shape)
         part, parts = _parts(in_features)
-        v_size = linears * parts * plan.num_blocks * plan.tile_rows * BLOCK_COLUMNS
-        v = torch.empty(v_size, dtype=torch.float32, device=y.device)
-        shape: dict[str, Any] = {"ROWS": plan.tile_rows, "COLUMNS": BLOCK_COLUMNS}
+        v = torch.empty(
+            (linears, parts, plan.num_blocks, plan.tile_rows, BLOCK_COLUMNS), dtype=torch.float32, device=x.device
+        )
         _shrink[(plan.num_blocks, parts, linears)](
             x, a, plan.blocks, v, x.stride(0), plan.num_blocks, a.stride(0),
-            K=in_features, PART=part, BLOCK_K=BLOCK_IN, **shape,
+            K=in_features, PART=part, BLOCK_K=BLOCK_IN, ROWS=plan.tile_rows, COLUMNS=BLOCK_COLUMNS,
         )  # fmt: skip
-        absent = (0,) * (MAX_SIBLINGS - linears)
-        _expand[(plan.num_tiles, triton.cdiv(max(sizes), BLOCK_OUT), linears)](
-            y, b, plan.tiles, plan.blocks, v, y.stride(0), plan.num_blocks, columns, *sizes, *absent,
-            PARTS=parts, BLOCK_N=BLOCK_OUT, **shape,
+        return Delta(v, b, columns, sizes, plan)
+
+    def expand(self, y: torch.Tensor, delta: Delta) -> None:
+        """The second half."""
+        plan, sizes = delta.plan, delta.sizes
+        absent = (0,) * (MAX_SIBLINGS - len(sizes))
+        _expand[(plan.num_tiles, triton.cdiv(max(sizes), BLOCK_OUT), len(sizes))](
+            y, delta.b, plan.tiles, plan.blocks, delta.v, y.stride(0), plan.num_blocks, delta.columns, *sizes, *absent,
+            PARTS=delta.parts, BLOCK_N=BLOCK_OUT, ROWS=plan.tile_rows, COLUMNS=BLOCK_COLUMNS,
         )  # fmt: skip
 
 
@@ -179,8 +213,7 @@ def _parts(in_features: int) -> tuple[int, int]:
     return part, triton.cdiv(in_features, part)
 
 
-def _packed(tiles: Metadata, blocks: Metadata, num_tiles: int, num_blocks: int) -> Metadata:
-    packed = np.zeros(num_tiles * TILE_FIELDS + num_blocks * BLOCK_FIELDS, dtype=np.int32)
-    packed[: tiles.size] = tiles.ravel()
-    packed[num_tiles * TILE_FIELDS :][: blocks.size] = blocks.ravel()
-    return packed
+def _packed(tiles: Metadata, blocks: Metadata, num_tiles: int, num_blocks: int, num_rows: int) -> Metadata:
+    tables = ((tiles, num_tiles * TILE_FIELDS), (blocks, num_blocks * BLOCK_FIELDS), (rows_of(tiles, num_rows), 0))
+    padded = [np.pad(table.ravel(), (0, max(size - table.size, 0))) for table, size in tables]
+    return np.concatenate(padded)

@@ -36,6 +36,15 @@ def build(segments: Sequence[Segment], tile_rows: int) -> tuple[Metadata, Metada
     return np.array(tiles, dtype=np.int32).reshape(-1, 4), np.column_stack([packed, scales])
 
 
+def rows_of(tiles: Metadata, num_rows: int) -> Metadata:
+    """The same by row, `[num_rows, 3]`: its place in its tile, first block, blocks. Base rows have no blocks."""
+    rows = np.zeros((num_rows, 3), dtype=np.int32)
+    for first_row, count, first_block, blocks in tiles.reshape(-1, 4):
+        own = rows[first_row : first_row + count]
+        own[:, 0], own[:, 1:] = np.arange(count), (first_block, blocks)
+    return rows
+
+
 def _spans(segments: Sequence[Segment]) -> Iterator[tuple[int, int, list[Segment]]]:
     """The batch's rows cut where a segment starts or ends, with the segments over each piece by column."""
     starting: dict[int, list[Segment]] = defaultdict(list)

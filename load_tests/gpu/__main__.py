@@ -58,7 +58,7 @@ def interpreted() -> Iterator[None]:
 
 
 def run(smoke: bool, seconds: float, wheels: dict[str, Path], out: Path) -> None:
-    from load_tests.gpu import ceilings, kernels, nf4, setting, writing
+    from load_tests.gpu import ceilings, fused, kernels, nf4, setting, writing
 
     own = setting.smoke() if smoke else setting.full()
     report = setting.Report(own, time.monotonic() + seconds)
@@ -68,6 +68,7 @@ def run(smoke: bool, seconds: float, wheels: dict[str, Path], out: Path) -> None
         ("ceilings", 0, partial(ceilings.run, report)),
         (f"steps of {main_shape.name}", 120, partial(whole_model, report, main_shape)),
         ("kernels", 60, partial(kernels.run, report, main_shape, wheels)),
+        ("fused", 60, partial(fused.run, report, main_shape)),
         ("nf4", 30, partial(nf4.run, report, main_shape)),
         *((f"steps of {shape.name}", 60, partial(whole_model, report, shape)) for shape in own.shapes[1:]),
     ]
@@ -85,13 +86,14 @@ def run(smoke: bool, seconds: float, wheels: dict[str, Path], out: Path) -> None
 
 
 def whole_model(report: Report, shape: Shape) -> None:
-    from load_tests.gpu import steps, streams
+    from load_tests.gpu import loading, steps, streams
     from load_tests.gpu.models import build_runner, record
 
     runner = build_runner(shape, report.setting)
     graphs = record(runner, report.setting)
     steps.decode(report, shape, runner, graphs)
     steps.prefill(report, shape, runner)
+    loading.run(report, shape, runner, graphs)
     streams.run(report, shape, runner, graphs)
 
 

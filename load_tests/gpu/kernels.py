@@ -38,13 +38,13 @@ def run(report: Report, shape: Shape, wheels: Mapping[str, Path]) -> None:
     kernels = {
         name: (rivals.vllm_kernels if name == "vllm" else rivals.sglang_kernels)(wheels[name]) for name in wheels
     }
-    stack = _stack(shape, setting)
+    stack = stacks(shape, setting)
     for rows in setting.rows:
         for adapters in sorted({count for count in (1, 8, rows) if count <= rows}):
             _compare(report, shape, stack, rows, adapters, kernels)
 
 
-def _stack(shape: Shape, setting: Setting) -> Stack:
+def stacks(shape: Shape, setting: Setting) -> Stack:
     kv = shape.kv_heads * shape.head_dim
     sizes = [
         (shape.hidden, [shape.heads * shape.head_dim, kv, kv]),
@@ -126,12 +126,17 @@ def _stacked(slots: list[int], adapters: int, setting: Setting) -> Callable[[Gro
     plan = kernel.plan(segments(len(slots), adapters, setting))
 
     def prepared(group: Group) -> Apply:
-        a = group.a.transpose(0, 1).flatten(1, 2).contiguous()
-        b = torch.cat([weight.transpose(1, 2).flatten() for weight in group.b])
-        sizes = tuple(weight.shape[1] for weight in group.b)
+        a, b, sizes = stacked_group(group)
         return lambda y, x: kernel.add_lora(y, x, a, b, sizes, plan)
 
     return prepared
+
+
+def stacked_group(group: Group) -> tuple[torch.Tensor, torch.Tensor, tuple[int, ...]]:
+    """A, B and sizes as `add_lora` takes them for siblings."""
+    a = group.a.transpose(0, 1).flatten(1, 2).contiguous()
+    b = torch.cat([weight.transpose(1, 2).flatten() for weight in group.b])
+    return a, b, tuple(weight.shape[1] for weight in group.b)
 
 
 def _forward(stack: Stack, rows: int, appliers: list[Apply]) -> None:

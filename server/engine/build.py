@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from adapters.copies import copies_for
 from adapters.host_cache import HostCache
 from adapters.merge import Room, merge
 from adapters.pack import PackedAdapter, pack
@@ -44,7 +45,9 @@ def build_engine(config: ServeConfig) -> tuple[Engine, EngineInfo]:
     """Load the model and put an engine around it. Raises `ModelRefused` with the reason."""
     if config.threads:
         torch.set_num_threads(config.threads)
-    loaded = load_model(config.model, config.dtype, config.quantization, config.device, config.max_model_len)
+    loaded = load_model(
+        config.model, config.dtype, config.quantization, config.device, config.max_model_len, config.nf4_policy
+    )
     shape, spec = probe(loaded, BLOCK_SIZE, config.max_adapter_rank)
     num_blocks, max_model_len = _size_kv_cache(config, loaded, shape)
     num_pages = _size_pool(config, spec, loaded.dtype)
@@ -68,11 +71,16 @@ def build_engine(config: ServeConfig) -> tuple[Engine, EngineInfo]:
 
 def _residency(config: ServeConfig, spec: ModelSpec, runner: ModelRunner, num_pages: int) -> Residency[PackedAdapter]:
     store = AdapterStore(config.data_dir / "store")
+    copies = copies_for(runner.pool, runner.device)
+
+    def read(digest: str) -> PackedAdapter:
+        return copies.stage(pack(load(store.path(digest), spec, digest), runner.pool.dtype, runner.bases))
+
     return Residency(
         SlotTable(config.adapter_slots, num_pages),
         HostCache(config.adapter_host_bytes),
-        read=lambda digest: pack(load(store.path(digest), spec, digest), runner.pool.dtype, runner.bases),
-        write=runner.pool.write,
+        read=read,
+        write=copies.write,
         max_pages=pages_of(config.max_adapter_rank),
         on_thread_start=_stay_single_threaded,
     )
@@ -186,6 +194,7 @@ def _info(
             "device": str(loaded.device),
             "dtype": str(loaded.dtype).removeprefix("torch."),
             "quantization": config.quantization,
+            **({"nf4_policy": loaded.nf4} if loaded.nf4 else {}),
             "attention": attention.choose(loaded.device.type, loaded.dtype)[1],
             "lora_kernel": runner.kernel_reason,
             "cuda_graphs": graphs,

@@ -12,6 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from server.model.gguf import load_gguf
+from server.model.nf4 import Policy, apply_policy
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # RoPE whose frequencies depend on the longest sequence at hand: in a batch, one request would change the others.
@@ -32,10 +33,13 @@ class LoadedModel:
     head: str  # name of the output head's module
     linears: dict[str, tuple[int, int]]  # every linear by name, with (in_features, out_features)
     eos_token_ids: frozenset[int]
-    fingerprint: str  # 12 hex digits
+    fingerprint: str  # 12 hex digits; of the quantised weights, whatever is computed with
+    nf4: str = ""  # what became of 4-bit linears, in words
 
 
-def load_model(path: str, dtype: str, quantization: str, device: str, max_model_len: int) -> LoadedModel:
+def load_model(
+    path: str, dtype: str, quantization: str, device: str, max_model_len: int, nf4_policy: Policy = "auto"
+) -> LoadedModel:
     """Load the causal LM at `path` (folder, .gguf file or hub id) for inference.
 
     `max_model_len` 0 takes the model's own limit. Raises `ModelRefused`.
@@ -53,6 +57,8 @@ def load_model(path: str, dtype: str, quantization: str, device: str, max_model_
     head = next((name for name, module in model.named_modules() if module is head_module), None)
     if head is None:
         raise ModelRefused("the model has no output head")
+    fingerprint = _fingerprint(model, quantization)
+    nf4 = apply_policy(model, nf4_policy, model.dtype, where) if quantization == "nf4" else ""
     return LoadedModel(
         model=model,
         config=config,
@@ -62,7 +68,8 @@ def load_model(path: str, dtype: str, quantization: str, device: str, max_model_
         head=head,
         linears=linears,
         eos_token_ids=_eos_token_ids(model),
-        fingerprint=_fingerprint(model, quantization),
+        fingerprint=fingerprint,
+        nf4=nf4,
     )
 
 

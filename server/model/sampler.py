@@ -3,15 +3,20 @@
 Order of operations, as in OpenAI's and vLLM's servers: log-probabilities are taken of the untouched distribution; then
 logit bias, penalties, temperature, top-k, top-p, min-p, and one uniform number per row picks from what is left. That
 number is a hash of the row's seed and position, so a seeded answer does not depend on who else was in the batch.
+
+What the rows ask for goes to the device in one copy, and what was found comes back in one. Nothing waits in between.
 """
 
-import hashlib
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-from server.sequence import SamplingParams, Sequence, TokenLogprobs
+from adapters.upload import download, upload_all
+from server.model.draw import Array, Draws, draw, draws_of, plan_draws
+from server.sequence import Sequence, TokenLogprobs
 
 
 @dataclass(slots=True)
@@ -22,119 +27,146 @@ class Sample:
     logprobs: TokenLogprobs | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What the rows ask for, on the device. `scored` are the rows that want log-probabilities, `num_top` the most that
+    any of them wants; `limits` `[rows, 1]` are vocabulary sizes, None when nothing is beyond them."""
+
+    draws: Draws
+    scored: torch.Tensor
+    num_top: int
+    limits: torch.Tensor | None
+    changes: list[torch.Tensor]
+
+
 def sample(
     logits: torch.Tensor, seqs: list[Sequence], eos_token_ids: frozenset[int], vocab_sizes: list[int] | None = None
 ) -> list[Sample]:
     """Next tokens of `seqs` from `logits` `[len(seqs), vocab]` (any float dtype), each from the first
     `vocab_sizes[row]` of them (None: from all)."""
+    return start(logits, seqs, eos_token_ids, vocab_sizes)()
+
+
+def start(
+    logits: torch.Tensor, seqs: list[Sequence], eos_token_ids: frozenset[int], vocab_sizes: list[int] | None = None
+) -> Callable[[], list[Sample]]:
+    """Queue the work of `sample` on the device without waiting for it. The call of what this returns waits; it must
+    come before `seqs` change."""
+    asked = _ask(logits, seqs, eos_token_ids, vocab_sizes)
     logits = logits.float()
     finite = torch.isfinite(logits.amax(-1)) & torch.isfinite(logits.amin(-1))
-    if vocab_sizes is not None and min(vocab_sizes) < logits.shape[-1]:
-        logits = _within(logits, vocab_sizes)
-    logprobs = _logprobs(logits, seqs)
-    logits = _adjusted(logits, seqs, eos_token_ids)
-    chosen = logits.argmax(-1)
-    random_rows = [row for row, seq in enumerate(seqs) if seq.sampling.temperature > 0]
-    if random_rows:
-        chosen[random_rows] = _draw(logits[random_rows], [seqs[row] for row in random_rows])
-    samples = [Sample(token if ok else -1) for token, ok in zip(chosen.tolist(), finite.tolist(), strict=True)]
-    for row, row_logprobs in logprobs.items():
-        if samples[row].token_id >= 0:
-            samples[row].logprobs = _describe(row_logprobs, samples[row].token_id, seqs[row].sampling.logprobs or 0)
-    return samples
+    chosen, *scores = [logits.argmax(-1)] if asked is None else _sampled(logits, asked)
+    found = download(torch.cat([torch.where(finite, chosen, -1).double(), *scores]))
+    return lambda: _samples(found().tolist(), seqs, 0 if asked is None else asked.num_top)
 
 
-def _within(logits: torch.Tensor, vocab_sizes: list[int]) -> torch.Tensor:
-    """A copy in which tokens beyond a row's vocabulary cannot be chosen."""
-    sizes = torch.tensor(vocab_sizes, device=logits.device)[:, None]
-    return logits.masked_fill(torch.arange(logits.shape[-1], device=logits.device) >= sizes, -torch.inf)
+def _sampled(logits: torch.Tensor, asked: _Asked) -> list[torch.Tensor]:
+    """Tokens `[rows]` int64, and then what `_scores` finds, flat."""
+    if asked.limits is not None:
+        beyond = torch.arange(logits.shape[-1], device=logits.device) >= asked.limits
+        logits = logits.masked_fill(beyond, -torch.inf)
+    changed = _changed(logits, asked.changes)
+    chosen = changed.argmax(-1)
+    if len(asked.draws.rows):
+        chosen.index_copy_(0, asked.draws.rows, draw(changed, asked.draws))
+    return [chosen, _scores(logits, chosen, asked).flatten()] if len(asked.scored) else [chosen]
 
 
-def _logprobs(logits: torch.Tensor, seqs: list[Sequence]) -> dict[int, torch.Tensor]:
-    rows = [row for row, seq in enumerate(seqs) if seq.sampling.logprobs is not None]
-    if not rows:
-        return {}
-    return dict(zip(rows, logits[rows].log_softmax(-1), strict=True))
+def _ask(
+    logits: torch.Tensor, seqs: list[Sequence], eos_token_ids: frozenset[int], vocab_sizes: list[int] | None
+) -> _Asked | None:
+    """None when every row takes the likeliest of all tokens and nothing else is asked."""
+    vocab, device = logits.shape[-1], logits.device
+    sizes = vocab_sizes if vocab_sizes is not None and min(vocab_sizes) < vocab else []
+    if not sizes and not any(_asks(seq) for seq in seqs):
+        return None
+    scored = [row for row, seq in enumerate(seqs) if seq.sampling.logprobs is not None]
+    draws, num_plain, num_few = plan_draws(seqs, vocab, device.type == "cpu")
+    own = [np.array(rows, dtype=np.int64) for rows in (scored, sizes)]
+    uploaded = upload_all([*own, *draws, *_changes(seqs, eos_token_ids)], device)
+    return _Asked(
+        draws_of(uploaded[2:5], num_plain, num_few),
+        uploaded[0],
+        max((seqs[row].sampling.logprobs or 0 for row in scored), default=0),
+        uploaded[1][:, None] if sizes else None,
+        uploaded[5:],
+    )
 
 
-def _describe(logprobs: torch.Tensor, token_id: int, num_top: int) -> TokenLogprobs:
-    chosen = logprobs[token_id]
-    values, indices = logprobs.topk(num_top)
-    top = list(zip(indices.tolist(), values.tolist(), strict=True))
-    return TokenLogprobs(chosen.item(), int((logprobs > chosen).sum().item()) + 1, top)
+def _asks(seq: Sequence) -> bool:
+    p = seq.sampling
+    penalised = p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1.0
+    return bool(
+        p.temperature > 0 or p.logprobs is not None or penalised or p.logit_bias or seq.num_output_tokens < p.min_tokens
+    )
 
 
-def _adjusted(logits: torch.Tensor, seqs: list[Sequence], eos_token_ids: frozenset[int]) -> torch.Tensor:
+def _changes(seqs: list[Sequence], eos_token_ids: frozenset[int]) -> list[Array]:
+    """Bias, repetition penalties, and what counts after those: three tables of (row, token) `[2, entries]` int64 and
+    numbers `[entries]` float32."""
+    bias, repeated, after = [], [], []
+    for row, seq in enumerate(seqs):
+        params = seq.sampling
+        if params.logit_bias:
+            bias.append((row, [*params.logit_bias], [*params.logit_bias.values()]))
+        if params.repetition_penalty != 1.0:  # over prompt and answer, as in transformers
+            repeated.append((row, [*set(seq.token_ids)], params.repetition_penalty))
+        if params.presence_penalty or params.frequency_penalty:
+            counts = Counter(seq.output_token_ids)
+            penalties = [-params.frequency_penalty * times - params.presence_penalty for times in counts.values()]
+            after.append((row, [*counts], penalties))
+        if seq.num_output_tokens < params.min_tokens:
+            after.append((row, [*eos_token_ids | set(params.stop_token_ids)], -np.inf))
+    return [array for table in (bias, repeated, after) for array in _table(table)]
+
+
+def _table(entries: list[tuple[int, list[int], list[float] | float]]) -> tuple[Array, Array]:
+    places, numbers = [np.zeros((2, 0), np.int64)], [np.zeros(0, np.float32)]
+    for row, tokens, values in entries:
+        places.append(np.array([np.full(len(tokens), row), tokens], dtype=np.int64))
+        numbers.append(np.broadcast_to(np.array(values, dtype=np.float32), len(tokens)))
+    return np.concatenate(places, 1), np.concatenate(numbers)
+
+
+def _changed(logits: torch.Tensor, changes: list[torch.Tensor]) -> torch.Tensor:
     """Logits after bias, penalties and `min_tokens`; a copy only where a row asks for any of them."""
-    rows = [row for row, seq in enumerate(seqs) if _adjusts(seq)]
-    if rows:
-        logits = logits.clone()
-        for row in rows:
-            _adjust_row(logits[row], seqs[row], eos_token_ids)
+    bias_at, bias, repeated, repetition, after_at, after = changes
+    if len(bias) + len(repetition) + len(after) == 0:
+        return logits
+    logits = logits.clone()
+    if len(bias):
+        logits.index_put_((*bias_at,), bias, accumulate=True)
+    if len(repetition):
+        values = logits[*repeated]
+        logits[*repeated] = torch.where(values > 0, values / repetition, values * repetition)
+    if len(after):
+        logits.index_put_((*after_at,), after, accumulate=True)
     return logits
 
 
-def _adjusts(seq: Sequence) -> bool:
-    p = seq.sampling
-    penalised = p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1.0
-    return bool(penalised or p.logit_bias or seq.num_output_tokens < p.min_tokens)
+def _scores(logits: torch.Tensor, chosen: torch.Tensor, asked: _Asked) -> torch.Tensor:
+    """Per scored row: the chosen token's log-probability and rank, then the likeliest tokens and theirs.
+
+    `[scored, 2 + 2 * num_top]` in float64, which holds all of these exactly."""
+    logprobs = logits[asked.scored].log_softmax(-1)
+    own = logprobs.gather(-1, chosen[asked.scored][:, None])
+    rank = (logprobs > own).sum(-1, keepdim=True) + 1
+    values, tokens = logprobs.topk(asked.num_top, -1)
+    return torch.cat([part.double() for part in (own, rank, tokens, values)], 1)
 
 
-def _adjust_row(logits: torch.Tensor, seq: Sequence, eos_token_ids: frozenset[int]) -> None:
-    params = seq.sampling
-    if params.logit_bias:
-        indices = torch.tensor(list(params.logit_bias), device=logits.device)
-        logits[indices] += torch.tensor(list(params.logit_bias.values()), device=logits.device)
-    if params.repetition_penalty != 1.0:  # over prompt and answer, as in transformers
-        seen = torch.tensor(sorted(set(seq.token_ids)), device=logits.device)
-        values = logits[seen]
-        logits[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
-    if params.presence_penalty or params.frequency_penalty:
-        _penalise_answer(logits, seq.output_token_ids, params)
-    if seq.num_output_tokens < params.min_tokens:
-        logits[sorted(eos_token_ids | set(params.stop_token_ids))] = -torch.inf
+def _samples(found: list[float], seqs: list[Sequence], num_top: int) -> list[Sample]:
+    samples = [Sample(int(token)) for token in found[: len(seqs)]]
+    at, width = len(seqs), 2 + 2 * num_top
+    for sampled, seq in zip(samples, seqs, strict=True):
+        if seq.sampling.logprobs is not None:
+            if sampled.token_id >= 0:
+                sampled.logprobs = _described(found[at : at + width], num_top, seq.sampling.logprobs)
+            at += width
+    return samples
 
 
-def _penalise_answer(logits: torch.Tensor, output: list[int], params: SamplingParams) -> None:
-    counts = Counter(output)
-    if counts:
-        tokens = torch.tensor(list(counts), device=logits.device)
-        times = torch.tensor(list(counts.values()), device=logits.device)
-        logits[tokens] -= params.frequency_penalty * times + params.presence_penalty
-
-
-def _draw(logits: torch.Tensor, seqs: list[Sequence]) -> torch.Tensor:
-    """Inverse-CDF sampling, `[rows]` int64, over logits sorted best first."""
-    device = logits.device
-    # Below 1e-5 it is greedy anyway, and logits divided by it would overflow.
-    temperature = torch.tensor([max(seq.sampling.temperature, 1e-5) for seq in seqs], device=device)[:, None]
-    probs, order = (logits / temperature).softmax(-1).sort(-1, descending=True)
-    probs = _truncated(probs, seqs)
-    cumulative = probs.cumsum(-1)
-    uniform = torch.tensor([_uniform(seq) for seq in seqs], device=device)[:, None]
-    picked = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
-    last_kept = (probs > 0).sum(-1, keepdim=True) - 1  # rounding must not pick a token that was cut off
-    last_kept = last_kept.clamp(min=0)  # a row of NaN keeps none; its token is thrown away by the caller
-    return order.gather(-1, picked.minimum(last_kept)).squeeze(-1)
-
-
-def _truncated(probs: torch.Tensor, seqs: list[Sequence]) -> torch.Tensor:
-    """Zero what top-k, top-p and min-p exclude; `probs` `[rows, vocab]` is sorted, the best always stays."""
-    vocab, device = probs.shape[-1], probs.device
-    top_k = torch.tensor([seq.sampling.top_k or vocab for seq in seqs], device=device)[:, None]
-    top_p = torch.tensor([seq.sampling.top_p for seq in seqs], device=device)[:, None]
-    min_p = torch.tensor([seq.sampling.min_p for seq in seqs], device=device)[:, None]
-    keep = torch.arange(vocab, device=device) < top_k
-    kept = probs * keep
-    before = kept.cumsum(-1) - kept  # mass of the likelier ones
-    keep &= (before < top_p * kept.sum(-1, keepdim=True)) | (top_p >= 1)
-    keep &= probs >= min_p * probs[:, :1]
-    keep[:, 0] = True
-    return probs * keep
-
-
-def _uniform(seq: Sequence) -> float:
-    """A number in [0, 1), a function of the sequence's seed (or its id, without one) and position alone."""
-    seed = seq.seq_id if seq.sampling.seed is None else f"seed:{seq.sampling.seed}"
-    digest = hashlib.blake2b(f"{seed}:{seq.num_output_tokens}".encode(), digest_size=8).digest()
-    return (int.from_bytes(digest, "little") >> 11) / (1 << 53)
+def _described(scores: list[float], num_top: int, wanted: int) -> TokenLogprobs:
+    tokens, values = scores[2 : 2 + num_top], scores[2 + num_top :]
+    top = [(int(token), value) for token, value in zip(tokens[:wanted], values[:wanted], strict=True)]
+    return TokenLogprobs(scores[0], int(scores[1]), top)

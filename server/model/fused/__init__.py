@@ -1,0 +1,53 @@
+"""What stands between a block's large products, each step in one launch; and the choice of implementation.
+
+    rms_norm(x, weight, eps)                          x / sqrt(mean(x²) + eps) * weight
+    add_rms_norm(x, residual, weight, eps, delta)     the same of h = residual + x + delta; returns that and h
+    silu_mul(gate_up, delta)                          silu(gate) * up
+    rope_kv_write(qkv, cos, sin, keys, values, slots, delta)
+                                                      rotated queries; rotated keys and values go to the paged cache
+
+    x, residual  [rows, hidden]
+    gate_up      [rows, 2 * intermediate], the gate first; the result is [rows, intermediate]
+    qkv          [rows, (heads + 2 * kv_heads) * head_dim]; the result is [rows, heads, head_dim]
+    cos, sin     [rows, rotary] with rotary <= head_dim, for pairs (d, d + rotary / 2) as in Llama and GPT-NeoX; the
+                 dimensions beyond rotary are not rotated
+    keys, values [blocks, block_size, kv_heads, head_dim], changed in place
+    slots        [rows] int64; -1: the row's key and value are not kept
+
+Rows may lie apart, but are dense in themselves. Everything is computed in float32 and rounded once, h before it is
+normalised. `delta` is what the step's adapters add to the input: a `Delta` that the LoRA kernel shrank, expanded here
+and never written. A row without adapters has the bits that it has without a delta.
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+
+Tensor = torch.Tensor
+
+
+class Fused(Protocol):
+    """A module with the four functions."""
+
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+    add_rms_norm: Callable[..., tuple[Tensor, Tensor]]
+    silu_mul: Callable[..., Tensor]
+    rope_kv_write: Callable[..., Tensor]
+
+
+def choose(device_type: str) -> tuple[Any, str]:
+    """The module of these functions for a device, and the reason in words for the log.
+
+    cuda    Triton
+    others  plain torch, the specification
+    """
+    from server.model.fused import reference
+
+    if device_type != "cuda":
+        return reference, f"plain torch: there is no faster one for {device_type}"
+    try:
+        from server.model.fused import triton_fused
+    except ImportError as error:
+        return reference, f"plain torch: Triton cannot be imported ({error})"
+    return triton_fused, "Triton kernels"
