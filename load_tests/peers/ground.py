@@ -4,8 +4,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Protocol
 
-from load_tests.peers.setting import ADAPTERS, NEW_TOKENS, RANK, Case, Measured, adapter_name, write_adapters
-from server.model.default_model import prepare_default_model
+from load_tests.peers.setting import (
+    ADAPTERS,
+    NEW_TOKENS,
+    RANK,
+    Case,
+    Measured,
+    adapter_name,
+    write_adapters,
+    write_base,
+)
 
 
 @dataclass(frozen=True)
@@ -41,11 +49,11 @@ class Peer(Protocol):
 
 
 def prepare(cache: Path, work: Path) -> Ground:
-    """Convert the model and write the adapters, where that was not done before."""
-    base = prepare_default_model()
-    folder = cache / f"adapters-rank-{RANK}"
-    if not folder.exists():
-        staging = cache / f".{folder.name}"
-        write_adapters(base, staging)
-        staging.rename(folder)
-    return Ground(base, [folder / adapter_name(i) for i in range(ADAPTERS)], cache, work)
+    """Write the base and the adapters, where that was not done before."""
+    base, adapters = cache / "base", cache / f"adapters-rank-{RANK}"
+    for folder, write in ((base, write_base), (adapters, write_adapters)):
+        if not folder.exists():
+            staging = folder.with_name(f".{folder.name}")
+            write(staging)
+            staging.rename(folder)
+    return Ground(base, [adapters / adapter_name(i) for i in range(ADAPTERS)], cache, work)

@@ -9,7 +9,9 @@ from pathlib import Path
 import msgspec
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from server.model.default_model import prepare_default_model
 
 ADAPTERS = 8
 RANK = 16
@@ -57,10 +59,16 @@ def adapter_name(index: int) -> str:
     return f"adapter-{index}"
 
 
-def write_adapters(base: Path, folder: Path) -> list[Path]:
+def write_base(folder: Path) -> None:
+    """The embedded model, with the name of its class, by which other projects find theirs."""
+    base = prepare_default_model()
+    AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+
+
+def write_adapters(folder: Path) -> None:
     """Random adapters on all linears, as PEFT saves them."""
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
-    folders = []
+    model = AutoModelForCausalLM.from_pretrained(prepare_default_model(), dtype=torch.bfloat16)
     for index in range(ADAPTERS):
         torch.manual_seed(index)
         config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear", init_lora_weights=False)
@@ -68,10 +76,8 @@ def write_adapters(base: Path, folder: Path) -> list[Path]:
         for name, parameter in tuned.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.005)
-        folders.append(folder / adapter_name(index))
-        tuned.save_pretrained(folders[-1])
+        tuned.save_pretrained(folder / adapter_name(index))
         model = tuned.unload()
-    return folders
 
 
 def machine() -> str:
