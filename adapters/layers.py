@@ -1,6 +1,8 @@
 """The second seam into the model: every adaptable linear, wrapped once at start, and hooks on what else adapters
 change."""
 
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -9,24 +11,84 @@ from torch import nn
 from adapters.overlays import Output
 from adapters.pool import AdapterPool, StepPlan
 from adapters.spec import ModelSpec
+from adapters.stacking import Finish, StackedLinear, is_stackable, stack
 
 
-class LoRALinear(nn.Module):
-    """The base linear (of what the step's adapters make of its input), then what they make of its output, then their
-    segmented delta on top.
+class LoRAGroup(nn.Module):
+    """Linears over one input, mostly one or a stack of siblings: the base (of what the step's adapters make of its
+    input), then what they make of its output, then their segmented delta on top.
 
-    The base runs on all rows with its own weights and kernel, so base rows keep the bits they would have had.
+    The base runs on all rows with its own weights and kernel, so base rows keep the bits they would have had. `base` is
+    what computes at present: the model's own, or a merged adapter's.
     """
 
-    def __init__(self, base: nn.Module, pool: AdapterPool, name: str, plan: StepPlan) -> None:
+    def __init__(self, names: Sequence[str], base: nn.Module, pool: AdapterPool, plan: StepPlan) -> None:
         super().__init__()
         self.base = base
-        self._a, self._b = pool.buffers[name]
-        self._name = name
+        self.names = tuple(names)
+        self._a, self._b, self._sizes = pool.stacked(self.names)
+        self._spans = list(pairwise(accumulate(self._sizes, initial=0)))
         self._kernel = pool.kernel
         self._affine = pool.affine
         self._input_affine = pool.input_affine
         self._plan = plan
+        self._shared: tuple[torch.Tensor, torch.Tensor] | None = None  # an input, and the outputs made of it
+        self._taken: set[int] = set()
+
+    def member(self, index: int) -> nn.Module:
+        """The base's own module of one linear."""
+        return self.base.members[index] if isinstance(self.base, StackedLinear) else self.base
+
+    def part(self, index: int, x: torch.Tensor) -> torch.Tensor:
+        """One linear's output. The first of the siblings that is asked computes for all; each takes its part once."""
+        if len(self.names) == 1:
+            output: torch.Tensor = self(x)
+            return output
+        if self._shared is None or self._shared[0] is not x or index in self._taken:
+            self._shared, self._taken = (x, self(x)), set()
+        y = self._shared[1]
+        self._taken.add(index)
+        if len(self._taken) == len(self.names):
+            self._shared = None
+        lo, hi = self._spans[index]
+        return y[..., lo:hi]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self._base_output(x)
+        if self._plan.active:
+            rows = y.view(-1, y.shape[-1])
+            if len(self._sizes) == 1 and rows.shape[1] > self._sizes[0]:  # a neighbour's vocabulary is larger
+                rows = rows[:, : self._sizes[0]]
+            if self._plan.affine is not None:
+                for name, (lo, hi) in zip(self.names, self._spans, strict=True):
+                    self._affine.apply(rows[:, lo:hi], name, self._plan.affine)
+            self._kernel.add_lora(rows, x.reshape(-1, x.shape[-1]), self._a, self._b, self._sizes, self._plan.plan)
+        return y
+
+    def _base_output(self, x: torch.Tensor) -> torch.Tensor:
+        scales = self._plan.input_affine
+        if len(self.names) == 1:
+            y: torch.Tensor = self.base(x if scales is None else self._input_affine.applied(x, self.names[0], scales))
+            return y
+        inputs = [x if scales is None else self._input_affine.applied(x, name, scales) for name in self.names]
+        members = [self.member(index) for index in range(len(inputs))]
+        if all(own is x for own in inputs) and not any(member._forward_hooks for member in members):
+            y = self.base(x)
+            return y
+        return torch.cat([member(own) for member, own in zip(members, inputs, strict=True)], -1)
+
+
+class LoRALinear(nn.Module):
+    """One adaptable linear of the model, a part of its group."""
+
+    def __init__(self, group: LoRAGroup, index: int) -> None:
+        super().__init__()
+        self.group = group
+        self._index = index
+
+    @property
+    def base(self) -> nn.Module:
+        return self.group.member(self._index)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -38,16 +100,7 @@ class LoRALinear(nn.Module):
         return self.base.bias  # type: ignore[return-value]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        scales = self._plan.input_affine
-        y: torch.Tensor = self.base(x if scales is None else self._input_affine.applied(x, self._name, scales))
-        if self._plan.active:
-            rows = y.view(-1, y.shape[-1])
-            if rows.shape[1] > self._b.shape[1]:  # a neighbour's vocabulary is larger than the base's
-                rows = rows[:, : self._b.shape[1]]
-            if self._plan.affine is not None:
-                self._affine.apply(rows, self._name, self._plan.affine)
-            self._kernel.add_lora(rows, x.reshape(-1, x.shape[-1]), self._a, self._b, self._plan.plan)
-        return y
+        return self.group.part(self._index, x)
 
 
 class OverlayHook:
@@ -77,24 +130,40 @@ class OverlayHook:
         return self._plan.overlays.apply(self._name, self._inputs or inputs, output)
 
 
-def attach(model: nn.Module, spec: ModelSpec, pool: AdapterPool, head: str | None) -> dict[str, nn.Module]:
-    """Wrap every linear of `spec` in place; `head` names the output head, which sees only sampled rows.
+def attach(
+    model: nn.Module, spec: ModelSpec, pool: AdapterPool, head: str | None, finish: Finish
+) -> dict[str, nn.Module]:
+    """Wrap every linear of `spec` in place, siblings stacked where they can be; `finish` makes of a plain linear what
+    the device computes with. `head` names the output head, which sees only sampled rows.
 
     Returns the base's own modules, by name: those, and all that adapters may change otherwise.
     """
-    bases = {name: model.get_submodule(name) for name in spec.modules.keys() | spec.parameters.keys()}
 
     def plan_of(name: str) -> StepPlan:
         return pool.head_plan if name == head else pool.token_plan
 
-    for name in spec.modules:
-        model.set_submodule(name, LoRALinear(bases[name], pool, name, plan_of(name)))
+    bases = {name: model.get_submodule(name) for name in spec.parameters.keys() - spec.modules.keys()}
+    for names in spec.groups():
+        for group in _groups(model, names, pool, plan_of(names[0]), finish):
+            for index, name in enumerate(group.names):
+                model.set_submodule(name, LoRALinear(group, index))
+                bases[name] = group.member(index)
 
     def install_hook(name: str) -> None:
         OverlayHook(name, bases[name], plan_of(name))
 
     pool.install_hook = install_hook
     return bases
+
+
+def _groups(
+    model: nn.Module, names: tuple[str, ...], pool: AdapterPool, plan: StepPlan, finish: Finish
+) -> list[LoRAGroup]:
+    """One group of all `names` if their linears can be one, or one for each."""
+    linears: list[Any] = [model.get_submodule(name) for name in names]
+    if is_stackable(linears):
+        return [LoRAGroup(names, stack(linears, finish), pool, plan)]
+    return [LoRAGroup((name,), finish(linear), pool, plan) for name, linear in zip(names, linears, strict=True)]
 
 
 def wrapped(model: nn.Module) -> dict[str, LoRALinear]:

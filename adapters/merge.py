@@ -6,7 +6,7 @@ base comes back bit for bit because its modules are never written to.
 
 import copy
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from adapters.errors import AdapterInvalid, Problem
 from adapters.fold import dense_weight, dora_scale, output_vectors, quant_state, updated_rows
 from adapters.format import AdapterWeights, LoraFactors
-from adapters.layers import LoRALinear
+from adapters.layers import LoRAGroup, LoRALinear
 from adapters.residency import MoveRefused
+from adapters.stacking import Finish, stack
 
-Finish = Callable[[nn.Linear], nn.Module]
 _HOST = torch.device("cpu")
 
 
@@ -45,12 +45,11 @@ class MergedModules:
     `exchanged`: the device has no room for both, so what is not in use waits in host memory.
     """
 
-    def __init__(self, layers: Mapping[str, LoRALinear], modules: dict[str, nn.Module], placement: Placement) -> None:
+    def __init__(self, modules: dict[LoRAGroup, nn.Module], placement: Placement) -> None:
         self.requantized = placement.requantized
-        self._layers = {name: layers[name] for name in modules}
         self._merged = modules
-        self._own: dict[str, nn.Module] = {name: layer.base for name, layer in self._layers.items()}
-        self._device = {name: layer.weight.device for name, layer in self._layers.items()}
+        self._own: dict[LoRAGroup, nn.Module] = {group: group.base for group in modules}
+        self._device = {group: dense_weight(group.member(0)).device for group in modules}
         self._exchanged = placement.exchanged
 
     def install(self) -> None:
@@ -64,19 +63,20 @@ class MergedModules:
     def restore(self) -> None:
         self._put(self._own, self._merged)
 
-    def _put(self, incoming: Mapping[str, nn.Module], outgoing: Mapping[str, nn.Module]) -> None:
-        for name, layer in self._layers.items():
+    def _put(self, incoming: Mapping[LoRAGroup, nn.Module], outgoing: Mapping[LoRAGroup, nn.Module]) -> None:
+        for group, module in incoming.items():
             if self._exchanged:
-                _move(outgoing[name], _HOST)
-                _move(incoming[name], self._device[name])
-            layer.base = incoming[name]
+                _move(outgoing[group], _HOST)
+                _move(module, self._device[group])
+            group.base = module
 
 
 def _move(module: nn.Module, device: torch.device) -> None:
     """In new parameters: `Module.to` would take along what shares them, as a tied embedding does."""
-    for name, parameter in module.named_parameters(recurse=False):
-        moved = parameter.to(device)
-        module._parameters[name] = moved if isinstance(moved, nn.Parameter) else nn.Parameter(moved, False)
+    for owner in module.modules():
+        for name, parameter in owner.named_parameters(recurse=False):
+            moved = parameter.to(device)
+            owner._parameters[name] = moved if isinstance(moved, nn.Parameter) else nn.Parameter(moved, False)
 
 
 def merge(
@@ -92,15 +92,14 @@ def merge(
 
     Raises `MoveRefused` ("no_room"), and `AdapterInvalid` when a merged weight is beyond the base's dtype.
     """
-    bases: dict[str, nn.Module] = {name: layers[name].base for name in sorted(weights.factors | weights.biases)}
-    placement = _place(bases.values(), room, allow_requantize)
+    groups = list(dict.fromkeys(layers[name].group for name in sorted(weights.factors | weights.biases)))
+    placement = _place([group.base for group in groups], room, allow_requantize)
     modules = {}
-    for name, base in bases.items():
-        factors, bias = weights.factors.get(name), weights.biases.get(name)
-        modules[name] = _merged(base, factors, bias, finish, placement.requantized)
+    for group in groups:
+        modules[group] = _merged_group(group, weights, finish, placement.requantized)
         if placement.exchanged:
-            _move(modules[name], _HOST)
-    return MergedModules(layers, modules, placement)
+            _move(modules[group], _HOST)
+    return MergedModules(modules, placement)
 
 
 def _place(bases: Collection[nn.Module], room: Room, allow_requantize: bool) -> Placement:
@@ -119,18 +118,27 @@ def _place(bases: Collection[nn.Module], room: Room, allow_requantize: bool) -> 
     raise MoveRefused("no_room", f"the merged layers need {merged >> 20} MiB, which is more than is free{hint}")
 
 
-def _merged(
-    base: nn.Module, factors: LoraFactors | None, bias: Tensor | None, finish: Finish, requantized: bool
-) -> nn.Module:
-    scale = None if factors is None else dora_scale(base, factors)
-    new_bias = _merged_bias(base, output_vectors(base, scale, factors, bias))
+def _merged_group(group: LoRAGroup, weights: AdapterWeights, finish: Finish, requantized: bool) -> nn.Module:
+    """Siblings that the adapter leaves alone are copied: a stack is one matrix."""
+    parts = [
+        (group.member(i), weights.factors.get(name), weights.biases.get(name)) for i, name in enumerate(group.names)
+    ]
+    if len(parts) > 1:
+        return stack([_merged_linear(*part) for part in parts], finish)
+    base, factors, bias = parts[0]
     if factors is None:
-        return _with_bias(base, new_bias)
-    weight = _merged_weight(dense_weight(base), factors, scale)
-    linear = _linear(weight, new_bias)
+        return _with_bias(base, _merged_bias(base, output_vectors(base, None, None, bias)))
+    linear = _merged_linear(base, factors, bias)
     if requantized and quant_state(base) is not None:
         return _quantized(linear, base)
     return finish(linear)
+
+
+def _merged_linear(base: nn.Module, factors: LoraFactors | None, bias: Tensor | None) -> nn.Linear:
+    scale = None if factors is None else dora_scale(base, factors)
+    new_bias = _merged_bias(base, output_vectors(base, scale, factors, bias))
+    weight = dense_weight(base)
+    return _linear(weight if factors is None else _merged_weight(weight, factors, scale), new_bias)
 
 
 def _merged_weight(weight: Tensor, factors: LoraFactors, scale: Tensor | None) -> Tensor:

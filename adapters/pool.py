@@ -1,12 +1,12 @@
 """Device tier: the tensors that hold the resident adapters' rank columns, and what a step reads of them."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from adapters.affine import AffinePlan, AffineTables
-from adapters.kernels import LoRAKernel
+from adapters.kernels import LoRAKernel, split_b
 from adapters.overlays import OverlayPlan, OverlayTable
 from adapters.pack import PackedAdapter
 from adapters.segments import NO_SEGMENTS, Segments
@@ -31,13 +31,23 @@ class StepPlan:
         return all(getattr(self, name) is None for name in self.__slots__ if name not in ("active", "plan"))
 
 
+class Stack(NamedTuple):
+    """The buffers of siblings as the kernels take them (see adapters/kernels): `a [linears, columns, in_features]`,
+    `b` flat, `sizes` the linears' out_features."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    sizes: tuple[int, ...]
+
+
 def page_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
     """Device memory of one page in all modules: a version takes so much for every 16 of its rank."""
     return PAGE_COLUMNS * sum(map(sum, spec.modules.values())) * dtype.itemsize
 
 
 class AdapterPool:
-    """Per adaptable module one A and one B buffer of `num_pages * 16` rank columns.
+    """Per adaptable module one A and one B buffer of `num_pages * 16` rank columns; those of siblings are parts of one
+    tensor.
 
     Writing goes to pages that no running sequence refers to, so it may happen in another thread during a step.
     Invariant: B holds only finite numbers at all times, in use or not (kernels multiply unused columns by zero).
@@ -54,15 +64,22 @@ class AdapterPool:
         self.overlays = OverlayTable(device)
         self.install_hook: Callable[[str], None] | None = None  # set when the model is attached
         self._vocab_sizes: dict[int, int] = {}  # of slots whose vocabulary is not the base's
-        self.buffers: dict[str, tuple[torch.Tensor, torch.Tensor]] = {
-            name: (
-                torch.zeros(columns, in_features, dtype=dtype, device=device),
-                torch.zeros(columns, out_features, dtype=dtype, device=device),
-            )
-            for name, (in_features, out_features) in spec.modules.items()
-        }
+        self.buffers: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._stacks: dict[tuple[str, ...], Stack] = {}
+        for names in spec.groups():
+            sizes = tuple(spec.modules[name][1] for name in names)
+            a = torch.zeros(len(names), columns, spec.modules[names[0]][0], dtype=dtype, device=device)
+            b = torch.zeros(columns * sum(sizes), dtype=dtype, device=device)
+            self._stacks[names] = Stack(a, b, sizes)
+            for name, own_a, own_b in zip(names, a, split_b(b, columns, sizes), strict=True):
+                self.buffers[name] = own_a, own_b
+                self._stacks[name,] = Stack(own_a[None], own_b.flatten(), (own_b.shape[1],))
         self.token_plan = StepPlan()  # for linears that see every token of the step
         self.head_plan = StepPlan()  # for the output head, which sees only the rows that are sampled from
+
+    def stacked(self, names: tuple[str, ...]) -> Stack:
+        """What `add_lora` takes for siblings of the spec, or for one module."""
+        return self._stacks[names]
 
     def write(self, slot: Slot, packed: PackedAdapter) -> None:
         """Fill the slot with an adapter; modules that it does not touch become zero."""

@@ -1,6 +1,9 @@
 """What the base model offers to adapters: the one thing validation needs to know of it. No torch."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+
+MAX_SIBLINGS = 3  # linears that are computed as one: query, key and value; gate and up
 
 
 @dataclass(frozen=True, slots=True)
@@ -10,7 +13,8 @@ class ModelSpec:
     `modules` are the linears that can be adapted, with `(in_features, out_features)`; `max_rank` is the largest rank
     that is served; `biased` are those of `modules` that have a bias. `parameters` are the shapes of everything that an
     adapter may replace, by module and in the order of definition; `transposed` those of its modules whose stacked
-    experts are `[experts, in, out]`. `tied`: the output head uses the input embedding's weight.
+    experts are `[experts, in, out]`. `tied`: the output head uses the input embedding's weight. `siblings` are those of
+    `modules` that read one and the same input, in the order of their calls.
     """
 
     modules: dict[str, tuple[int, int]]
@@ -21,6 +25,13 @@ class ModelSpec:
     embedding: str = ""
     head: str = ""
     tied: bool = False
+    siblings: tuple[tuple[str, ...], ...] = ()
+
+    def groups(self) -> Iterator[tuple[str, ...]]:
+        """Every module once: siblings together, all others alone."""
+        grouped = {name for names in self.siblings for name in names}
+        yield from self.siblings
+        yield from ((name,) for name in self.modules if name not in grouped)
 
     @property
     def vocab_size(self) -> int | None:

@@ -49,8 +49,8 @@ def lora(dtype: torch.dtype) -> None:
         x, y = torch.zeros(rows, in_features, dtype=dtype), torch.zeros(rows, 4096, dtype=dtype)
         a, b = torch.zeros(32, in_features, dtype=dtype), torch.zeros(32, 4096, dtype=dtype)
         plan = kernel.plan(Segments((Segment(0, rows, 0, 32),)))
-        kernel.add_lora(y, x, a, b, plan)
-        kernel.add_stacked(y, x, torch.stack([a, a, a]), b, (2048, 1024, 1024), plan)
+        kernel.add_lora(y, x, a[None], b, (4096,), plan)
+        kernel.add_lora(y, x, torch.stack([a, a, a]), b, (2048, 1024, 1024), plan)
 
 
 def attention(dtype: torch.dtype) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from adapters.layers import LoRALinear
+from adapters.layers import LoRAGroup
 from adapters.pack import PackedAdapter
 from adapters.pool import AdapterPool
 from adapters.segments import NO_SEGMENTS, Segments, SlotUse, build_segments
@@ -31,7 +31,7 @@ class Kernel:
     def plan(self, segments: Segments) -> Any:
         return "the step's own"
 
-    def add_lora(self, y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, plan: Any) -> None: ...
+    def add_lora(self, *_: Any) -> None: ...
 
     def static_plan(self, rows: int) -> list[Any]:
         return []
@@ -52,8 +52,8 @@ class Recorded:
         self.pool = AdapterPool(ModelSpec({"m": (4, 4)}, 16), 2, torch.float32, CPU, kernel)
         self.captured: list[tuple[int, bool]] = []
         self.seen: tuple[list[int], list[Any] | None] | None = None
-        self.layer = LoRALinear(torch.nn.Linear(4, 4), self.pool, "m", self.pool.token_plan)
-        self.graphs = DecodeGraphs(self._forward, self.pool, [self.layer], kernel, sizes, 4, 16, CPU, self._capture)
+        self.group = LoRAGroup(["m"], torch.nn.Linear(4, 4), self.pool, self.pool.token_plan)
+        self.graphs = DecodeGraphs(self._forward, self.pool, [self.group], kernel, sizes, 4, 16, CPU, self._capture)
 
     def run(self, batch: ForwardBatch, tokens: Segments = NO_SEGMENTS, head: Segments | None = None) -> Any:
         head = tokens if head is None else head
@@ -138,10 +138,10 @@ def test_other_steps_are_left_to_eager_execution_and_counted(
 def test_weights_that_were_put_in_the_base_s_place_are_not_in_the_graphs() -> None:
     """A merged adapter's modules, and the base's own in new memory."""
     recorded = Recorded([2])
-    own, weight = recorded.layer.base, recorded.layer.base.weight
-    recorded.layer.base = torch.nn.Linear(4, 4)
+    own, weight = recorded.group.base, recorded.group.base.weight
+    recorded.group.base = torch.nn.Linear(4, 4)
     assert recorded.run(decode(2)) is None
-    recorded.layer.base = own
+    recorded.group.base = own
     assert recorded.run(decode(2)) is not None
     own.weight = torch.nn.Parameter(torch.zeros(4, 4))
     assert recorded.run(decode(2)) is None

@@ -143,7 +143,7 @@ def apply(kernel: LoRAKernel, y: torch.Tensor, x: torch.Tensor, pool: Pool, rows
     segments = build_segments(((uses, 1) for uses in rows), pool.runs)
     out = y.clone()
     if segments:  # as the linears do: a step without adapters does not reach the kernel
-        kernel.add_lora(out, x, pool.a, pool.b, kernel.plan(segments))
+        kernel.add_lora(out, x, pool.a[None], pool.b.flatten(), (y.shape[1],), kernel.plan(segments))
     return out
 
 
@@ -175,6 +175,25 @@ def test_a_kernel_computes_the_products_and_leaves_base_rows_alone(
         torch.testing.assert_close(got, reference, atol=tolerance, rtol=tolerance)
         base = [row for row, uses in enumerate(rows) if not any(use.scale for use in uses)]
         assert torch.equal(got[base].view(torch.uint8), y[base].view(torch.uint8))
+
+
+@pytest.mark.parametrize("num_rows", [1, 5, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", KERNELS)
+def test_siblings_get_the_bits_of_one_call_for_each(name: str, dtype: torch.dtype, num_rows: int) -> None:
+    kernel, sizes = KERNELS[name](), (200, 64, 64)
+    pools = [make_pool(7, 576, size, dtype) for size in sizes]  # one layout of pages
+    rows = uses_of_rows("some base", num_rows, 5)
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(num_rows, 576, generator=generator).to(dtype)
+    y = torch.randn(num_rows, sum(sizes), generator=generator).to(dtype)
+    parts = [
+        apply(kernel, part.contiguous(), x, pool, rows) for part, pool in zip(y.split(sizes, 1), pools, strict=True)
+    ]
+    a, b = torch.stack([pool.a for pool in pools]), torch.cat([pool.b.flatten() for pool in pools])
+    segments = build_segments(((uses, 1) for uses in rows), pools[0].runs)
+    kernel.add_lora(y, x, a, b, sizes, kernel.plan(segments))
+    assert torch.equal(y, torch.cat(parts, 1))
 
 
 def test_the_deltas_are_large_enough_to_be_missed() -> None:
@@ -245,8 +264,8 @@ def test_pages_that_change_hands_keep_nothing_of_their_last_owner() -> None:
     pool.write(slot, PackedAdapter(1, {"m": (torch.full((16, 8), 3e38), torch.ones(16, 8))}, nbytes=0))
     pool.write(slot, PackedAdapter(1, {}, nbytes=0))
     x, y = torch.ones(2, 8), torch.ones(2, 8)
-    a, b = pool.buffers["m"]
-    pool.kernel.add_lora(y, x, a, b, pool.kernel.plan(build_segments([((SlotUse(0),), 2)], {0: [(0, 16)]})))
+    plan = pool.kernel.plan(build_segments([((SlotUse(0),), 2)], {0: [(0, 16)]}))
+    pool.kernel.add_lora(y, x, *pool.stacked(("m",)), plan)
     assert torch.equal(y, torch.ones(2, 8))
 
 

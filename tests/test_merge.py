@@ -14,6 +14,7 @@ from adapters.fold import dense_weight, quant_state
 from adapters.format import AdapterWeights, LoraFactors
 from adapters.merge import MergedModules, Room, merge
 from adapters.residency import MoveRefused
+from adapters.stacking import StackedLinear
 from adapters.validation import load
 from server.model.packed_linear import PackedLinear, packed
 from tests.adapter_factory import with_peft, write_adapter
@@ -111,7 +112,8 @@ def test_bf16_weights_are_rounded_once_and_packed_again(make: Make, case: str) -
     modules = merged(driver, weights)
     modules.install()
     assert_merged(driver, reference, 2**-8, 1e-6)
-    kinds = {type(layer.base) for layer in driver.engine._runner.layers.values()}
+    bases = [group.base for group in driver.engine._runner.groups()]
+    kinds = {type(base.inner if isinstance(base, StackedLinear) else base) for base in bases}
     assert kinds == ({PackedLinear} if torch.ops.mkldnn._is_mkldnn_bf16_supported() else {nn.Linear})
     modules.restore()
     assert weights_digest(driver.engine._runner._model) == before

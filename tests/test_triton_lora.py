@@ -31,7 +31,9 @@ def added(
     plan: TritonPlan | None = None,
 ) -> torch.Tensor:
     out = y.clone().to(DEVICE)
-    KERNEL.add_lora(out, x.to(DEVICE), a.to(DEVICE), b.to(DEVICE), plan or KERNEL.plan(segments))
+    KERNEL.add_lora(
+        out, x.to(DEVICE), a[None].to(DEVICE), b.flatten().to(DEVICE), (b.shape[1],), plan or KERNEL.plan(segments)
+    )
     return out.cpu()
 
 
@@ -142,7 +144,8 @@ def test_rows_of_a_wider_tensor() -> None:
     wide_x, wide_y = torch.full((3, 100), torch.nan, device=DEVICE), torch.full((3, 300), 7.0, device=DEVICE)
     wide_x[:, :64], wide_y[:, :200] = x.to(DEVICE), y.to(DEVICE)
     plan = KERNEL.plan(segments_of(uses, pool))
-    KERNEL.add_lora(wide_y[:, :200], wide_x[:, :64], pool.a.to(DEVICE), pool.b.to(DEVICE), plan)
+    a, b = pool.a[None].to(DEVICE), pool.b.flatten().to(DEVICE)
+    KERNEL.add_lora(wide_y[:, :200], wide_x[:, :64], a, b, (200,), plan)
     torch.testing.assert_close(wide_y[:, :200].cpu().double(), exact(y, x, pool, uses), atol=2e-5, rtol=2e-5)
     assert (wide_y[:, 200:] == 7).all()
 
@@ -158,7 +161,7 @@ def test_sibling_linears_share_their_launches(sizes: tuple[int, ...]) -> None:
     stacked_a = torch.stack([pool.a for pool in pools]).to(DEVICE)
     stacked_b = torch.cat([pool.b.flatten() for pool in pools]).to(DEVICE)
     got = y.clone().to(DEVICE)
-    KERNEL.add_stacked(got, x.to(DEVICE), stacked_a, stacked_b, sizes, KERNEL.plan(segments))
+    KERNEL.add_lora(got, x.to(DEVICE), stacked_a, stacked_b, sizes, KERNEL.plan(segments))
     assert torch.equal(got.cpu(), torch.cat(parts, 1))
 
 

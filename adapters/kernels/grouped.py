@@ -9,10 +9,12 @@ Two forms, chosen per step by the work they would do:
 Decode batches of many adapters take the dense form, prefill chunks the other.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
+from adapters.kernels import split_b
 from adapters.segments import Segment, Segments
 
 # What one more segment costs, in units of (row x column) of wasted dense work. Measured on CPU at hidden size 576:
@@ -63,14 +65,32 @@ class GroupedKernel:
         )
 
     def add_lora(
-        self, y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, plan: DensePlan | Segments
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        sizes: tuple[int, ...],
+        plan: DensePlan | Segments,
     ) -> None:
-        if isinstance(plan, DensePlan):
-            v = x[plan.start : plan.end] @ a[plan.lo : plan.hi].T
-            if plan.scales is not None:
-                v *= plan.scales
-            v.masked_fill_(plan.foreign, 0)  # not a product with 0: another adapter's overflow must not become NaN
-            y[plan.start : plan.end].addmm_(v, b[plan.lo : plan.hi])
-            return
-        for s in plan.items:
-            y[s.start : s.end].addmm_(x[s.start : s.end] @ a[s.lo : s.hi].T, b[s.lo : s.hi], alpha=s.scale)
+        for own_y, own_a, own_b in zip(torch.split(y, list(sizes), 1), a, split_b(b, a.shape[1], sizes), strict=True):
+            if isinstance(plan, DensePlan):
+                _add_dense(own_y, x, own_a, own_b, plan)
+            else:
+                add_segments(own_y, x, own_a, own_b, plan.items)
+
+
+def add_segments(
+    y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, segments: Iterable[Segment]
+) -> None:
+    """Two matmuls for each; `a` and `b` `[columns, features]` are one linear's."""
+    for s in segments:
+        y[s.start : s.end].addmm_(x[s.start : s.end] @ a[s.lo : s.hi].T, b[s.lo : s.hi], alpha=s.scale)
+
+
+def _add_dense(y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, plan: DensePlan) -> None:
+    v = x[plan.start : plan.end] @ a[plan.lo : plan.hi].T
+    if plan.scales is not None:
+        v *= plan.scales
+    v.masked_fill_(plan.foreign, 0)  # not a product with 0: another adapter's overflow must not become NaN
+    y[plan.start : plan.end].addmm_(v, b[plan.lo : plan.hi])

@@ -1,14 +1,16 @@
-// The LoRA product on a CPU, for segments of few rows: y[rows] += scale * (x[rows] @ a[lo:hi].T) @ b[lo:hi].
+// The LoRA product on a CPU, for segments of few rows and sibling linears over one input:
+// y_l[rows] += scale * (x[rows] @ a[l, lo:hi].T) @ b_l[lo:hi].
 //
 // Plain C interface, plain loops: the compiler vectorises them for the machine it runs on (AVX-512, AVX2, NEON).
 // Sums are fp32 throughout and y is rounded once per segment. A work item is up to ROWS rows of one segment, so that
-// every rank column is read once for all of them; items are shared out among the OpenMP threads.
+// every rank column is read once for all of them; items of all linears are shared out among the OpenMP threads.
 #include <cstdint>
 #include <cstring>
 
 namespace {
 
 constexpr int ROWS = 4;
+constexpr int MAX_LINEARS = 3;
 constexpr int TILE = 256;  // output columns whose fp32 sums stay in the first-level cache
 
 struct Segment { int64_t start, end, lo, hi; };
@@ -69,20 +71,39 @@ void expand(T* y, int64_t ldy, const T* b, int64_t columns, int64_t out, const f
     }
 }
 
+template <typename T>
+struct Linear {  // one of the siblings: its columns of y, its rank columns
+    T* y; int64_t ldy;
+    const T* x; int64_t ldx;
+    const T* a; const T* b;
+    int64_t in, out;
+};
+
 template <typename T, int N>
-void apply(const Item& item, T* y, int64_t ldy, const T* x, int64_t ldx, const T* a, const T* b, int64_t in, int64_t out) {
+void apply(const Item& item, const Linear<T>& l) {
     const Segment& s = *item.segment;
     int64_t columns = s.hi - s.lo;
     float v[ROWS * 1024];  // the caller bounds columns
-    shrink<T, N>(x + item.row * ldx, ldx, a + s.lo * in, columns, in, v);
+    shrink<T, N>(l.x + item.row * l.ldx, l.ldx, l.a + s.lo * l.in, columns, l.in, v);
     if (item.scale != 1)
         for (int64_t i = 0; i < N * columns; i++) v[i] *= item.scale;
-    expand<T, N>(y + item.row * ldy, ldy, b + s.lo * out, columns, out, v);
+    expand<T, N>(l.y + item.row * l.ldy, l.ldy, l.b + s.lo * l.out, columns, l.out, v);
 }
 
 template <typename T>
-void run(T* y, int64_t ldy, const T* x, int64_t ldx, const T* a, const T* b, int64_t in, int64_t out,
-         const Segment* segments, const float* scales, int64_t num_segments, int threads) {
+void apply(const Item& item, const Linear<T>& l) {
+    switch (item.rows) {
+        case 1: apply<T, 1>(item, l); break;
+        case 2: apply<T, 2>(item, l); break;
+        case 3: apply<T, 3>(item, l); break;
+        default: apply<T, 4>(item, l);
+    }
+}
+
+template <typename T>
+void run(T* y, int64_t ldy, const T* x, int64_t ldx, const T* a, const T* b, int64_t in, int64_t columns,
+         const int64_t* sizes, int64_t num_linears, const Segment* segments, const float* scales, int64_t num_segments,
+         int threads) {
     // Segments of one row range follow each other (their deltas add up), so a row range is never split between threads.
     constexpr int MAX_ITEMS = 4096;
     static thread_local Item items[MAX_ITEMS];
@@ -101,34 +122,37 @@ void run(T* y, int64_t ldy, const T* x, int64_t ldx, const T* a, const T* b, int
         i = next;
     }
     offsets[groups] = count;
+    Linear<T> linears[MAX_LINEARS];
+    for (int64_t l = 0; l < num_linears; l++) {
+        linears[l] = Linear<T>{y, ldy, x, ldx, a + l * columns * in, b, in, sizes[l]};
+        y += sizes[l];
+        b += columns * sizes[l];
+    }
     const Item* shared_items = items;
     const int64_t* shared_offsets = offsets;
-#pragma omp parallel for schedule(static) num_threads(threads) if (groups > 1)
-    for (int64_t g = 0; g < groups; g++)
-        for (int64_t j = shared_offsets[g]; j < shared_offsets[g + 1]; j++) {
-            const Item& item = shared_items[j];
-            switch (item.rows) {
-                case 1: apply<T, 1>(item, y, ldy, x, ldx, a, b, in, out); break;
-                case 2: apply<T, 2>(item, y, ldy, x, ldx, a, b, in, out); break;
-                case 3: apply<T, 3>(item, y, ldy, x, ldx, a, b, in, out); break;
-                default: apply<T, 4>(item, y, ldy, x, ldx, a, b, in, out);
-            }
-        }
+#pragma omp parallel for schedule(static) num_threads(threads) if (groups * num_linears > 1)
+    for (int64_t i = 0; i < groups * num_linears; i++) {
+        int64_t g = i / num_linears;
+        for (int64_t j = shared_offsets[g]; j < shared_offsets[g + 1]; j++)
+            apply(shared_items[j], linears[i % num_linears]);
+    }
 }
 
 }  // namespace
 
-// x [rows, in] and y [rows, out] with row strides ldx and ldy, a [columns, in], b [columns, out], all of one type.
-// At most 1024 columns a segment, and at most 1024 segments of at most 16 rows each. `scales` are one to a segment, or
-// null: all 1. Segments of the same rows are neighbours.
+// x [rows, in] and y [rows, sum of sizes] with row strides ldx and ldy, a [linears, columns, in], b the linears'
+// [columns, size] one after the other, all of one type. At most 1024 columns a segment, and at most 1024 segments of at
+// most 16 rows each. `scales` are one to a segment, or null: all 1. Segments of the same rows are neighbours.
 extern "C" void lora_add_bf16(void* y, int64_t ldy, const void* x, int64_t ldx, const void* a, const void* b, int64_t in,
-                              int64_t out, const void* segments, const float* scales, int64_t count, int threads) {
-    run((bf16*)y, ldy, (const bf16*)x, ldx, (const bf16*)a, (const bf16*)b, in, out, (const Segment*)segments, scales,
-        count, threads);
+                              int64_t columns, const int64_t* sizes, int64_t linears, const void* segments,
+                              const float* scales, int64_t count, int threads) {
+    run((bf16*)y, ldy, (const bf16*)x, ldx, (const bf16*)a, (const bf16*)b, in, columns, sizes, linears,
+        (const Segment*)segments, scales, count, threads);
 }
 
 extern "C" void lora_add_f32(void* y, int64_t ldy, const void* x, int64_t ldx, const void* a, const void* b, int64_t in,
-                             int64_t out, const void* segments, const float* scales, int64_t count, int threads) {
-    run((float*)y, ldy, (const float*)x, ldx, (const float*)a, (const float*)b, in, out, (const Segment*)segments, scales,
-        count, threads);
+                             int64_t columns, const int64_t* sizes, int64_t linears, const void* segments,
+                             const float* scales, int64_t count, int threads) {
+    run((float*)y, ldy, (const float*)x, ldx, (const float*)a, (const float*)b, in, columns, sizes, linears,
+        (const Segment*)segments, scales, count, threads);
 }

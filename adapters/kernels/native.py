@@ -13,11 +13,14 @@ import shutil
 import subprocess
 import tempfile
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import ClassVar
 
 import torch
 
+from adapters.kernels import split_b
+from adapters.kernels.grouped import add_segments
 from adapters.segments import Segment, Segments
 
 SOURCE = Path(__file__).with_name("lora_cpu.cpp")
@@ -58,16 +61,30 @@ class NativeKernel:
             tuple(s for s in segments.items if s not in taken),
         )
 
-    def add_lora(self, y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, plan: NativePlan) -> None:
-        count = plan.small.shape[0]
-        if count:
+    def add_lora(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        sizes: tuple[int, ...],
+        plan: NativePlan,
+    ) -> None:
+        linears, columns, in_features = a.shape
+        if count := plan.small.shape[0]:
             self._functions[y.dtype](
-                y.data_ptr(), y.stride(0), x.data_ptr(), x.stride(0), a.data_ptr(), b.data_ptr(),
-                a.shape[1], b.shape[1], plan.small.data_ptr(),
+                y.data_ptr(), y.stride(0), x.data_ptr(), x.stride(0), a.data_ptr(), b.data_ptr(), in_features,
+                columns, _c_sizes(sizes), linears, plan.small.data_ptr(),
                 None if plan.scales is None else plan.scales.data_ptr(), count, torch.get_num_threads(),
             )  # fmt: skip
-        for s in plan.large:
-            y[s.start : s.end].addmm_(x[s.start : s.end] @ a[s.lo : s.hi].T, b[s.lo : s.hi], alpha=s.scale)
+        if plan.large:
+            for own_y, own_a, own_b in zip(torch.split(y, list(sizes), 1), a, split_b(b, columns, sizes), strict=True):
+                add_segments(own_y, x, own_a, own_b, plan.large)
+
+
+@cache
+def _c_sizes(sizes: tuple[int, ...]) -> "ctypes.Array[ctypes.c_int64]":
+    return (ctypes.c_int64 * len(sizes))(*sizes)
 
 
 def _is_small(segment: Segment) -> bool:
@@ -77,7 +94,8 @@ def _is_small(segment: Segment) -> bool:
 def _declare(function: "ctypes._NamedFuncPointer") -> "ctypes._NamedFuncPointer":
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     function.argtypes = [
-        pointer, number, pointer, number, pointer, pointer, number, number, pointer, pointer, number, ctypes.c_int
+        pointer, number, pointer, number, pointer, pointer, number, number, pointer, number, pointer, pointer, number,
+        ctypes.c_int,
     ]  # fmt: skip
     function.restype = None
     return function

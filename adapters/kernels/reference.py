@@ -2,6 +2,7 @@
 
 import torch
 
+from adapters.kernels import split_b
 from adapters.segments import Segments
 
 
@@ -11,10 +12,13 @@ class ReferenceKernel:
     def plan(self, segments: Segments) -> Segments:
         return segments
 
-    def add_lora(self, y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, plan: Segments) -> None:
-        delta = torch.zeros_like(y, dtype=torch.float32)
-        for s in plan.items:
-            v = s.scale * (x[s.start : s.end].float() @ a[s.lo : s.hi].float().T)
-            delta[s.start : s.end] += v @ b[s.lo : s.hi].float()
+    def add_lora(
+        self, y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, sizes: tuple[int, ...], plan: Segments
+    ) -> None:
         rows = sorted({row for s in plan.items for row in range(s.start, s.end)})
-        y[rows] = (y[rows].float() + delta[rows]).to(y.dtype)
+        for own_y, own_a, own_b in zip(torch.split(y, list(sizes), 1), a, split_b(b, a.shape[1], sizes), strict=True):
+            delta = torch.zeros_like(own_y, dtype=torch.float32)
+            for s in plan.items:
+                v = s.scale * (x[s.start : s.end].float() @ own_a[s.lo : s.hi].float().T)
+                delta[s.start : s.end] += v @ own_b[s.lo : s.hi].float()
+            own_y[rows] = (own_y[rows].float() + delta[rows]).to(y.dtype)

@@ -22,13 +22,13 @@ import triton.language as tl
 
 from adapters.kernels.triton_plan import BLOCK_COLUMNS, Metadata, build
 from adapters.segments import Segment, Segments
+from adapters.spec import MAX_SIBLINGS
 from adapters.upload import upload
 
 TILE_FIELDS, BLOCK_FIELDS = 4, 5
 DECODE_ROWS, PREFILL_ROWS = 16, 64  # of a tile; 16 is the least that tensor cores multiply
 BLOCK_IN, BLOCK_OUT = 128, 128
 PART_IN, MAX_PARTS = 512, 16  # in_features of one shrink program at decode, and how many parts at most
-MAX_LINEARS = 3  # siblings over one input: q, k, v
 GRAPH_BLOCKS_PER_ROW = 2  # capacity of a captured plan: rank 32 for every row, more where rows share adapters
 
 
@@ -146,10 +146,7 @@ class TritonKernel:
         plan.items = segments.items
         return True
 
-    def add_lora(self, y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, plan: TritonPlan) -> None:
-        self.add_stacked(y, x, a[None], b, (b.shape[1],), plan)
-
-    def add_stacked(
+    def add_lora(
         self,
         y: torch.Tensor,
         x: torch.Tensor,
@@ -158,13 +155,8 @@ class TritonKernel:
         sizes: tuple[int, ...],
         plan: TritonPlan,
     ) -> None:
-        """As `add_lora`, for up to three sibling linears of `sizes` outputs in the same two launches.
-
-        y `[rows, sum(sizes)]`; a `[linears, columns, in_features]`; b is one contiguous piece of memory with the
-        siblings' `[columns, size]` one after the other.
-        """
         linears, columns, in_features = a.shape
-        assert len(sizes) == linears <= MAX_LINEARS, (sizes, a.shape)
+        assert len(sizes) == linears <= MAX_SIBLINGS, (sizes, a.shape)
         part, parts = _parts(in_features)
         v_size = linears * parts * plan.num_blocks * plan.tile_rows * BLOCK_COLUMNS
         v = torch.empty(v_size, dtype=torch.float32, device=y.device)
@@ -173,7 +165,7 @@ class TritonKernel:
             x, a, plan.blocks, v, x.stride(0), plan.num_blocks, a.stride(0),
             K=in_features, PART=part, BLOCK_K=BLOCK_IN, **shape,
         )  # fmt: skip
-        absent = (0,) * (MAX_LINEARS - linears)
+        absent = (0,) * (MAX_SIBLINGS - linears)
         _expand[(plan.num_tiles, triton.cdiv(max(sizes), BLOCK_OUT), linears)](
             y, b, plan.tiles, plan.blocks, v, y.stride(0), plan.num_blocks, columns, *sizes, *absent,
             PARTS=parts, BLOCK_N=BLOCK_OUT, **shape,

@@ -114,7 +114,7 @@ def _ours(slots: list[int], adapters: int, setting: Setting) -> Callable[[Group]
 
         def apply(y: torch.Tensor, x: torch.Tensor) -> None:
             for part, own_a, own_b in zip(y.split(sizes, 1), a, b, strict=True):
-                kernel.add_lora(part, x, own_a, own_b, plan)
+                kernel.add_lora(part, x, own_a[None], own_b.flatten(), (own_b.shape[1],), plan)
 
         return apply
 
@@ -129,7 +129,7 @@ def _stacked(slots: list[int], adapters: int, setting: Setting) -> Callable[[Gro
         a = group.a.transpose(0, 1).flatten(1, 2).contiguous()
         b = torch.cat([weight.transpose(1, 2).flatten() for weight in group.b])
         sizes = tuple(weight.shape[1] for weight in group.b)
-        return lambda y, x: kernel.add_stacked(y, x, a, b, sizes, plan)
+        return lambda y, x: kernel.add_lora(y, x, a, b, sizes, plan)
 
     return prepared
 

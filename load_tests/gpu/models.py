@@ -65,7 +65,7 @@ def record(runner: ModelRunner, setting: Setting) -> DecodeGraphs:
     capture = CudaCapture() if setting.device.type == "cuda" else lambda forward: forward
     sizes = sorted({*setting.rows, setting.streams})
     return DecodeGraphs(
-        runner._forward, runner.pool, runner.layers.values(), kernel, sizes, blocks, PAGE, setting.device, capture
+        runner._forward, runner.pool, runner.groups(), kernel, sizes, blocks, PAGE, setting.device, capture
     )
 
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import track
 
 from adapters.kernels import LoRAKernel
-from adapters.layers import LoRALinear
+from adapters.layers import LoRAGroup
 from adapters.pool import AdapterPool
 from adapters.segments import NO_SEGMENTS, Segments
 from server.model.attention import triton_layout
@@ -67,7 +67,7 @@ class DecodeGraphs:
         self,
         forward: Forward,
         pool: AdapterPool,
-        layers: Iterable[LoRALinear],
+        groups: Iterable[LoRAGroup],
         kernel: StaticKernel,
         sizes: list[int],
         blocks_per_row: int,
@@ -80,7 +80,7 @@ class DecodeGraphs:
         self._pool = pool
         self._kernel = kernel
         # A graph reads the weights that it was recorded with. Whoever puts others in their place is found out by this.
-        self._weights = [(layer, _weight(layer)) for layer in layers]
+        self._weights = [(group, _weight(group)) for group in groups]
         self._buckets = [
             Bucket(rows, _static_batch(rows, rows * blocks_per_row, block_size, device), kernel.static_plan(rows), {})
             for rows in sizes
@@ -115,7 +115,7 @@ class DecodeGraphs:
             return "rows without a sample"
         if not (self._pool.token_plan.is_lora_alone() and self._pool.head_plan.is_lora_alone()):
             return "more than A and B"
-        if any(_weight(layer) is not recorded for layer, recorded in self._weights):
+        if any(_weight(group) is not recorded for group, recorded in self._weights):
             return "other base weights"
         return ""
 
@@ -137,10 +137,11 @@ class DecodeGraphs:
             step.active, step.plan = plan is not None, plan
 
 
-def _weight(layer: LoRALinear) -> object:
-    """Past `nn.Module`'s slow lookups, for it is asked of every layer in every step."""
-    base = layer._modules["base"]
-    return base and base._parameters.get("weight", base)
+def _weight(group: LoRAGroup) -> object:
+    """Past `nn.Module`'s slow lookups, for it is asked of every group in every step."""
+    base = group._modules["base"]
+    inner = base and base._modules.get("inner", base)
+    return inner and inner._parameters.get("weight", inner)
 
 
 def _static_batch(rows: int, num_blocks: int, block_size: int, device: torch.device) -> ForwardBatch:
@@ -179,7 +180,7 @@ class CudaCapture:
 def capture_decode_graphs(
     forward: Forward,
     pool: AdapterPool,
-    layers: Iterable[LoRALinear],
+    groups: Iterable[LoRAGroup],
     max_rows: int,
     max_model_len: int,
     block_size: int,
@@ -193,7 +194,7 @@ def capture_decode_graphs(
     blocks_per_row = -(-max_model_len // block_size)
     sizes = bucket_sizes(max_rows)
     try:
-        graphs = DecodeGraphs(forward, pool, layers, kernel, sizes, blocks_per_row, block_size, device, CudaCapture())
+        graphs = DecodeGraphs(forward, pool, groups, kernel, sizes, blocks_per_row, block_size, device, CudaCapture())
     except RuntimeError as error:  # torch's for everything that cannot be recorded
         log.warning("decode steps run without CUDA graphs: this model cannot be recorded", exc_info=error)
         return None, f"none: this model cannot be recorded ({error})"

@@ -4,6 +4,7 @@ Nothing here goes by a model's name: the shapes of its KV cache, which linears s
 attention gives the logits of the stock one are all observed. A model that does not pass is refused at start.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface
 
-from adapters.spec import ModelSpec
+from adapters.spec import MAX_SIBLINGS, ModelSpec
 from server.model import attention
 from server.model.batch import build_batch
 from server.model.kv_cache import CacheShape, KVCache
@@ -32,7 +33,7 @@ class Observation:
 
     kv: dict[int, tuple[int, int]] = field(default_factory=dict)
     windows: dict[int, int | None] = field(default_factory=dict)
-    inputs: dict[str, list[torch.Size]] = field(default_factory=dict)  # by module: first argument of each of its calls
+    inputs: dict[str, list[torch.Tensor]] = field(default_factory=dict)  # by module: first argument of each call
 
 
 def probe(loaded: LoadedModel, block_size: int, max_rank: int) -> tuple[CacheShape, ModelSpec]:
@@ -55,7 +56,7 @@ def _spec(loaded: LoadedModel, seen: Observation, max_rank: int) -> ModelSpec:
     by_rows = {
         name: model.get_submodule(name)
         for name, calls in seen.inputs.items()
-        if len(calls) == 1 and _has_rows(calls[0], 1 if name == loaded.head else PROBE_TOKENS)
+        if len(calls) == 1 and _has_rows(calls[0].shape, 1 if name == loaded.head else PROBE_TOKENS)
     }
     embedding = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
     linears = {name: dims for name, dims in loaded.linears.items() if name in by_rows}
@@ -68,7 +69,17 @@ def _spec(loaded: LoadedModel, seen: Observation, max_rank: int) -> ModelSpec:
         embedding=embedding,
         head=loaded.head,
         tied=model.get_output_embeddings().weight is model.get_input_embeddings().weight,
+        siblings=_siblings(seen, linears),
     )
+
+
+def _siblings(seen: Observation, linears: Collection[str]) -> tuple[tuple[str, ...], ...]:
+    """Linears of one parent that were given the same tensor, in the order of their calls."""
+    groups: dict[tuple[str, int], list[str]] = {}
+    for name, calls in seen.inputs.items():  # `seen` keeps the tensors, so their ids are theirs alone
+        if name in linears:
+            groups.setdefault((name.rpartition(".")[0], id(calls[0])), []).append(name)
+    return tuple(tuple(names) for names in groups.values() if 1 < len(names) <= MAX_SIBLINGS)
 
 
 def _has_rows(size: torch.Size, rows: int) -> bool:
@@ -103,7 +114,7 @@ def _observe(loaded: LoadedModel) -> Observation:
 
     hooks = [
         module.register_forward_hook(
-            lambda _module, args, _output, name=name: seen.inputs.setdefault(name, []).append(args[0].shape)
+            lambda _module, args, _output, name=name: seen.inputs.setdefault(name, []).append(args[0])
         )
         for name, module in loaded.model.named_modules()
         if any(True for _ in module.parameters(recurse=False))

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from adapters.kernels import choose_kernel
-from adapters.layers import attach, wrapped
+from adapters.layers import LoRAGroup, attach, wrapped
 from adapters.pool import AdapterPool
 from adapters.segments import NO_SEGMENTS, Segments
 from adapters.spec import ModelSpec
@@ -13,7 +13,7 @@ from server.model.batch import ForwardBatch
 from server.model.graphs import DecodeGraphs, capture_decode_graphs
 from server.model.kv_cache import CacheShape, KVCache
 from server.model.loader import LoadedModel
-from server.model.packed_linear import pack_linears
+from server.model.packed_linear import pack_linears, packed
 
 
 class ModelRunner:
@@ -35,8 +35,8 @@ class ModelRunner:
         self.kv_cache = KVCache(shape, num_blocks, block_size, loaded.device)
         kernel, self.kernel_reason = choose_kernel(loaded.device, loaded.dtype)
         self.pool = AdapterPool(spec, num_pages, loaded.dtype, loaded.device, kernel)
-        pack_linears(self._model)
-        self.bases = attach(self._model, spec, self.pool, loaded.head)
+        self.bases = attach(self._model, spec, self.pool, loaded.head, packed)
+        pack_linears(self._model)  # what is not adaptable
         self.layers = wrapped(self._model)
         self.graphs: DecodeGraphs | None = None
         self._vocab_size = spec.vocab_size or 0
@@ -45,12 +45,15 @@ class ModelRunner:
         """Of the adapters in `slots`, or of the base model."""
         return max((self.pool.vocab_size(slot) or 0 for slot in slots), default=0) or self._vocab_size
 
+    def groups(self) -> list[LoRAGroup]:
+        return list(dict.fromkeys(layer.group for layer in self.layers.values()))
+
     def capture_graphs(self, max_rows: int, max_model_len: int) -> str:
         """Record decode steps where that is possible; returns what was done, in words for the log."""
         self.graphs, done = capture_decode_graphs(
             self._forward,
             self.pool,
-            self.layers.values(),
+            self.groups(),
             max_rows,
             max_model_len,
             self.kv_cache.block_size,
