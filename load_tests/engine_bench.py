@@ -49,6 +49,22 @@ class EngineBench:
         self.settle()
         return len(adapters) * self._new_tokens / (time.perf_counter() - started)
 
+    def decode_steps(self, prompts: Sequence[list[int]], adapters: Sequence[str | None], steps: int) -> list[float]:
+        """Seconds of each of the `steps` or more steps in which one token of every stream is computed."""
+        self._runs += 1
+        params = SamplingParams(max_tokens=steps + 1, temperature=0.0, ignore_eos=True)
+        for i, (prompt, digest) in enumerate(zip(prompts, adapters, strict=True)):
+            uses = () if digest is None else (ScaledAdapter(digest),)
+            self.engine.handle(Submit(f"{self._runs}-{i}", prompt, params, uses))
+        seconds = []
+        while self.engine.has_work():
+            stats = self.engine.step()[0].stats  # type: ignore[union-attr]
+            if stats.batch_tokens == len(prompts):
+                seconds.append(stats.step_seconds)
+            elif not stats.batch_tokens:
+                time.sleep(0.002)
+        return seconds
+
     def switch(self, request: ToEngine) -> float:
         """Seconds until the engine says that it is done."""
         started = time.perf_counter()

@@ -9,12 +9,12 @@ from pathlib import Path
 from load_tests.peers.process import PeerFailed
 
 
-def environment(folder: Path) -> Path:
-    """The interpreter of a virtual environment there."""
+def environment(folder: Path, *packages: str) -> Path:
+    """The interpreter of a virtual environment there, which is made with `packages`."""
     python = folder / "bin" / "python"
     if not python.exists():
         run([sys.executable, "-m", "venv", str(folder)], "making its virtual environment")
-        pip(python, "install", "--upgrade", "pip")
+        pip(python, "install", "--upgrade", "pip", *packages)
     return python
 
 

