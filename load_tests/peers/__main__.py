@@ -23,7 +23,7 @@ from load_tests.peers.llama_cpp import LlamaCpp
 from load_tests.peers.loraplex import Loraplex
 from load_tests.peers.process import PeerFailed
 from load_tests.peers.report import Report, Run, plot, table
-from load_tests.peers.setting import CASES, Case, machine
+from load_tests.peers.setting import ADAPTERS, CASES, Case, machine
 from load_tests.peers.vllm import VLLM, VLLMWithoutLoRA
 
 PEERS: tuple[type[Peer], ...] = (
@@ -31,15 +31,16 @@ PEERS: tuple[type[Peer], ...] = (
 )  # fmt: skip
 CACHE = Path.home() / ".cache" / "loraplex" / "peers"
 RESULTS = Path(__file__).parents[1] / "results"
+WARM_UP = (Case(8, 0), Case(8, ADAPTERS))
 WARM_UP_TOKENS = 4
 
 
-def start(kind: type[Peer], ground: Ground, cases: Sequence[Case]) -> Peer:
-    """Set it up, start it, have it answer each case once, and pause it. Raises `PeerFailed`."""
+def start(kind: type[Peer], ground: Ground) -> Peer:
+    """Set it up, start it, have it answer with the base and all adapters, and pause it. Raises `PeerFailed`."""
     print(f"{kind.name}: starting", flush=True)
     peer = kind(ground)
     try:
-        for case in filter(kind.takes, cases):
+        for case in filter(kind.takes, WARM_UP):
             peer.run(case, -1, WARM_UP_TOKENS)
     except BaseException:
         peer.stop()
@@ -48,14 +49,12 @@ def start(kind: type[Peer], ground: Ground, cases: Sequence[Case]) -> Peer:
     return peer
 
 
-def started(
-    kinds: Sequence[type[Peer]], ground: Ground, cases: Sequence[Case], report: Report, stack: ExitStack
-) -> list[Peer]:
+def started(kinds: Sequence[type[Peer]], ground: Ground, report: Report, stack: ExitStack) -> list[Peer]:
     """Those that work, until `stack` ends them; the others' errors are in the report."""
     peers = []
     for kind in kinds:
         try:
-            peers.append(start(kind, ground, cases))
+            peers.append(start(kind, ground))
         except PeerFailed as failed:
             report.failed[kind.name] = str(failed)
             print(f"{kind.name}: left out: {failed}", flush=True)
@@ -99,7 +98,7 @@ def main() -> None:
     options.cache.mkdir(parents=True, exist_ok=True)
     report = Report(f"{datetime.now(UTC):%Y-%m-%d}", machine(), {"torch": version("torch")})
     with tempfile.TemporaryDirectory() as work, ExitStack() as stack:
-        peers = started(kinds, prepare(options.cache, Path(work)), cases, report, stack)
+        peers = started(kinds, prepare(options.cache, Path(work)), report, stack)
         for run in measure(peers, cases, options.rounds, report):
             print(
                 f"round {run.round + 1}  {run.case:9}  {run.peer:18} {run.measured.tokens_per_second:7.1f} tok/s",
