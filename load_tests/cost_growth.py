@@ -57,7 +57,9 @@ CURVES = {
         Curve("base", "rows", {n: Point(n) for n in ROWS}),
         Curve("one adapter of rank 16", "rows", {n: Point(n, 1) for n in ROWS}),
     ],
-    "adapters": [Curve("32 rows", "distinct adapters of rank 16", {n: Point(32, n) for n in (1, 2, 4, 8, 16, 24, 32)})],
+    "adapters": [
+        Curve("32 rows", "distinct adapters of rank 16", {n: Point(32, n) for n in (1, 2, 4, 8, 16, 24, ADAPTERS)})
+    ],
     "rank": [Curve("8 rows of one adapter", "rank", {r: Point(8, 1, rank=r) for r in RANKS})],
     "context": [Curve("4 rows, base", "tokens", {n: Point(4, context=n) for n in (64, 128, 256, 512, 1024, 2048)})],
 }
@@ -136,7 +138,7 @@ def ranks_for(curves: Sequence[Curve]) -> Iterator[int]:
     """Of the adapters that the points need, all at once."""
     points = [point for curve in curves for point in curve.points.values()]
     for rank in sorted({point.rank for point in points}):
-        yield from [rank] * max(1, *(point.adapters for point in points if point.rank == rank), 1)
+        yield from [rank] * max(1, *(point.adapters for point in points if point.rank == rank))
 
 
 def plot(name: str, found: dict[str, tuple[Curve, dict[int, float], Fit]]) -> Figure:

@@ -36,18 +36,21 @@ class EngineBench:
             self._store.admit(staged, digest)
         return digest
 
-    def run(self, adapters: Sequence[str | None]) -> float:
+    def run(self, adapters: Sequence[str | None], prompts: Sequence[list[int]] | None = None) -> float:
         """Tokens per second of one stream for each of `adapters` (None: the base), all at once."""
         self._runs += 1
-        generator = torch.Generator().manual_seed(self._runs)
+        prompts = prompts or self._new_prompts(len(adapters))
         params = SamplingParams(max_tokens=self._new_tokens, temperature=0.0, ignore_eos=True)
         started = time.perf_counter()
-        for i, digest in enumerate(adapters):
-            prompt = torch.randint(100, 40_000, (PROMPT_TOKENS,), generator=generator).tolist()
+        for i, (prompt, digest) in enumerate(zip(prompts, adapters, strict=True)):
             uses = () if digest is None else (ScaledAdapter(digest),)
             self.engine.handle(Submit(f"{self._runs}-{i}", prompt, params, uses))
         self.settle()
         return len(adapters) * self._new_tokens / (time.perf_counter() - started)
+
+    def _new_prompts(self, count: int) -> list[list[int]]:
+        generator = torch.Generator().manual_seed(self._runs)
+        return torch.randint(100, 40_000, (count, PROMPT_TOKENS), generator=generator).tolist()
 
     def decode_steps(self, prompts: Sequence[list[int]], adapters: Sequence[str | None], steps: int) -> list[float]:
         """Seconds of each of the `steps` or more steps in which one token of every stream is computed."""
