@@ -22,10 +22,9 @@ import msgspec
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from load_tests.engine_bench import EngineBench
+from load_tests.engine_bench import EngineBench, write_adapter
 from load_tests.peers.setting import commit, machine
 from server.model.default_model import prepare_default_model
 
@@ -33,7 +32,7 @@ RANK = 16
 RANKS = (16, 32, 64, 128, 192, 256)
 ADAPTERS = 32
 CONTEXT = 17  # tokens, where that is not what is varied
-STEPS = 6  # per point and round; the first does not count
+STEPS = 5  # per point and round; the first does not count
 RESULTS = Path(__file__).with_name("results")
 
 
@@ -51,7 +50,7 @@ class Curve:
     points: dict[int, Point]
 
 
-ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
+ROWS = (1, 2, 4, 8, 16, 24, 32, 48)
 CURVES = {
     "rows": [
         Curve("base", "rows", {n: Point(n) for n in ROWS}),
@@ -97,7 +96,7 @@ class Bench:
         base = AutoModelForCausalLM.from_pretrained(prepare_default_model(), dtype=torch.bfloat16)
         self._adapters: dict[int, list[str]] = {}
         for seed, rank in enumerate(ranks):
-            digest = self._engine.add(write(base, rank, folder / f"{seed}", seed))
+            digest = self._engine.add(write_adapter(base, folder / f"{seed}", rank, seed))
             self._adapters.setdefault(rank, []).append(digest)
         self.close = self._engine.engine.close
 
@@ -109,19 +108,9 @@ class Bench:
         return steps[1:]
 
 
-def write(base: torch.nn.Module, rank: int, folder: Path, seed: int) -> Path:
-    """A random adapter on all linears."""
-    torch.manual_seed(seed)
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", init_lora_weights=False)
-    tuned = get_peft_model(base, config)
-    tuned.save_pretrained(folder)
-    tuned.unload()
-    return folder
-
-
 def _prompt(row: int, tokens: int) -> list[int]:
     """The same in every round, so that only the first one computes it."""
-    return np.random.default_rng(row).integers(100, 40_000, tokens).tolist()
+    return [int(token) for token in np.random.default_rng(row).integers(100, 40_000, tokens)]
 
 
 def measure(bench: Bench, curve: Curve, rounds: int) -> dict[int, float]:

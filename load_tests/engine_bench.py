@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
 
 from adapters.store import CONFIG_FILE, WEIGHTS_FILE, AdapterStore
 from adapters.validation import inspect
@@ -15,6 +17,19 @@ from server.model.default_model import prepare_default_model
 from server.sequence import SamplingParams, ScaledAdapter
 
 PROMPT_TOKENS = 70
+
+
+def write_adapter(base: nn.Module, folder: Path, rank: int, seed: int) -> Path:
+    """A random adapter on all linears, written by PEFT; `base` is left as it was. Returns `folder`."""
+    torch.manual_seed(seed)
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", init_lora_weights=False)
+    tuned = get_peft_model(base, config)
+    for name, parameter in tuned.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.005)
+    tuned.save_pretrained(folder)
+    tuned.unload()
+    return folder
 
 
 class EngineBench:

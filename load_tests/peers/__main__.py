@@ -2,7 +2,7 @@
 
     python -m load_tests.peers [--only Loraplex,vLLM] [--streams 1,8,32] [--rounds 3] [--cache DIR] [--out FILE]
 
-The first time sets the peers up in the cache folder, which takes a compiler, some 10 GB and half an hour. A peer that
+The first time sets the peers up in the cache folder, which takes a compiler, some 4 GB and half an hour. A peer that
 cannot be set up or fails is left out from there on, with its error. Of all peers only the measured one runs; the others
 are stopped by signal. Writes JSON, a plot beside it, and prints a table.
 """

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import msgspec
 import torch
-from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from load_tests.engine_bench import write_adapter
 from server.model.default_model import prepare_default_model
 
 ADAPTERS = 8
@@ -70,14 +70,7 @@ def write_adapters(folder: Path) -> None:
     """Random adapters on all linears, as PEFT saves them."""
     model = AutoModelForCausalLM.from_pretrained(prepare_default_model(), dtype=torch.bfloat16)
     for index in range(ADAPTERS):
-        torch.manual_seed(index)
-        config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear", init_lora_weights=False)
-        tuned = get_peft_model(model, config)
-        for name, parameter in tuned.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=0.005)
-        tuned.save_pretrained(folder / adapter_name(index))
-        model = tuned.unload()
+        write_adapter(model, folder / adapter_name(index), RANK, seed=index)
 
 
 def machine() -> str:
