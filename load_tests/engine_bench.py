@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
 
 from adapters.store import CONFIG_FILE, WEIGHTS_FILE, AdapterStore
 from adapters.validation import inspect
@@ -15,6 +17,19 @@ from server.model.default_model import prepare_default_model
 from server.sequence import SamplingParams, ScaledAdapter
 
 PROMPT_TOKENS = 70
+
+
+def write_adapter(base: nn.Module, folder: Path, rank: int, seed: int) -> Path:
+    """A random adapter on all linears, written by PEFT; `base` is left as it was. Returns `folder`."""
+    torch.manual_seed(seed)
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", init_lora_weights=False)
+    tuned = get_peft_model(base, config)
+    for name, parameter in tuned.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.005)
+    tuned.save_pretrained(folder)
+    tuned.unload()
+    return folder
 
 
 class EngineBench:
@@ -36,18 +51,37 @@ class EngineBench:
             self._store.admit(staged, digest)
         return digest
 
-    def run(self, adapters: Sequence[str | None]) -> float:
+    def run(self, adapters: Sequence[str | None], prompts: Sequence[list[int]] | None = None) -> float:
         """Tokens per second of one stream for each of `adapters` (None: the base), all at once."""
         self._runs += 1
-        generator = torch.Generator().manual_seed(self._runs)
+        prompts = prompts or self._new_prompts(len(adapters))
         params = SamplingParams(max_tokens=self._new_tokens, temperature=0.0, ignore_eos=True)
         started = time.perf_counter()
-        for i, digest in enumerate(adapters):
-            prompt = torch.randint(100, 40_000, (PROMPT_TOKENS,), generator=generator).tolist()
+        for i, (prompt, digest) in enumerate(zip(prompts, adapters, strict=True)):
             uses = () if digest is None else (ScaledAdapter(digest),)
             self.engine.handle(Submit(f"{self._runs}-{i}", prompt, params, uses))
         self.settle()
         return len(adapters) * self._new_tokens / (time.perf_counter() - started)
+
+    def _new_prompts(self, count: int) -> list[list[int]]:
+        generator = torch.Generator().manual_seed(self._runs)
+        return torch.randint(100, 40_000, (count, PROMPT_TOKENS), generator=generator).tolist()
+
+    def decode_steps(self, prompts: Sequence[list[int]], adapters: Sequence[str | None], steps: int) -> list[float]:
+        """Seconds of each of the `steps` or more steps in which one token of every stream is computed."""
+        self._runs += 1
+        params = SamplingParams(max_tokens=steps + 1, temperature=0.0, ignore_eos=True)
+        for i, (prompt, digest) in enumerate(zip(prompts, adapters, strict=True)):
+            uses = () if digest is None else (ScaledAdapter(digest),)
+            self.engine.handle(Submit(f"{self._runs}-{i}", prompt, params, uses))
+        seconds = []
+        while self.engine.has_work():
+            stats = self.engine.step()[0].stats  # type: ignore[union-attr]
+            if stats.batch_tokens == len(prompts):
+                seconds.append(stats.step_seconds)
+            elif not stats.batch_tokens:
+                time.sleep(0.002)
+        return seconds
 
     def switch(self, request: ToEngine) -> float:
         """Seconds until the engine says that it is done."""

@@ -14,8 +14,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from load_tests.engine_bench import EngineBench
-from load_tests.versus_peft import Setting, write_adapters
+from load_tests.engine_bench import EngineBench, write_adapter
 from server.engine.messages import Merge, Unmerge
 from server.model.default_model import prepare_default_model
 
@@ -44,14 +43,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     for name, default in (("streams", 8), ("rank", 16), ("new-tokens", 64), ("rounds", 5)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    options = vars(parser.parse_args())
-    rounds = options.pop("rounds")
-    setting = Setting(adapters=1, **options)
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         base = AutoModelForCausalLM.from_pretrained(prepare_default_model(), dtype=torch.bfloat16)
-        adapter = write_adapters(base, Path(folder), setting)[0]
-        bench = EngineBench(Path(folder) / "data", setting.new_tokens)
-        ratios = measure(bench, bench.add(adapter), setting.streams, rounds)
+        bench = EngineBench(Path(folder) / "data", options.new_tokens)
+        digest = bench.add(write_adapter(base, Path(folder) / "adapter", options.rank, seed=0))
+        ratios = measure(bench, digest, options.streams, options.rounds)
         bench.engine.close()
     for name, found in ratios.items():
         print(f"{name}: median {statistics.median(found):.3f}, {min(found):.3f} to {max(found):.3f}")

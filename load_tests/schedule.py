@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -43,6 +44,7 @@ class Planned(msgspec.Struct, frozen=True):
     model_class: str  # "base", "head", "tail" or "adapter"
     prompt: str
     max_tokens: int
+    fields: dict[str, Any] = {}  # of the request's body, beyond what follows from the others
 
 
 def build(scenario: Scenario, base: str, adapters: Sequence[str], seed: int) -> list[Planned]:
