@@ -514,7 +514,9 @@ def test_a_pin_that_is_on_its_way_does_not_come_back_after_its_end(
     driver.engine.handle(PinAdapter(1, digest, True))
     driver.step()
     driver.engine.handle(msgspec.structs.replace(later, digest=digest))
+    driver.engine.handle(PinAdapter(3, digest, False))
     driver.run()
+    assert driver.replies[3].error is None
     assert driver.replies[1].error is not None and driver.replies[1].error[0] == "busy"
     assert len(driver.engine.residency.pinned()) == 0
     assert driver.engine.residency.where(digest) != "device"

@@ -86,13 +86,13 @@ class Engine:
                         self._finish(self._sequences[seq_id], [], FinishReason.ABORT)
             case MoveAdapter() | PinAdapter():
                 if isinstance(message, PinAdapter) and not message.pinned:
-                    self._withdraw(message.digest, (PinAdapter,), "it was unpinned meanwhile")
+                    self._withdraw(message.digest, "it was unpinned meanwhile", with_moves=False)
                 self.residency.expect(message.digest)
                 self._pending.append(message)
             case TryAdapter():
                 self._trials.add(message)
             case RetireAdapter(digest=digest):
-                self._withdraw(digest, (MoveAdapter, PinAdapter), "it was deleted meanwhile")
+                self._withdraw(digest, "it was deleted meanwhile", with_moves=True)
                 self.residency.unpin(digest)
                 self._retired.add(digest)
                 self.merging.leave("retired", digest)
@@ -238,12 +238,13 @@ class Engine:
         self._pending = waiting
         return replies
 
-    def _withdraw(self, digest: str, kinds: tuple[type, ...], why: str) -> None:
-        """Refuse the requests for the version that are still on their way: done later, they would undo what came
-        after them."""
-        for request in [r for r in self._pending if r.digest == digest and isinstance(r, kinds)]:
-            self._pending.remove(request)
-            self._withdrawn.append(Reply(request.request_id, ("busy", why)))
+    def _withdraw(self, digest: str, why: str, *, with_moves: bool) -> None:
+        """Refuse the version's pins, and perhaps moves, that are still on their way: done later, they would undo what
+        came after them."""
+        for request in [request for request in self._pending if request.digest == digest]:
+            if request.pinned if isinstance(request, PinAdapter) else with_moves:
+                self._pending.remove(request)
+                self._withdrawn.append(Reply(request.request_id, ("busy", why)))
 
     def _advance(self, request: MoveAdapter | PinAdapter) -> bool:
         """Whether `request` is done; if not, it was asked of residency. Raises `MoveRefused`."""
