@@ -5,6 +5,7 @@ import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO, Literal, cast
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from adapters.safetensors_header import TensorInfo
 from adapters.store import TOKENIZER_FILES
 
+KNOWN_TENSORS = 8192  # names that are remembered: all adapters of a base have the same
 CHUNK_BYTES = 1 << 20  # large enough that a reading thread seldom asks for the interpreter lock
 TensorKind = Literal[
     "A", "B", "lora_bias", "magnitude", "embedding_A", "embedding_B", "tokens", "base_bias", "bias", "parameter"
@@ -71,6 +73,7 @@ class AdapterWeights:
     vocab_size: int | None = None  # where it is not the base's
 
 
+@lru_cache(KNOWN_TENSORS)
 def parse_tensor_name(name: str) -> tuple[str, TensorKind] | None:
     """The base model's module and what the tensor is to it; None where it can be nothing.
 

@@ -39,7 +39,7 @@ class LoraChecks:
     tensors: LoraTensors
     spec: ModelSpec
 
-    def problems(self, settings: LoraSettings | None) -> list[Problem]:
+    def problems(self, settings: LoraSettings | None, with_numbers: bool = True) -> list[Problem]:
         found = [*self.tensors.misnamed, *self._modules()]
         if settings:
             found += [*self._targets(settings), *self._saved_targets(settings), *self._sizes(settings)]
@@ -49,9 +49,11 @@ class LoraChecks:
                 *token_problems(self.tensors, self.spec, settings),
                 *self._invocation(settings),
             ]
-        scalings = self._scalings(settings) if settings else {}
-        found += [*self._saved(), *copy_problems(self.tensors), *self._vocabulary(settings)]
-        return [*found, *number_problems(self.tensors, scalings)]
+        found += [*self._saved(), *self._vocabulary(settings)]
+        if with_numbers:
+            scalings = self._scalings(settings) if settings else {}
+            found += [*copy_problems(self.tensors), *number_problems(self.tensors, scalings)]
+        return found
 
     # -- which modules -------------------------------------------------------------------------------------------
 

@@ -36,8 +36,9 @@ def pack(weights: AdapterWeights, dtype: torch.dtype, bases: Mapping[str, nn.Mod
     Raises `AdapterInvalid` when a weight is finite in its own dtype but not in `dtype`.
     """
     num_pages = pages_of(weights.rank)
+    columns, modules = _columns(weights, num_pages, dtype, bases)
     overlays = {name: tuple(own) for name in _overlaid(weights) if (own := [*_overlays(name, weights, dtype, bases)])}
-    modules, vectors = {}, {}
+    vectors = {}
     for name in weights.factors.keys() | weights.biases.keys():
         factors = weights.factors.get(name)
         if _is_resized(factors, bases[name]):
@@ -45,16 +46,19 @@ def pack(weights: AdapterWeights, dtype: torch.dtype, bases: Mapping[str, nn.Mod
         base = _effective(bases[name], overlays.get(name, ()))
         scale = None if factors is None else dora_scale(base, factors)
         if factors is not None:
-            modules[name] = _columns(factors, scale, num_pages, dtype)
+            _fill(*modules[name], factors, scale)
         affine = output_vectors(base, scale, factors, weights.biases.get(name))
         if affine is not None:
             vectors[name] = affine
-        _check_finite(name, dtype, [*modules.get(name, ()), *vectors.get(name, ())])
+            _check_finite(name, dtype, [affine])
+    if not columns.sum(dtype=torch.float32).isfinite():  # a sum over one that is not finite is not, either
+        for name, pair in modules.items():
+            _check_finite(name, dtype, [*pair])
     for name, stack in overlays.items():
         _check_finite(name, dtype, [t for overlay in stack for t in (*overlay.parameters(), *overlay.buffers())])
     vectors |= _scaling_vectors(weights.output_scales)
     input_vectors = _scaling_vectors(weights.input_scales)
-    tensors = [*(t for pair in modules.values() for t in pair), *vectors.values(), *input_vectors.values()]
+    tensors = [columns, *vectors.values(), *input_vectors.values()]
     size = sum(t.numel() * t.element_size() for t in tensors) + nbytes(o for stack in overlays.values() for o in stack)
     return PackedAdapter(num_pages, modules, size, vectors, input_vectors, overlays, weights.vocab_size)
 
@@ -138,11 +142,26 @@ def _embedding_scale(base: nn.Module, dtype: torch.dtype) -> Tensor | None:
     return None if scale is None else torch.as_tensor(scale).to(dtype)
 
 
-def _columns(factors: LoraFactors, scale: Tensor | None, num_pages: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    b = factors.b.float() * factors.scaling
+def _columns(
+    weights: AdapterWeights, num_pages: int, dtype: torch.dtype, bases: Mapping[str, nn.Module]
+) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+    """Zeros for A and B of every linear with factors: one buffer, and the views of it by module."""
+    rows = num_pages * PAGE_COLUMNS
+    factors = {name: f for name, f in weights.factors.items() if not _is_resized(f, bases[name])}
+    widths = [width for own in factors.values() for width in (own.a.shape[1], own.b.shape[0])]
+    buffer = torch.zeros(rows * sum(widths), dtype=dtype)
+    parts = buffer.split([rows * width for width in widths])
+    views = [part.view(rows, width) for part, width in zip(parts, widths, strict=True)]
+    return buffer, dict(zip(factors, zip(views[::2], views[1::2], strict=True), strict=True))
+
+
+def _fill(a: Tensor, b: Tensor, factors: LoraFactors, scale: Tensor | None) -> None:
+    scaled = factors.b.float() * factors.scaling
     if scale is not None:
-        b *= scale[:, None]
-    return _padded(factors.a.to(dtype), num_pages), _padded(b.to(dtype).T, num_pages)
+        scaled *= scale[:, None]
+    rank = len(factors.a)
+    a[:rank] = factors.a
+    b[:rank] = scaled.T
 
 
 def _check_finite(name: str, dtype: torch.dtype, tensors: list[Tensor]) -> None:
@@ -150,9 +169,3 @@ def _check_finite(name: str, dtype: torch.dtype, tensors: list[Tensor]) -> None:
         raise AdapterInvalid(
             [Problem(name, f"weights beyond {dtype}", "a scaled B that the base's dtype can hold", "nonfinite")]
         )
-
-
-def _padded(columns: Tensor, num_pages: int) -> Tensor:
-    padded = columns.new_zeros(num_pages * PAGE_COLUMNS, columns.shape[1])
-    padded[: columns.shape[0]] = columns
-    return padded

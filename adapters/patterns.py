@@ -5,8 +5,10 @@ An expression is a stranger's: it is matched by RE2, in time linear in the name,
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
+KNOWN_MODULES = 4096  # names whose parts are remembered: all adapters of a base have the same
 MAX_EXPRESSIONS = 64
 MAX_EXPRESSION_LENGTH = 1000
 # In PEFT a dot stands for any character; with dots only between the parts of names both readings agree.
@@ -68,10 +70,11 @@ def is_name(pattern: str) -> bool:
     return bool(_LITERAL.fullmatch(pattern)) and not pattern.startswith("^")
 
 
-def dotted_suffixes(module: str) -> list[str]:
+@lru_cache(KNOWN_MODULES)
+def dotted_suffixes(module: str) -> tuple[str, ...]:
     """`a.b.c` ends in `a.b.c`, `b.c` and `c`: the names by which PEFT finds a module."""
     parts = module.split(".")
-    return [".".join(parts[start:]) for start in range(len(parts))]
+    return tuple(".".join(parts[start:]) for start in range(len(parts)))
 
 
 def _compiled(pattern: str, prefix: str = "") -> Any:

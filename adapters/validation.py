@@ -94,12 +94,13 @@ def digest_of(folder: Path) -> str:
 def load(folder: Path, spec: ModelSpec, digest: str | None = None) -> AdapterWeights:
     """Check the adapter in `folder` as `inspect` does, and read its tensors into memory.
 
-    With `digest`, the content must have it. Raises `AdapterInvalid`.
+    With `digest`, the content must have it, and its numbers, which were checked when it was stored, are not again.
+    Raises `AdapterInvalid`.
     """
     converted = read_converted(folder, spec)
     if converted is not None:
         return converted.weights(_expected(digest, converted.digest()))
-    tensors, settings = _checked(folder, spec)
+    tensors, settings = _checked(folder, spec, with_numbers=digest is None)
     found = _expected(digest, version_digest(settings.canonical, tensors.infos, tensors.path))
     reader = _Reader(load_file(tensors.path), tensors, settings, spec)
     return AdapterWeights(
@@ -122,7 +123,9 @@ def _expected(digest: str | None, found: str) -> str:
     return found
 
 
-def _checked(folder: Path, spec: ModelSpec, with_tokenizer: bool = False) -> tuple[LoraTensors, LoraSettings]:
+def _checked(
+    folder: Path, spec: ModelSpec, *, with_tokenizer: bool = False, with_numbers: bool = True
+) -> tuple[LoraTensors, LoraSettings]:
     absent = [name for name in FILES if not (folder / name).is_file()]
     if absent:
         raise AdapterInvalid([Problem(name, "no file", "a file", "malformed_file") for name in absent])
@@ -132,7 +135,7 @@ def _checked(folder: Path, spec: ModelSpec, with_tokenizer: bool = False) -> tup
         tensors = LoraTensors.read(folder / WEIGHTS_FILE, spec)
     except AdapterInvalid as error:
         raise AdapterInvalid(problems + error.problems) from None
-    problems += LoraChecks(tensors, spec).problems(settings)
+    problems += LoraChecks(tensors, spec).problems(settings, with_numbers)
     if with_tokenizer:
         problems += check_tokenizer(folder, tensors.vocab_size(spec) or spec.vocab_size)
     if problems or settings is None:

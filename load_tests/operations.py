@@ -266,21 +266,23 @@ def _short(state: State) -> str:
 
 
 def run_round(clients: list[Client], operations: range, crash_every: int) -> None:
-    """Do those operations, whichever client comes first, until all are done. Raises `Mismatch`."""
-    numbers, taking, failed = iter(operations), threading.Lock(), threading.Event()
+    """Do those operations, whichever client comes first, until all are done. Raises `Mismatch`: the first, since what
+    others then see may only follow from it."""
+    numbers, taking, failures = iter(operations), threading.Lock(), list[BaseException]()
 
     def work(client: Client) -> None:
-        while not failed.is_set():
+        while not failures:
             with taking:
                 number = next(numbers, None)
             if number is None:
                 return
             try:
                 client.act(crash=number % crash_every == crash_every // 2)
-            except BaseException:
-                failed.set()
-                raise
+            except BaseException as failure:
+                failures.append(failure)
 
     with ThreadPoolExecutor(len(clients)) as threads:
-        for done in [threads.submit(work, client) for client in clients]:
-            done.result()
+        for client in clients:
+            threads.submit(work, client)
+    if failures:
+        raise failures[0]

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -502,6 +503,35 @@ def test_pinning_loads_and_protects(drivers: Drivers, adapters: dict[str, Path])
     assert driver.engine.residency.where(digests[0]) == "device"
     evicted = {move.digest for step in driver.steps for move in step.moves if move.source == "device"}
     assert evicted == set(digests[1:])
+
+
+@pytest.mark.parametrize("later", [PinAdapter(2, "", False), RetireAdapter("")], ids=["unpinned", "retired"])
+def test_a_pin_that_is_on_its_way_does_not_come_back_after_its_end(
+    driver: Driver, adapters: dict[str, Path], later: PinAdapter | RetireAdapter
+) -> None:
+    """An engine that was restarted loads all pins anew, and meanwhile one of them is unpinned."""
+    digest = driver.add_adapter(next(iter(adapters.values())))
+    driver.engine.handle(PinAdapter(1, digest, True))
+    driver.step()
+    driver.engine.handle(msgspec.structs.replace(later, digest=digest))
+    driver.engine.handle(PinAdapter(3, digest, False))
+    driver.run()
+    assert driver.replies[3].error is None
+    assert driver.replies[1].error is not None and driver.replies[1].error[0] == "busy"
+    assert len(driver.engine.residency.pinned()) == 0
+    assert driver.engine.residency.where(digest) != "device"
+
+
+def test_an_adapter_that_is_deleted_while_it_loads_leaves_no_memory_behind(
+    driver: Driver, adapters: dict[str, Path]
+) -> None:
+    digest = driver.add_adapter(next(iter(adapters.values())))
+    driver.engine.handle(MoveAdapter(1, digest, "device"))
+    driver.step()
+    driver.engine.handle(RetireAdapter(digest))
+    driver.run()
+    assert driver.replies[1].error is not None and driver.replies[1].error[0] == "busy"
+    assert driver.engine.residency.where(digest) == "disk"
 
 
 # -- how an answer ends ------------------------------------------------------------------------------------------------

@@ -63,6 +63,7 @@ class Engine:
         self._sequences: dict[str, Sequence] = {}
         self._retired: set[str] = set()  # versions that no name points at: unloaded once nothing uses them
         self._pending: list[MoveAdapter | PinAdapter] = []
+        self._withdrawn: list[FromEngine] = []
         self._outputs: list[SequenceOutput] = []
         self._steps = 0
 
@@ -84,11 +85,14 @@ class Engine:
                     if seq_id in self._sequences:
                         self._finish(self._sequences[seq_id], [], FinishReason.ABORT)
             case MoveAdapter() | PinAdapter():
+                if isinstance(message, PinAdapter) and not message.pinned:
+                    self._withdraw(message.digest, "it was unpinned meanwhile", with_moves=False)
                 self.residency.expect(message.digest)
                 self._pending.append(message)
             case TryAdapter():
                 self._trials.add(message)
             case RetireAdapter(digest=digest):
+                self._withdraw(digest, "it was deleted meanwhile", with_moves=True)
                 self.residency.unpin(digest)
                 self._retired.add(digest)
                 self.merging.leave("retired", digest)
@@ -221,7 +225,7 @@ class Engine:
 
     def _settle_moves(self) -> list[FromEngine]:
         """Answer the requested moves that are done, or cannot be."""
-        replies: list[FromEngine] = []
+        replies, self._withdrawn = self._withdrawn, []
         waiting = []
         for request in self._pending:
             try:
@@ -233,6 +237,14 @@ class Engine:
                 replies.append(Reply(request.request_id, (refused.code, str(refused))))
         self._pending = waiting
         return replies
+
+    def _withdraw(self, digest: str, why: str, *, with_moves: bool) -> None:
+        """Refuse the version's pins, and perhaps moves, that are still on their way: done later, they would undo what
+        came after them."""
+        for request in [request for request in self._pending if request.digest == digest]:
+            if request.pinned if isinstance(request, PinAdapter) else with_moves:
+                self._pending.remove(request)
+                self._withdrawn.append(Reply(request.request_id, ("busy", why)))
 
     def _advance(self, request: MoveAdapter | PinAdapter) -> bool:
         """Whether `request` is done; if not, it was asked of residency. Raises `MoveRefused`."""
