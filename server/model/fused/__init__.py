@@ -19,24 +19,10 @@ normalised. `delta` is what the step's adapters add to the input: a `Delta` that
 and never written. A row without adapters has the bits that it has without a delta.
 """
 
-from collections.abc import Callable
-from typing import Any, Protocol
-
-import torch
-
-Tensor = torch.Tensor
+from types import ModuleType
 
 
-class Fused(Protocol):
-    """A module with the four functions."""
-
-    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
-    add_rms_norm: Callable[..., tuple[Tensor, Tensor]]
-    silu_mul: Callable[..., Tensor]
-    rope_kv_write: Callable[..., Tensor]
-
-
-def choose(device_type: str) -> tuple[Any, str]:
+def choose(device_type: str) -> tuple[ModuleType, str]:
     """The module of these functions for a device, and the reason in words for the log.
 
     cuda    Triton
