@@ -50,9 +50,9 @@ class ServeConfig:
     data_dir: Path = _setting(Path(), "Registry, store and caches; empty is the XDG data folder")
     api_key: str = _setting("", "One key with all scopes", secret=True)
     keys_file: Path = _setting(Path(), "TOML file of keys with scopes and tenants")
-    adapter_slots: int = _setting(16, "Adapters that can be on the device at once", ge=1, le=4096)
+    adapter_slots: int = _setting(64, "Adapters that can be on the device at once", ge=1, le=4096)
     adapter_device_bytes: int = _setting(
-        0, "Device memory for the ranks of adapters; 0 is room for the largest rank in every slot", ge=0
+        0, "Device memory for the ranks of adapters; 0 is room for the largest rank in 16 slots", ge=0
     )
     adapter_max_concurrent: int = _setting(0, "Requests that may run for one adapter at once; 0 is no limit", ge=0)
     adapter_rpm: int = _setting(0, "Requests per minute for one adapter; 0 is no limit", ge=0)

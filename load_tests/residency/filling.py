@@ -13,14 +13,14 @@ from adapters.registry import AdapterRegistry, AdapterVersion
 from adapters.registry_db import connect, point, transaction
 from adapters.store import CONFIG_FILE, WEIGHTS_FILE, AdapterStore
 from adapters.validation import digest_of
-from load_tests.versus_peft import Setting, write_adapters
+from load_tests.engine_bench import write_adapter
 from server.model.default_model import prepare_default_model
 
 
 def template(folder: Path, rank: int) -> Path:
     """A random adapter on all linears of SmolLM2, written by PEFT (in float32, as it does)."""
     base = AutoModelForCausalLM.from_pretrained(prepare_default_model(), dtype=torch.bfloat16)
-    return write_adapters(base, folder, Setting(streams=1, adapters=1, rank=rank, new_tokens=1))[0]
+    return write_adapter(base, folder / "template", rank, seed=0)
 
 
 def variants(source: Path, folder: Path, count: int) -> dict[str, Path]:

@@ -121,7 +121,8 @@ def summarize(records: Sequence[Record], seconds: float) -> Round:
 def _line(few: Round, resident: Round) -> str:
     return (
         f"{few.tokens_per_s:.1f} tok/s, all resident {resident.tokens_per_s:.1f}: "
-        f"{few.tokens_per_s / resident.tokens_per_s:.3f}; first token p50 {few.ttft_p50_s:.2f} ({resident.ttft_p50_s:.2f}) s, "
+        f"{few.tokens_per_s / resident.tokens_per_s:.3f}; "
+        f"first token p50 {few.ttft_p50_s:.2f} ({resident.ttft_p50_s:.2f}) s, "
         f"p99 {few.ttft_p99_s:.2f} ({resident.ttft_p99_s:.2f}) s, {len(few.errors)} ({len(resident.errors)}) failed"
     )
 
@@ -132,7 +133,8 @@ def report(setting: Setting, rounds: Sequence[tuple[Round, Round]], target: floa
     median = float(np.median(ratios))
     print(
         f"{setting.adapters} adapters of rank {setting.rank} on {setting.slots} slots, {setting.streams} streams: "
-        f"{median:.3f} of the throughput with all resident (rounds {min(ratios):.3f} to {max(ratios):.3f}, target {target}), "
+        f"{median:.3f} of the throughput with all resident "
+        f"(rounds {min(ratios):.3f} to {max(ratios):.3f}, target {target}), "
         f"failed: {errors or 'none'}"
     )
     return median >= target and not errors

@@ -39,6 +39,7 @@ from server.model.runner import ModelRunner
 log = logging.getLogger(__name__)
 
 BLOCK_SIZE = 16
+FULL_SLOTS = 16  # adapters of the largest rank that have room by default; most are smaller (docs/simulation.md)
 
 
 def build_engine(config: ServeConfig) -> tuple[Engine, EngineInfo]:
@@ -139,7 +140,8 @@ def _size_pool(config: ServeConfig, spec: ModelSpec, dtype: torch.dtype) -> int:
     """Pages of the adapter pool. Raises `ModelRefused` when the largest adapter would not fit into it."""
     largest, page = pages_of(config.max_adapter_rank), page_bytes(spec, dtype)
     most = config.adapter_slots * largest
-    num_pages = min(config.adapter_device_bytes // page, most) if config.adapter_device_bytes else most
+    default = min(config.adapter_slots, FULL_SLOTS) * largest
+    num_pages = min(config.adapter_device_bytes // page, most) if config.adapter_device_bytes else default
     if num_pages < largest:
         raise ModelRefused(
             f"an adapter of rank {config.max_adapter_rank} takes --adapter-device-bytes {largest * page}; "
