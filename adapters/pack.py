@@ -150,7 +150,7 @@ def _columns(
     factors = {name: f for name, f in weights.factors.items() if not _is_resized(f, bases[name])}
     widths = [width for own in factors.values() for width in (own.a.shape[1], own.b.shape[0])]
     buffer = torch.zeros(rows * sum(widths), dtype=dtype)
-    parts = buffer.split([rows * width for width in widths])
+    parts = torch.split(buffer, [rows * width for width in widths])
     views = [part.view(rows, width) for part, width in zip(parts, widths, strict=True)]
     return buffer, dict(zip(factors, zip(views[::2], views[1::2], strict=True), strict=True))
 

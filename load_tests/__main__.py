@@ -39,7 +39,7 @@ def run(
 @app.command()
 def suite(out: Out = Path("load-test-results"), seed: Seed = 0) -> None:
     """Run the short set against a server with the demo adapters, started for it and ended after it."""
-    with tempfile.TemporaryDirectory() as data_dir, serving(Path(data_dir), "--demo") as url:
+    with tempfile.TemporaryDirectory() as data_dir, serving(Path(data_dir), "--demo", "--adapter-slots", "16") as url:
         passed = [_passed(scenario, url, "", DEMO_ADAPTER, out, seed) for scenario in SHORT_SET]
     if not all(passed):
         raise typer.Exit(1)
