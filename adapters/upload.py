@@ -25,7 +25,7 @@ def upload_all(arrays: Sequence[npt.NDArray[Any]], device: torch.device) -> list
     packed = np.zeros(sum(sizes), dtype=np.uint8)
     for array, end, size in zip(arrays, accumulate(sizes), sizes, strict=True):
         packed[end - size :][: array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    parts = upload(packed, device).split(sizes)
+    parts = torch.split(upload(packed, device), sizes)
     return [
         part[: array.nbytes].view(kind).view(array.shape)
         for part, kind, array in zip(parts, kinds, arrays, strict=True)
@@ -38,7 +38,7 @@ def download(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
         return lambda: tensor
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     host.copy_(tensor, non_blocking=True)
-    arrived = torch.cuda.Event()
+    arrived: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
     arrived.record()
 
     def wait() -> torch.Tensor:

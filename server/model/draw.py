@@ -59,8 +59,9 @@ class Draws:
     num_few: int
 
     def part(self, which: slice | torch.Tensor) -> "Draws":
-        own = (self.rows, self.top_k, self.temperature, self.top_p, self.min_p, self.uniform)
-        return Draws(*(tensor[which] for tensor in own), 0, 0)
+        """Those of some of the rows, which are drawn for in one way."""
+        numbers = self.temperature[which], self.top_p[which], self.min_p[which], self.uniform[which]
+        return Draws(self.rows[which], self.top_k[which], *numbers, 0, 0)
 
 
 def plan_draws(seqs: Sequence[TokenSequence], vocab: int, on_cpu: bool) -> tuple[list[Array], int, int]:
@@ -69,14 +70,15 @@ def plan_draws(seqs: Sequence[TokenSequence], vocab: int, on_cpu: bool) -> tuple
     rows = sorted(forms, key=forms.__getitem__)
     top_k = [[seqs[row].sampling.top_k or vocab] for row in rows]
     numbers = np.array([_numbers(seqs[row]) for row in rows], dtype=np.float32).reshape(-1, 4).T[:, :, None]
-    arrays = [np.array(rows, dtype=np.int64), np.array(top_k, dtype=np.int64).reshape(-1, 1), numbers]
+    arrays: list[Array] = [np.array(rows, dtype=np.int64), np.array(top_k, dtype=np.int64).reshape(-1, 1), numbers]
     counts = [*forms.values()]
     return arrays, counts.count(Form.PLAIN), counts.count(Form.FEW)
 
 
 def draws_of(uploaded: Sequence[torch.Tensor], num_plain: int, num_few: int) -> Draws:
     rows, top_k, numbers = uploaded
-    return Draws(rows, top_k, *numbers, num_plain, num_few)
+    temperature, top_p, min_p, uniform = numbers
+    return Draws(rows, top_k, temperature, top_p, min_p, uniform, num_plain, num_few)
 
 
 def _form(params: SamplingParams, on_cpu: bool) -> Form:

@@ -32,7 +32,7 @@ class NF4Linear(nn.Module):
         self.inner = inner
         self.in_features, self.out_features = int(inner.in_features), int(inner.out_features)  # type: ignore[arg-type]
         self._fused_rows = fused_rows(self.out_features)
-        self._nf4 = nf4_weight(inner.weight, quant_state(inner))
+        self._nf4 = nf4_weight(self.weight, quant_state(inner))
 
     @property
     def weight(self) -> torch.Tensor:
@@ -65,7 +65,7 @@ def fused_rows(out_features: int) -> int:
 def apply_policy(model: nn.Module, policy: Policy, dtype: torch.dtype, device: torch.device) -> str:
     """Put in place of the 4-bit linears of `model` what `policy` says; returns what was done, in words."""
     found = {name: module for name, module in model.named_modules() if _is_quantized(module)}
-    taken = sum(int(m.in_features) * int(m.out_features) for m in found.values()) * dtype.itemsize  # type: ignore[arg-type]
+    taken = sum(int(m.in_features) * int(m.out_features) for m in found.values()) * dtype.itemsize
     chosen, reason = (policy, "asked for") if policy != "auto" else _chosen(taken, device)
     if chosen == "bf16-copy":
         for name, module in found.items():

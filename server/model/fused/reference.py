@@ -26,7 +26,7 @@ def rope_kv_write(
 ) -> Tensor:
     kv_heads, head_dim = keys.shape[2:]
     heads = (qkv.float() + delta).view(len(qkv), -1, head_dim)
-    query, key, value = heads.split([heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads], 1)
+    query, key, value = torch.split(heads, [heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads], 1)
     kept = slots >= 0
     keys.flatten(0, 1)[slots[kept]] = _rotated(key, cos, sin)[kept].to(keys.dtype)
     values.flatten(0, 1)[slots[kept]] = value[kept].to(values.dtype)
