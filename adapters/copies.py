@@ -52,7 +52,7 @@ class CudaCopies:
         self._stream.wait_stream(torch.cuda.default_stream(self._device))
         with self._own_stream():
             self._pool.write(slot, moved(packed, self._device))
-            arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            arrived: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
             arrived.record()
         arrived.synchronize()
 
@@ -89,6 +89,7 @@ def moved(packed: PackedAdapter, device: torch.device) -> PackedAdapter:
 
 def _over(flat: torch.Tensor, packed: PackedAdapter) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     shapes = [tensor.shape for pair in packed.modules.values() for tensor in pair]
-    parts = torch.split(flat, [shape.numel() for shape in shapes])
-    views = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+    views = [
+        part.view(shape) for part, shape in zip(torch.split(flat, [s.numel() for s in shapes]), shapes, strict=True)
+    ]
     return dict(zip(packed.modules, zip(views[::2], views[1::2], strict=True), strict=True))

@@ -38,7 +38,7 @@ def download(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
         return lambda: tensor
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     host.copy_(tensor, non_blocking=True)
-    arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    arrived: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
     arrived.record()
 
     def wait() -> torch.Tensor:

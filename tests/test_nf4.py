@@ -34,7 +34,7 @@ def quantized(model: nn.Module) -> list[str]:
 
 
 def test_a_copy_has_the_dequantised_weights_and_is_the_same_model_to_everyone(folder: Path) -> None:
-    kept, copied = load(folder, "nf4"), load(folder, "bf16-copy", "bfloat16")
+    kept, copied = load(folder, "nf4", "bfloat16"), load(folder, "bf16-copy", "bfloat16")
     assert quantized(kept.model) and not quantized(copied.model)
     for name in quantized(kept.model):
         linear = copied.model.get_submodule(name)

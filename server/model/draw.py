@@ -36,6 +36,12 @@ class Form(IntEnum):
     MANY = 2
 
 
+def form_of(params: SamplingParams, on_cpu: bool) -> Form:
+    if not (params.top_k or params.top_p < 1 or params.min_p):
+        return Form.PLAIN
+    return Form.FEW if 0 < params.top_k <= FEW or (on_cpu and not params.top_k) else Form.MANY
+
+
 @dataclass(frozen=True, slots=True)
 class Draws:
     """Parameters of the rows that are drawn for, ordered by form: so many are plain, so many few, the rest many.
@@ -53,10 +59,9 @@ class Draws:
     num_few: int
 
     def part(self, which: slice | torch.Tensor) -> "Draws":
-        return Draws(
-            self.rows[which], self.top_k[which], self.temperature[which], self.top_p[which], self.min_p[which],
-            self.uniform[which], 0, 0,
-        )  # fmt: skip
+        """Those of some of the rows, which are drawn for in one way."""
+        numbers = self.temperature[which], self.top_p[which], self.min_p[which], self.uniform[which]
+        return Draws(self.rows[which], self.top_k[which], *numbers, 0, 0)
 
 
 def plan_draws(seqs: Sequence[TokenSequence], vocab: int, on_cpu: bool) -> tuple[list[Array], int, int]:

@@ -18,6 +18,8 @@ from adapters.upload import download, upload_all
 from server.model.draw import Array, Draws, draw, draws_of, plan_draws
 from server.sequence import Sequence, TokenLogprobs
 
+Entries = tuple[int, list[int], list[float] | float]  # a row, tokens of it, and a number for each or for all
+
 
 @dataclass(slots=True)
 class Sample:
@@ -101,15 +103,12 @@ def _asks(seq: Sequence) -> bool:
     )
 
 
-_Entry = tuple[int, list[int], list[float] | float]  # a row, tokens, and a number for each or for all
-
-
 def _changes(seqs: list[Sequence], eos_token_ids: frozenset[int]) -> list[Array]:
     """Bias, repetition penalties, and what counts after those: three tables of (row, token) `[2, entries]` int64 and
     numbers `[entries]` float32."""
-    bias: list[_Entry] = []
-    repeated: list[_Entry] = []
-    after: list[_Entry] = []
+    bias: list[Entries] = []
+    repeated: list[Entries] = []
+    after: list[Entries] = []
     for row, seq in enumerate(seqs):
         params = seq.sampling
         if params.logit_bias:
@@ -125,7 +124,7 @@ def _changes(seqs: list[Sequence], eos_token_ids: frozenset[int]) -> list[Array]
     return [array for table in (bias, repeated, after) for array in _table(table)]
 
 
-def _table(entries: list[_Entry]) -> tuple[Array, Array]:
+def _table(entries: list[Entries]) -> tuple[Array, Array]:
     places, numbers = [np.zeros((2, 0), np.int64)], [np.zeros(0, np.float32)]
     for row, tokens, values in entries:
         places.append(np.array([np.full(len(tokens), row), tokens], dtype=np.int64))
