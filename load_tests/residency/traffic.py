@@ -77,8 +77,9 @@ async def _measure(setting: Setting, names: list[str], few_url: str, all_url: st
         for number in range(-1, setting.rounds):  # the first one warms up
             schedule = build(scenario(setting), "base", names, seed=number + 1)
             await load(resident, sorted({planned.model for planned in schedule}), "device")
-            both = [await _round(setting, schedule, client) for client in (few, resident)[:: 1 if number % 2 else -1]]
-            pair = (both[0], both[1]) if number % 2 else (both[1], both[0])
+            order = (few, resident) if number % 2 else (resident, few)  # whoever goes second has the warmer caches
+            seen = {client: await _round(setting, schedule, client) for client in order}
+            pair = (seen[few], seen[resident])
             print(f"{'warm-up' if number < 0 else f'round {number + 1}'}  {_line(*pair)}", flush=True)
             if number >= 0:
                 rounds.append(pair)
@@ -119,11 +120,14 @@ def summarize(records: Sequence[Record], seconds: float) -> Round:
 
 
 def _line(few: Round, resident: Round) -> str:
+    ratio = few.tokens_per_s / resident.tokens_per_s
+    return f"{_side(few)}; all resident {_side(resident)}: {ratio:.3f}"
+
+
+def _side(seen: Round) -> str:
     return (
-        f"{few.tokens_per_s:.1f} tok/s, all resident {resident.tokens_per_s:.1f}: "
-        f"{few.tokens_per_s / resident.tokens_per_s:.3f}; "
-        f"first token p50 {few.ttft_p50_s:.2f} ({resident.ttft_p50_s:.2f}) s, "
-        f"p99 {few.ttft_p99_s:.2f} ({resident.ttft_p99_s:.2f}) s, {len(few.errors)} ({len(resident.errors)}) failed"
+        f"{seen.tokens_per_s:.1f} tok/s, first token p50 {seen.ttft_p50_s:.2f} p99 {seen.ttft_p99_s:.2f} s, "
+        f"{len(seen.errors)} failed"
     )
 
 
@@ -134,7 +138,6 @@ def report(setting: Setting, rounds: Sequence[tuple[Round, Round]], target: floa
     print(
         f"{setting.adapters} adapters of rank {setting.rank} on {setting.slots} slots, {setting.streams} streams: "
         f"{median:.3f} of the throughput with all resident "
-        f"(rounds {min(ratios):.3f} to {max(ratios):.3f}, target {target}), "
-        f"failed: {errors or 'none'}"
+        f"(rounds {min(ratios):.3f} to {max(ratios):.3f}, target {target}), failed: {errors or 'none'}"
     )
     return median >= target and not errors
