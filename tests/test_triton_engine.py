@@ -72,6 +72,6 @@ def with_graphs(driver: Driver) -> DecodeGraphs:
     kernel = made.pool.kernel
     assert isinstance(kernel, TritonKernel)
     made.graphs = DecodeGraphs(
-        made._forward, made.pool, made.layers.values(), kernel, bucket_sizes(4), 4, 16, DEVICE, lambda forward: forward
+        made._forward, made.pool, made.groups(), kernel, bucket_sizes(4), 4, 16, DEVICE, lambda forward: forward
     )
     return made.graphs
