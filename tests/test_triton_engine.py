@@ -39,7 +39,7 @@ def on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
         return TritonKernel(DEVICE), "the test's"
 
     monkeypatch.setattr(runner, "choose_kernel", kernel)
-    monkeypatch.setattr(attention, "choose", lambda _device: (triton_paged.paged_attention, "the test's"))
+    monkeypatch.setattr(attention, "choose", lambda *_: (triton_paged.paged_attention, "the test's"))
 
 
 def answers(driver: Driver, models: Path) -> dict[str, list[int]]:

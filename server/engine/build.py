@@ -3,6 +3,8 @@
 import logging
 import os
 import re
+import sys
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -39,6 +41,7 @@ from server.model.runner import ModelRunner
 log = logging.getLogger(__name__)
 
 BLOCK_SIZE = 16
+READER_NICE = 10  # of the thread that reads adapters beside a step on the same cores
 FULL_SLOTS = 16  # adapters of the largest rank that have room by default; most are smaller (docs/simulation.md)
 
 
@@ -83,7 +86,8 @@ def _residency(config: ServeConfig, spec: ModelSpec, runner: ModelRunner, num_pa
         read=read,
         write=copies.write,
         max_pages=pages_of(config.max_adapter_rank),
-        on_thread_start=_stay_single_threaded,
+        threads=1 if runner.device.type == "cpu" else 2,
+        on_thread_start=_step_aside if runner.device.type == "cpu" else _stay_single_threaded,
     )
 
 
@@ -134,6 +138,13 @@ def _stay_single_threaded() -> None:
     """A reader thread that ran parallel torch code would get OpenMP workers of its own. With more workers than cores
     libgomp no longer spins between parallel regions, and every step of the model takes almost twice as long."""
     torch.set_num_threads(1)
+
+
+def _step_aside() -> None:
+    """On a CPU a reader also takes cores from the step, each of whose parallel regions waits for its slowest thread."""
+    _stay_single_threaded()
+    if sys.platform == "linux":  # elsewhere a thread has no priority of its own
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), READER_NICE)
 
 
 def _size_pool(config: ServeConfig, spec: ModelSpec, dtype: torch.dtype) -> int:
