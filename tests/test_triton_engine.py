@@ -39,6 +39,7 @@ def on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
         return TritonKernel(DEVICE), "the test's"
 
     monkeypatch.setattr(runner, "choose_kernel", kernel)
+    monkeypatch.setattr(runner, "block_ops", lambda *_: None)
     monkeypatch.setattr(attention, "choose", lambda *_: (triton_paged.paged_attention, "the test's"))
 
 
