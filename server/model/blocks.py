@@ -1,14 +1,20 @@
 """Decoder blocks of Llama's structure in fewer operations: norms, SiLU·mul, rotary embedding with attention.
 
-The modules of the model stay; what they compute with is replaced where a module has the structure below and then gives
-the same numbers. Hooks on them, and so everything that adapters do, work as before.
+The modules of the model stay; what they compute with is replaced where a module runs the very code of one of `WRITTEN`
+and then gives the same numbers. Numbers alone would not do: what depends on long contexts or large values does not
+show in a short probe. Hooks on the modules, and so everything that adapters do, work as before.
 """
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
 from torch import nn
+from transformers.activations import SiLUActivation
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
+from transformers.models.mistral.modeling_mistral import MistralAttention
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 
 from adapters.layers import LoRAGroup, LoRALinear
 from server.model.batch import ForwardBatch
@@ -17,6 +23,13 @@ from server.model.cpu.library import why_unavailable
 from server.model.kv_cache import KVCache
 
 Undo = Callable[[], None]
+
+# Whose code the operations below stand for; other architectures' modules are mostly copies of these.
+WRITTEN: dict[str, tuple[type[nn.Module], ...]] = {
+    "norm": (LlamaRMSNorm,),
+    "mlp": (LlamaMLP,),
+    "attention": (LlamaAttention, MistralAttention, Qwen2Attention),
+}
 
 
 class BlockOps(Protocol):
@@ -63,23 +76,22 @@ def _replacement(module: nn.Module, ops: BlockOps, windows: Mapping[int, int | N
     return _norm_forward(module, ops) or _mlp_forward(module, ops) or _attention_forward(module, ops, windows)
 
 
-def _norm_forward(module: nn.Module, ops: BlockOps) -> Callable[..., torch.Tensor] | None:
-    eps = getattr(module, "variance_epsilon", None)
-    weight = getattr(module, "weight", None)
-    if eps is None or not isinstance(weight, torch.Tensor) or weight.dim() != 1:
+def _norm_forward(module: Any, ops: BlockOps) -> Callable[..., torch.Tensor] | None:
+    if not _runs(module, "norm"):
         return None
+    weight, eps = module.weight, module.variance_epsilon
 
     def forward(hidden_states: torch.Tensor) -> torch.Tensor:
-        return ops.rms_norm(hidden_states, module.weight, eps)  # type: ignore[arg-type]
+        return ops.rms_norm(hidden_states, module.weight, eps)
 
     return forward if _agrees(module, forward, weight.shape[0], weight) else None
 
 
-def _mlp_forward(module: nn.Module, ops: BlockOps) -> Callable[..., torch.Tensor] | None:
-    group = _stacked_group(module, ("gate_proj", "up_proj"))
-    down = getattr(module, "down_proj", None)
-    if group is None or down is None:
+def _mlp_forward(module: Any, ops: BlockOps) -> Callable[..., torch.Tensor] | None:
+    group = _stacked_group(module, ("gate_proj", "up_proj")) if _runs(module, "mlp") else None
+    if group is None or not isinstance(module.act_fn, nn.SiLU | SiLUActivation):
         return None
+    down = module.down_proj
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         output: torch.Tensor = down(ops.silu_mul(group(x)))
@@ -88,15 +100,10 @@ def _mlp_forward(module: nn.Module, ops: BlockOps) -> Callable[..., torch.Tensor
     return forward if _agrees(module, forward, group.in_features, down.weight) else None
 
 
-def _attention_forward(
-    module: nn.Module, ops: BlockOps, windows: Mapping[int, int | None]
-) -> Callable[..., Any] | None:
-    """For rotary attention over whole heads, without norms or other steps between the projections and the cache."""
-    group = _stacked_group(module, ("q_proj", "k_proj", "v_proj"))
-    children = {name for name, _ in module.named_children()}
-    if group is None or children != {"q_proj", "k_proj", "v_proj", "o_proj"} or not hasattr(module, "scaling"):
+def _attention_forward(module: Any, ops: BlockOps, windows: Mapping[int, int | None]) -> Callable[..., Any] | None:
+    group = _stacked_group(module, ("q_proj", "k_proj", "v_proj")) if _runs(module, "attention") else None
+    if group is None or module.layer_idx not in windows:
         return None
-    own: Any = module
 
     def forward(
         hidden_states: torch.Tensor,
@@ -109,12 +116,22 @@ def _attention_forward(
     ) -> tuple[torch.Tensor, None]:
         assert attention_mask is None
         cos, sin = position_embeddings
-        window = windows.get(own.layer_idx)
+        window = windows.get(module.layer_idx)
         qkv = group(hidden_states)[0]
-        out = ops.rope_attention(own.layer_idx, qkv, cos[0], sin[0], batch, kv_cache, own.scaling, window)
-        return own.o_proj(out[None]), None
+        out = ops.rope_attention(module.layer_idx, qkv, cos[0], sin[0], batch, kv_cache, module.scaling, window)
+        return module.o_proj(out[None]), None
 
     return forward
+
+
+def _runs(module: nn.Module, kind: str) -> bool:
+    """Whether its `forward` is one of the written ones, instruction by instruction, under whatever names."""
+    return _code(type(module)) in {_code(written) for written in WRITTEN[kind]}
+
+
+def _code(kind: type[nn.Module]) -> tuple[bytes, tuple[str, ...]]:
+    code = inspect.unwrap(kind.forward).__code__
+    return code.co_code, code.co_names
 
 
 def _stacked_group(module: nn.Module, names: tuple[str, ...]) -> LoRAGroup | None:

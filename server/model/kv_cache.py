@@ -9,7 +9,7 @@ import torch
 @dataclass(frozen=True, slots=True)
 class CacheShape:
     """One layer's `(key/value heads, head dimension)` each; layers may differ. `windows` are how many latest keys a
-    layer's tokens see, by layer; a layer that is not in there sees all."""
+    layer's tokens see (None: all), for the layers whose scores are changed by nothing else."""
 
     layers: tuple[tuple[int, int], ...]
     dtype: torch.dtype

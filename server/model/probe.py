@@ -38,7 +38,12 @@ class Observation:
 
     kv: dict[int, tuple[int, int]] = field(default_factory=dict)
     windows: dict[int, int | None] = field(default_factory=dict)
+    softcaps: dict[int, float | None] = field(default_factory=dict)
     inputs: dict[str, list[torch.Tensor]] = field(default_factory=dict)  # by module: first argument of each call
+
+    def plain_windows(self) -> dict[int, int | None]:
+        """Of the layers without a soft cap on their scores."""
+        return {layer: window for layer, window in self.windows.items() if self.softcaps[layer] is None}
 
 
 def probe(loaded: LoadedModel, block_size: int, max_rank: int) -> tuple[CacheShape, ModelSpec]:
@@ -51,7 +56,7 @@ def probe(loaded: LoadedModel, block_size: int, max_rank: int) -> tuple[CacheSha
     _check_windows(loaded.config, seen)
     if sorted(seen.kv) != list(range(len(seen.kv))) or not seen.kv:
         raise ModelRefused("its attention layers do not go through transformers' attention interface")
-    shape = CacheShape(tuple(seen.kv[layer] for layer in range(len(seen.kv))), loaded.dtype, seen.windows)
+    shape = CacheShape(tuple(seen.kv[layer] for layer in range(len(seen.kv))), loaded.dtype, seen.plain_windows())
     _compare(loaded, shape, block_size)
     return shape, _spec(loaded, seen, max_rank)
 
@@ -115,6 +120,7 @@ def _observe(loaded: LoadedModel) -> Observation:
         layer = int(module.layer_idx)  # type: ignore[arg-type]
         seen.kv[layer] = (key.shape[1], key.shape[3])
         seen.windows[layer] = options.get("sliding_window")
+        seen.softcaps[layer] = options.get("softcap")
         return query.transpose(1, 2), None
 
     hooks = [

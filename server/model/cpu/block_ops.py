@@ -42,6 +42,7 @@ class NativeBlockOps:
         window: int | None,
     ) -> torch.Tensor:
         keys, values = cache.keys[layer], cache.values[layer]
+        assert cos.shape == sin.shape == (len(qkv), keys.shape[3]), "the whole head is rotated"
         (rows, width), (kv_heads, head_dim) = qkv.shape, keys.shape[2:]
         heads = width // head_dim - 2 * kv_heads
         self._rope_write(
