@@ -2,6 +2,7 @@
 odd sizes, scattered pages; and base rows keep their bits."""
 
 import random
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -276,6 +277,14 @@ def test_the_native_kernel_is_compiled_once(tmp_path: Path, monkeypatch: pytest.
     built = library.stat().st_mtime_ns
     assert build(SOURCE, tmp_path) == library and library.stat().st_mtime_ns == built
     assert [file.name for file in tmp_path.iterdir()] == [library.name]
+
+
+def test_a_compiler_of_c_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("there is no gcc")
+    monkeypatch.setenv("CXX", compiler)
+    assert NativeKernel(build(SOURCE, tmp_path)).name == "native"
 
 
 @pytest.mark.parametrize("compiler", ["/nowhere/g++", "false"])

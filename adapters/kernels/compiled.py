@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
+LIBRARIES = ("-lstdc++",)  # CXX may name a compiler of C, which does not link it by itself
 
 
 class NativeUnavailable(Exception):
@@ -47,7 +48,9 @@ def _identity(source: Path, compiler: str) -> str:
         features = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
     except (OSError, StopIteration):
         features = platform.processor()
-    return hashlib.sha256("\0".join([source.read_text(), compiler, *FLAGS, features]).encode()).hexdigest()[:16]
+    return hashlib.sha256("\0".join([source.read_text(), compiler, *FLAGS, *LIBRARIES, features]).encode()).hexdigest()[
+        :16
+    ]
 
 
 def _compile(compiler: str, source: Path, library: Path) -> None:
@@ -56,7 +59,10 @@ def _compile(compiler: str, source: Path, library: Path) -> None:
         built = Path(folder) / library.name
         try:
             subprocess.run(
-                [compiler, *FLAGS, str(source), "-o", str(built)], check=True, capture_output=True, timeout=120
+                [compiler, *FLAGS, str(source), "-o", str(built), *LIBRARIES],
+                check=True,
+                capture_output=True,
+                timeout=120,
             )
         except (OSError, subprocess.SubprocessError) as error:
             raise NativeUnavailable(f"{compiler} does not build {source.name}: {error}") from error
