@@ -17,10 +17,10 @@ pytestmark = pytest.mark.skipif(why_unavailable(torch.float32) is not None, reas
 @pytest.mark.parametrize(
     ("kind", "fused"),
     [
-        ("llama", {"LlamaRMSNorm", "LlamaMLP", "LlamaAttention"}),
-        ("mistral-window", {"MistralRMSNorm", "MistralMLP", "MistralAttention"}),
-        ("qwen3-norms", {"Qwen3RMSNorm", "Qwen3MLP"}),  # its heads have norms of their own
-        ("gemma2", set()),  # its norms add one to the weight, its MLP is another function
+        ("llama", {"LlamaMLP", "LlamaAttention"}),
+        ("mistral-window", {"MistralMLP", "MistralAttention"}),
+        ("qwen3-norms", {"Qwen3MLP"}),  # its heads have norms of their own
+        ("gemma2", set()),  # its MLP is another function
         ("gpt2-conv1d", set()),
     ],
 )

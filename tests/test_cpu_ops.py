@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from server.model.attention import paged
 from server.model.batch import ForwardBatch, SequenceRows
@@ -68,11 +68,9 @@ def test_bad_numbers_of_one_row_stay_in_it() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [576, 64, 50])
 @torch.inference_mode()
-def test_norms_and_silu_are_those_of_transformers(dtype: torch.dtype, size: int) -> None:
-    ops, norm = NativeBlockOps(dtype), LlamaRMSNorm(size, 1e-5).to(dtype)
-    norm.weight.copy_(drawn(4, size) + 1)
+def test_silu_is_that_of_torch(dtype: torch.dtype, size: int) -> None:
+    ops = NativeBlockOps(dtype)
     x = 3 * drawn(5, 1, 19, size, dtype=dtype)
-    torch.testing.assert_close(ops.rms_norm(x, norm.weight, 1e-5), norm(x), rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
     gate_up = torch.cat([6 * x, x.flip(-1)], -1)
     gate_up[0, 0, :4] = torch.tensor([-200.0, 200.0, -90.0, 0.0])
     expected = nn.functional.silu(gate_up[..., :size]) * gate_up[..., size:]

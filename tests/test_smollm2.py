@@ -48,8 +48,7 @@ def run(command: str) -> dict[str, object]:
 
 def test_the_three_printed_curl_lines_work_as_printed(server: RunningServer) -> None:
     base, adapter, upload = [line for line in server.banner.splitlines() if line.startswith("curl ")]
-    # Not which answer: its first tokens "The" and "L" tie in bf16 (25.38), and a processor's rounding decides.
-    assert run(base)["choices"][0]["message"]["content"].strip()
+    assert "Paris" in str(run(base)["choices"])
     assert run(adapter)["model"] in TRAITS
     assert run(upload)["state"] == "ready"
     assert run(f"curl -X DELETE {server.url}/v1/adapters/my-pirate")["deleted"] is True

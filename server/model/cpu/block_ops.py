@@ -12,16 +12,8 @@ class NativeBlockOps:
     """For one dtype. Tensors are contiguous but for the strides that are named."""
 
     def __init__(self, dtype: torch.dtype) -> None:
-        self._rms_norm = function("rms_norm", dtype)
         self._silu_mul = function("silu_mul", dtype)
         self._rope_write = function("rope_write", dtype)
-
-    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        x = x.contiguous()
-        y = torch.empty_like(x)
-        rows = x.numel() // x.shape[-1]
-        self._rms_norm(y.data_ptr(), x.data_ptr(), weight.data_ptr(), rows, x.shape[-1], eps, torch.get_num_threads())
-        return y
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         gate_up = gate_up.contiguous()

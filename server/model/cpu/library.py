@@ -16,7 +16,6 @@ _POINTER, _SIZE, _FLOAT, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float,
 _SIGNATURES: dict[str, list[Any]] = {
     "pack": [_POINTER, _POINTER, _SIZE, _SIZE, _INT],
     "linear": [_POINTER, _SIZE, _POINTER, _SIZE, _POINTER, _POINTER, _SIZE, _SIZE, _SIZE, _INT],
-    "rms_norm": [*[_POINTER] * 3, _SIZE, _SIZE, _FLOAT, _INT],
     "silu_mul": [_POINTER, _POINTER, _SIZE, _SIZE, _INT],
     "rope_write": [_POINTER, _SIZE, *[_POINTER] * 5, *[_SIZE] * 4, _INT],
     "attention": [

@@ -1,4 +1,4 @@
-// What a decoder block does besides LoRA, on a CPU: bf16 linears where the processor has no bf16 arithmetic, RMS norms,
+// What a decoder block does besides LoRA, on a CPU: bf16 linears where the processor has no bf16 arithmetic,
 // SiLU·mul, rotary embedding, and attention over the paged cache.
 //
 // Plain C interface. Vectors are the compiler's (8 floats with AVX2, 16 with AVX-512, pairs of 4 elsewhere); arithmetic is
@@ -137,25 +137,6 @@ void linear_rows(bf16* y, int64_t ldy, const float* x, int64_t in, const bf16* p
 }
 
 // -- rows ---------------------------------------------------------------------------------------------------------
-
-template <typename T>
-void rms_norm_row(T* y, const T* x, const T* weight, int64_t dim, float eps) {
-    // As transformers' modules: the normed row is rounded to T before it is weighted.
-    vec squares{};
-    float rest = 0;
-    int64_t i = 0;
-    for (; i + W <= dim; i += W) {
-        vec v = load(x + i);
-        squares += v * v;
-    }
-    for (; i < dim; i++) rest += to_float(x[i]) * to_float(x[i]);
-    float scale = 1 / std::sqrt((sum(squares) + rest) / dim + eps);
-    for (i = 0; i < dim; i++) {
-        T normed;
-        store(&normed, to_float(x[i]) * scale);
-        store(&y[i], to_float(weight[i]) * to_float(normed));
-    }
-}
 
 // exp to within some 2 ulp: 2^n by the exponent's bits, 2^f by a polynomial (Cephes' expf).
 inline vec exp_of(vec x) {
@@ -380,13 +361,6 @@ void linear_bf16(void* y, int64_t ldy, const void* x, int64_t ldx, const void* p
 }
 
 #define BOTH_TYPES(SUFFIX, T)                                                                                          \
-    /* y [rows, dim] from x [rows, dim] */                                                                              \
-    void rms_norm_##SUFFIX(void* y, const void* x, const void* weight, int64_t rows, int64_t dim, float eps,           \
-                           int threads) {                                                                              \
-        _Pragma("omp parallel for schedule(static) num_threads(threads) if (rows > 16)")                               \
-        for (int64_t m = 0; m < rows; m++)                                                                             \
-            rms_norm_row((T*)y + m * dim, (const T*)x + m * dim, (const T*)weight, dim, eps);                          \
-    }                                                                                                                  \
     /* y [rows, dim] from gate_up [rows, 2 * dim] */                                                                   \
     void silu_mul_##SUFFIX(void* y, const void* gate_up, int64_t rows, int64_t dim, int threads) {                     \
         _Pragma("omp parallel for schedule(static) num_threads(threads) if (rows > 4)")                                \
