@@ -2,8 +2,8 @@
 
 The modules of the model stay; what they compute with is replaced where a module runs the very code of one of `WRITTEN`
 and then gives the same numbers. Numbers alone would not do: what depends on long contexts or large values does not
-show in a short probe. Hooks on the modules, and so everything that adapters do, work as before. Norms stay transformers':
-one that sums in another order turns near-ties of greedy answers for nothing but two milliseconds a step.
+show in a short probe. Hooks on the modules, and so everything that adapters do, work as before. Norms stay
+transformers' own: one that sums in another order turned a near-tie of a greedy answer.
 """
 
 import inspect
