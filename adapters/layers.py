@@ -71,13 +71,13 @@ class LoRAGroup(nn.Module):
 
     def _base_output(self, x: torch.Tensor) -> torch.Tensor:
         scales = self._plan.input_affine
-        if len(self.names) == 1:
-            y: torch.Tensor = self.base(x if scales is None else self._input_affine.applied(x, self.names[0], scales))
-            return y
-        inputs = [x if scales is None else self._input_affine.applied(x, name, scales) for name in self.names]
-        members = [self.member(index) for index in range(len(inputs))]
-        if all(own is x for own in inputs) and not any(member._forward_hooks for member in members):
-            y = self.base(x)
+        members = self.base.members if isinstance(self.base, StackedLinear) else (self.base,)
+        inputs = [x] * len(members)
+        if scales is not None:
+            inputs = [self._input_affine.applied(x, name, scales) for name in self.names]
+        together = all(own is x for own in inputs) and not any(member._forward_hooks for member in members)
+        if len(members) == 1 or together:
+            y: torch.Tensor = self.base(inputs[0])
             return y
         return torch.cat([member(own) for member, own in zip(members, inputs, strict=True)], -1)
 

@@ -5,6 +5,7 @@ It is a plain C interface called through ctypes; its OpenMP is the one that torc
 of threads.
 """
 
+import ctypes
 import hashlib
 import os
 import platform
@@ -12,7 +13,9 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
+HEADER = Path(__file__).with_name("bf16.h")  # what the sources share
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 LIBRARIES = ("-lstdc++",)  # CXX may name a compiler of C, which does not link it by itself
 
@@ -37,6 +40,13 @@ def build(source: Path, cache: Path | None = None) -> Path:
     return library
 
 
+def declared(library: ctypes.CDLL, name: str, argtypes: list[Any]) -> "ctypes._NamedFuncPointer":
+    """The function `name`, which returns nothing."""
+    function: ctypes._NamedFuncPointer = library[name]
+    function.argtypes, function.restype = argtypes, None
+    return function
+
+
 def _cache_folder() -> Path:
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root) / "loraplex" / "kernels"
@@ -48,9 +58,8 @@ def _identity(source: Path, compiler: str) -> str:
         features = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
     except (OSError, StopIteration):
         features = platform.processor()
-    return hashlib.sha256("\0".join([source.read_text(), compiler, *FLAGS, *LIBRARIES, features]).encode()).hexdigest()[
-        :16
-    ]
+    parts = [source.read_text(), HEADER.read_text(), compiler, *FLAGS, *LIBRARIES, features]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
 def _compile(compiler: str, source: Path, library: Path) -> None:
@@ -59,7 +68,7 @@ def _compile(compiler: str, source: Path, library: Path) -> None:
         built = Path(folder) / library.name
         try:
             subprocess.run(
-                [compiler, *FLAGS, str(source), "-o", str(built), *LIBRARIES],
+                [compiler, *FLAGS, f"-I{HEADER.parent}", str(source), "-o", str(built), *LIBRARIES],
                 check=True,
                 capture_output=True,
                 timeout=120,

@@ -8,6 +8,8 @@
 #include <cstring>
 #include <vector>
 
+#include "bf16.h"
+
 namespace {
 
 constexpr int ROWS = 4;
@@ -16,23 +18,6 @@ constexpr int TILE = 256;  // output columns whose fp32 sums stay in the first-l
 
 struct Segment { int64_t start, end, lo, hi; };
 struct Item { const Segment* segment; float scale; int64_t row; int rows; };
-
-struct bf16 { uint16_t bits; };
-
-inline float load(bf16 value) {
-    uint32_t wide = uint32_t(value.bits) << 16;
-    float out;
-    std::memcpy(&out, &wide, 4);
-    return out;
-}
-inline float load(float value) { return value; }
-
-inline void store(bf16* to, float value) {  // round to nearest even
-    uint32_t wide;
-    std::memcpy(&wide, &value, 4);
-    to->bits = uint16_t((wide + 0x7fffu + ((wide >> 16) & 1u)) >> 16);
-}
-inline void store(float* to, float value) { *to = value; }
 
 // v[row][column] = x[row] . a[column]
 template <typename T, int N>
@@ -44,7 +29,7 @@ void shrink(const T* x, int64_t ldx, const T* a, int64_t columns, int64_t in, fl
             const T* row = x + r * ldx;
             float s = 0;
 #pragma omp simd reduction(+ : s)
-            for (int64_t k = 0; k < in; k++) s += load(row[k]) * load(column[k]);
+            for (int64_t k = 0; k < in; k++) s += to_float(row[k]) * to_float(column[k]);
             sum[r] = s;
         }
         for (int r = 0; r < N; r++) v[r * columns + c] = sum[r];
@@ -58,13 +43,13 @@ void expand(T* y, int64_t ldy, const T* b, int64_t columns, int64_t out, const f
         int64_t width = out - n0 < TILE ? out - n0 : TILE;
         float sum[N][TILE];
         for (int r = 0; r < N; r++)
-            for (int64_t n = 0; n < width; n++) sum[r][n] = load(y[r * ldy + n0 + n]);
+            for (int64_t n = 0; n < width; n++) sum[r][n] = to_float(y[r * ldy + n0 + n]);
         for (int64_t c = 0; c < columns; c++) {
             const T* column = b + c * out + n0;
             for (int r = 0; r < N; r++) {
                 float weight = v[r * columns + c];
 #pragma omp simd
-                for (int64_t n = 0; n < width; n++) sum[r][n] += weight * load(column[n]);
+                for (int64_t n = 0; n < width; n++) sum[r][n] += weight * to_float(column[n]);
             }
         }
         for (int r = 0; r < N; r++)

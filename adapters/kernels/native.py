@@ -12,12 +12,18 @@ from typing import ClassVar
 import torch
 
 from adapters.kernels import split_b
+from adapters.kernels.compiled import declared
 from adapters.kernels.grouped import add_segments
 from adapters.segments import Segment, Segments
 
 SOURCE = Path(__file__).with_name("lora_cpu.cpp")
 MATMUL_ROWS = 17  # of a segment, from which on one matmul is faster, where it computes in the dtype at hand
 MAX_COLUMNS = 1024
+_POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
+_ARGUMENTS = [
+    _POINTER, _SIZE, _POINTER, _SIZE, _POINTER, _POINTER, _SIZE, _SIZE, _POINTER, _SIZE, _POINTER, _POINTER, _SIZE,
+    ctypes.c_int,
+]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +43,7 @@ class NativeKernel:
     def __init__(self, library: Path, matmul_rows: float = MATMUL_ROWS) -> None:
         self._matmul_rows = matmul_rows
         loaded = ctypes.CDLL(str(library))
-        self._functions = {dtype: _declare(loaded[name]) for dtype, name in self.DTYPES.items()}
+        self._functions = {dtype: declared(loaded, name, _ARGUMENTS) for dtype, name in self.DTYPES.items()}
 
     def plan(self, segments: Segments) -> NativePlan:
         small = [s for s in segments.items if self._is_small(s)]
@@ -75,13 +81,3 @@ class NativeKernel:
 @cache
 def _c_sizes(sizes: tuple[int, ...]) -> "ctypes.Array[ctypes.c_int64]":
     return (ctypes.c_int64 * len(sizes))(*sizes)
-
-
-def _declare(function: "ctypes._NamedFuncPointer") -> "ctypes._NamedFuncPointer":
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
-    function.argtypes = [
-        pointer, number, pointer, number, pointer, pointer, number, number, pointer, number, pointer, pointer, number,
-        ctypes.c_int,
-    ]  # fmt: skip
-    function.restype = None
-    return function

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from adapters.kernels.compiled import NativeUnavailable, build
+from adapters.kernels.compiled import NativeUnavailable, build, declared
 
 SOURCE = Path(__file__).with_name("ops.cpp")
 SUFFIXES = {torch.bfloat16: "bf16", torch.float32: "f32"}
@@ -19,10 +19,8 @@ _SIGNATURES: dict[str, list[Any]] = {
     "silu_mul": [_POINTER, _POINTER, _SIZE, _SIZE, _INT],
     "rope_write": [_POINTER, _SIZE, *[_POINTER] * 5, *[_SIZE] * 4, _INT],
     "attention": [
-        _POINTER,
-        _POINTER,
-        _SIZE,
-        _SIZE,
+        *[_POINTER] * 2,
+        *[_SIZE] * 2,
         *[_POINTER] * 3,
         _SIZE,
         _POINTER,
@@ -30,7 +28,7 @@ _SIGNATURES: dict[str, list[Any]] = {
         *[_FLOAT] * 2,
         _INT,
     ],
-}
+}  # fmt: skip
 
 
 @cache
@@ -41,9 +39,7 @@ def _library() -> ctypes.CDLL:
 @cache
 def function(name: str, dtype: torch.dtype) -> "ctypes._NamedFuncPointer":
     """The function of ops.cpp for `dtype`. Raises `NativeUnavailable`."""
-    found: ctypes._NamedFuncPointer = _library()[f"{name}_{SUFFIXES[dtype]}"]
-    found.argtypes, found.restype = _SIGNATURES[name], None
-    return found
+    return declared(_library(), f"{name}_{SUFFIXES[dtype]}", _SIGNATURES[name])
 
 
 def why_unavailable(dtype: torch.dtype) -> str | None:

@@ -1,15 +1,16 @@
 // What a decoder block does besides LoRA, on a CPU: bf16 linears where the processor has no bf16 arithmetic,
 // SiLU·mul, rotary embedding, and attention over the paged cache.
 //
-// Plain C interface. Vectors are the compiler's (8 floats with AVX2, 16 with AVX-512, pairs of 4 elsewhere); arithmetic is
+// Plain C interface. Vectors are the compiler's (16 floats with AVX-512, 8 elsewhere); arithmetic is
 // fp32 throughout and results are rounded once. No sum depends on how many rows or sequences are in the batch, or on the
 // number of threads.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <memory>
 #include <vector>
+
+#include "bf16.h"
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -22,23 +23,6 @@ constexpr int W = 16;
 constexpr int W = 8;
 #endif
 typedef float vec __attribute__((vector_size(W * 4)));
-
-struct bf16 { uint16_t bits; };
-
-inline float to_float(bf16 value) {
-    uint32_t wide = uint32_t(value.bits) << 16;
-    float out;
-    std::memcpy(&out, &wide, 4);
-    return out;
-}
-inline float to_float(float value) { return value; }
-
-inline void store(bf16* to, float value) {  // round to nearest even; NaN stays NaN
-    uint32_t wide;
-    std::memcpy(&wide, &value, 4);
-    to->bits = value == value ? uint16_t((wide + 0x7fffu + ((wide >> 16) & 1u)) >> 16) : uint16_t(0x7fc0);
-}
-inline void store(float* to, float value) { *to = value; }
 
 inline vec load(const float* from) {
     vec out;
