@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from adapters.columns import RankColumns
 from adapters.errors import AdapterInvalid, Problem
 from adapters.fold import dora_scale, output_vectors
 from adapters.format import AdapterWeights, LoraFactors
@@ -15,28 +16,29 @@ from adapters.slots import PAGE_COLUMNS, pages_of
 
 @dataclass(frozen=True, slots=True)
 class PackedAdapter:
-    """A version in the pool's own layout and dtype: per module A `[columns, in]` and B `[columns, out]` with the
-    scaling (and DoRA's) folded in before rounding, zero-padded to whole pages. `vectors` are the output vectors of
-    the modules that have some, `input_vectors` the same for their inputs, `overlays` what else the adapter does to a
-    module, in this order."""
+    """A version in the pool's own layout and dtype: the scaling (and DoRA's) is folded into the B of `columns` before
+    rounding, and they are zero-padded to whole pages. `vectors` are the output vectors of the modules that have some,
+    `input_vectors` the same for their inputs, `overlays` what else the adapter does to a module, in this order."""
 
     num_pages: int
-    modules: dict[str, tuple[Tensor, Tensor]]
+    columns: RankColumns
     nbytes: int
     vectors: dict[str, Tensor] = field(default_factory=dict)
     input_vectors: dict[str, Tensor] = field(default_factory=dict)
     overlays: dict[str, tuple[nn.Module, ...]] = field(default_factory=dict)
     vocab_size: int | None = None
-    flat: Tensor | None = None  # the memory of all `modules`, where they are in one piece
 
 
-def pack(weights: AdapterWeights, dtype: torch.dtype, bases: Mapping[str, nn.Module]) -> PackedAdapter:
-    """Convert checked weights for the modules in `bases` to the pool's layout and dtype.
+def pack(
+    weights: AdapterWeights, dtype: torch.dtype, bases: Mapping[str, nn.Module], *, pinned: bool = False
+) -> PackedAdapter:
+    """Convert checked weights for the modules in `bases` to the pool's layout and dtype, in pinned memory if asked.
 
     Raises `AdapterInvalid` when a weight is finite in its own dtype but not in `dtype`.
     """
     num_pages = pages_of(weights.rank)
-    columns, modules = _columns(weights, num_pages, dtype, bases)
+    columns = RankColumns.zeros(num_pages * PAGE_COLUMNS, _widths(weights, bases), dtype, pinned=pinned)
+    modules = columns.views()
     overlays = {name: tuple(own) for name in _overlaid(weights) if (own := [*_overlays(name, weights, dtype, bases)])}
     vectors = {}
     for name in weights.factors.keys() | weights.biases.keys():
@@ -51,16 +53,16 @@ def pack(weights: AdapterWeights, dtype: torch.dtype, bases: Mapping[str, nn.Mod
         if affine is not None:
             vectors[name] = affine
             _check_finite(name, dtype, [affine])
-    if not columns.sum(dtype=torch.float32).isfinite():  # a sum over one that is not finite is not, either
+    if not columns.flat.sum(dtype=torch.float32).isfinite():  # a sum over one that is not finite is not, either
         for name, pair in modules.items():
             _check_finite(name, dtype, [*pair])
     for name, stack in overlays.items():
         _check_finite(name, dtype, [t for overlay in stack for t in (*overlay.parameters(), *overlay.buffers())])
     vectors |= _scaling_vectors(weights.output_scales)
     input_vectors = _scaling_vectors(weights.input_scales)
-    tensors = [columns, *vectors.values(), *input_vectors.values()]
+    tensors = [columns.flat, *vectors.values(), *input_vectors.values()]
     size = sum(t.numel() * t.element_size() for t in tensors) + nbytes(o for stack in overlays.values() for o in stack)
-    return PackedAdapter(num_pages, modules, size, vectors, input_vectors, overlays, weights.vocab_size)
+    return PackedAdapter(num_pages, columns, size, vectors, input_vectors, overlays, weights.vocab_size)
 
 
 def _scaling_vectors(scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -142,17 +144,9 @@ def _embedding_scale(base: nn.Module, dtype: torch.dtype) -> Tensor | None:
     return None if scale is None else torch.as_tensor(scale).to(dtype)
 
 
-def _columns(
-    weights: AdapterWeights, num_pages: int, dtype: torch.dtype, bases: Mapping[str, nn.Module]
-) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
-    """Zeros for A and B of every linear with factors: one buffer, and the views of it by module."""
-    rows = num_pages * PAGE_COLUMNS
-    factors = {name: f for name, f in weights.factors.items() if not _is_resized(f, bases[name])}
-    widths = [width for own in factors.values() for width in (own.a.shape[1], own.b.shape[0])]
-    buffer = torch.zeros(rows * sum(widths), dtype=dtype)
-    parts = torch.split(buffer, [rows * width for width in widths])
-    views = [part.view(rows, width) for part, width in zip(parts, widths, strict=True)]
-    return buffer, dict(zip(factors, zip(views[::2], views[1::2], strict=True), strict=True))
+def _widths(weights: AdapterWeights, bases: Mapping[str, nn.Module]) -> dict[str, tuple[int, int]]:
+    factors = {name: own for name, own in weights.factors.items() if not _is_resized(own, bases[name])}
+    return {name: (own.a.shape[1], own.b.shape[0]) for name, own in factors.items()}
 
 
 def _fill(a: Tensor, b: Tensor, factors: LoraFactors, scale: Tensor | None) -> None:

@@ -89,8 +89,9 @@ class AdapterPool:
         self._vocab_sizes.pop(slot.index, None)
         if packed.vocab_size is not None:
             self._vocab_sizes[slot.index] = packed.vocab_size
+        sources = packed.columns.views()
         for name, (a, b) in self.buffers.items():
-            source = packed.modules.get(name)
+            source = sources.get(name)
             for index, page in enumerate(slot.pages):
                 rows = slice(page * PAGE_COLUMNS, (page + 1) * PAGE_COLUMNS)
                 if source is None:
@@ -117,6 +118,10 @@ class AdapterPool:
     def vocab_size(self, slot: int) -> int | None:
         """Of the adapter in `slot`, where it is not the base's."""
         return self._vocab_sizes.get(slot)
+
+    def widths(self) -> dict[str, tuple[int, int]]:
+        """In- and out-features by module."""
+        return {name: (a.shape[1], b.shape[1]) for name, (a, b) in self.buffers.items()}
 
     def nbytes(self) -> int:
         return sum(t.numel() * t.element_size() for pair in self.buffers.values() for t in pair)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from adapters.columns import RankColumns
 from adapters.layers import LoRAGroup
 from adapters.pack import PackedAdapter
 from adapters.pool import AdapterPool
@@ -161,7 +162,7 @@ EXTRAS: dict[str, dict[str, Any]] = {
 def test_an_adapter_with_more_than_a_and_b_runs_eagerly(extras: dict[str, Any]) -> None:
     recorded = Recorded([2])
     recorded.pool.install_hook = lambda name: None
-    recorded.pool.write(Slot(1, "", [1]), PackedAdapter(1, {}, 0, **extras))
+    recorded.pool.write(Slot(1, "", [1]), PackedAdapter(1, RankColumns.zeros(16, {}, torch.float32), 0, **extras))
     assert recorded.run(decode(2), adapters(0, 0)) is not None
     assert recorded.run(decode(2), adapters(0, 1)) is None
     assert recorded.graphs.skipped == {"more than A and B": 1}

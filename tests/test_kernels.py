@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from adapters.columns import RankColumns
 from adapters.kernels import LoRAKernel, choose_kernel
 from adapters.kernels.compiled import NativeUnavailable, build
 from adapters.kernels.grouped import DensePlan, GroupedKernel
@@ -263,8 +264,11 @@ def test_pages_that_change_hands_keep_nothing_of_their_last_owner() -> None:
     """The next owner does not touch the module: not even an overflow through the old A may reach its rows."""
     pool = AdapterPool(ModelSpec({"m": (8, 8)}, 16), 1, torch.float32, CPU, KERNELS["chosen"]())
     slot = Slot(0, "", [0])
-    pool.write(slot, PackedAdapter(1, {"m": (torch.full((16, 8), 3e38), torch.ones(16, 8))}, nbytes=0))
-    pool.write(slot, PackedAdapter(1, {}, nbytes=0))
+    last = RankColumns.zeros(16, {"m": (8, 8)}, torch.float32)
+    a, b = last.views()["m"]
+    a.fill_(3e38), b.fill_(1)
+    pool.write(slot, PackedAdapter(1, last, nbytes=0))
+    pool.write(slot, PackedAdapter(1, RankColumns.zeros(16, {}, torch.float32), nbytes=0))
     x, y = torch.ones(2, 8), torch.ones(2, 8)
     plan = pool.kernel.plan(build_segments([((SlotUse(0),), 2)], {0: [(0, 16)]}))
     pool.kernel.add_lora(y, x, *pool.stacked(("m",)), plan)

@@ -7,7 +7,8 @@ import time
 
 import torch
 
-from adapters.copies import copies_for
+from adapters.columns import RankColumns
+from adapters.copies import writer
 from adapters.pack import PackedAdapter
 from adapters.segments import NO_SEGMENTS
 from adapters.slots import PAGE_COLUMNS, Slot
@@ -23,15 +24,15 @@ LOADS = 5
 def run(report: Report, shape: Shape, runner: ModelRunner, graphs: DecodeGraphs) -> None:
     setting = report.setting
     batch = decode_batch(max(setting.rows), setting)
-    copies = copies_for(runner.pool, setting.device)
-    packed = copies.stage(_random(runner, setting))
+    write = writer(runner.pool, setting.device)
+    packed = _random(runner, setting)
     quiet = [_step(graphs, batch, setting) for _ in range(5 + setting.repeats)][5:]
     seconds: list[float] = []
 
     def load() -> None:
         for _ in range(1 if setting.smoke else LOADS):
             started = time.perf_counter()
-            copies.write(Slot(0, "", [*range(packed.num_pages)]), packed)
+            write(Slot(0, "", [*range(packed.num_pages)]), packed)
             seconds.append(time.perf_counter() - started)
 
     thread = threading.Thread(target=load)
@@ -41,10 +42,10 @@ def run(report: Report, shape: Shape, runner: ModelRunner, graphs: DecodeGraphs)
         busy.append(_step(graphs, batch, setting))
     thread.join()
     median = statistics.median(quiet)
-    size = sum(t.numel() * t.element_size() for pair in packed.modules.values() for t in pair)
     report.add(
-        "loading", shape=shape.name, mb=size / 1e6, load_ms=statistics.median(seconds) * 1e3, step_ms=median * 1e3,
-        longest_quiet=max(quiet) / median, longest_loading=max(busy) / median, steps_meanwhile=len(busy),
+        "loading", shape=shape.name, mb=packed.columns.flat.nbytes / 1e6, load_ms=statistics.median(seconds) * 1e3,
+        step_ms=median * 1e3, longest_quiet=max(quiet) / median, longest_loading=max(busy) / median,
+        steps_meanwhile=len(busy),
     )  # fmt: skip
 
 
@@ -58,8 +59,7 @@ def _step(graphs: DecodeGraphs, batch: ForwardBatch, setting: Setting) -> float:
 
 def _random(runner: ModelRunner, setting: Setting) -> PackedAdapter:
     columns = -(-setting.rank // PAGE_COLUMNS) * PAGE_COLUMNS
-    modules = {
-        name: tuple(torch.randn(columns, t.shape[1]).to(setting.dtype) * 0.01 for t in pair)
-        for name, pair in runner.pool.buffers.items()
-    }
-    return PackedAdapter(columns // PAGE_COLUMNS, modules, 0)
+    pinned = setting.device.type == "cuda"
+    packed = RankColumns.zeros(columns, runner.pool.widths(), setting.dtype, pinned=pinned)
+    packed.flat.normal_(std=0.01)
+    return PackedAdapter(columns // PAGE_COLUMNS, packed, 0)

@@ -3,8 +3,7 @@
 import time
 from typing import NoReturn
 
-import torch
-
+from adapters.columns import RankColumns
 from adapters.host_cache import HostCache
 from adapters.pack import PackedAdapter
 from adapters.residency import Residency
@@ -40,13 +39,7 @@ def _engine(runner: ModelRunner, report: Report) -> Engine:
     setting = report.setting
     slots = max(setting.rows)
     pages = -(-setting.rank // PAGE_COLUMNS)
-    zeros = {
-        name: (torch.zeros(pages * PAGE_COLUMNS, a.shape[1]), torch.zeros(pages * PAGE_COLUMNS, b.shape[1]))
-        for name, (a, b) in runner.pool.buffers.items()
-    }
-    packed = PackedAdapter(
-        pages, {name: (a.to(setting.dtype), b.to(setting.dtype)) for name, (a, b) in zeros.items()}, 1
-    )
+    packed = PackedAdapter(pages, RankColumns.zeros(pages * PAGE_COLUMNS, runner.pool.widths(), setting.dtype), 1)
     residency = Residency(SlotTable(slots, slots * pages), HostCache(1 << 20), lambda _: packed, runner.pool.write)
     blocks = BlockManager(len(runner.kv_cache.keys[0]), PAGE)
     scheduler = Scheduler(blocks, residency, setting.streams, max_batch_tokens=2048, max_wait_steps=256)

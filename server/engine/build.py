@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from adapters.copies import copies_for
+from adapters.copies import writer
 from adapters.host_cache import HostCache
 from adapters.merge import Room, merge
 from adapters.pack import PackedAdapter, pack
@@ -75,16 +75,16 @@ def build_engine(config: ServeConfig) -> tuple[Engine, EngineInfo]:
 
 def _residency(config: ServeConfig, spec: ModelSpec, runner: ModelRunner, num_pages: int) -> Residency[PackedAdapter]:
     store = AdapterStore(config.data_dir / "store")
-    copies = copies_for(runner.pool, runner.device)
+    on_gpu = runner.device.type == "cuda"
 
     def read(digest: str) -> PackedAdapter:
-        return copies.stage(pack(load(store.path(digest), spec, digest), runner.pool.dtype, runner.bases))
+        return pack(load(store.path(digest), spec, digest), runner.pool.dtype, runner.bases, pinned=on_gpu)
 
     return Residency(
         SlotTable(config.adapter_slots, num_pages),
         HostCache(config.adapter_host_bytes),
         read=read,
-        write=copies.write,
+        write=writer(runner.pool, runner.device),
         max_pages=pages_of(config.max_adapter_rank),
         threads=1 if runner.device.type == "cpu" else 2,
         on_thread_start=_step_aside if runner.device.type == "cpu" else _stay_single_threaded,

@@ -5,6 +5,7 @@ parent: it carries the config, and its end tells the child that the parent is go
 """
 
 import asyncio
+import gc
 import json
 import logging
 import os
@@ -186,6 +187,8 @@ def _serve(config: ServeConfig, receive: Receive, emit: Emit) -> None:
     except ModelRefused as refused:
         emit(Fatal(str(refused)))
         return
+    gc.collect()
+    gc.freeze()  # a full collection goes through all of torch and transformers: 0.3 s in which no step can run
     emit(Ready(info))
     run_loop(engine, receive, emit)
 
