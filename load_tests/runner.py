@@ -36,7 +36,7 @@ async def run(scenario: Scenario, client: httpx.AsyncClient, *, template: Path, 
     Raises `ScenarioError` when the schedule cannot be drawn, `httpx.HTTPError` when the server cannot be prepared;
     failures of requests and of changes are in the result.
     """
-    base, adapters = await _models(client)
+    base, adapters = await models(client)
     clock, ended = Clock(), asyncio.Event()
     publisher = Publisher(client, template, clock) if scenario.models.published else None
     async with publisher.publishing(scenario.models.published) if publisher else nullcontext(adapters) as asked:
@@ -50,7 +50,7 @@ async def run(scenario: Scenario, client: httpx.AsyncClient, *, template: Path, 
     return Run(scenario, seed, str(client.base_url), records, publisher.changes if publisher else [])
 
 
-async def _models(client: httpx.AsyncClient) -> tuple[str, list[str]]:
+async def models(client: httpx.AsyncClient) -> tuple[str, list[str]]:
     """The base's name and the adapters'."""
     answer = await client.get("/v1/models")
     answer.raise_for_status()
