@@ -103,10 +103,9 @@ def version_digest(canonical: str, tensors: Mapping[str, TensorInfo], path: Path
     digest = hashlib.sha256(_field(b"config", canonical.encode()))
     with path.open("rb") as file:
         for name, info in sorted(tensors.items()):
-            shape = ",".join(map(str, info.shape))
-            for tag, text in ((b"name", name), (b"dtype", info.dtype), (b"shape", shape)):
-                digest.update(_field(tag, text.encode()))
-            digest.update(b"data:%d:" % (info.end - info.start))
+            texts = ((b"name", name), (b"dtype", info.dtype), (b"shape", ",".join(map(str, info.shape))))
+            fields = [_field(tag, text.encode()) for tag, text in texts]
+            digest.update(b"".join(fields) + b"data:%d:" % (info.end - info.start))
             for chunk in read_chunks(file, info):
                 digest.update(chunk)
     for beside in (path.parent / name for name in sorted(TOKENIZER_FILES)):
