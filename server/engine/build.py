@@ -136,8 +136,11 @@ def _available_memory() -> int:
 
 def _stay_single_threaded() -> None:
     """A reader thread that ran parallel torch code would get OpenMP workers of its own. With more workers than cores
-    libgomp no longer spins between parallel regions, and every step of the model takes almost twice as long."""
+    libgomp no longer spins between parallel regions, and every step of the model takes almost twice as long. Nor does
+    it keep to the core that the engine's thread is bound to."""
     torch.set_num_threads(1)
+    if sys.platform == "linux":
+        os.sched_setaffinity(0, os.sched_getaffinity(os.getppid()))  # the parent is not bound
 
 
 def _step_aside() -> None:

@@ -176,6 +176,7 @@ def main(serve: Callable[[ServeConfig, Receive, Emit], None] | None = None) -> N
 
 
 def _serve(config: ServeConfig, receive: Receive, emit: Emit) -> None:
+    _bind_threads(config)
     from server.engine.build import build_engine  # torch and transformers: the parent does without
     from server.engine.loop import run_loop
     from server.logs import configure_logging
@@ -190,6 +191,17 @@ def _serve(config: ServeConfig, receive: Receive, emit: Emit) -> None:
     _keep_steps_short()
     emit(Ready(info))
     run_loop(engine, receive, emit)
+
+
+def _bind_threads(config: ServeConfig) -> None:
+    """Where the model has every core, each of its threads keeps to one. Beside a thread that reads adapters, the kernel
+    at times woke two of them on one core and left them there for a step or two, which took 300 ms instead of 100.
+    OpenMP reads this when torch is loaded; what an operator has set holds."""
+    if sys.platform != "linux" or config.device == "cuda" or Path("/dev/nvidiactl").exists():
+        return
+    has_all = config.threads in (0, len(os.sched_getaffinity(0))) and "OMP_NUM_THREADS" not in os.environ
+    if has_all:  # several servers with a few threads each would all be bound to the first cores
+        os.environ.setdefault("OMP_PROC_BIND", "true")
 
 
 def _keep_steps_short() -> None:
