@@ -37,15 +37,15 @@ def _flag(name: str) -> inspect.Parameter:
 
 def serve(**flags: Any) -> None:
     """Serve the base model and its adapters over HTTP."""
+    from server.launch import StartFailed, launch
     from server.logs import configure_logging
-    from server.serve import StartFailed, run
 
     config_file = flags.pop("config")
     given = {name: value for name, value in flags.items() if value is not None and value != []}
     try:
         config = settings.load(given, config_file)
         configure_logging(config.log_format)
-        run(config)
+        launch(config)
     except (ConfigError, StartFailed) as error:
         typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
         raise typer.Exit(2) from error

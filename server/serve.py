@@ -1,7 +1,6 @@
 """Composition root of `loraplex serve`: config → engine, registry, app → uvicorn. Nothing else constructs these."""
 
 import asyncio
-import dataclasses
 import gc
 import json
 import logging
@@ -25,9 +24,9 @@ from server.api.errors import ApiError
 from server.api.merge import merge
 from server.api.publishing import examine
 from server.api.text import Tokenizer, TokenizerUnusable
-from server.config import ConfigError, ServeConfig, default_data_dir
+from server.config import ConfigError, ServeConfig
 from server.engine.client import AdapterMoveRefused, EngineClient, EngineTransport, EngineUnavailable
-from server.engine.process import ProcessTransport
+from server.launch import StartFailed
 from server.metrics import Metrics
 from server.watch import FolderWatcher
 
@@ -37,30 +36,12 @@ DEMO_ADAPTERS = Path(__file__).parent.parent / "examples" / "adapters"
 MAX_HEADER_BYTES = 64 << 10
 
 
-class StartFailed(Exception):
-    """The server cannot start; the message is for the operator."""
+def run(config: ServeConfig, transport: EngineTransport | None = None) -> None:
+    """Serve until a signal ends it, with the engine behind `transport`; without one, in a thread of this process.
 
-
-def complete(config: ServeConfig) -> ServeConfig:
-    """Fill in what is derived: the embedded model, the served name, the data folder."""
-    from server.model.default_model import DEFAULT_MODEL, DefaultModelMissing, prepare_default_model
-
-    model, name = config.model, config.served_model_name
-    if not model:
-        try:
-            model, name = str(prepare_default_model()), name or DEFAULT_MODEL
-        except DefaultModelMissing as missing:
-            raise ConfigError(str(missing)) from missing
-    data_dir = default_data_dir() if config.data_dir == Path() else config.data_dir
-    return dataclasses.replace(
-        config, model=model, served_model_name=name or Path(model).stem.lower(), data_dir=data_dir.absolute()
-    )
-
-
-def run(config: ServeConfig) -> None:
-    """Serve until a signal ends it. Raises `ConfigError` or `StartFailed`."""
+    `config` is complete. Raises `ConfigError` or `StartFailed`.
+    """
     _check_sources(config)
-    config = complete(config)
     keys = KeyRing.load(config)
     check_bind(config, keys)
     config.data_dir.mkdir(parents=True, exist_ok=True)
@@ -68,8 +49,10 @@ def run(config: ServeConfig) -> None:
         registry = AdapterRegistry(config.data_dir, reserved=[config.served_model_name])
     except AdapterError as error:
         raise StartFailed(str(error)) from error
+    if transport is not None:
+        torch.set_num_threads(1)  # checking uploads must not take the cores from the engine
     try:
-        asyncio.run(_serve(config, keys, registry))
+        asyncio.run(_serve(config, keys, registry, transport or _thread_transport(config)))
     finally:
         registry.close()
 
@@ -84,8 +67,8 @@ def _check_sources(config: ServeConfig) -> None:
         raise ConfigError(f"--watch-adapters {config.watch_adapters}: there is no such folder")
 
 
-async def _serve(config: ServeConfig, keys: KeyRing, registry: AdapterRegistry) -> None:
-    engine = EngineClient(_transport(config), hang_seconds=config.hang_seconds)
+async def _serve(config: ServeConfig, keys: KeyRing, registry: AdapterRegistry, transport: EngineTransport) -> None:
+    engine = EngineClient(transport, hang_seconds=config.hang_seconds)
     starting = asyncio.create_task(engine.start())
     try:
         tokenizer = await asyncio.to_thread(_load_tokenizer, config.model)
@@ -119,14 +102,11 @@ def _load_tokenizer(model: str) -> Tokenizer:
         raise StartFailed(f"cannot load the tokenizer of '{model}': {error}") from error
 
 
-def _transport(config: ServeConfig) -> EngineTransport:
-    if config.in_process:
-        from server.engine.build import build_engine
-        from server.engine.loop import ThreadTransport
+def _thread_transport(config: ServeConfig) -> EngineTransport:
+    from server.engine.build import build_engine
+    from server.engine.loop import ThreadTransport
 
-        return ThreadTransport(lambda: build_engine(config))
-    torch.set_num_threads(1)  # checking uploads must not take the cores from the engine
-    return ProcessTransport(config)
+    return ThreadTransport(lambda: build_engine(config))
 
 
 class Server(uvicorn.Server):

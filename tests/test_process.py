@@ -153,6 +153,27 @@ async def test_stopping_while_the_model_loads_leaves_nothing_behind(llama_folder
     starting.cancel()
 
 
+async def test_the_child_that_was_spawned_ahead_is_the_one_that_serves(llama_folder: Path, tmp_path: Path) -> None:
+    transport = make_transport(llama_folder, tmp_path)
+    transport.spawn()
+    pid, folder = transport.pid, transport._folder
+    client = EngineClient(transport)
+    await client.start()
+    assert transport.pid == pid and transport._folder == folder
+    assert await collect(client.submit(request("s"))) == (greedy(tiny_llama(), PROMPT, 8), "length")
+    await client.stop()
+    assert pid is not None and is_gone(pid) and folder is not None and not folder.exists()
+
+
+def test_an_abandoned_child_leaves_nothing_behind(tmp_path: Path) -> None:
+    transport = make_transport(tmp_path / "nothing here", tmp_path)
+    transport.spawn()
+    pid, folder = transport.pid, transport._folder
+    assert pid is not None and folder is not None and folder.exists()
+    transport.abandon()
+    assert is_gone(pid) and not folder.exists()
+
+
 async def test_a_model_that_cannot_be_loaded_is_reported_by_start(tmp_path: Path) -> None:
     transport = make_transport(tmp_path / "nothing here", tmp_path)
     client = EngineClient(transport)
@@ -186,9 +207,11 @@ def test_the_engine_goes_when_its_parent_is_killed(llama_folder: Path, tmp_path:
     with subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
         child = int(parent.stdout.readline())
-        assert not is_gone(child)
+        folder = Path(psutil.Process(child).cmdline()[-1])
+        assert not is_gone(child) and folder.exists()
         parent.kill()
     deadline = time.monotonic() + 5
     while not is_gone(child):
         assert time.monotonic() < deadline, "the engine outlives its parent"
         time.sleep(0.02)
+    assert not folder.exists()

@@ -51,6 +51,7 @@ class ProcessTransport:
         self._child = child
         self._folder: Path | None = None
         self._process: subprocess.Popen[bytes] | None = None
+        self._is_ahead = False  # the child was spawned and awaits `start`
         self._outbox: zmq.Socket[bytes] | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -58,16 +59,33 @@ class ProcessTransport:
     def pid(self) -> int | None:
         return self._process.pid if self._process is not None else None
 
-    async def start(self, on_message: Callable[[FromEngine], None], on_exit: Callable[[str], None]) -> None:
-        await self._clean_up()
+    def spawn(self) -> None:
+        """Start the child ahead of `start`: it loads the model, and what it says is kept."""
         self._folder = Path(tempfile.mkdtemp(prefix="loraplex-"))  # mode 0700: nobody else can connect
+        self._process = _spawn(self._child, self._config, self._folder)
+        self._is_ahead = True
+
+    def abandon(self) -> None:
+        """End a child that was spawned and never started."""
+        if self._is_ahead and self._process is not None:
+            assert self._process.stdin is not None
+            self._process.stdin.close()
+            self._process.kill()
+            self._process.wait()
+            shutil.rmtree(self._folder or "", ignore_errors=True)
+
+    async def start(self, on_message: Callable[[FromEngine], None], on_exit: Callable[[str], None]) -> None:
+        if not self._is_ahead:
+            await self._clean_up()
+            self.spawn()
+        assert self._process is not None
+        self._is_ahead = False
         self._outbox = zmq.Context.instance().socket(zmq.PUSH)
         self._outbox.set_hwm(0)
         self._outbox.bind(f"ipc://{self._folder}/to-engine")
         inbox = zmq.asyncio.Context.instance().socket(zmq.PULL)
         inbox.set_hwm(0)
         inbox.bind(f"ipc://{self._folder}/from-engine")
-        self._process = _spawn(self._child, self._config, self._folder)
         self._tasks = [
             asyncio.create_task(_receive(inbox, on_message)),
             asyncio.create_task(self._watch(self._process, on_exit)),
@@ -159,8 +177,8 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
 def main(serve: Callable[[ServeConfig, Receive, Emit], None] | None = None) -> None:
     """Connect to the parent and run `serve` (the engine, unless told otherwise) until it returns."""
     config = settings.load(json.loads(sys.stdin.buffer.readline()))
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
     folder = sys.argv[1]
+    threading.Thread(target=_exit_with_parent, args=[folder], daemon=True).start()
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
     inbox, outbox = context.socket(zmq.PULL), context.socket(zmq.PUSH)
     for socket, name in ((inbox, "to-engine"), (outbox, "from-engine")):
@@ -223,9 +241,10 @@ def _take_all(inbox: "zmq.Socket[bytes]", timeout: float) -> list[ToEngine]:
             return received
 
 
-def _exit_with_parent() -> None:
+def _exit_with_parent(folder: str) -> None:
     while os.read(sys.stdin.fileno(), 1):  # not the buffered reader: its lock would outlive the interpreter
         pass
+    shutil.rmtree(folder, ignore_errors=True)  # a parent that was killed could not
     os._exit(0)
 
 

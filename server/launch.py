@@ -1,0 +1,47 @@
+"""The first steps of `loraplex serve`: all that it takes to start the engine's process, which then loads torch and the
+model while this one loads torch and the API."""
+
+import dataclasses
+from pathlib import Path
+
+from server.config import ConfigError, ServeConfig, default_data_dir
+from server.engine.process import ProcessTransport
+from server.model.default_model import DEFAULT_MODEL, DefaultModelMissing, prepare_default_model
+
+
+class StartFailed(Exception):
+    """The server cannot start; the message is for the operator."""
+
+
+def launch(config: ServeConfig) -> None:
+    """Serve until a signal ends it. Raises `ConfigError` or `StartFailed`."""
+    config = complete(config)
+    if config.in_process:
+        _run(config, None)
+        return
+    transport = ProcessTransport(config)
+    transport.spawn()
+    try:
+        _run(config, transport)
+    finally:
+        transport.abandon()
+
+
+def _run(config: ServeConfig, transport: ProcessTransport | None) -> None:
+    from server.serve import run  # torch, transformers and FastAPI take seconds
+
+    run(config, transport)
+
+
+def complete(config: ServeConfig) -> ServeConfig:
+    """Fill in what is derived: the embedded model, the served name, the data folder."""
+    model, name = config.model, config.served_model_name
+    if not model:
+        try:
+            model, name = str(prepare_default_model()), name or DEFAULT_MODEL
+        except DefaultModelMissing as missing:
+            raise ConfigError(str(missing)) from missing
+    data_dir = default_data_dir() if config.data_dir == Path() else config.data_dir
+    return dataclasses.replace(
+        config, model=model, served_model_name=name or Path(model).stem.lower(), data_dir=data_dir.absolute()
+    )
