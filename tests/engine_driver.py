@@ -65,6 +65,8 @@ class Driver:
             self.engine.check_integrity()
         step = said[0]
         assert isinstance(step, StepOutputs)
+        if not step.stats.batch_tokens:
+            time.sleep(0.001)  # everything waits for adapters: let the reader threads have the interpreter
         return step
 
     def run(self, max_steps: int = 100_000) -> None:
@@ -72,8 +74,7 @@ class Driver:
         for _ in range(max_steps):
             if not self.engine.has_work():
                 return
-            if not self.step().stats.batch_tokens:
-                time.sleep(0.001)  # everything waits for adapters: let the reader threads have the interpreter
+            self.step()
         raise AssertionError("the engine does not come to an end")
 
     def tokens(self, seq_id: str) -> list[int]:
