@@ -6,7 +6,6 @@ Fairness: a tenant that sends ten times as much as another, more than the server
 rounds send the light one's same requests, open loop.
 """
 
-import argparse
 import asyncio
 import random
 import tempfile
@@ -18,6 +17,7 @@ import msgspec
 import numpy as np
 
 from load_tests.client import Clock, Record, complete
+from load_tests.command import Kind, run_kind
 from load_tests.own_server import serving
 from load_tests.residency.filling import fill, template, variants
 from load_tests.runner import models, new_client, send
@@ -183,19 +183,10 @@ def report_fairness(rounds: Sequence[tuple[list[Record], list[Record]]]) -> bool
     return ratio <= FACTOR
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m load_tests.sharing")
-    kinds = parser.add_subparsers(required=True)
-    for run, setting in ((starvation, Starvation), (fairness, Fairness)):
-        kind = kinds.add_parser(run.__name__)
-        kind.set_defaults(run=run, setting=setting)
-        for field in msgspec.structs.fields(setting):
-            kind.add_argument(f"--{field.name.replace('_', '-')}", type=int, default=field.default)
-    options = vars(parser.parse_args())
-    run, setting = options.pop("run"), options.pop("setting")
-    if not run(setting(**options)):
-        raise SystemExit(1)
-
+KINDS = {
+    "starvation": Kind(starvation, Starvation, "when a request for B starts beside endless traffic for A"),
+    "fairness": Kind(fairness, Fairness, "latency beside a tenant that sends ten times as much"),
+}
 
 if __name__ == "__main__":
-    main()
+    run_kind("python -m load_tests.sharing", KINDS)

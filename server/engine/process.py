@@ -195,7 +195,7 @@ def main(serve: Callable[[ServeConfig, Receive, Emit], None] | None = None) -> N
 
 def _serve(config: ServeConfig, receive: Receive, emit: Emit) -> None:
     _bind_threads(config)
-    from server.engine.build import build_engine  # torch and transformers: the parent does without
+    from server.engine.build import build_engine  # torch, after what OpenMP reads; the parent spawns before it has it
     from server.engine.loop import run_loop
     from server.logs import configure_logging
     from server.model.loader import ModelRefused
