@@ -46,10 +46,9 @@ class LoRAGroup(nn.Module):
     def part(self, index: int, x: torch.Tensor) -> torch.Tensor:
         """One linear's output. The first of the siblings that is asked computes for all; each takes its part once."""
         if len(self.names) == 1:
-            output: torch.Tensor = self(x)
-            return output
+            return self.forward(x)
         if self._shared is None or self._shared[0] is not x or index in self._taken:
-            self._shared, self._taken = (x, self(x)), set()
+            self._shared, self._taken = (x, self.forward(x)), set()
         y = self._shared[1]
         self._taken.add(index)
         if len(self._taken) == len(self.names):
@@ -72,14 +71,15 @@ class LoRAGroup(nn.Module):
     def _base_output(self, x: torch.Tensor) -> torch.Tensor:
         scales = self._plan.input_affine
         members = self.base.members if isinstance(self.base, StackedLinear) else (self.base,)
+        apart = len(members) > 1 and any(member._forward_hooks for member in members)
         inputs = [x] * len(members)
         if scales is not None:
             inputs = [self._input_affine.applied(x, name, scales) for name in self.names]
-        together = all(own is x for own in inputs) and not any(member._forward_hooks for member in members)
-        if len(members) == 1 or together:
-            y: torch.Tensor = self.base(inputs[0])
-            return y
-        return torch.cat([member(own) for member, own in zip(members, inputs, strict=True)], -1)
+            apart = apart or any(own is not inputs[0] for own in inputs)
+        if apart:
+            return torch.cat([member(own) for member, own in zip(members, inputs, strict=True)], -1)
+        y: torch.Tensor = self.base(inputs[0])
+        return y
 
 
 class LoRALinear(nn.Module):

@@ -17,9 +17,9 @@ pytestmark = pytest.mark.skipif(why_unavailable(torch.float32) is not None, reas
 @pytest.mark.parametrize(
     ("kind", "fused"),
     [
-        ("llama", {"LlamaMLP", "LlamaAttention"}),
-        ("mistral-window", {"MistralMLP", "MistralAttention"}),
-        ("qwen3-norms", {"Qwen3MLP"}),  # its heads have norms of their own
+        ("llama", {"LlamaMLP", "LlamaAttention", "LlamaRMSNorm"}),
+        ("mistral-window", {"MistralMLP", "MistralAttention", "MistralRMSNorm"}),
+        ("qwen3-norms", {"Qwen3MLP", "Qwen3RMSNorm"}),  # its heads have norms of their own
         ("gemma2", set()),  # its MLP is another function
         ("gpt2-conv1d", set()),
     ],

@@ -19,39 +19,60 @@ constexpr int TILE = 256;  // output columns whose fp32 sums stay in the first-l
 struct Segment { int64_t start, end, lo, hi; };
 struct Item { const Segment* segment; float scale; int64_t row; int rows; };
 
-// v[row][column] = x[row] . a[column]
+// v[row][column] = x[row] . a[column]: columns by fours, so that sums need not wait for each other
 template <typename T, int N>
 void shrink(const T* x, int64_t ldx, const T* a, int64_t columns, int64_t in, float* v) {
-    for (int64_t c = 0; c < columns; c++) {
-        const T* column = a + c * in;
-        float sum[N] = {};
+    int64_t c = 0;
+    for (; c + 4 <= columns; c += 4) {
+        const T *c0 = a + c * in, *c1 = c0 + in, *c2 = c1 + in, *c3 = c2 + in;
         for (int r = 0; r < N; r++) {
             const T* row = x + r * ldx;
+            float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+#pragma omp simd reduction(+ : s0, s1, s2, s3)
+            for (int64_t k = 0; k < in; k++) {
+                float value = to_float(row[k]);
+                s0 += value * to_float(c0[k]);
+                s1 += value * to_float(c1[k]);
+                s2 += value * to_float(c2[k]);
+                s3 += value * to_float(c3[k]);
+            }
+            float* to = v + r * columns + c;
+            to[0] = s0, to[1] = s1, to[2] = s2, to[3] = s3;
+        }
+    }
+    for (; c < columns; c++)
+        for (int r = 0; r < N; r++) {
             float s = 0;
 #pragma omp simd reduction(+ : s)
-            for (int64_t k = 0; k < in; k++) s += to_float(row[k]) * to_float(column[k]);
-            sum[r] = s;
+            for (int64_t k = 0; k < in; k++) s += to_float(x[r * ldx + k]) * to_float(a[c * in + k]);
+            v[r * columns + c] = s;
         }
-        for (int r = 0; r < N; r++) v[r * columns + c] = sum[r];
-    }
 }
 
 // y[row] += sum over columns of v[row][column] * b[column]
 template <typename T, int N>
 void expand(T* y, int64_t ldy, const T* b, int64_t columns, int64_t out, const float* v) {
     for (int64_t n0 = 0; n0 < out; n0 += TILE) {
-        int64_t width = out - n0 < TILE ? out - n0 : TILE;
+        int64_t width = out - n0 < TILE ? out - n0 : TILE, c = 0;
         float sum[N][TILE];
         for (int r = 0; r < N; r++)
             for (int64_t n = 0; n < width; n++) sum[r][n] = to_float(y[r * ldy + n0 + n]);
-        for (int64_t c = 0; c < columns; c++) {
-            const T* column = b + c * out + n0;
+        for (; c + 4 <= columns; c += 4) {
+            const T *c0 = b + c * out + n0, *c1 = c0 + out, *c2 = c1 + out, *c3 = c2 + out;
+            for (int r = 0; r < N; r++) {
+                const float* w = v + r * columns + c;
+#pragma omp simd
+                for (int64_t n = 0; n < width; n++)
+                    sum[r][n] += w[0] * to_float(c0[n]) + w[1] * to_float(c1[n]) + w[2] * to_float(c2[n]) +
+                                 w[3] * to_float(c3[n]);
+            }
+        }
+        for (; c < columns; c++)
             for (int r = 0; r < N; r++) {
                 float weight = v[r * columns + c];
 #pragma omp simd
-                for (int64_t n = 0; n < width; n++) sum[r][n] += weight * to_float(column[n]);
+                for (int64_t n = 0; n < width; n++) sum[r][n] += weight * to_float(b[c * out + n0 + n]);
             }
-        }
         for (int r = 0; r < N; r++)
             for (int64_t n = 0; n < width; n++) store(&y[r * ldy + n0 + n], sum[r][n]);
     }

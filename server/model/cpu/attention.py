@@ -44,28 +44,6 @@ def _pieces(seq: SequenceRows) -> list[tuple[int, int, int]]:
     ]
 
 
-def attend(
-    layer: int,
-    query: torch.Tensor,
-    batch: ForwardBatch,
-    cache: KVCache,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-) -> torch.Tensor:
-    """`[rows, heads, head_dim]` from `query` of the same shape, any strides between its heads, over keys and values
-    that are in the cache already."""
-    keys, values, own = cache.keys[layer], cache.values[layer], plan(batch)
-    rows, heads, head_dim = query.shape
-    out = torch.empty(rows, heads, head_dim, dtype=query.dtype)
-    function("attention", query.dtype)(
-        out.data_ptr(), query.data_ptr(), query.stride(0), query.stride(1), keys.data_ptr(), values.data_ptr(),
-        own.work.data_ptr(), len(own.work), own.tables.data_ptr(), heads, keys.shape[2], head_dim, cache.block_size,
-        window or 0, scale, softcap or 0.0, torch.get_num_threads(),
-    )  # fmt: skip
-    return out
-
-
 def paged_attention(
     layer: int,
     query: torch.Tensor,
@@ -82,4 +60,12 @@ def paged_attention(
     query = query.transpose(0, 1)
     if query.stride(2) != 1:
         query = query.contiguous()
-    return attend(layer, query, batch, cache, scale, window, softcap)
+    keys, values, own = cache.keys[layer], cache.values[layer], plan(batch)
+    rows, heads, head_dim = query.shape
+    out = torch.empty(rows, heads, head_dim, dtype=query.dtype)
+    function("attention", query.dtype)(
+        out.data_ptr(), query.data_ptr(), query.stride(0), query.stride(1), keys.data_ptr(), values.data_ptr(),
+        own.work.data_ptr(), len(own.work), own.tables.data_ptr(), heads, keys.shape[2], head_dim, cache.block_size,
+        window or 0, scale, softcap or 0.0, torch.get_num_threads(),
+    )  # fmt: skip
+    return out

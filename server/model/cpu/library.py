@@ -17,16 +17,12 @@ _SIGNATURES: dict[str, list[Any]] = {
     "pack": [_POINTER, _POINTER, _SIZE, _SIZE, _INT],
     "linear": [_POINTER, _SIZE, _POINTER, _SIZE, _POINTER, _POINTER, _SIZE, _SIZE, _SIZE, _INT],
     "silu_mul": [_POINTER, _POINTER, _SIZE, _SIZE, _INT],
-    "rope_write": [_POINTER, _SIZE, *[_POINTER] * 5, *[_SIZE] * 4, _INT],
+    "rms_norm": [*[_POINTER] * 3, *[_SIZE] * 2, _FLOAT, _INT],
     "attention": [
-        *[_POINTER] * 2,
-        *[_SIZE] * 2,
-        *[_POINTER] * 3,
-        _SIZE,
-        _POINTER,
-        *[_SIZE] * 5,
-        *[_FLOAT] * 2,
-        _INT,
+        *[_POINTER] * 2, *[_SIZE] * 2, *[_POINTER] * 3, _SIZE, _POINTER, *[_SIZE] * 5, *[_FLOAT] * 2, _INT,
+    ],
+    "rope_attention": [
+        *[_POINTER] * 2, _SIZE, *[_POINTER] * 5, _SIZE, _POINTER, _SIZE, _POINTER, *[_SIZE] * 5, _FLOAT, _INT,
     ],
 }  # fmt: skip
 

@@ -51,11 +51,12 @@ inline vec load(const bf16* from) {
 }
 #endif
 inline float sum(vec v) {
-    float lanes[W], total = 0;
-    std::memcpy(lanes, &v, sizeof v);
-    for (int step = W / 2; step; step /= 2)
-        for (int i = 0; i < step; i++) lanes[i] += lanes[i + step];
-    return total + lanes[0];
+    typedef float quad __attribute__((vector_size(16)));
+    quad parts[W / 4];
+    std::memcpy(parts, &v, sizeof v);
+    for (int step = W / 8; step; step /= 2)
+        for (int i = 0; i < step; i++) parts[i] += parts[i + step];
+    return (parts[0][0] + parts[0][2]) + (parts[0][1] + parts[0][3]);
 }
 
 // -- linear -------------------------------------------------------------------------------------------------------
@@ -73,6 +74,8 @@ inline void tile(const float* x, int64_t in, const bf16* panels, vec (&acc)[M][P
         vec w[P * PARTS];
         for (int p = 0; p < P; p++)
             for (int i = 0; i < PARTS; i++) w[p * PARTS + i] = load(panels + (p * in + k) * PANEL + i * W);
+        // Weights are read once a step: ahead of their use, and past the caches, where the rest of the step lives.
+        for (int p = 0; p < P; p++) __builtin_prefetch(panels + (p * in + k) * PANEL + 1024, 0, 0);
         for (int m = 0; m < M; m++) {
             vec value = all(x[m * in + k]);
             for (int i = 0; i < P * PARTS; i++) acc[m][i] += value * w[i];
@@ -145,35 +148,120 @@ inline vec exp_of(vec x) {
     return p * power;
 }
 
+using ::store;
+inline vec load(const float* from, int64_t width) {  // the first `width` <= W of them, zeros beyond
+    if (width == W) return load(from);
+    float lanes[W] = {};
+    std::memcpy(lanes, from, size_t(width) * sizeof(float));
+    return load(lanes);
+}
+inline vec load(const bf16* from, int64_t width) {
+    if (width == W) return load(from);
+    bf16 lanes[W] = {};
+    std::memcpy(lanes, from, size_t(width) * sizeof(bf16));
+    return load(lanes);
+}
+inline void store(float* to, vec value, int64_t width) { std::memcpy(to, &value, size_t(width) * sizeof(float)); }
+inline void store(bf16* to, vec value, int64_t width) {  // as `store` of bf16.h
+    typedef uint32_t uvec __attribute__((vector_size(W * 4)));
+    typedef uint16_t hvec __attribute__((vector_size(W * 2)));
+    uvec wide;
+    std::memcpy(&wide, &value, sizeof wide);
+    uvec rounded = (wide + 0x7fffu + ((wide >> 16) & 1u)) >> 16, finite = (uvec)(value == value);
+    hvec narrow = __builtin_convertvector((rounded & finite) | (~finite & 0x7fc0u), hvec);
+    std::memcpy(to, &narrow, size_t(width) * sizeof(bf16));
+}
+template <typename T>
+inline vec rounded(vec value) {  // to T and back
+    T lanes[W];
+    store(lanes, value, W);
+    return load(lanes);
+}
+
 template <typename T>
 void silu_mul_row(T* y, const T* gate, const T* up, int64_t dim) {
     // SiLU is rounded to T before the product, as two torch operations would.
     for (int64_t i = 0; i < dim; i += W) {
-        float g[W] = {}, out[W];
         int64_t width = std::min<int64_t>(W, dim - i);
-        for (int64_t j = 0; j < width; j++) g[j] = to_float(gate[i + j]);
-        vec v = load(g), silu = v / (exp_of(-v) + 1.0f);
-        std::memcpy(out, &silu, sizeof out);
-        for (int64_t j = 0; j < width; j++) {
-            T rounded;
-            store(&rounded, out[j]);
-            store(&y[i + j], to_float(rounded) * to_float(up[i + j]));
-        }
+        vec v = load(gate + i, width), silu = v / (exp_of(-v) + 1.0f);
+        store(y + i, rounded<T>(silu) * load(up + i, width), width);
     }
 }
 
 template <typename T>
 void rotate(T* head, const T* cos, const T* sin, int64_t half) {
     // x cos + rotate_half(x) sin, each product rounded to T, as transformers' apply_rotary_pos_emb
-    for (int64_t i = 0; i < half; i++) {
-        float lo = to_float(head[i]), hi = to_float(head[half + i]);
-        T a, b, c, d;
-        store(&a, lo * to_float(cos[i]));
-        store(&b, -hi * to_float(sin[i]));
-        store(&c, hi * to_float(cos[half + i]));
-        store(&d, lo * to_float(sin[half + i]));
-        store(&head[i], to_float(a) + to_float(b));
-        store(&head[half + i], to_float(c) + to_float(d));
+    for (int64_t i = 0; i < half; i += W) {
+        int64_t width = std::min<int64_t>(W, half - i);
+        vec lo = load(head + i, width), hi = load(head + half + i, width);
+        vec a = rounded<T>(lo * load(cos + i, width)), b = rounded<T>(-hi * load(sin + i, width));
+        vec c = rounded<T>(hi * load(cos + half + i, width)), d = rounded<T>(lo * load(sin + half + i, width));
+        store(head + i, a + b, width);
+        store(head + half + i, c + d, width);
+    }
+}
+
+// The sum in the order of torch's reduction over one contiguous dimension (ATen's SumKernel.cpp: four chains of eight
+// lanes, folded after every 16, 256 and 4096 additions). A norm then has the very bits of the model's own, and where two
+// tokens tie, the tie is decided the same way.
+float sum_as_torch(const float* x, int64_t size) {
+    typedef float octet __attribute__((vector_size(32)));
+    constexpr int64_t CHAINS = 4, LEVELS = 4, STEP = 16;
+    octet acc[LEVELS][CHAINS] = {};
+    auto add = [&](int64_t from, int64_t chain) {
+        octet v;
+        std::memcpy(&v, x + from * 8, sizeof v);
+        acc[0][chain] += v;
+    };
+    int64_t vectors = size / 8, rounds = vectors / CHAINS, i = 0;
+    while (i + STEP <= rounds) {
+        for (int64_t end = i + STEP; i < end; i++)
+            for (int64_t c = 0; c < CHAINS; c++) add(i * CHAINS + c, c);
+        int64_t fold = STEP;
+        for (int64_t level = 1; level < LEVELS; level++, fold *= STEP) {
+            for (int64_t c = 0; c < CHAINS; c++) {
+                acc[level][c] += acc[level - 1][c];
+                acc[level - 1][c] = octet{};
+            }
+            if (i % (fold * STEP)) break;
+        }
+    }
+    for (; i < rounds; i++)
+        for (int64_t c = 0; c < CHAINS; c++) add(i * CHAINS + c, c);
+    for (int64_t level = 1; level < LEVELS; level++)
+        for (int64_t c = 0; c < CHAINS; c++) acc[0][c] += acc[level][c];
+    for (int64_t v = rounds * CHAINS; v < vectors; v++) add(v, 0);
+    for (int64_t c = 1; c < CHAINS; c++) acc[0][0] += acc[0][c];
+    float total = 0;
+    for (int64_t k = vectors * 8; k < size; k++) total += x[k];
+    for (int lane = 0; lane < 8; lane++) total += acc[0][0][lane];
+    return total;
+}
+
+// The normalised row is rounded to T before the product with the weight. `scratch` has room for two rows.
+template <typename T>
+void rms_norm_row(T* y, const T* x, const T* weight, int64_t dim, float eps, float* scratch) {
+    float *wide = scratch, *squares = scratch + dim;  // in memory, so that no square is fused with its addition
+    for (int64_t i = 0; i < dim; i += W) {
+        int64_t width = std::min<int64_t>(W, dim - i);
+        vec v = load(x + i, width);
+        store(wide + i, v, width);
+        store(squares + i, v * v, width);
+    }
+    float scale = 1.0f / std::sqrt(sum_as_torch(squares, dim) / float(dim) + eps);
+    for (int64_t i = 0; i < dim; i += W) {
+        int64_t width = std::min<int64_t>(W, dim - i);
+        store(y + i, rounded<T>(load(wide + i, width) * scale) * load(weight + i, width), width);
+    }
+}
+
+template <typename T>
+void rms_norm(T* y, const T* x, const T* weight, int64_t rows, int64_t dim, float eps, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (rows > 4)
+    for (int64_t row = 0; row < rows; row++) {
+        static thread_local std::vector<float> scratch;
+        scratch.resize(size_t(2 * dim));
+        rms_norm_row(y + row * dim, x + row * dim, weight, dim, eps, scratch.data());
     }
 }
 
@@ -190,43 +278,51 @@ struct Shape {
 
 constexpr int QUERIES = 8;
 
+inline void add_weighted(vec& sum, vec value, float weight) {
+    if (weight != 0) sum += value * weight;  // a key that is not seen may hold anything
+}
+
 // Up to QUERIES queries that share one key head, by the online softmax over blocks of keys.
 // query i is q[i], sees keys [first(i), last[i]); out[i] gets its row.
-template <typename T>
-void attend(const T* const* q, T* const* out, const int64_t* last, int count, const T* keys, const T* values,
+template <typename T, int N>
+void attend(const T* const* q, T* const* out, const int64_t* last, const T* keys, const T* values,
             const int64_t* table, int64_t kv_head, const Shape& s) {
-    int64_t dim = s.dim, stride = s.kv_heads * dim;
-    std::vector<float> scratch(size_t(count) * dim * 2 + dim);  // queries, sums, a key
-    float *queries = scratch.data(), *sums = queries + count * dim, *key = sums + count * dim;
-    float largest[QUERIES], total[QUERIES] = {};
+    static thread_local std::vector<float> scratch;
+    int64_t dim = s.dim, whole = dim / W * W, stride = s.kv_heads * dim;
+    scratch.resize(size_t(N) * (dim * 2 + s.block_size));
+    float *queries = scratch.data(), *sums = queries + N * dim, *scores = sums + N * dim;
+    float largest[N], total[N] = {};
     int64_t end = 0, begin = last[0];
-    for (int i = 0; i < count; i++) {
+    for (int i = 0; i < N; i++) {
         for (int64_t d = 0; d < dim; d++) queries[i * dim + d] = to_float(q[i][d]) * s.scale;
+        std::fill_n(sums + i * dim, dim, 0.0f);
         largest[i] = -INFINITY;
         end = std::max(end, last[i]);
         begin = std::min(begin, s.window ? std::max<int64_t>(0, last[i] - s.window) : 0);
     }
-    std::vector<float> scores(size_t(count) * s.block_size);
     for (int64_t block = begin / s.block_size; block * s.block_size < end; block++) {
         const T* k_block = keys + (table[block] * s.block_size * s.kv_heads + kv_head) * dim;
         const T* v_block = values + (table[block] * s.block_size * s.kv_heads + kv_head) * dim;
         int64_t first = block * s.block_size, used = std::min(s.block_size, end - first);
         for (int64_t j = 0; j < used; j++) {
-            for (int64_t d = 0; d < dim; d++) key[d] = to_float(k_block[j * stride + d]);
-            for (int i = 0; i < count; i++) {
-                vec acc{};
-                float rest = 0;
-                int64_t d = 0;
-                for (; d + W <= dim; d += W) acc += load(queries + i * dim + d) * load(key + d);
-                for (; d < dim; d++) rest += queries[i * dim + d] * key[d];
-                float score = sum(acc) + rest;
+            vec acc[N] = {};
+            for (int64_t d = 0; d < whole; d += W) {
+                vec key = load(k_block + j * stride + d);
+                for (int i = 0; i < N; i++) acc[i] += load(queries + i * dim + d) * key;
+            }
+            if (whole < dim) {
+                vec key = load(k_block + j * stride + whole, dim - whole);
+                for (int i = 0; i < N; i++) acc[i] += load(queries + i * dim + whole, dim - whole) * key;
+            }
+            for (int i = 0; i < N; i++) {
+                float score = sum(acc[i]);
                 if (s.softcap) score = s.softcap * std::tanh(score / s.softcap);
                 int64_t position = first + j;
                 bool seen = position < last[i] && (!s.window || position >= last[i] - s.window);
                 scores[i * s.block_size + j] = seen ? score : -INFINITY;
             }
         }
-        for (int i = 0; i < count; i++) {
+        for (int i = 0; i < N; i++) {
             float* own = &scores[i * s.block_size];
             float highest = largest[i];
             bool bad = false;  // a NaN must come through
@@ -255,27 +351,49 @@ void attend(const T* const* q, T* const* out, const int64_t* last, int count, co
             }
             largest[i] = highest;
         }
-        for (int64_t j = 0; j < used; j++)
-            for (int i = 0; i < count; i++) {
-                float weight = scores[i * s.block_size + j];
-                if (weight == 0) continue;  // a key that is not seen may hold anything
-                int64_t d = 0;
-                for (; d + W <= dim; d += W) {
-                    vec acc = load(sums + i * dim + d) + load(v_block + j * stride + d) * weight;
-                    std::memcpy(sums + i * dim + d, &acc, sizeof acc);
-                }
-                for (; d < dim; d++) sums[i * dim + d] += to_float(v_block[j * stride + d]) * weight;
+        for (int64_t d = 0; d < whole; d += W) {
+            vec acc[N];
+            for (int i = 0; i < N; i++) acc[i] = load(sums + i * dim + d);
+            for (int64_t j = 0; j < used; j++) {
+                vec value = load(v_block + j * stride + d);
+                for (int i = 0; i < N; i++) add_weighted(acc[i], value, scores[i * s.block_size + j]);
             }
+            for (int i = 0; i < N; i++) store(sums + i * dim + d, acc[i], W);
+        }
+        for (int64_t j = 0; j < used && whole < dim; j++) {
+            vec value = load(v_block + j * stride + whole, dim - whole);
+            for (int i = 0; i < N; i++) {
+                vec acc = load(sums + i * dim + whole, dim - whole);
+                add_weighted(acc, value, scores[i * s.block_size + j]);
+                store(sums + i * dim + whole, acc, dim - whole);
+            }
+        }
     }
-    for (int i = 0; i < count; i++)
+    for (int i = 0; i < N; i++)
         for (int64_t d = 0; d < dim; d++) store(&out[i][d], sums[i * dim + d] / total[i]);
 }
 
 template <typename T>
+void attend(const T* const* q, T* const* out, const int64_t* last, int count, const T* keys, const T* values,
+            const int64_t* table, int64_t kv_head, const Shape& s) {
+    switch (count) {
+        case 1: attend<T, 1>(q, out, last, keys, values, table, kv_head, s); break;
+        case 2: attend<T, 2>(q, out, last, keys, values, table, kv_head, s); break;
+        case 3: attend<T, 3>(q, out, last, keys, values, table, kv_head, s); break;
+        case 4: attend<T, 4>(q, out, last, keys, values, table, kv_head, s); break;
+        case 5: attend<T, 5>(q, out, last, keys, values, table, kv_head, s); break;
+        case 6: attend<T, 6>(q, out, last, keys, values, table, kv_head, s); break;
+        case 7: attend<T, 7>(q, out, last, keys, values, table, kv_head, s); break;
+        default: attend<T, QUERIES>(q, out, last, keys, values, table, kv_head, s);
+    }
+}
+
+// The next two share their work out among the threads of the parallel region that calls them.
+template <typename T>
 void attention(T* out, const T* q, int64_t q_row, int64_t q_head, const T* keys, const T* values, const Work* work,
-               int64_t num_work, const int64_t* tables, const Shape& s, int threads) {
+               int64_t num_work, const int64_t* tables, const Shape& s) {
     int64_t group = s.heads / s.kv_heads;
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (num_work * s.kv_heads > 1)
+#pragma omp for schedule(dynamic)
     for (int64_t item = 0; item < num_work * s.kv_heads; item++) {
         const Work& w = work[item / s.kv_heads];
         int64_t kv_head = item % s.kv_heads;
@@ -298,8 +416,8 @@ void attention(T* out, const T* q, int64_t q_row, int64_t q_head, const T* keys,
 
 template <typename T>
 void rope_write(T* qkv, int64_t ld, const T* cos, const T* sin, T* keys, T* values, const int64_t* slots, int64_t rows,
-                const Shape& s, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (rows > 4)
+                const Shape& s) {
+#pragma omp for schedule(static)
     for (int64_t row = 0; row < rows; row++) {
         T* heads = qkv + row * ld;
         for (int64_t h = 0; h < s.heads + s.kv_heads; h++)
@@ -351,13 +469,10 @@ void linear_bf16(void* y, int64_t ldy, const void* x, int64_t ldx, const void* p
         for (int64_t m = 0; m < rows; m++)                                                                             \
             silu_mul_row((T*)y + m * dim, (const T*)gate_up + 2 * m * dim, (const T*)gate_up + (2 * m + 1) * dim, dim);\
     }                                                                                                                  \
-    /* rotates queries and keys of qkv [rows, (heads + 2 kv_heads) * dim] in place, and writes keys and values to the  \
-       cache [slots, kv_heads, dim]; cos and sin are [rows, dim] */                                                    \
-    void rope_write_##SUFFIX(void* qkv, int64_t ld, const void* cos, const void* sin, void* keys, void* values,        \
-                             const int64_t* slots, int64_t rows, int64_t heads, int64_t kv_heads, int64_t dim,         \
-                             int threads) {                                                                            \
-        Shape shape{heads, kv_heads, dim, 0, 0, 0, 0};                                                                 \
-        rope_write((T*)qkv, ld, (const T*)cos, (const T*)sin, (T*)keys, (T*)values, slots, rows, shape, threads);      \
+    /* y [rows, dim] from x [rows, dim] */                                                                             \
+    void rms_norm_##SUFFIX(void* y, const void* x, const void* weight, int64_t rows, int64_t dim, float eps,           \
+                           int threads) {                                                                              \
+        rms_norm((T*)y, (const T*)x, (const T*)weight, rows, dim, eps, threads);                                       \
     }                                                                                                                  \
     /* out [rows, heads, dim]; a head of a query is at q + row * q_row + head * q_head */                              \
     void attention_##SUFFIX(void* out, const void* q, int64_t q_row, int64_t q_head, const void* keys,                 \
@@ -365,8 +480,22 @@ void linear_bf16(void* y, int64_t ldy, const void* x, int64_t ldx, const void* p
                             int64_t heads, int64_t kv_heads, int64_t dim, int64_t block_size, int64_t window,          \
                             float scale, float softcap, int threads) {                                                 \
         Shape shape{heads, kv_heads, dim, block_size, window, scale, softcap};                                         \
+        _Pragma("omp parallel num_threads(threads)")                                                                   \
         attention((T*)out, (const T*)q, q_row, q_head, (const T*)keys, (const T*)values, (const Work*)work, num_work,  \
-                  tables, shape, threads);                                                                             \
+                  tables, shape);                                                                                      \
+    }                                                                                                                  \
+    /* rotates queries and keys of qkv [rows, (heads + 2 kv_heads) * dim] in place, writes keys and values to the cache\
+       [slots, kv_heads, dim], and then does as `attention`; cos and sin are [rows, dim] */                            \
+    void rope_attention_##SUFFIX(void* out, void* qkv, int64_t ld, const void* cos, const void* sin, void* keys,       \
+                                 void* values, const int64_t* slots, int64_t rows, const void* work, int64_t num_work, \
+                                 const int64_t* tables, int64_t heads, int64_t kv_heads, int64_t dim,                  \
+                                 int64_t block_size, int64_t window, float scale, int threads) {                       \
+        Shape shape{heads, kv_heads, dim, block_size, window, scale, 0};                                               \
+        _Pragma("omp parallel num_threads(threads)") {                                                                 \
+            rope_write((T*)qkv, ld, (const T*)cos, (const T*)sin, (T*)keys, (T*)values, slots, rows, shape);           \
+            attention((T*)out, (const T*)qkv, ld, dim, (const T*)keys, (const T*)values, (const Work*)work, num_work,  \
+                      tables, shape);                                                                                  \
+        }                                                                                                              \
     }
 
 BOTH_TYPES(bf16, bf16)
