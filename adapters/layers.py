@@ -19,25 +19,26 @@ class LoRAGroup(nn.Module):
     input), then what they make of its output, then their segmented delta on top.
 
     The base runs on all rows with its own weights and kernel, so base rows keep the bits they would have had. `base` is
-    what computes at present: the model's own, or a merged adapter's.
+    what computes at present: the model's own, or a merged adapter's. `columns` are the group's in the pool, `plan` what
+    the step's adapters are.
     """
 
     def __init__(self, names: Sequence[str], base: nn.Module, pool: AdapterPool, plan: StepPlan) -> None:
         super().__init__()
         self.base = base
         self.names = tuple(names)
-        self._a, self._b, self._sizes = pool.stacked(self.names)
-        self._spans = list(pairwise(accumulate(self._sizes, initial=0)))
-        self._kernel = pool.kernel
+        self.columns = pool.stacked(self.names)
+        self._spans = list(pairwise(accumulate(self.columns.sizes, initial=0)))
+        self.kernel = pool.kernel
         self._affine = pool.affine
         self._input_affine = pool.input_affine
-        self._plan = plan
+        self.plan = plan
         self._shared: tuple[torch.Tensor, torch.Tensor] | None = None  # an input, and the outputs made of it
         self._taken: set[int] = set()
 
     @property
     def in_features(self) -> int:
-        return self._a.shape[2]
+        return self.columns.a.shape[2]
 
     def member(self, index: int) -> nn.Module:
         """The base's own module of one linear."""
@@ -58,18 +59,18 @@ class LoRAGroup(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self._base_output(x)
-        if self._plan.active:
-            rows = y.view(-1, y.shape[-1])
-            if len(self._sizes) == 1 and rows.shape[1] > self._sizes[0]:  # a neighbour's vocabulary is larger
-                rows = rows[:, : self._sizes[0]]
-            if self._plan.affine is not None:
+        if self.plan.active:
+            rows, sizes = y.view(-1, y.shape[-1]), self.columns.sizes
+            if len(sizes) == 1 and rows.shape[1] > sizes[0]:  # a neighbour's vocabulary is larger
+                rows = rows[:, : sizes[0]]
+            if self.plan.affine is not None:
                 for name, (lo, hi) in zip(self.names, self._spans, strict=True):
-                    self._affine.apply(rows[:, lo:hi], name, self._plan.affine)
-            self._kernel.add_lora(rows, x.reshape(-1, x.shape[-1]), self._a, self._b, self._sizes, self._plan.plan)
+                    self._affine.apply(rows[:, lo:hi], name, self.plan.affine)
+            self.kernel.add_lora(rows, x.reshape(-1, x.shape[-1]), *self.columns, self.plan.plan)
         return y
 
     def _base_output(self, x: torch.Tensor) -> torch.Tensor:
-        scales = self._plan.input_affine
+        scales = self.plan.input_affine
         members = self.base.members if isinstance(self.base, StackedLinear) else (self.base,)
         apart = len(members) > 1 and any(member._forward_hooks for member in members)
         inputs = [x] * len(members)

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-HEADER = Path(__file__).with_name("bf16.h")  # what the sources share
+SHARED = Path(__file__).parent  # whose headers every source may include, besides those beside it
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 LIBRARIES = ("-lstdc++",)  # CXX may name a compiler of C, which does not link it by itself
 
@@ -58,7 +58,9 @@ def _identity(source: Path, compiler: str) -> str:
         features = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
     except (OSError, StopIteration):
         features = platform.processor()
-    parts = [source.read_text(), HEADER.read_text(), compiler, *FLAGS, *LIBRARIES, features]
+    headers = sorted({*SHARED.glob("*.h"), *source.parent.glob("*.h")})
+    texts = [path.read_text() for path in (source, *headers)]
+    parts = [*texts, compiler, *FLAGS, *LIBRARIES, features]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
@@ -68,11 +70,14 @@ def _compile(compiler: str, source: Path, library: Path) -> None:
         built = Path(folder) / library.name
         try:
             subprocess.run(
-                [compiler, *FLAGS, f"-I{HEADER.parent}", str(source), "-o", str(built), *LIBRARIES],
+                [compiler, *FLAGS, f"-I{SHARED}", str(source), "-o", str(built), *LIBRARIES],
                 check=True,
                 capture_output=True,
                 timeout=120,
             )
+        except subprocess.CalledProcessError as error:
+            said = error.stderr.decode(errors="replace").strip()
+            raise NativeUnavailable(f"{compiler} does not build {source.name}: {said[:2000]}") from error
         except (OSError, subprocess.SubprocessError) as error:
             raise NativeUnavailable(f"{compiler} does not build {source.name}: {error}") from error
         built.rename(library)

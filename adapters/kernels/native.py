@@ -45,6 +45,10 @@ class NativeKernel:
         loaded = ctypes.CDLL(str(library))
         self._functions = {dtype: declared(loaded, name, _ARGUMENTS) for dtype, name in self.DTYPES.items()}
 
+    def address(self, dtype: torch.dtype) -> int | None:
+        """Of the function that `add_lora` calls for a plan's small segments, for C++ that calls it by itself."""
+        return ctypes.cast(self._functions[dtype], _POINTER).value
+
     def plan(self, segments: Segments) -> NativePlan:
         small = [s for s in segments.items if self._is_small(s)]
         taken = set(small)

@@ -1,4 +1,4 @@
-"""Decoder blocks of Llama's structure in fewer operations: norms, SiLU·mul, rotary embedding with attention.
+"""Decoder layers of Llama's structure in fewer operations: norms, SiLU·mul, rotary embedding with attention, or whole.
 
 The modules of the model stay; what they compute with is replaced where a module runs the very code of one of `WRITTEN`
 and then gives the same numbers. Numbers alone would not do: what depends on long contexts or large values does not
@@ -8,12 +8,13 @@ very bits: one that sums in another order turned a near-tie of a greedy answer.
 
 import inspect
 from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 from transformers.activations import SiLUActivation
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
 from transformers.models.mistral.modeling_mistral import MistralAttention
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 
@@ -22,6 +23,7 @@ from server.model.batch import ForwardBatch
 from server.model.cpu.block_ops import NativeBlockOps
 from server.model.cpu.library import why_unavailable
 from server.model.kv_cache import KVCache
+from server.model.layer_parts import LayerParts
 
 Undo = Callable[[], None]
 
@@ -30,6 +32,7 @@ WRITTEN: dict[str, tuple[type[nn.Module], ...]] = {
     "norm": (LlamaRMSNorm,),
     "mlp": (LlamaMLP,),
     "attention": (LlamaAttention, MistralAttention, Qwen2Attention),
+    "layer": (LlamaDecoderLayer,),
 }
 
 
@@ -56,6 +59,19 @@ class BlockOps(Protocol):
         """Rotate queries and keys of `qkv` `[rows, (heads + 2 kv_heads) * head_dim]` by cos and sin `[rows, head_dim]`,
         keep keys and values in the cache, attend: `[rows, heads * head_dim]`. `qkv` may be overwritten."""
 
+    def whole_layer(self, layer: nn.Module, parts: LayerParts) -> "WholeLayer | None":
+        """What computes `layer` in one piece; None where nothing does."""
+
+
+class WholeLayer(Protocol):
+    def is_whole(self) -> bool:
+        """Whether it can compute the layer in this step; otherwise the modules do, with the same bits."""
+
+    def __call__(
+        self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, batch: ForwardBatch, cache: KVCache
+    ) -> torch.Tensor:
+        """The layer's output for `hidden` `[1, rows, size]`; cos and sin are `[1, rows, head_dim]`."""
+
 
 def fuse(model: nn.Module, ops: BlockOps, windows: Mapping[int, int | None]) -> tuple[int, Undo]:
     """Have the blocks of `model`, whose linears are wrapped, compute through `ops` where they can: how many modules
@@ -63,6 +79,8 @@ def fuse(model: nn.Module, ops: BlockOps, windows: Mapping[int, int | None]) -> 
     alone. `windows` are the layers' own (see `CacheShape`)."""
     found = {module: _replacement(module, ops, windows) for module in model.modules()}
     changed = {module: forward for module, forward in found.items() if forward is not None}
+    whole = {module: _layer_forward(module, ops, windows, changed.keys()) for module in model.modules()}
+    changed |= {module: forward for module, forward in whole.items() if forward is not None}
     for module, forward in changed.items():
         module.forward = forward
 
@@ -120,6 +138,33 @@ def _attention_forward(module: Any, ops: BlockOps, windows: Mapping[int, int | N
         qkv = group.forward(hidden_states)[0]
         out = ops.rope_attention(module.layer_idx, qkv, cos[0], sin[0], batch, kv_cache, module.scaling, window)
         return module.o_proj(out[None]), None
+
+    return forward
+
+
+def _layer_forward(
+    module: Any, ops: BlockOps, windows: Mapping[int, int | None], fused: AbstractSet[nn.Module]
+) -> Callable[..., torch.Tensor] | None:
+    """For a layer all of whose children are `fused`: then they do what the whole does."""
+    if not _runs(module, "layer") or not fused >= set(module.children()):
+        return None
+    attention, mlp = module.self_attn, module.mlp
+    groups = (linear.group for linear in (attention.q_proj, attention.o_proj, mlp.gate_proj, mlp.down_proj))
+    norms = module.input_layernorm, module.post_attention_layernorm
+    index = attention.layer_idx
+    parts = LayerParts(index, tuple(groups), norms, attention.head_dim, attention.scaling, windows[index])
+    whole = ops.whole_layer(module, parts)
+    if whole is None:
+        return None
+    by_modules = module.forward
+
+    def forward(
+        hidden_states: torch.Tensor, *args: Any, position_embeddings: tuple[torch.Tensor, torch.Tensor], **kwargs: Any
+    ) -> torch.Tensor:
+        if whole.is_whole():
+            return whole(hidden_states, *position_embeddings, kwargs["batch"], kwargs["kv_cache"])
+        output: torch.Tensor = by_modules(hidden_states, *args, position_embeddings=position_embeddings, **kwargs)
+        return output
 
     return forward
 

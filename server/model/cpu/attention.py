@@ -1,6 +1,7 @@
 """Paged attention on a CPU that reads keys and values where they are, prefill and decode in one call."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,13 +13,14 @@ from server.model.kv_cache import KVCache
 _ROWS = 8  # of a prefill that one work item takes: enough items for all threads
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class NativePlan:
     """`work` `[items, 4]` int64: (first row, rows, keys that the first row sees, start of the sequence's block table in
-    `tables`)."""
+    `tables`). `step` is what decoder_layer.py keeps."""
 
     work: torch.Tensor
     tables: torch.Tensor
+    step: Any = None
 
 
 def plan(batch: ForwardBatch) -> NativePlan:

@@ -1,17 +1,21 @@
 """`server.model.blocks.BlockOps` in C++."""
 
 import torch
+from torch import nn
 
 from server.model.batch import ForwardBatch
 from server.model.cpu.attention import plan
+from server.model.cpu.decoder_layer import NativeLayer
 from server.model.cpu.library import function
 from server.model.kv_cache import KVCache
+from server.model.layer_parts import LayerParts
 
 
 class NativeBlockOps:
     """For one dtype. Tensors are contiguous but for the strides that are named."""
 
     def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
         self._silu_mul = function("silu_mul", dtype)
         self._rms_norm = function("rms_norm", dtype)
         self._rope_attention = function("rope_attention", dtype)
@@ -30,6 +34,9 @@ class NativeBlockOps:
             y.data_ptr(), x.data_ptr(), weight.data_ptr(), x.numel() // size, size, eps, torch.get_num_threads()
         )
         return y
+
+    def whole_layer(self, layer: nn.Module, parts: LayerParts) -> NativeLayer | None:
+        return NativeLayer(layer, parts) if self._dtype is torch.bfloat16 else None
 
     def rope_attention(
         self,

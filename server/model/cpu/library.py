@@ -24,6 +24,7 @@ _SIGNATURES: dict[str, list[Any]] = {
     "rope_attention": [
         *[_POINTER] * 2, _SIZE, *[_POINTER] * 5, _SIZE, _POINTER, _SIZE, _POINTER, *[_SIZE] * 5, _FLOAT, _INT,
     ],
+    "decoder_layer": [_POINTER] * 6,
 }  # fmt: skip
 
 

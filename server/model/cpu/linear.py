@@ -18,9 +18,9 @@ class NativeLinear(nn.Module):
         self.bias = linear.bias
         weight = linear.weight.detach().contiguous()
         panels = -(-self.out_features // _PANEL)
-        self._packed = torch.zeros(panels * _PANEL * self.in_features, dtype=torch.bfloat16)
+        self.packed = torch.zeros(panels * _PANEL * self.in_features, dtype=torch.bfloat16)
         pack = function("pack", torch.bfloat16)
-        pack(self._packed.data_ptr(), weight.data_ptr(), self.out_features, self.in_features, 0)
+        pack(self.packed.data_ptr(), weight.data_ptr(), self.out_features, self.in_features, 0)
         self._linear = function("linear", torch.bfloat16)
 
     @property
@@ -28,7 +28,7 @@ class NativeLinear(nn.Module):
         """The weight `[out_features, in_features]`, unpacked into a copy, bit for bit."""
         weight = torch.empty(self.out_features, self.in_features, dtype=torch.bfloat16)
         pack = function("pack", torch.bfloat16)
-        pack(self._packed.data_ptr(), weight.data_ptr(), self.out_features, self.in_features, 1)
+        pack(self.packed.data_ptr(), weight.data_ptr(), self.out_features, self.in_features, 1)
         return weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -37,7 +37,7 @@ class NativeLinear(nn.Module):
             rows = rows.contiguous()
         y = torch.empty(*x.shape[:-1], self.out_features, dtype=torch.bfloat16)
         self._linear(
-            y.data_ptr(), self.out_features, rows.data_ptr(), rows.stride(0), self._packed.data_ptr(),
+            y.data_ptr(), self.out_features, rows.data_ptr(), rows.stride(0), self.packed.data_ptr(),
             None if self.bias is None else self.bias.data_ptr(), rows.shape[0], self.in_features, self.out_features,
             torch.get_num_threads(),
         )  # fmt: skip

@@ -1,0 +1,82 @@
+// A whole decoder layer of Llama's structure, adapters' A and B included.
+#pragma once
+#include <vector>
+
+#include "attention.h"
+#include "linear.h"
+#include "rows.h"
+
+namespace {
+
+// adapters/kernels/lora_cpu.cpp, of which this library knows the address only
+typedef void LoraAdd(void* y, int64_t ldy, const void* x, int64_t ldx, const void* a, const void* b, int64_t in,
+                     int64_t columns, const int64_t* sizes, int64_t linears, const void* segments, const float* scales,
+                     int64_t count, int threads);
+
+struct Linears {  // siblings over one input, stacked, and the rank columns that adapters have in them
+    const bf16 *packed, *bias;
+    int64_t in, out;
+    const void *a, *b;
+    int64_t columns, siblings, sizes[3];
+};
+
+struct Layer {
+    Linears qkv, o, gate_up, down;
+    const bf16 *attention_norm, *mlp_norm;
+    float attention_eps, mlp_eps, scale;
+    int64_t kv_heads, dim, window;
+};
+
+struct Step {
+    int64_t rows;
+    const bf16 *cos, *sin;
+    const int64_t* slots;
+    const Work* work;
+    int64_t num_work;
+    const int64_t* tables;
+    int64_t block_size;
+    LoraAdd* lora;  // null without adapters, and the next three with it
+    const void* segments;
+    const float* scales;
+    int64_t num_segments;
+    int threads;
+};
+
+void apply(bf16* y, const bf16* x, const Linears& l, const Step& s) {
+    linear(y, l.out, x, l.in, l.packed, l.bias, s.rows, l.in, l.out, s.threads);
+    if (s.lora)
+        s.lora(y, l.out, x, l.in, l.a, l.b, l.in, l.columns, l.sizes, l.siblings, s.segments, s.scales, s.num_segments,
+               s.threads);
+}
+
+void add(bf16* to, const bf16* a, const bf16* b, int64_t size) {
+    for (int64_t i = 0; i < size; i += W) {
+        int64_t width = std::min<int64_t>(W, size - i);
+        store(to + i, load(a + i, width) + load(b + i, width), width);
+    }
+}
+
+// Every operation as it is by itself, so that the bits are those of the modules one after the other.
+void decoder_layer(bf16* to, const bf16* hidden, bf16* keys, bf16* values, const Layer& l, const Step& s) {
+    static thread_local std::vector<bf16> scratch;
+    int64_t rows = s.rows, size = l.qkv.in, attended = l.o.in, inner = l.down.in;
+    scratch.resize(size_t(rows) * (2 * size + l.qkv.out + attended + 3 * inner));
+    bf16 *normed = scratch.data(), *out = normed + rows * size, *qkv = out + rows * size;
+    bf16 *heads = qkv + rows * l.qkv.out, *gate_up = heads + rows * attended, *product = gate_up + rows * 2 * inner;
+    Shape shape{attended / l.dim, l.kv_heads, l.dim, s.block_size, l.window, l.scale, 0};
+
+    rms_norm(normed, hidden, l.attention_norm, rows, size, l.attention_eps, s.threads);
+    apply(qkv, normed, l.qkv, s);
+    rope_attention(heads, qkv, l.qkv.out, s.cos, s.sin, keys, values, s.slots, rows, s.work, s.num_work, s.tables,
+                   shape, s.threads);
+    apply(out, heads, l.o, s);
+    add(to, hidden, out, rows * size);
+
+    rms_norm(normed, to, l.mlp_norm, rows, size, l.mlp_eps, s.threads);
+    apply(gate_up, normed, l.gate_up, s);
+    silu_mul(product, gate_up, rows, inner, s.threads);
+    apply(out, product, l.down, s);
+    add(to, to, out, rows * size);
+}
+
+}  // namespace

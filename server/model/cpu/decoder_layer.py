@@ -1,0 +1,139 @@
+"""A whole decoder layer of Llama's structure in one call of C++ (decoder_layer.h), where nothing but the A and B of
+adapters changes what its linears say.
+
+By modules, a layer is some three hundred Python calls, as long as the arithmetic of a step with one row. The bits are
+the same either way.
+"""
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adapters.kernels.native import NativeKernel
+from adapters.kernels.native import NativePlan as LoRAPlan
+from adapters.layers import LoRAGroup, OverlayHook
+from adapters.stacking import StackedLinear
+from server.model.batch import ForwardBatch
+from server.model.cpu import attention
+from server.model.cpu.attention import NativePlan
+from server.model.cpu.library import function
+from server.model.cpu.linear import NativeLinear
+from server.model.kv_cache import KVCache
+from server.model.layer_parts import LayerParts
+
+_POINTER, _SIZE, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+
+
+class _Linears(ctypes.Structure):
+    _fields_ = [
+        ("packed", _POINTER), ("bias", _POINTER), ("in_features", _SIZE), ("out_features", _SIZE), ("a", _POINTER),
+        ("b", _POINTER), ("columns", _SIZE), ("siblings", _SIZE), ("sizes", _SIZE * 3),
+    ]  # fmt: skip
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        ("qkv", _Linears), ("o", _Linears), ("gate_up", _Linears), ("down", _Linears), ("attention_norm", _POINTER),
+        ("mlp_norm", _POINTER), ("attention_eps", _FLOAT), ("mlp_eps", _FLOAT), ("scale", _FLOAT),
+        ("kv_heads", _SIZE), ("head_dim", _SIZE), ("window", _SIZE),
+    ]  # fmt: skip
+
+
+class _Step(ctypes.Structure):
+    _fields_ = [
+        ("rows", _SIZE), ("cos", _POINTER), ("sin", _POINTER), ("slots", _POINTER), ("work", _POINTER),
+        ("num_work", _SIZE), ("tables", _POINTER), ("block_size", _SIZE), ("lora", _POINTER), ("segments", _POINTER),
+        ("scales", _POINTER), ("num_segments", _SIZE), ("threads", ctypes.c_int),
+    ]  # fmt: skip
+
+
+class NativeLayer:
+    """One layer of a bf16 model; `layer` holds all of `parts`."""
+
+    def __init__(self, layer: nn.Module, parts: LayerParts) -> None:
+        self._modules = [module for module in layer.modules() if module is not layer]
+        self._parts = parts
+        self._plan = parts.groups[0].plan
+        self._function = function("decoder_layer", torch.bfloat16)
+        self._bases: list[nn.Module | None] = []
+        self._hooks: list[dict[int, Callable[..., Any]]] = []
+        self._described: _Layer | None = None
+
+    def is_whole(self) -> bool:
+        """Whether this step can compute the layer in one piece: every linear is ours, adapters have nothing but A and
+        B, and nobody listens in between."""
+        bases = [group._modules["base"] for group in self._parts.groups]
+        if bases != self._bases:  # for the first time, or an adapter was merged, or taken out
+            self._bases, self._described, self._hooks = bases, self._description(), self._all_hooks()
+        if self._described is None or not self._plan.is_lora_alone() or (self._plan.active and self._plan.plan.large):
+            return False
+        return not any(self._hooks) or self._hears_nothing()
+
+    def __call__(self, hidden: Tensor, cos: Tensor, sin: Tensor, batch: ForwardBatch, cache: KVCache) -> Tensor:
+        assert self._described is not None, "is_whole() said so"
+        keys, values = cache.keys[self._parts.index], cache.values[self._parts.index]
+        hidden = hidden.contiguous()
+        y = torch.empty_like(hidden)
+        self._function(
+            y.data_ptr(), hidden.data_ptr(), keys.data_ptr(), values.data_ptr(), ctypes.byref(self._described),
+            ctypes.byref(self._step(batch, cos, sin, cache.block_size)),
+        )  # fmt: skip
+        return y
+
+    def _description(self) -> _Layer | None:
+        parts = self._parts
+        linears = [_linears(group) for group in parts.groups]
+        if None in linears or not isinstance(parts.groups[0].kernel, NativeKernel):
+            return None
+        norms: Any = parts.norms
+        weights, epsilons = [norm.weight.data_ptr() for norm in norms], [norm.variance_epsilon for norm in norms]
+        kv_heads = parts.groups[0].columns.sizes[1] // parts.head_dim
+        return _Layer(*linears, *weights, *epsilons, parts.scale, kv_heads, parts.head_dim, parts.window or 0)
+
+    def _all_hooks(self) -> list[dict[int, Callable[..., Any]]]:
+        stacks = [base for base in self._bases if isinstance(base, StackedLinear)]
+        modules = [*self._modules, *self._bases, *(member for stack in stacks for member in stack.members)]
+        return [hooks for module in modules if module for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+
+    def _hears_nothing(self) -> bool:
+        """Overlays, whose hooks stay, do nothing in a step without any."""
+        heard = (hook for hooks in self._hooks for hook in hooks.values())
+        return all(isinstance(getattr(hook, "__self__", None), OverlayHook) for hook in heard)
+
+    def _step(self, batch: ForwardBatch, cos: Tensor, sin: Tensor, block_size: int) -> _Step:
+        """Made in the first layer, read by the others."""
+        own, lora = attention.plan(batch), self._plan.plan if self._plan.active else None
+        if own.step is None or own.step[0] is not lora or own.step[1] is not cos:
+            own.step = lora, cos, self._described_step(batch, own, lora, cos, sin, block_size)
+        step: _Step = own.step[2]
+        return step
+
+    def _described_step(
+        self, batch: ForwardBatch, own: NativePlan, lora: LoRAPlan | None, cos: Tensor, sin: Tensor, block_size: int
+    ) -> _Step:
+        rows = len(batch.input_ids)
+        assert cos.shape == sin.shape == (1, rows, self._parts.head_dim), "the whole head is rotated"
+        assert cos.is_contiguous() and sin.is_contiguous()
+        lora_pointers: list[int | None] = [None, None, None, 0]
+        if lora is not None:
+            kernel: Any = self._parts.groups[0].kernel
+            scales = None if lora.scales is None else lora.scales.data_ptr()
+            lora_pointers = [kernel.address(torch.bfloat16), lora.small.data_ptr(), scales, len(lora.small)]
+        return _Step(
+            rows, cos.data_ptr(), sin.data_ptr(), batch.slot_mapping.data_ptr(), own.work.data_ptr(), len(own.work),
+            own.tables.data_ptr(), block_size, *lora_pointers, torch.get_num_threads(),
+        )  # fmt: skip
+
+
+def _linears(group: LoRAGroup) -> _Linears | None:
+    """None when the base is not computed by `NativeLinear`."""
+    inner = group.base.inner if isinstance(group.base, StackedLinear) else group.base
+    if type(inner) is not NativeLinear:
+        return None
+    a, b, sizes = group.columns
+    bias = None if inner.bias is None else inner.bias.data_ptr()
+    own = inner.packed.data_ptr(), bias, inner.in_features, inner.out_features
+    return _Linears(*own, a.data_ptr(), b.data_ptr(), a.shape[1], len(sizes), (_SIZE * 3)(*sizes))

@@ -1,0 +1,110 @@
+// Vectors of the compiler's (16 floats with AVX-512, 8 elsewhere), loaded from and stored to fp32 or bf16.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#include "bf16.h"
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#ifdef __AVX512F__
+constexpr int W = 16;
+#else
+constexpr int W = 8;
+#endif
+typedef float vec __attribute__((vector_size(W * 4)));
+
+inline vec load(const float* from) {
+    vec out;
+    std::memcpy(&out, from, sizeof out);
+    return out;
+}
+// Compilers do not find the best instructions for these two.
+#if defined(__AVX512F__)
+inline vec all(float value) { return (vec)_mm512_set1_ps(value); }
+inline vec load(const bf16* from) {
+    return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)), 16);
+}
+#elif defined(__AVX2__)
+inline vec all(float value) { return (vec)_mm256_set1_ps(value); }
+inline vec load(const bf16* from) {
+    return (vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from)), 16);
+}
+#else
+inline vec all(float value) { return vec{} + value; }
+inline vec load(const bf16* from) {
+    typedef uint32_t uvec __attribute__((vector_size(W * 4)));
+    typedef uint16_t hvec __attribute__((vector_size(W * 2)));
+    hvec narrow;
+    std::memcpy(&narrow, from, sizeof narrow);
+    return (vec)(__builtin_convertvector(narrow, uvec) << 16);
+}
+#endif
+inline float sum(vec v) {
+    typedef float quad __attribute__((vector_size(16)));
+    quad parts[W / 4];
+    std::memcpy(parts, &v, sizeof v);
+    for (int step = W / 8; step; step /= 2)
+        for (int i = 0; i < step; i++) parts[i] += parts[i + step];
+    return (parts[0][0] + parts[0][2]) + (parts[0][1] + parts[0][3]);
+}
+
+
+
+// exp to within some 2 ulp: 2^n by the exponent's bits, 2^f by a polynomial (Cephes' expf).
+inline vec exp_of(vec x) {
+    x = x < all(-87.0f) ? all(-87.0f) : x;
+    x = x > all(88.0f) ? all(88.0f) : x;
+    vec n = x * 1.44269504088896341f;
+    typedef int32_t ivec __attribute__((vector_size(W * 4)));
+    ivec whole = __builtin_convertvector(n + (n < vec{} ? all(-0.5f) : all(0.5f)), ivec);
+    vec f = __builtin_convertvector(whole, vec);
+    x -= f * 0.693359375f;
+    x -= f * -2.12194440e-4f;
+    vec p = all(1.9875691500e-4f);
+    p = p * x + 1.3981999507e-3f;
+    p = p * x + 8.3334519073e-3f;
+    p = p * x + 4.1665795894e-2f;
+    p = p * x + 1.6666665459e-1f;
+    p = p * x + 5.0000001201e-1f;
+    p = p * x * x + x + 1.0f;
+    ivec bits = (whole + 127) << 23;
+    vec power;
+    std::memcpy(&power, &bits, sizeof power);
+    return p * power;
+}
+
+using ::store;
+inline vec load(const float* from, int64_t width) {  // the first `width` <= W of them, zeros beyond
+    if (width == W) return load(from);
+    float lanes[W] = {};
+    std::memcpy(lanes, from, size_t(width) * sizeof(float));
+    return load(lanes);
+}
+inline vec load(const bf16* from, int64_t width) {
+    if (width == W) return load(from);
+    bf16 lanes[W] = {};
+    std::memcpy(lanes, from, size_t(width) * sizeof(bf16));
+    return load(lanes);
+}
+inline void store(float* to, vec value, int64_t width) { std::memcpy(to, &value, size_t(width) * sizeof(float)); }
+inline void store(bf16* to, vec value, int64_t width) {  // as `store` of bf16.h
+    typedef uint32_t uvec __attribute__((vector_size(W * 4)));
+    typedef uint16_t hvec __attribute__((vector_size(W * 2)));
+    uvec wide;
+    std::memcpy(&wide, &value, sizeof wide);
+    uvec rounded = (wide + 0x7fffu + ((wide >> 16) & 1u)) >> 16, finite = (uvec)(value == value);
+    hvec narrow = __builtin_convertvector((rounded & finite) | (~finite & 0x7fc0u), hvec);
+    std::memcpy(to, &narrow, size_t(width) * sizeof(bf16));
+}
+template <typename T>
+inline vec rounded(vec value) {  // to T and back
+    T lanes[W];
+    store(lanes, value, W);
+    return load(lanes);
+}
+
+}  // namespace

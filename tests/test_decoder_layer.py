@@ -1,0 +1,138 @@
+"""A decoder layer in one call of C++: when it is taken, and that its bits are those of the modules."""
+
+import copy
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from server.engine.messages import Merge, Submit, Unmerge
+from server.model.cpu.decoder_layer import NativeLayer
+from server.model.cpu.library import why_unavailable
+from server.sequence import SamplingParams
+from tests.adapter_factory import tiny_llama, write_adapter
+from tests.engine_driver import Driver, make_driver, plain
+
+pytestmark = [
+    pytest.mark.skipif(
+        "no C++ compiler" in (why_unavailable(torch.bfloat16) or ""), reason="the operations need a C++ compiler"
+    ),
+    pytest.mark.skipif(torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN computes the bf16 linears here"),
+]
+LAYERS = 2
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+PROMPTS = {"a": [5] * 3 + [*range(3, 40)], "b": [7, 8, 9], "base": [11, 12, 13, 14], "none": [3]}
+
+
+@pytest.fixture(params=[{}, {"attention_bias": True, "intermediate_size": 120}], ids=["plain", "biased"])
+def model(request: pytest.FixtureRequest) -> nn.Module:
+    return tiny_llama(**request.param)
+
+
+@pytest.fixture
+def driver(model: nn.Module, tmp_path: Path) -> Iterator[Driver]:
+    copy.deepcopy(model).bfloat16().save_pretrained(tmp_path / "model")  # type: ignore[operator]
+    made = make_driver(tmp_path / "model", tmp_path, dtype="bfloat16")
+    yield made
+    made.engine.close()
+
+
+@pytest.fixture
+def wholes(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """What each layer of each step said of itself."""
+    said: list[bool] = []
+    own = NativeLayer.is_whole
+
+    def is_whole(layer: NativeLayer) -> bool:
+        said.append(own(layer))
+        return said[-1]
+
+    monkeypatch.setattr(NativeLayer, "is_whole", is_whole)
+    return said
+
+
+@pytest.fixture
+def adapter(driver: Driver, model: nn.Module, tmp_path: Path) -> Callable[..., str]:
+    """Write one on all linears of the layers, and put it into the store."""
+    seeds = itertools.count()
+
+    def add(**config: Any) -> str:
+        seed = next(seeds)
+        written = write_adapter(model, tmp_path / f"{seed}", seed=seed, target_modules=LINEARS, **config)
+        return driver.add_adapter(written)
+
+    return add
+
+
+def answers(driver: Driver, round_: str, digests: dict[str, str | None]) -> dict[str, list[object]]:
+    """Tokens and log-probabilities of all prompts at once, a step apart; no round finds another's keys and values."""
+    for name, digest in digests.items():
+        params = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True, logprobs=3)
+        driver.engine.handle(Submit(f"{name}-{round_}", PROMPTS[name], params, plain(digest), cache_salt=round_))
+        driver.step()
+    driver.run()
+    return {
+        name: [(output.token_ids, output.logprobs) for output in driver.outputs[f"{name}-{round_}"]] for name in digests
+    }
+
+
+def test_the_bits_are_those_of_the_modules(
+    driver: Driver, adapter: Callable[..., str], wholes: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digests = {"a": adapter(r=24), "b": adapter(r=3), "base": None}
+    whole = answers(driver, "whole", digests)
+    assert wholes and all(wholes)
+    monkeypatch.setattr(NativeLayer, "is_whole", lambda _: False)
+    assert answers(driver, "modules", digests) == whole
+
+
+def test_what_does_more_than_a_and_b_goes_by_modules_for_as_long_as_it_runs(
+    driver: Driver, adapter: Callable[..., str], wholes: list[bool]
+) -> None:
+    others = {"a": adapter(use_dora=True), "b": adapter(modules_to_save=["input_layernorm"])}
+    before = answers(driver, "before", {"base": None})
+    for name, digest in others.items():
+        assert all(wholes)
+        wholes.clear()
+        answers(driver, "during", {name: digest})
+        assert wholes and not any(wholes)
+        wholes.clear()
+    assert answers(driver, "after", {"base": None}) == before
+    assert wholes and all(wholes)  # though the overlay's hook stays
+
+
+def test_whoever_listens_is_heard(driver: Driver, wholes: list[bool]) -> None:
+    runner = driver.engine._runner
+    calls: list[object] = []
+    down = runner.bases["model.layers.1.mlp.down_proj"]
+    handle = down.register_forward_hook(lambda *_: calls.append(1))
+    answers(driver, "heard", {"base": None})
+    steps = len(driver.steps)
+    assert len(calls) == steps and wholes.count(False) == steps and wholes.count(True) == steps * (LAYERS - 1)
+    handle.remove()
+    wholes.clear()
+    answers(driver, "alone", {"none": None})
+    assert all(wholes) and len(calls) == steps
+
+
+def test_merged_weights_take_their_turn(
+    driver: Driver, adapter: Callable[..., str], wholes: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = adapter(scale=0.3)
+    base = answers(driver, "base", {"base": None})
+    driver.engine.handle(Merge(1, digest, drain=True))
+    driver.run()
+    merged = answers(driver, "merged", {"a": digest})
+    assert all(wholes)
+    driver.engine.handle(Unmerge(2))
+    driver.run()
+    assert answers(driver, "again", {"base": None}) == base
+    assert all(wholes)
+    monkeypatch.setattr(NativeLayer, "is_whole", lambda _: False)
+    driver.engine.handle(Merge(3, digest, drain=True))
+    driver.run()
+    assert answers(driver, "modules", {"a": digest}) == merged
