@@ -7,6 +7,7 @@ import torch
 
 from adapters.affine import AffinePlan, AffineTables
 from adapters.kernels import LoRAKernel, split_b
+from adapters.memory import zeros
 from adapters.overlays import OverlayPlan, OverlayTable
 from adapters.pack import PackedAdapter
 from adapters.segments import NO_SEGMENTS, Segments
@@ -68,8 +69,8 @@ class AdapterPool:
         self._stacks: dict[tuple[str, ...], Stack] = {}
         for names in spec.groups():
             sizes = tuple(spec.modules[name][1] for name in names)
-            a = torch.zeros(len(names), columns, spec.modules[names[0]][0], dtype=dtype, device=device)
-            b = torch.zeros(columns * sum(sizes), dtype=dtype, device=device)
+            a = zeros(len(names), columns, spec.modules[names[0]][0], dtype=dtype, device=device)
+            b = zeros(columns * sum(sizes), dtype=dtype, device=device)
             self._stacks[names] = Stack(a, b, sizes)
             for name, own_a, own_b in zip(names, a, split_b(b, columns, sizes), strict=True):
                 self.buffers[name] = own_a, own_b

@@ -105,11 +105,13 @@ def test_what_does_more_than_a_and_b_goes_by_modules_for_as_long_as_it_runs(
     assert wholes and all(wholes)  # though the overlay's hook stays
 
 
-def test_whoever_listens_is_heard(driver: Driver, wholes: list[bool]) -> None:
+@pytest.mark.parametrize("name", ["mlp.down_proj", "self_attn.v_proj", "input_layernorm", "mlp"])
+def test_whoever_listens_is_heard(driver: Driver, wholes: list[bool], name: str) -> None:
     runner = driver.engine._runner
     calls: list[object] = []
-    down = runner.bases["model.layers.1.mlp.down_proj"]
-    handle = down.register_forward_hook(lambda *_: calls.append(1))
+    name = f"model.layers.1.{name}"
+    module = runner.bases[name] if name in runner.bases else runner._model.get_submodule(name)
+    handle = module.register_forward_hook(lambda *_: calls.append(1))
     answers(driver, "heard", {"base": None})
     steps = len(driver.steps)
     assert len(calls) == steps and wholes.count(False) == steps and wholes.count(True) == steps * (LAYERS - 1)

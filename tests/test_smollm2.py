@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from examples.traits import TRAITS
 from server.api.text import Tokenizer
+from server.engine.messages import MoveAdapter
 from server.model.default_model import DEFAULT_MODEL, prepare_default_model
 from server.model.loader import load_model
 from tests.adapter_factory import greedy, write_adapter
@@ -172,6 +173,9 @@ def test_32_streams_over_16_adapters_and_the_base_equal_peft_alone(tmp_path: Pat
         ]
         driver = make_driver(folder, tmp_path / "data", kv_cache_bytes=256 << 20, adapter_slots=12)
         digests: list[str | None] = [None, *(driver.add_adapter(path) for path in folders)]
+        for i, digest in enumerate(digests[1:13]):  # so that all slots are in use in the first steps
+            driver.engine.handle(MoveAdapter(i, digest or "", "device"))
+        driver.run()
         prompts = [[1, 4093 + 17 * i, 198, *range(500 + i, 500 + i + 3 * (i % 5) + 4)] for i in range(32)]
         for i, prompt in enumerate(prompts):
             driver.submit(str(i), prompt, digests[i % 17], max_tokens=12)

@@ -52,10 +52,11 @@ def build_engine(config: ServeConfig) -> tuple[Engine, EngineInfo]:
     loaded = load_model(
         config.model, config.dtype, config.quantization, config.device, config.max_model_len, config.nf4_policy
     )
-    shape, spec = probe(loaded, BLOCK_SIZE, config.max_adapter_rank)
+    shape, spec = probe(loaded, config.max_adapter_rank)
     num_blocks, max_model_len = _size_kv_cache(config, loaded, shape)
     num_pages = _size_pool(config, spec, loaded.dtype)
     runner = ModelRunner(loaded, shape, spec, num_blocks=num_blocks, block_size=BLOCK_SIZE, num_pages=num_pages)
+    runner.check(loaded)
     graphs = "none: --eager" if config.eager else runner.capture_graphs(config.max_num_seqs, max_model_len)
     residency = _residency(config, spec, runner, num_pages)
     scheduler = Scheduler(

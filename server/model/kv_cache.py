@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from adapters.memory import zeros
+
 
 @dataclass(frozen=True, slots=True)
 class CacheShape:
@@ -30,7 +32,7 @@ class KVCache:
         self.block_size = block_size
         self.keys, self.values = (
             [
-                torch.zeros(num_blocks, block_size, heads, head_dim, dtype=shape.dtype, device=device)
+                zeros(num_blocks, block_size, heads, head_dim, dtype=shape.dtype, device=device)
                 for heads, head_dim in shape.layers
             ]
             for _ in range(2)

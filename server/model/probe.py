@@ -46,18 +46,17 @@ class Observation:
         return {layer: window for layer, window in self.windows.items() if self.softcaps[layer] is None}
 
 
-def probe(loaded: LoadedModel, block_size: int, max_rank: int) -> tuple[CacheShape, ModelSpec]:
+def probe(loaded: LoadedModel, max_rank: int) -> tuple[CacheShape, ModelSpec]:
     """Shape of the model's KV cache, and what it offers to adapters. Raises `ModelRefused`.
 
     Adaptable is a module that sees exactly the step's rows (or, the head, the sampled rows) in one call: only then do
-    the segments of the step describe its input. Leaves the model on the paged attention.
+    the segments of the step describe its input.
     """
     seen = _observe(loaded)
     _check_windows(loaded.config, seen)
     if sorted(seen.kv) != list(range(len(seen.kv))) or not seen.kv:
         raise ModelRefused("its attention layers do not go through transformers' attention interface")
     shape = CacheShape(tuple(seen.kv[layer] for layer in range(len(seen.kv))), loaded.dtype, seen.plain_windows())
-    _compare(loaded, shape, block_size)
     return shape, _spec(loaded, seen, max_rank)
 
 
@@ -163,7 +162,10 @@ def _check_windows(config: Any, seen: Observation) -> None:
 
 
 @torch.inference_mode()
-def _compare(loaded: LoadedModel, shape: CacheShape, block_size: int) -> None:
+def check(loaded: LoadedModel, shape: CacheShape, block_size: int) -> torch.Tensor:
+    """Compare the paged attention with the stock one, and leave the model on it: its logits. Raises `ModelRefused`.
+
+    The linears may be wrapped, and where ours are faster than torch's should be."""
     expected = _forward(loaded, "eager").float()
     paged = _paged_logits(loaded, shape, block_size).float()
     rows = [sum(PROBE_CHUNKS[: n + 1]) - 1 for n in range(len(PROBE_CHUNKS))]
@@ -173,6 +175,7 @@ def _compare(loaded: LoadedModel, shape: CacheShape, block_size: int) -> None:
             f"{loaded.config.model_type} cannot be served exactly: the paged attention differs from the stock one "
             f"by {error:.2g} of the logits' spread"
         )
+    return paged
 
 
 def relative_error(logits: torch.Tensor, expected: torch.Tensor) -> float:
@@ -181,11 +184,13 @@ def relative_error(logits: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @torch.inference_mode()
-def fuse_checked(loaded: LoadedModel, shape: CacheShape, block_size: int, ops: BlockOps | None) -> int:
-    """Fuse the blocks of the model, whose linears are wrapped, unless that changes what it says; how many modules."""
+def fuse_checked(
+    loaded: LoadedModel, shape: CacheShape, block_size: int, ops: BlockOps | None, before: torch.Tensor
+) -> int:
+    """Fuse the blocks of the model, whose linears are wrapped, unless that changes what it says, which was `before`;
+    how many modules."""
     if ops is None:
         return 0
-    before = _paged_logits(loaded, shape, block_size).float()
     fused, undo = fuse(loaded.model, ops, shape.windows)
     try:
         error = relative_error(_paged_logits(loaded, shape, block_size).float(), before)

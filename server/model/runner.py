@@ -15,7 +15,7 @@ from server.model.graphs import DecodeGraphs, capture_decode_graphs
 from server.model.kv_cache import CacheShape, KVCache
 from server.model.loader import LoadedModel
 from server.model.packed_linear import pack_linears, packed
-from server.model.probe import fuse_checked
+from server.model.probe import check, fuse_checked
 
 
 class ModelRunner:
@@ -40,9 +40,16 @@ class ModelRunner:
         self.bases = attach(self._model, spec, self.pool, loaded.head, packed)
         pack_linears(self._model)  # what is not adaptable
         self.layers = wrapped(self._model)
-        self.fused = fuse_checked(loaded, shape, block_size, block_ops(loaded.device, loaded.dtype))
+        self.fused = 0  # modules that compute through fused operations
         self.graphs: DecodeGraphs | None = None
         self._vocab_size = spec.vocab_size or 0
+
+    def check(self, loaded: LoadedModel) -> None:
+        """Compare the model as it now computes with the stock one, then fuse its blocks where that changes nothing.
+        Raises `ModelRefused`."""
+        shape, size = self.cache_shape, self.kv_cache.block_size
+        said = check(loaded, shape, size)
+        self.fused = fuse_checked(loaded, shape, size, block_ops(loaded.device, loaded.dtype), said)
 
     def vocab_size(self, slots: tuple[int, ...]) -> int:
         """Of the adapters in `slots`, or of the base model."""

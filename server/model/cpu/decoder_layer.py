@@ -6,7 +6,7 @@ the same either way.
 """
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -67,7 +67,7 @@ class NativeLayer:
         B, and nobody listens in between."""
         bases = [group._modules["base"] for group in self._parts.groups]
         if bases != self._bases:  # for the first time, or an adapter was merged, or taken out
-            self._bases, self._described, self._hooks = bases, self._description(), self._all_hooks()
+            self._bases, self._described, self._hooks = bases, self._description(), self._all_hooks(bases)
         if self._described is None or not self._plan.is_lora_alone() or (self._plan.active and self._plan.plan.large):
             return False
         return not any(self._hooks) or self._hears_nothing()
@@ -93,9 +93,9 @@ class NativeLayer:
         kv_heads = parts.groups[0].columns.sizes[1] // parts.head_dim
         return _Layer(*linears, *weights, *epsilons, parts.scale, kv_heads, parts.head_dim, parts.window or 0)
 
-    def _all_hooks(self) -> list[dict[int, Callable[..., Any]]]:
-        stacks = [base for base in self._bases if isinstance(base, StackedLinear)]
-        modules = [*self._modules, *self._bases, *(member for stack in stacks for member in stack.members)]
+    def _all_hooks(self, bases: Sequence[nn.Module | None]) -> list[dict[int, Callable[..., Any]]]:
+        stacks = [base for base in bases if isinstance(base, StackedLinear)]
+        modules = [*self._modules, *bases, *(member for stack in stacks for member in stack.members)]
         return [hooks for module in modules if module for hooks in (module._forward_hooks, module._forward_pre_hooks)]
 
     def _hears_nothing(self) -> bool:

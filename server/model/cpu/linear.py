@@ -19,17 +19,19 @@ class NativeLinear(nn.Module):
         weight = linear.weight.detach().contiguous()
         panels = -(-self.out_features // _PANEL)
         self.packed = torch.zeros(panels * _PANEL * self.in_features, dtype=torch.bfloat16)
-        pack = function("pack", torch.bfloat16)
-        pack(self.packed.data_ptr(), weight.data_ptr(), self.out_features, self.in_features, 0)
+        self._move(weight, unpack=False)
         self._linear = function("linear", torch.bfloat16)
 
     @property
     def weight(self) -> torch.Tensor:
         """The weight `[out_features, in_features]`, unpacked into a copy, bit for bit."""
         weight = torch.empty(self.out_features, self.in_features, dtype=torch.bfloat16)
-        pack = function("pack", torch.bfloat16)
-        pack(self.packed.data_ptr(), weight.data_ptr(), self.out_features, self.in_features, 1)
+        self._move(weight, unpack=True)
         return weight
+
+    def _move(self, weight: torch.Tensor, *, unpack: bool) -> None:
+        pack = function("pack", torch.bfloat16)
+        pack(self.packed.data_ptr(), weight.data_ptr(), self.out_features, self.in_features, unpack)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, self.in_features)

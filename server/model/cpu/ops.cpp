@@ -8,12 +8,13 @@ extern "C" {
 
 // weight [out, in] to panels; `packed` has room for out rounded up to 16 rows, and is zero there.
 void pack_bf16(uint16_t* packed, const uint16_t* weight, int64_t out, int64_t in, int unpack) {
-    for (int64_t n = 0; n < out; n++)
-        for (int64_t k = 0; k < in; k++) {
-            int64_t place = (n / PANEL * in + k) * PANEL + n % PANEL;
-            if (unpack) const_cast<uint16_t*>(weight)[n * in + k] = packed[place];
-            else packed[place] = weight[n * in + k];
-        }
+    for (int64_t panel = 0; panel < (out + PANEL - 1) / PANEL; panel++)
+        for (int64_t k = 0; k < in; k++)
+            for (int64_t n = panel * PANEL; n < std::min(out, (panel + 1) * PANEL); n++) {
+                int64_t place = (panel * in + k) * PANEL + n % PANEL;
+                if (unpack) const_cast<uint16_t*>(weight)[n * in + k] = packed[place];
+                else packed[place] = weight[n * in + k];
+            }
 }
 
 // y [rows, out] = x [rows, in] packed' + bias, bf16, with row strides ldy and ldx
