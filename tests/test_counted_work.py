@@ -1,6 +1,7 @@
 """How much work is done, counted: what a time on a shared machine would not show. Where a bound is no exact number, it
 leaves room for another version of transformers, and none for work that grows with what it should not grow with."""
 
+import copy
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from adapters.pack import pack
 from adapters.slots import Slot, pages_of
 from adapters.validation import load
+from server.model.cpu.library import why_unavailable
 from tests.adapter_factory import tiny_llama, write_adapter
 from tests.engine_driver import Driver, make_driver
 
@@ -22,8 +24,10 @@ LAYERS = 2
 SLOTS = 8
 BUDGET = 64
 # A decoder layer of transformers has 13 modules, each three calls (two of torch's, one of its own); ours adds wrappers,
-# attention and the LoRA products. 200 were counted, and half as many again would be felt on a fast device.
+# attention and the LoRA products. 200 were counted in plain torch, and half as many again would be felt on a fast device.
 CALLS_PER_LAYER = 300
+# A layer that is one call of C++: 15 were counted.
+CALLS_PER_WHOLE_LAYER = 30
 # Schedule, blocks, batch, segments, sampler, report, and the model around its layers: 450 were counted.
 CALLS_PER_STEP = 900
 # One more row with its own adapter, in each of those: 94 were counted. Twice that is not yet a call per layer or linear
@@ -123,17 +127,36 @@ def calls(step: Callable[[], Any]) -> int:
     return count
 
 
-def test_the_python_calls_of_a_step(driver: Driver, adapters: list[str], tmp_path: Path) -> None:
-    deep = tiny_llama(num_hidden_layers=LAYERS + 4)
-    deep.save_pretrained(tmp_path / "deep")
-    other = make_driver(tmp_path / "deep", tmp_path)
-    one = other.add_adapter(write_adapter(deep, tmp_path / "one", r=16, target_modules=[*LINEARS, "lm_head"]))
-    decoding(driver, [adapters[0]])
-    decoding(other, [one])
-    shallow = calls(driver.engine.step)
-    per_layer = (calls(other.engine.step) - shallow) / 4
-    other.engine.close()
-    assert per_layer <= CALLS_PER_LAYER
+def calls_at_depth(layers: int, folder: Path, dtype: str) -> int:
+    """Of a decode step with one adapter on all linears."""
+    deep = tiny_llama(num_hidden_layers=layers)
+    copy.deepcopy(deep).to(getattr(torch, dtype)).save_pretrained(folder / "model")
+    driver = make_driver(folder / "model", folder, dtype=dtype)
+    one = driver.add_adapter(write_adapter(deep, folder / "one", r=16, target_modules=[*LINEARS, "lm_head"]))
+    decoding(driver, [one])
+    found = calls(driver.engine.step)
+    driver.engine.close()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("dtype", "most"),
+    [
+        ("float32", CALLS_PER_LAYER),
+        pytest.param(
+            "bfloat16",
+            CALLS_PER_WHOLE_LAYER,
+            marks=pytest.mark.skipif(
+                torch.ops.mkldnn._is_mkldnn_bf16_supported() or why_unavailable(torch.bfloat16) is not None,
+                reason="layers are computed whole on a processor without bf16 arithmetic, with a C++ compiler",
+            ),
+        ),
+    ],
+)
+def test_the_python_calls_of_a_step(tmp_path: Path, dtype: str, most: int) -> None:
+    shallow, deep = (calls_at_depth(layers, tmp_path / str(layers), dtype) for layers in (LAYERS, LAYERS + 4))
+    per_layer = (deep - shallow) / 4
+    assert per_layer <= most
     assert shallow - LAYERS * per_layer <= CALLS_PER_STEP
 
 
