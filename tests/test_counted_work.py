@@ -24,7 +24,7 @@ LAYERS = 2
 SLOTS = 8
 BUDGET = 64
 # A decoder layer of transformers has 13 modules, each three calls (two of torch's, one of its own); ours adds wrappers,
-# attention and the LoRA products. 200 were counted in plain torch, and half as many again would be felt on a fast device.
+# attention and the LoRA products. 200 were counted in plain torch; half as many again would be felt on a fast device.
 CALLS_PER_LAYER = 300
 # A layer that is one call of C++: 15 were counted.
 CALLS_PER_WHOLE_LAYER = 30
