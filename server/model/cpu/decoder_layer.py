@@ -1,7 +1,7 @@
 """A whole decoder layer of Llama's structure in one call of C++ (decoder_layer.h), where nothing but the A and B of
 adapters changes what its linears say.
 
-By modules, a layer is some three hundred Python calls, as long as the arithmetic of a step with one row. The bits are
+By modules, a layer is a hundred Python calls, which take as long as the arithmetic of a step with one row. The bits are
 the same either way.
 """
 
