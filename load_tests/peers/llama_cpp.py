@@ -50,7 +50,9 @@ class LlamaCpp(HTTPServer):
         return True
 
     def fields(self, model: str) -> dict[str, Any]:
-        return {"lora": [{"id": self._ids[model], "scale": 1.0}] if model in self._ids else []}
+        """The base is asked with an adapter of scale 0: with none at all this server is less than half as fast."""
+        id_, scale = (self._ids[model], 1.0) if model in self._ids else (0, 0.0)
+        return {"lora": [{"id": id_, "scale": scale}]}
 
 
 def build(folder: Path, sources: Path) -> Path:
