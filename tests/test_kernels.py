@@ -18,7 +18,7 @@ from adapters.kernels.native import SOURCE, NativeKernel
 from adapters.kernels.reference import ReferenceKernel
 from adapters.pack import PackedAdapter
 from adapters.pool import AdapterPool
-from adapters.segments import Segments, SlotUse, build_segments, column_runs
+from adapters.segments import Segment, Segments, SlotUse, build_segments, column_runs
 from adapters.slots import PAGE_COLUMNS, Slot
 from adapters.spec import ModelSpec
 
@@ -307,3 +307,29 @@ def test_without_a_working_compiler_torch_does_it(
 def test_a_dtype_that_the_native_kernel_does_not_know_goes_to_torch() -> None:
     kernel, reason = choose_kernel(CPU, torch.float16)
     assert kernel.name == "grouped" and "float16" in reason
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("in_features", "sizes"), [(576, (576, 192, 192)), (1536, (576,)), (77, (50,))], ids=str)
+@pytest.mark.parametrize(("lo", "hi"), [(0, 16), (3, 10), (0, 48)])
+def test_a_row_has_the_same_bits_in_any_batch(
+    dtype: torch.dtype, in_features: int, sizes: tuple[int, ...], lo: int, hi: int
+) -> None:
+    """The native kernel takes rows by twos and fours; whoever the neighbours are, the order of additions is one."""
+    kernel, generator = native_kernel(), torch.Generator().manual_seed(0)
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    x, y, a, b = (
+        drawn(11, in_features),
+        drawn(11, sum(sizes)),
+        drawn(len(sizes), 64, in_features),
+        drawn(64 * sum(sizes)),
+    )
+    together = y.clone()
+    kernel.add_lora(together, x, a, b, sizes, kernel.plan(Segments((Segment(0, 11, lo, hi),))))
+    for start, end in [(0, 1), (1, 3), (3, 6), (6, 10), (2, 7), (10, 11)]:
+        part = y[start:end].clone()
+        kernel.add_lora(part, x[start:end], a, b, sizes, kernel.plan(Segments((Segment(0, end - start, lo, hi),))))
+        assert torch.equal(part, together[start:end])

@@ -19,26 +19,33 @@ constexpr int TILE = 256;  // output columns whose fp32 sums stay in the first-l
 struct Segment { int64_t start, end, lo, hi; };
 struct Item { const Segment* segment; float scale; int64_t row; int rows; };
 
-// v[row][column] = x[row] . a[column]: columns by fours, so that sums need not wait for each other
+// v[row][column] = x[row] . a[column], for R rows and four columns: a column is widened once for the rows, and no sum
+// waits for another
+template <typename T, int R>
+void shrink_four(const T* x, int64_t ldx, const T* a, int64_t in, float* v, int64_t columns) {
+    const T *c0 = a, *c1 = c0 + in, *c2 = c1 + in, *c3 = c2 + in, *other = x + (R - 1) * ldx;
+    float s0 = 0, s1 = 0, s2 = 0, s3 = 0, t0 = 0, t1 = 0, t2 = 0, t3 = 0;
+#pragma omp simd reduction(+ : s0, s1, s2, s3, t0, t1, t2, t3)
+    for (int64_t k = 0; k < in; k++) {
+        float a0 = to_float(c0[k]), a1 = to_float(c1[k]), a2 = to_float(c2[k]), a3 = to_float(c3[k]);
+        float value = to_float(x[k]);
+        s0 += value * a0, s1 += value * a1, s2 += value * a2, s3 += value * a3;
+        if (R == 2) {
+            value = to_float(other[k]);
+            t0 += value * a0, t1 += value * a1, t2 += value * a2, t3 += value * a3;
+        }
+    }
+    v[0] = s0, v[1] = s1, v[2] = s2, v[3] = s3;
+    if (R == 2) v += columns, v[0] = t0, v[1] = t1, v[2] = t2, v[3] = t3;
+}
+
 template <typename T, int N>
 void shrink(const T* x, int64_t ldx, const T* a, int64_t columns, int64_t in, float* v) {
     int64_t c = 0;
     for (; c + 4 <= columns; c += 4) {
-        const T *c0 = a + c * in, *c1 = c0 + in, *c2 = c1 + in, *c3 = c2 + in;
-        for (int r = 0; r < N; r++) {
-            const T* row = x + r * ldx;
-            float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
-#pragma omp simd reduction(+ : s0, s1, s2, s3)
-            for (int64_t k = 0; k < in; k++) {
-                float value = to_float(row[k]);
-                s0 += value * to_float(c0[k]);
-                s1 += value * to_float(c1[k]);
-                s2 += value * to_float(c2[k]);
-                s3 += value * to_float(c3[k]);
-            }
-            float* to = v + r * columns + c;
-            to[0] = s0, to[1] = s1, to[2] = s2, to[3] = s3;
-        }
+        int r = 0;
+        for (; r + 2 <= N; r += 2) shrink_four<T, 2>(x + r * ldx, ldx, a + c * in, in, v + r * columns + c, columns);
+        if (r < N) shrink_four<T, 1>(x + r * ldx, ldx, a + c * in, in, v + r * columns + c, columns);
     }
     for (; c < columns; c++)
         for (int r = 0; r < N; r++) {
@@ -47,6 +54,20 @@ void shrink(const T* x, int64_t ldx, const T* a, int64_t columns, int64_t in, fl
             for (int64_t k = 0; k < in; k++) s += to_float(x[r * ldx + k]) * to_float(a[c * in + k]);
             v[r * columns + c] = s;
         }
+}
+
+// sum[row] += v[row][column] * b[column] over `width` outputs, for R rows and four columns
+template <typename T, int R>
+void expand_four(float* sum, const T* b, int64_t out, int64_t width, const float* v, int64_t columns) {
+    const T *c0 = b, *c1 = c0 + out, *c2 = c1 + out, *c3 = c2 + out;
+    const float* u = v + (R - 1) * columns;
+    float* other = sum + (R - 1) * TILE;
+#pragma omp simd
+    for (int64_t n = 0; n < width; n++) {
+        float b0 = to_float(c0[n]), b1 = to_float(c1[n]), b2 = to_float(c2[n]), b3 = to_float(c3[n]);
+        sum[n] += v[0] * b0 + v[1] * b1 + v[2] * b2 + v[3] * b3;
+        if (R == 2) other[n] += u[0] * b0 + u[1] * b1 + u[2] * b2 + u[3] * b3;
+    }
 }
 
 // y[row] += sum over columns of v[row][column] * b[column]
@@ -58,14 +79,10 @@ void expand(T* y, int64_t ldy, const T* b, int64_t columns, int64_t out, const f
         for (int r = 0; r < N; r++)
             for (int64_t n = 0; n < width; n++) sum[r][n] = to_float(y[r * ldy + n0 + n]);
         for (; c + 4 <= columns; c += 4) {
-            const T *c0 = b + c * out + n0, *c1 = c0 + out, *c2 = c1 + out, *c3 = c2 + out;
-            for (int r = 0; r < N; r++) {
-                const float* w = v + r * columns + c;
-#pragma omp simd
-                for (int64_t n = 0; n < width; n++)
-                    sum[r][n] += w[0] * to_float(c0[n]) + w[1] * to_float(c1[n]) + w[2] * to_float(c2[n]) +
-                                 w[3] * to_float(c3[n]);
-            }
+            const T* four = b + c * out + n0;
+            int r = 0;
+            for (; r + 2 <= N; r += 2) expand_four<T, 2>(sum[r], four, out, width, v + r * columns + c, columns);
+            if (r < N) expand_four<T, 1>(sum[r], four, out, width, v + r * columns + c, columns);
         }
         for (; c < columns; c++)
             for (int r = 0; r < N; r++) {
