@@ -13,6 +13,7 @@ from server.model.batch import ForwardBatch, SequenceRows
 from server.model.cpu import attention
 from server.model.cpu.block_ops import NativeBlockOps
 from server.model.cpu.library import why_unavailable
+from server.model.cpu.likeliest import likeliest
 from server.model.cpu.linear import NativeLinear
 from server.model.kv_cache import CacheShape, KVCache
 
@@ -90,6 +91,19 @@ def test_a_norm_has_the_bits_of_transformers_own(dtype: torch.dtype, size: int) 
     ops = NativeBlockOps(dtype)
     for rows in (x, x[:1], x[:3, None]):
         assert torch.equal(ops.rms_norm(rows, norm.weight, norm.variance_epsilon), norm(rows))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocab", [5, 64, 999, 49152])
+def test_the_likeliest_token_is_the_first_of_the_largest(dtype: torch.dtype, vocab: int) -> None:
+    logits = drawn(15, 12, vocab, dtype=dtype)
+    logits[1], logits[2], logits[3] = 0, -logits[2].abs() - 1, torch.finfo(dtype).min  # all tie; all are negative
+    logits[4, vocab // 2 :] = 9
+    logits[5, -1], logits[6, -1], logits[7, 0], logits[8, vocab // 2] = torch.nan, torch.inf, -torch.inf, torch.nan
+    logits[9, -1], logits[10, 0] = 99, 99
+    finite = torch.tensor([row not in (5, 6, 7, 8) for row in range(12)])
+    assert torch.equal(likeliest(logits), torch.where(finite, logits.float().argmax(-1), -1))
+    assert torch.equal(likeliest(logits[9:10]), torch.tensor([vocab - 1]))
 
 
 SEQUENCES = [(1, 1), (1, 17), (5, 5), (1, 64), (21, 21), (7, 40), (1, 200), (16, 48)]  # new tokens, context

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 
 from adapters.upload import download, upload_all
+from server.model.cpu.library import why_unavailable
+from server.model.cpu.likeliest import likeliest
 from server.model.draw import Array, Draws, draw, draws_of, plan_draws
 from server.sequence import Sequence, TokenLogprobs
 
@@ -55,15 +57,26 @@ def start(
     """Queue the work of `sample` on the device without waiting for it. The call of what this returns waits; it must
     come before `seqs` change."""
     asked = _ask(logits, seqs, eos_token_ids, vocab_sizes)
-    logits = logits.float()
-    finite = torch.isfinite(logits.amax(-1)) & torch.isfinite(logits.amin(-1))
-    chosen, *scores = [logits.argmax(-1)] if asked is None else _sampled(logits, asked)
-    found = download(torch.cat([torch.where(finite, chosen, -1).double(), *scores]))
+    chosen, *scores = [_likeliest(logits)] if asked is None else _sampled(logits.float(), asked)
+    found = download(torch.cat([chosen.double(), *scores]))
     return lambda: _samples(found().tolist(), seqs, 0 if asked is None else asked.num_top)
 
 
+def _likeliest(logits: torch.Tensor) -> torch.Tensor:
+    """`[rows]` int64; -1 where a number is not finite."""
+    if logits.device.type == "cpu" and why_unavailable(logits.dtype) is None:
+        return likeliest(logits)
+    logits = logits.float()
+    return torch.where(_is_finite(logits), logits.argmax(-1), -1)
+
+
+def _is_finite(logits: torch.Tensor) -> torch.Tensor:
+    return torch.isfinite(logits.amax(-1)) & torch.isfinite(logits.amin(-1))
+
+
 def _sampled(logits: torch.Tensor, asked: _Asked) -> list[torch.Tensor]:
-    """Tokens `[rows]` int64, and then what `_scores` finds, flat."""
+    """Tokens `[rows]` int64, -1 where a number is not finite, and then what `_scores` finds, flat."""
+    finite = _is_finite(logits)
     if asked.limits is not None:
         beyond = torch.arange(logits.shape[-1], device=logits.device) >= asked.limits
         logits = logits.masked_fill(beyond, -torch.inf)
@@ -71,7 +84,8 @@ def _sampled(logits: torch.Tensor, asked: _Asked) -> list[torch.Tensor]:
     chosen = changed.argmax(-1)
     if len(asked.draws.rows):
         chosen.index_copy_(0, asked.draws.rows, draw(changed, asked.draws))
-    return [chosen, _scores(logits, chosen, asked).flatten()] if len(asked.scored) else [chosen]
+    tokens = torch.where(finite, chosen, -1)
+    return [tokens, _scores(logits, chosen, asked).flatten()] if len(asked.scored) else [tokens]
 
 
 def _ask(

@@ -38,6 +38,10 @@ void decoder_layer_bf16(void* to, const void* hidden, void* keys, void* values, 
                            int threads) {                                                                              \
         rms_norm((T*)y, (const T*)x, (const T*)weight, rows, dim, eps, threads);                                       \
     }                                                                                                                  \
+    /* out [rows] from x [rows, size] */                                                                               \
+    void likeliest_##SUFFIX(int64_t* out, const void* x, int64_t rows, int64_t size, int threads) {                    \
+        likeliest(out, (const T*)x, rows, size, threads);                                                              \
+    }                                                                                                                  \
     /* out [rows, heads, dim]; a head of a query is at q + row * q_row + head * q_head */                              \
     void attention_##SUFFIX(void* out, const void* q, int64_t q_row, int64_t q_head, const void* keys,                 \
                             const void* values, const void* work, int64_t num_work, const int64_t* tables,             \

@@ -102,4 +102,40 @@ void rms_norm(T* y, const T* x, const T* weight, int64_t rows, int64_t dim, floa
     }
 }
 
+// The first of the largest numbers; -1 when one is not finite. The place is looked for in one block only.
+template <typename T>
+int64_t likeliest_of(const T* x, int64_t size) {
+    constexpr int64_t BLOCK = 64 * W;
+    float best = -INFINITY;
+    int64_t from = 0;
+    vec bad{};
+    for (int64_t block = 0; block < size; block += BLOCK) {
+        vec top = all(-INFINITY);
+        int64_t end = std::min(size, block + BLOCK), i = block;
+        for (; i + W <= end; i += W) {
+            vec v = load(x + i);
+            bad += v - v;
+            top = v > top ? v : top;
+        }
+        float lanes[W], highest = -INFINITY;
+        store(lanes, top, W);
+        for (float lane : lanes) highest = std::max(highest, lane);
+        for (; i < end; i++) {
+            float v = to_float(x[i]);
+            bad[0] += v - v;
+            highest = std::max(highest, v);
+        }
+        if (highest > best) best = highest, from = block;
+    }
+    if (sum(bad) != 0) return -1;
+    while (to_float(x[from]) != best) from++;
+    return from;
+}
+
+template <typename T>
+void likeliest(int64_t* out, const T* x, int64_t rows, int64_t size, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (rows > 1)
+    for (int64_t row = 0; row < rows; row++) out[row] = likeliest_of(x + row * size, size);
+}
+
 }  // namespace
