@@ -27,12 +27,14 @@ from transformers import AutoModelForCausalLM
 
 from load_tests.engine_bench import EngineBench, write_adapter
 from load_tests.peers.setting import commit, machine
+from server.engine.messages import MoveAdapter
 from server.model.default_model import prepare_default_model
 
 RANK = 16
 RANKS = (16, 32, 64, 128, 192, 256)
 ADAPTERS = 32
 CONTEXT = 17  # tokens, where that is not what is varied
+ROOM = 16 << 30  # bytes, of which only what is filled is taken: all adapters stay on the device
 STEPS = 5  # per point and round; the first does not count
 RESULTS = Path(__file__).with_name("results")
 
@@ -92,13 +94,15 @@ class Bench:
     """An engine, and as many adapters as the points need."""
 
     def __init__(self, folder: Path, ranks: Sequence[int]):
-        settings = {"adapter_slots": len(ranks), "max_adapter_rank": max(ranks), "max_num_seqs": max(ROWS)}
+        slots = {"adapter_slots": len(ranks), "adapter_device_bytes": ROOM}
+        settings = {**slots, "max_adapter_rank": max(ranks), "max_num_seqs": max(ROWS)}
         self._engine = EngineBench(folder / "data", 1, **settings)
         base = AutoModelForCausalLM.from_pretrained(prepare_default_model(), dtype=torch.bfloat16)
         self._adapters: dict[int, list[str]] = {}
         for seed, rank in enumerate(ranks):
             digest = self._engine.add(write_adapter(base, folder / f"{seed}", rank, seed))
             self._adapters.setdefault(rank, []).append(digest)
+            self._engine.switch(MoveAdapter(seed, digest, "device"))
         self.close = self._engine.engine.close
 
     def decode(self, point: Point) -> list[float]:

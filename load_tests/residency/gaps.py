@@ -30,7 +30,7 @@ class Setting(msgspec.Struct, frozen=True):
     loads: int = 100
     streams: int = 8
     rank: int = 16
-    new_tokens: int = 192
+    new_tokens: int = 320
     rounds: int = 10
 
 
