@@ -31,7 +31,7 @@ def seconds_per_step(adapters: int = 8) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         bench = EngineBench(Path(folder) / "data", NEW_TOKENS)
         base = AutoModelForCausalLM.from_pretrained(prepare_default_model(), dtype=torch.bfloat16)
-        digests = [bench.add(write_adapter(base, Path(folder) / str(i), rank=16, seed=i)) for i in range(adapters)]
+        digests = [bench.bring(write_adapter(base, Path(folder) / str(i), rank=16, seed=i)) for i in range(adapters)]
         return {name: _median_step(bench, rows, digests[:used]) for name, (rows, used) in CASES.items()}
 
 

@@ -12,7 +12,7 @@ from adapters.store import CONFIG_FILE, WEIGHTS_FILE, AdapterStore
 from adapters.validation import inspect
 from server.config import ServeConfig
 from server.engine.build import build_engine
-from server.engine.messages import Reply, Submit, ToEngine
+from server.engine.messages import MoveAdapter, Reply, Submit, ToEngine
 from server.model.default_model import prepare_default_model
 from server.sequence import SamplingParams, ScaledAdapter
 
@@ -49,6 +49,12 @@ class EngineBench:
                 (staged / name).write_bytes((folder / name).read_bytes())
             digest = inspect(staged, self.info.spec).digest
             self._store.admit(staged, digest)
+        return digest
+
+    def bring(self, folder: Path) -> str:
+        """The same, and load it to the device."""
+        digest = self.add(folder)
+        self.switch(MoveAdapter(0, digest, "device"))
         return digest
 
     def run(self, adapters: Sequence[str | None], prompts: Sequence[list[int]] | None = None) -> float:
