@@ -18,7 +18,6 @@ from adapters.segments import Segment, Segments
 
 SOURCE = Path(__file__).with_name("lora_cpu.cpp")
 MATMUL_ROWS = 17  # of a segment, from which on one matmul is faster, where it computes in the dtype at hand
-MAX_COLUMNS = 1024
 _POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
 _ARGUMENTS = [
     _POINTER, _SIZE, _POINTER, _SIZE, _POINTER, _POINTER, _SIZE, _SIZE, _POINTER, _SIZE, _POINTER, _POINTER, _SIZE,
@@ -59,7 +58,7 @@ class NativeKernel:
         )
 
     def _is_small(self, segment: Segment) -> bool:
-        return segment.end - segment.start < self._matmul_rows and segment.hi - segment.lo <= MAX_COLUMNS
+        return segment.end - segment.start < self._matmul_rows
 
     def add_lora(
         self,

@@ -10,7 +10,7 @@ from typing import TypeGuard
 import torch
 from torch import nn
 
-from server.model.cpu.library import why_unavailable
+from server.model.cpu.library import multiplies_bf16, why_unavailable
 from server.model.cpu.linear import NativeLinear
 
 
@@ -46,9 +46,10 @@ def packed(linear: nn.Module) -> nn.Module:
     """What computes in the place of `linear`: another module for a plain bf16 linear on a CPU, otherwise itself."""
     if not _is_packable(linear):
         return linear
-    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return PackedLinear(linear)
-    return linear if why_unavailable(torch.bfloat16) else NativeLinear(linear)
+    onednn = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if not why_unavailable(torch.bfloat16) and (multiplies_bf16() or not onednn):
+        return NativeLinear(linear)
+    return PackedLinear(linear) if onednn else linear
 
 
 def _is_packable(module: nn.Module) -> TypeGuard[nn.Linear]:

@@ -2,9 +2,13 @@
 #pragma once
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 #include <vector>
 
 #include "rows.h"
+#ifdef __AMX_BF16__
+#include "tiles.h"
+#endif
 
 namespace {
 
@@ -18,114 +22,209 @@ struct Shape {
 };
 
 constexpr int QUERIES = 8;
+constexpr int KEYS = 64;  // whose scores are taken at once: those at positions [i * KEYS, (i + 1) * KEYS), for any query
 
-inline void add_weighted(vec& sum, vec value, float weight) {
-    if (weight != 0) sum += value * weight;  // a key that is not seen may hold anything
+template <typename T>
+struct Queries {  // of one sequence, that share a key head; query i sees keys [first(i), last[i]) and is answered in out[i]
+    const T* q[QUERIES];
+    T* out[QUERIES];
+    int64_t last[QUERIES], window;
+
+    int64_t first(int i) const { return window ? std::max<int64_t>(0, last[i] - window) : 0; }
+};
+
+// The keys of one pass: lane j is position start + j; lanes [from, to) are seen by a query at least
+template <typename T>
+struct Pass {
+    int64_t start, from, to;
+    const T *keys[KEYS], *values[KEYS];
+
+    Pass(int64_t start, int64_t begin, int64_t end, const T* all_keys, const T* all_values, const int64_t* table,
+         int64_t kv_head, const Shape& s)
+        : start(start), from(std::max<int64_t>(0, begin - start)), to(std::min<int64_t>(KEYS, end - start)) {
+        for (int64_t j = from; j < to; j++) {
+            int64_t block = (start + j) / s.block_size, slot = table[block] * s.block_size + (start + j) % s.block_size;
+            keys[j] = all_keys + (slot * s.kv_heads + kv_head) * s.dim;
+            values[j] = all_values + (slot * s.kv_heads + kv_head) * s.dim;
+        }
+    }
+};
+
+// scores [N][KEYS] of lanes [from, to)
+template <typename T, int N>
+struct Scorer {
+    static int64_t room(const Shape& s) { return N * s.dim; }
+
+    const Shape& s;
+    float* scaled;  // queries [N][dim]
+
+    Scorer(float* room, const Queries<T>& queries, const Shape& s) : s(s), scaled(room) {
+        for (int i = 0; i < N; i++)
+            for (int64_t d = 0; d < s.dim; d++) scaled[i * s.dim + d] = to_float(queries.q[i][d]) * s.scale;
+    }
+
+    void operator()(float* scores, const Pass<T>& pass) const {
+        for (int64_t j = pass.from; j < pass.to; j++) {
+            vec sums[N] = {};
+            for (int64_t d = 0; d < s.dim; d += W) {
+                int64_t width = std::min<int64_t>(W, s.dim - d);
+                vec key = load(pass.keys[j] + d, width);
+                for (int i = 0; i < N; i++) sums[i] += load(scaled + i * s.dim + d, width) * key;
+            }
+            for (int i = 0; i < N; i++) scores[i * KEYS + j] = sum(sums[i]);
+        }
+    }
+};
+
+#ifdef __AMX_BF16__
+template <int N>
+struct TileScorer {  // the same by the matrix unit, sixteen neighbouring keys a tile
+    static bool suits(const Shape& s) {
+        return may_use_tiles() && s.dim % TILE_DEPTH == 0 && s.block_size % TILE_ROWS == 0;
+    }
+    static int64_t room(const Shape& s) { return N * s.dim / 2; }
+
+    const Shape& s;
+    bf16* pairs;  // queries [dim / 2][N][2]
+
+    TileScorer(float* room, const Queries<bf16>& queries, const Shape& s) : s(s), pairs((bf16*)room) {
+        for (int i = 0; i < N; i++)
+            for (int64_t d = 0; d < s.dim; d++) pairs[(d / 2 * N + i) * 2 + d % 2] = queries.q[i][d];
+        Tiles tiles;
+        for (int sums : {0, 1, 2, 3}) tiles.shape(sums, TILE_ROWS, N * sizeof(float));
+        tiles.shape(4, TILE_ROWS, 64);
+        tiles.shape(6, TILE_DEPTH / 2, N * 2 * sizeof(bf16));
+        tiles.configure();
+    }
+    ~TileScorer() { Tiles::release(); }
+
+    void operator()(float* scores, const Pass<bf16>& pass) const {
+        static_assert(KEYS == 4 * TILE_ROWS);
+        float products[KEYS * N];
+        const bf16* keys[4] = {};
+        int64_t stride = s.kv_heads * s.dim;
+        for (int64_t tile = pass.from / TILE_ROWS; tile * TILE_ROWS < pass.to; tile++) {
+            int64_t lane = std::max(tile * TILE_ROWS, pass.from);  // blocks are whole in memory
+            keys[tile] = pass.keys[lane] - (lane - tile * TILE_ROWS) * stride;
+        }
+        tile_products(products, N, keys, stride, pairs, s.dim);
+        for (int i = 0; i < N; i++)
+            for (int64_t j = pass.from; j < pass.to; j++) scores[i * KEYS + j] = products[j * N + i] * s.scale;
+    }
+};
+#endif
+
+// scores become weights, of which `totals` are the sums so far, lane by lane; returns by how much what was summed up
+// before has to be multiplied (the online softmax)
+inline float softmax_pass(float* scores, vec& totals, float& largest) {
+    vec top = all(largest);
+    for (int j = 0; j < KEYS; j += W) {
+        vec v = load(scores + j);
+        top = v > top ? v : top;  // a NaN comes through by its weight
+    }
+    float lanes[W], highest = largest;
+    store(lanes, top, W);
+    for (float lane : lanes) highest = std::max(highest, lane);
+    float correction = highest == -INFINITY ? 1.0f : std::exp(largest - highest);
+    totals *= correction;
+    for (int j = 0; j < KEYS; j += W) {
+        vec v = load(scores + j), weights = exp_of(v - highest);
+        weights = v == all(-INFINITY) ? vec{} : weights;
+        totals += weights;
+        store(scores + j, weights, W);
+    }
+    largest = highest;
+    return correction;
 }
 
-// Up to QUERIES queries that share one key head, by the online softmax over blocks of keys.
-// query i is q[i], sees keys [first(i), last[i]); out[i] gets its row.
-template <typename T, int N>
-void attend(const T* const* q, T* const* out, const int64_t* last, const T* keys, const T* values,
-            const int64_t* table, int64_t kv_head, const Shape& s) {
-    static thread_local std::vector<float> scratch;
-    int64_t dim = s.dim, whole = dim / W * W, stride = s.kv_heads * dim;
-    scratch.resize(size_t(N) * (dim * 2 + s.block_size));
-    float *queries = scratch.data(), *sums = queries + N * dim, *scores = sums + N * dim;
-    float largest[N], total[N] = {};
-    int64_t end = 0, begin = last[0];
-    for (int i = 0; i < N; i++) {
-        for (int64_t d = 0; d < dim; d++) queries[i * dim + d] = to_float(q[i][d]) * s.scale;
-        std::fill_n(sums + i * dim, dim, 0.0f);
-        largest[i] = -INFINITY;
-        end = std::max(end, last[i]);
-        begin = std::min(begin, s.window ? std::max<int64_t>(0, last[i] - s.window) : 0);
-    }
-    for (int64_t block = begin / s.block_size; block * s.block_size < end; block++) {
-        const T* k_block = keys + (table[block] * s.block_size * s.kv_heads + kv_head) * dim;
-        const T* v_block = values + (table[block] * s.block_size * s.kv_heads + kv_head) * dim;
-        int64_t first = block * s.block_size, used = std::min(s.block_size, end - first);
-        for (int64_t j = 0; j < used; j++) {
-            vec acc[N] = {};
-            for (int64_t d = 0; d < whole; d += W) {
-                vec key = load(k_block + j * stride + d);
-                for (int i = 0; i < N; i++) acc[i] += load(queries + i * dim + d) * key;
-            }
-            if (whole < dim) {
-                vec key = load(k_block + j * stride + whole, dim - whole);
-                for (int i = 0; i < N; i++) acc[i] += load(queries + i * dim + whole, dim - whole) * key;
-            }
-            for (int i = 0; i < N; i++) {
-                float score = sum(acc[i]);
-                if (s.softcap) score = s.softcap * std::tanh(score / s.softcap);
-                int64_t position = first + j;
-                bool seen = position < last[i] && (!s.window || position >= last[i] - s.window);
-                scores[i * s.block_size + j] = seen ? score : -INFINITY;
-            }
-        }
+// sums [N][dim] times corrections, and the values of lanes [from, to) times weights [N][KEYS], for P registers of
+// outputs from d on. A key that is not seen, if not all of them are, may hold anything.
+template <typename T, int N, int P>
+void add_values(float* sums, const float* corrections, const float* weights, const Pass<T>& pass, bool all_seen,
+                int64_t dim, int64_t d) {
+    vec acc[N][P];
+    int64_t last = std::min<int64_t>(W, dim - d - (P - 1) * W);  // numbers of the last register
+    auto width = [&](int p) { return p + 1 < P ? W : last; };
+    for (int i = 0; i < N; i++)
+        for (int p = 0; p < P; p++) acc[i][p] = load(sums + i * dim + d + p * W, width(p)) * corrections[i];
+    for (int64_t j = pass.from; j < pass.to; j++) {
+        vec value[P];
+        for (int p = 0; p < P; p++) value[p] = load(pass.values[j] + d + p * W, width(p));
         for (int i = 0; i < N; i++) {
-            float* own = &scores[i * s.block_size];
-            float highest = largest[i];
-            bool bad = false;  // a NaN must come through
-            for (int64_t j = 0; j < used; j++) {
-                highest = std::max(highest, own[j]);
-                bad |= own[j] != own[j];
-            }
-            if (bad) total[i] = NAN;
-            if (highest == -INFINITY) {
-                std::fill(own, own + used, 0.0f);
-                continue;
-            }
-            float correction = std::exp(largest[i] - highest);
-            if (correction != 1)
-                for (int64_t d = 0; d < dim; d++) sums[i * dim + d] *= correction;
-            total[i] *= correction;
-            for (int64_t j = 0; j < used; j += W) {
-                float part[W];
-                for (int l = 0; l < W; l++) part[l] = j + l < used ? own[j + l] - highest : -INFINITY;
-                vec weights = exp_of(load(part));
-                std::memcpy(part, &weights, sizeof part);
-                for (int64_t l = 0; l < W && j + l < used; l++) {
-                    own[j + l] = own[j + l] == -INFINITY ? 0 : part[l];
-                    total[i] += own[j + l];
-                }
-            }
-            largest[i] = highest;
-        }
-        for (int64_t d = 0; d < whole; d += W) {
-            vec acc[N];
-            for (int i = 0; i < N; i++) acc[i] = load(sums + i * dim + d);
-            for (int64_t j = 0; j < used; j++) {
-                vec value = load(v_block + j * stride + d);
-                for (int i = 0; i < N; i++) add_weighted(acc[i], value, scores[i * s.block_size + j]);
-            }
-            for (int i = 0; i < N; i++) store(sums + i * dim + d, acc[i], W);
-        }
-        for (int64_t j = 0; j < used && whole < dim; j++) {
-            vec value = load(v_block + j * stride + whole, dim - whole);
-            for (int i = 0; i < N; i++) {
-                vec acc = load(sums + i * dim + whole, dim - whole);
-                add_weighted(acc, value, scores[i * s.block_size + j]);
-                store(sums + i * dim + whole, acc, dim - whole);
-            }
+            float weight = weights[i * KEYS + j];
+            if (!all_seen && weight == 0) continue;
+            for (int p = 0; p < P; p++) acc[i][p] += value[p] * weight;
         }
     }
     for (int i = 0; i < N; i++)
-        for (int64_t d = 0; d < dim; d++) store(&out[i][d], sums[i * dim + d] / total[i]);
+        for (int p = 0; p < P; p++) store(sums + i * dim + d + p * W, acc[i][p], width(p));
+}
+
+template <typename T, int N, typename Scores>
+void attend(const Queries<T>& queries, const T* keys, const T* values, const int64_t* table, int64_t kv_head,
+            const Shape& s) {
+    static thread_local std::vector<float> scratch;
+    constexpr int P = W == 16 ? (N <= 4 ? 4 : 2) : (N <= 2 ? 4 : N <= 4 ? 2 : 1);  // as many as there are registers for
+    int64_t dim = s.dim, end = 0, begin = queries.last[0];
+    scratch.resize(size_t(N * (dim + KEYS) + Scores::room(s)));
+    float *sums = scratch.data(), *scores = sums + N * dim, corrections[N], largest[N];
+    vec totals[N] = {};
+    std::fill_n(sums, N * dim, 0.0f);
+    std::fill_n(largest, N, -INFINITY);
+    for (int i = 0; i < N; i++) {
+        end = std::max(end, queries.last[i]);
+        begin = std::min(begin, queries.first(i));
+    }
+    Scores score(scores + N * KEYS, queries, s);
+    for (int64_t start = begin / KEYS * KEYS; start < end; start += KEYS) {
+        Pass<T> pass(start, begin, end, keys, values, table, kv_head, s);
+        score(scores, pass);
+        bool all_seen = true;
+        for (int i = 0; i < N; i++) {
+            float* own = scores + i * KEYS;
+            int64_t from = std::clamp<int64_t>(queries.first(i) - start, 0, KEYS);
+            int64_t to = std::clamp<int64_t>(queries.last[i] - start, from, KEYS);
+            for (int64_t j = from; s.softcap && j < to; j++) own[j] = s.softcap * std::tanh(own[j] / s.softcap);
+            std::fill(own, own + from, -INFINITY);
+            std::fill(own + to, own + KEYS, -INFINITY);
+            corrections[i] = softmax_pass(own, totals[i], largest[i]);
+            all_seen &= from <= pass.from && to >= pass.to;
+        }
+        int64_t d = 0;
+        for (; d + P * W <= dim; d += P * W) add_values<T, N, P>(sums, corrections, scores, pass, all_seen, dim, d);
+        for (; d < dim; d += W) add_values<T, N, 1>(sums, corrections, scores, pass, all_seen, dim, d);
+    }
+    for (int i = 0; i < N; i++) {
+        float total = sum(totals[i]);
+        for (int64_t d = 0; d < dim; d += W) {
+            int64_t width = std::min<int64_t>(W, dim - d);
+            store(queries.out[i] + d, load(sums + i * dim + d, width) / total, width);
+        }
+    }
+}
+
+template <typename T, int N>
+void attend(const Queries<T>& queries, const T* keys, const T* values, const int64_t* table, int64_t kv_head,
+            const Shape& s) {
+#ifdef __AMX_BF16__
+    if constexpr (std::is_same_v<T, bf16>)
+        if (TileScorer<N>::suits(s)) return attend<T, N, TileScorer<N>>(queries, keys, values, table, kv_head, s);
+#endif
+    attend<T, N, Scorer<T, N>>(queries, keys, values, table, kv_head, s);
 }
 
 template <typename T>
-void attend(const T* const* q, T* const* out, const int64_t* last, int count, const T* keys, const T* values,
-            const int64_t* table, int64_t kv_head, const Shape& s) {
+void attend(const Queries<T>& queries, int count, const T* keys, const T* values, const int64_t* table,
+            int64_t kv_head, const Shape& s) {
     switch (count) {
-        case 1: attend<T, 1>(q, out, last, keys, values, table, kv_head, s); break;
-        case 2: attend<T, 2>(q, out, last, keys, values, table, kv_head, s); break;
-        case 3: attend<T, 3>(q, out, last, keys, values, table, kv_head, s); break;
-        case 4: attend<T, 4>(q, out, last, keys, values, table, kv_head, s); break;
-        case 5: attend<T, 5>(q, out, last, keys, values, table, kv_head, s); break;
-        case 6: attend<T, 6>(q, out, last, keys, values, table, kv_head, s); break;
-        case 7: attend<T, 7>(q, out, last, keys, values, table, kv_head, s); break;
-        default: attend<T, QUERIES>(q, out, last, keys, values, table, kv_head, s);
+        case 1: return attend<T, 1>(queries, keys, values, table, kv_head, s);
+        case 2: return attend<T, 2>(queries, keys, values, table, kv_head, s);
+        case 3: return attend<T, 3>(queries, keys, values, table, kv_head, s);
+        case 4: return attend<T, 4>(queries, keys, values, table, kv_head, s);
+        case 5: return attend<T, 5>(queries, keys, values, table, kv_head, s);
+        case 6: return attend<T, 6>(queries, keys, values, table, kv_head, s);
+        case 7: return attend<T, 7>(queries, keys, values, table, kv_head, s);
+        default: return attend<T, QUERIES>(queries, keys, values, table, kv_head, s);
     }
 }
 
@@ -138,17 +237,16 @@ void attention(T* out, const T* q, int64_t q_row, int64_t q_head, const T* keys,
     for (int64_t item = 0; item < num_work * s.kv_heads; item++) {
         const Work& w = work[item / s.kv_heads];
         int64_t kv_head = item % s.kv_heads;
-        const T* queries[QUERIES];
-        T* outs[QUERIES];
-        int64_t last[QUERIES];
+        Queries<T> queries;
+        queries.window = s.window;
         int count = 0;
         for (int64_t i = 0; i < w.rows * group; i++) {
             int64_t row = w.row + i / group, head = kv_head * group + i % group;
-            queries[count] = q + row * q_row + head * q_head;
-            outs[count] = out + (row * s.heads + head) * s.dim;
-            last[count++] = w.context + i / group;
+            queries.q[count] = q + row * q_row + head * q_head;
+            queries.out[count] = out + (row * s.heads + head) * s.dim;
+            queries.last[count++] = w.context + i / group;
             if (count == QUERIES || i + 1 == w.rows * group) {
-                attend(queries, outs, last, count, keys, values, tables + w.table, kv_head, s);
+                attend(queries, count, keys, values, tables + w.table, kv_head, s);
                 count = 0;
             }
         }

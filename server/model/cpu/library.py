@@ -49,3 +49,10 @@ def why_unavailable(dtype: torch.dtype) -> str | None:
     except NativeUnavailable as unavailable:
         return str(unavailable)
     return None
+
+
+def multiplies_bf16() -> bool:
+    """Whether ops.cpp's linears use bf16 arithmetic of the processor. Raises `NativeUnavailable`."""
+    answer = _INT()
+    declared(_library(), "multiplies_bf16", [_POINTER])(ctypes.byref(answer))
+    return bool(answer.value)

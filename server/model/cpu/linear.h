@@ -1,89 +1,153 @@
-// bf16 linears for processors without bf16 arithmetic: weights are widened in registers.
+// bf16 linears: by the matrix unit, by dot products of bf16, or with weights widened in registers, whichever the
+// processor has.
 #pragma once
 #include <algorithm>
 #include <vector>
 
 #include "vec.h"
-
 namespace {
 
-constexpr int PANEL = 16;  // outputs whose weights lie together: packed [out / 16][in][16]
-constexpr int PARTS = PANEL / W;
+constexpr int PANEL = 32;  // outputs whose weights lie together: packed [out / 32][in / 2][32][2], padded with zeros
+constexpr int DEPTH = 32;  // of which `in` is padded to a multiple
 constexpr int ROWS = 6;
 
-// y[M rows][P panels of outputs] = x . panels; every output sums over k in order, whatever M and P are
-template <int M, int P>
-inline void tile(const float* x, int64_t in, const bf16* panels, vec (&acc)[M][P * PARTS]) {
-    for (auto& row : acc)
-        for (auto& part : row) part = vec{};
-    for (int64_t k = 0; k < in; k++) {
-        vec w[P * PARTS];
-        for (int p = 0; p < P; p++)
-            for (int i = 0; i < PARTS; i++) w[p * PARTS + i] = load(panels + (p * in + k) * PANEL + i * W);
-        // Weights are read once a step: ahead of their use, and past the caches, where the rest of the step lives.
-        for (int p = 0; p < P; p++) __builtin_prefetch(panels + (p * in + k) * PANEL + 1024, 0, 0);
-        for (int m = 0; m < M; m++) {
-            vec value = all(x[m * in + k]);
-            for (int i = 0; i < P * PARTS; i++) acc[m][i] += value * w[i];
-        }
+}  // namespace
+#ifdef __AMX_BF16__
+#include "tiles.h"
+#endif
+namespace {
+
+inline int64_t padded(int64_t in) { return (in + DEPTH - 1) / DEPTH * DEPTH; }
+
+#ifdef __AVX512BF16__
+typedef bf16 Input;
+typedef __m512bh Pairs;  // for each output, the weights of two inputs
+inline Pairs pairs(const bf16* from) { return (Pairs)_mm512_loadu_si512(from); }
+inline void add_product(vec& sum, Pairs weights, const Input* x) {
+    int32_t both;
+    std::memcpy(&both, x, sizeof both);
+    sum = (vec)_mm512_dpbf16_ps((__m512)sum, weights, (__m512bh)_mm512_set1_epi32(both));
+}
+inline Input input(bf16 x) { return x; }
+#else
+typedef float Input;
+struct Pairs { vec even, odd; };
+inline Pairs pairs(const bf16* from) {
+    typedef uint32_t uvec __attribute__((vector_size(W * 4)));
+    uvec both;
+    std::memcpy(&both, from, sizeof both);
+    return {(vec)(both << 16), (vec)(both & 0xffff0000u)};
+}
+inline void add_product(vec& sum, const Pairs& weights, const Input* x) {
+    sum += all(x[0]) * weights.even;
+    sum += all(x[1]) * weights.odd;
+}
+inline Input input(bf16 x) { return to_float(x); }
+#endif
+
+// sums [M rows][PARTS * W] of x with as many outputs of a panel; every output sums over k in order, whatever M is
+template <int M, int PARTS>
+void sums_of(float* sums, const Input* x, int64_t ldx, int64_t depth, const bf16* panel) {
+    vec acc[M][PARTS] = {};
+    for (int64_t k = 0; k < depth; k += 2) {
+        Pairs w[PARTS];
+        for (int i = 0; i < PARTS; i++) w[i] = pairs(panel + k * PANEL + i * 2 * W);
+        for (int i = 0; i < PARTS * 2 * W; i += LINE) prefetch(panel + k * PANEL + i + AHEAD);
+        for (int m = 0; m < M; m++)
+            for (int i = 0; i < PARTS; i++) add_product(acc[m][i], w[i], x + m * ldx + k);
+    }
+    for (int m = 0; m < M; m++) std::memcpy(sums + m * PANEL, acc[m], sizeof acc[m]);
+}
+
+template <int M>
+void sums_of(float* sums, const Input* x, int64_t ldx, int64_t depth, const bf16* panel) {
+    constexpr int PARTS = W == 16 || M <= 2 ? PANEL / W : PANEL / W / 2;  // few would wait for their own sums
+    for (int n = 0; n < PANEL; n += PARTS * W) sums_of<M, PARTS>(sums + n, x, ldx, depth, panel + n * 2);
+}
+
+void sums_of(float* sums, const Input* x, int64_t ldx, int64_t depth, const bf16* panel, int64_t rows) {
+    switch (rows) {
+        case 1: return sums_of<1>(sums, x, ldx, depth, panel);
+        case 2: return sums_of<2>(sums, x, ldx, depth, panel);
+        case 3: return sums_of<3>(sums, x, ldx, depth, panel);
+        case 4: return sums_of<4>(sums, x, ldx, depth, panel);
+        case 5: return sums_of<5>(sums, x, ldx, depth, panel);
+        default: return sums_of<ROWS>(sums, x, ldx, depth, panel);
     }
 }
 
-template <int M, int P>
-void linear_tile(bf16* y, int64_t ldy, const float* x, int64_t in, const bf16* panels, const bf16* bias, int64_t n,
-                 int64_t out) {
-    vec acc[M][P * PARTS];
-    tile<M, P>(x, in, panels, acc);
-    int64_t width = std::min<int64_t>(P * PANEL, out - n);
-    for (int m = 0; m < M; m++) {
-        float row[P * PANEL];
-        std::memcpy(row, acc[m], sizeof row);
-        for (int64_t i = 0; i < width; i++) store(&y[m * ldy + n + i], bias ? row[i] + to_float(bias[n + i]) : row[i]);
-    }
+void round_sums(bf16* y, int64_t ldy, const float* sums, const bf16* bias, int64_t rows, int64_t width) {
+    for (int64_t m = 0; m < rows; m++)
+        for (int64_t i = 0; i < width; i += W) {
+            int64_t some = std::min<int64_t>(W, width - i);
+            vec sum = load(sums + m * PANEL + i);
+            store_product(y + m * ldy + i, bias ? sum + load(bias + i, some) : sum, some);
+        }
 }
 
-// Few rows take two panels at a time: one alone would wait for its own sums.
-void linear_rows(bf16* y, int64_t ldy, const float* x, int64_t in, const bf16* panels, const bf16* bias, int64_t n,
-                 int64_t out, int64_t rows, int64_t num_panels) {
-    for (int64_t m = 0; m < rows; m += ROWS) {
-        bf16* to = y + m * ldy;
-        const float* from = x + m * in;
-        int64_t left = std::min<int64_t>(rows - m, ROWS);
-        if (left <= 2 && num_panels == 2) {
-            if (left == 1) linear_tile<1, 2>(to, ldy, from, in, panels, bias, n, out);
-            else linear_tile<2, 2>(to, ldy, from, in, panels, bias, n, out);
-            continue;
-        }
-        for (int64_t p = 0; p < num_panels; p++) {
-            const bf16* panel = panels + p * in * PANEL;
-            int64_t first = n + p * PANEL;
-            switch (left) {
-                case 1: linear_tile<1, 1>(to, ldy, from, in, panel, bias, first, out); break;
-                case 2: linear_tile<2, 1>(to, ldy, from, in, panel, bias, first, out); break;
-                case 3: linear_tile<3, 1>(to, ldy, from, in, panel, bias, first, out); break;
-                case 4: linear_tile<4, 1>(to, ldy, from, in, panel, bias, first, out); break;
-                case 5: linear_tile<5, 1>(to, ldy, from, in, panel, bias, first, out); break;
-                default: linear_tile<6, 1>(to, ldy, from, in, panel, bias, first, out);
-            }
-        }
+struct Rows {  // of the input, as they are multiplied
+    const Input* x;
+    int64_t ldx, depth, count;
+};
+
+#ifdef __AMX_BF16__
+template <bool PREFETCH>
+void tile_block(bf16* y, int64_t ldy, const Rows& rows, int64_t first, const bf16* panel, const bf16* bias,
+                int64_t width) {
+    float sums[2 * TILE_ROWS * PANEL];
+    int64_t some = std::min<int64_t>(2 * TILE_ROWS, rows.count - first);
+    const bf16* x = rows.x + first * rows.ldx;
+    if (some > TILE_ROWS) tile_sums<true, PREFETCH>(sums, x, rows.ldx, rows.depth, panel);
+    else tile_sums<false, PREFETCH>(sums, x, rows.ldx, rows.depth, panel);
+    round_sums(y + first * ldy, ldy, sums, bias, some, width);
+}
+
+void tile_rows(bf16* y, int64_t ldy, const Rows& rows, const bf16* panel, const bf16* bias, int64_t width) {
+    constexpr int64_t BLOCK = 2 * TILE_ROWS;
+    linear_tiles(std::min(rows.count, BLOCK)).configure();
+    tile_block<true>(y, ldy, rows, 0, panel, bias, width);
+    for (int64_t first = BLOCK; first < rows.count; first += BLOCK) {
+        if (rows.count - first < BLOCK) linear_tiles(rows.count - first).configure();
+        tile_block<false>(y, ldy, rows, first, panel, bias, width);
+    }
+    Tiles::release();
+}
+#endif
+
+// y of all rows, for one panel of outputs
+void linear_rows(bf16* y, int64_t ldy, const Rows& rows, const bf16* panel, const bf16* bias, int64_t width) {
+#ifdef __AMX_BF16__
+    if (may_use_tiles()) return tile_rows(y, ldy, rows, panel, bias, width);
+#endif
+    for (int64_t m = 0; m < rows.count; m += ROWS) {
+        float sums[ROWS * PANEL];
+        int64_t some = std::min<int64_t>(ROWS, rows.count - m);
+        sums_of(sums, rows.x + m * rows.ldx, rows.ldx, rows.depth, panel, some);
+        round_sums(y + m * ldy, ldy, sums, bias, some, width);
     }
 }
 
 void linear(bf16* y, int64_t ldy, const bf16* x, int64_t ldx, const bf16* packed, const bf16* bias, int64_t rows,
             int64_t in, int64_t out, int threads) {
-    static thread_local std::vector<float> scratch;
-    scratch.resize(size_t(rows * in));
-    float* wide = scratch.data();
-    int64_t pairs = (out + 2 * PANEL - 1) / (2 * PANEL), panels = (out + PANEL - 1) / PANEL;
+    static thread_local std::vector<Input> scratch;
+    int64_t depth = padded(in);
+    bool as_it_is = sizeof(Input) == sizeof(bf16) && in == depth;
+    if (!as_it_is) scratch.resize(size_t(rows * depth));
+    Input* inputs = scratch.data();
+    Rows own = as_it_is ? Rows{(const Input*)x, ldx, depth, rows} : Rows{inputs, depth, depth, rows};
 #pragma omp parallel num_threads(threads)
     {
+        if (!as_it_is) {
 #pragma omp for schedule(static)
-        for (int64_t m = 0; m < rows; m++)
-            for (int64_t k = 0; k < in; k++) wide[m * in + k] = to_float(x[m * ldx + k]);
+            for (int64_t m = 0; m < rows; m++) {
+                for (int64_t k = 0; k < in; k++) inputs[m * depth + k] = input(x[m * ldx + k]);
+                for (int64_t k = in; k < depth; k++) inputs[m * depth + k] = Input{};
+            }
+        }
 #pragma omp for schedule(static)
-        for (int64_t pair = 0; pair < pairs; pair++)
-            linear_rows(y, ldy, wide, in, packed + pair * 2 * in * PANEL, bias, pair * 2 * PANEL, out, rows,
-                        std::min<int64_t>(2, panels - pair * 2));
+        for (int64_t n = 0; n < out; n += PANEL)
+            linear_rows(y + n, ldy, own, packed + n * depth, bias ? bias + n : nullptr,
+                        std::min<int64_t>(PANEL, out - n));
     }
 }
 

@@ -1,11 +1,11 @@
-"""bf16 linears for processors without bf16 arithmetic, where torch multiplies several times slower than in float32."""
+"""bf16 linears in C++ (linear.h), with their weights in the layout that they are computed in."""
 
 import torch
 from torch import nn
 
 from server.model.cpu.library import function
 
-_PANEL = 16  # outputs whose weights lie together (ops.cpp)
+_TILE = 32  # to a multiple of which inputs and outputs are padded (linear.h)
 
 
 class NativeLinear(nn.Module):
@@ -17,8 +17,7 @@ class NativeLinear(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.bias = linear.bias
         weight = linear.weight.detach().contiguous()
-        panels = -(-self.out_features // _PANEL)
-        self.packed = torch.zeros(panels * _PANEL * self.in_features, dtype=torch.bfloat16)
+        self.packed = torch.zeros(_padded(self.out_features) * _padded(self.in_features), dtype=torch.bfloat16)
         self._move(weight, unpack=False)
         self._linear = function("linear", torch.bfloat16)
 
@@ -44,3 +43,7 @@ class NativeLinear(nn.Module):
             torch.get_num_threads(),
         )  # fmt: skip
         return y
+
+
+def _padded(size: int) -> int:
+    return -(-size // _TILE) * _TILE

@@ -6,15 +6,17 @@
 
 extern "C" {
 
-// weight [out, in] to panels; `packed` has room for out rounded up to 16 rows, and is zero there.
-void pack_bf16(uint16_t* packed, const uint16_t* weight, int64_t out, int64_t in, int unpack) {
-    for (int64_t panel = 0; panel < (out + PANEL - 1) / PANEL; panel++)
-        for (int64_t k = 0; k < in; k++)
-            for (int64_t n = panel * PANEL; n < std::min(out, (panel + 1) * PANEL); n++) {
-                int64_t place = (panel * in + k) * PANEL + n % PANEL;
-                if (unpack) const_cast<uint16_t*>(weight)[n * in + k] = packed[place];
-                else packed[place] = weight[n * in + k];
-            }
+// whether linears multiply bf16 by the processor's own instructions
+void multiplies_bf16(int* answer) { *answer = sizeof(Input) == sizeof(bf16); }
+
+// weight [out, in] to panels, and back; `packed` has room for both rounded up to 32, and is zero there.
+void pack_bf16(uint16_t* packed, uint16_t* weight, int64_t out, int64_t in, int unpack) {
+    for (int64_t n = 0; n < out; n++)
+        for (int64_t k = 0; k < in; k++) {
+            uint16_t& place = packed[(n / PANEL * padded(in) + k / 2 * 2) * PANEL + n % PANEL * 2 + k % 2];
+            if (unpack) weight[n * in + k] = place;
+            else place = weight[n * in + k];
+        }
 }
 
 // y [rows, out] = x [rows, in] packed' + bias, bf16, with row strides ldy and ldx
