@@ -16,13 +16,12 @@ from server.model.cpu.library import why_unavailable
 from server.sequence import SamplingParams
 from tests.adapter_factory import tiny_llama, write_adapter
 from tests.engine_driver import Driver, make_driver, plain
+from tests.native_forms import form
 
-pytestmark = [
-    pytest.mark.skipif(
-        "no C++ compiler" in (why_unavailable(torch.bfloat16) or ""), reason="the operations need a C++ compiler"
-    ),
-    pytest.mark.skipif(torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN computes the bf16 linears here"),
-]
+__all__ = ["form"]
+pytestmark = pytest.mark.skipif(
+    "no C++ compiler" in (why_unavailable(torch.bfloat16) or ""), reason="the operations need a C++ compiler"
+)
 LAYERS = 2
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PROMPTS = {"a": [5] * 3 + [*range(3, 40)], "b": [7, 8, 9], "base": [11, 12, 13, 14], "none": [3]}
@@ -80,6 +79,7 @@ def answers(driver: Driver, round_: str, digests: dict[str, str | None]) -> dict
     }
 
 
+@pytest.mark.usefixtures("form")
 def test_the_bits_are_those_of_the_modules(
     driver: Driver, adapter: Callable[..., str], wholes: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:

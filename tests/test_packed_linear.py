@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from server.model.cpu.library import why_unavailable
+from server.model import packed_linear
+from server.model.cpu.library import multiplies_bf16, why_unavailable
 from server.model.cpu.linear import NativeLinear
 from server.model.packed_linear import PackedLinear, pack_linears
 
@@ -24,10 +25,14 @@ def test_a_packed_linear_gives_the_same_product(rows: int, bias: bool) -> None:
     assert torch.equal(packed.weight, linear.weight)
 
 
-@pytest.mark.skipif(
-    not HAS_BF16 and "no C++ compiler" in (why_unavailable(torch.bfloat16) or ""), reason="nothing here packs them"
-)
-def test_only_plain_bf16_linears_are_packed() -> None:
+@pytest.mark.parametrize("compiler", [True, False])
+def test_only_plain_bf16_linears_are_packed(compiler: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not compiler:
+        monkeypatch.setattr(packed_linear, "why_unavailable", lambda _: "no C++ compiler was found")
+    elif missing := why_unavailable(torch.bfloat16):
+        assert "no C++ compiler" in missing
+        pytest.skip(missing)
+
     class Special(nn.Linear):
         pass
 
@@ -38,6 +43,7 @@ def test_only_plain_bf16_linears_are_packed() -> None:
             "special": Special(64, 64, dtype=torch.bfloat16),
         }
     )
-    assert pack_linears(model) == 1
-    assert isinstance(model["plain"], PackedLinear if HAS_BF16 else NativeLinear)
+    ours = compiler and (multiplies_bf16() or not HAS_BF16)
+    assert pack_linears(model) == (ours or HAS_BF16)
+    assert type(model["plain"]) is (NativeLinear if ours else PackedLinear if HAS_BF16 else nn.Linear)
     assert type(model["fp32"]) is nn.Linear and type(model["special"]) is Special

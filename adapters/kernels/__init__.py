@@ -45,7 +45,7 @@ def choose_kernel(device: torch.device, dtype: torch.dtype) -> tuple[LoRAKernel,
     """The fastest kernel for `device`, and the reason for the choice in words for the log."""
     from adapters.kernels.compiled import NativeUnavailable, build
     from adapters.kernels.grouped import GroupedKernel
-    from adapters.kernels.native import MATMUL_ROWS, SOURCE, NativeKernel
+    from adapters.kernels.native import MATMUL_WORK, SOURCE, NativeKernel
 
     if device.type == "cuda":
         return _for_cuda(device)
@@ -55,7 +55,7 @@ def choose_kernel(device: torch.device, dtype: torch.dtype) -> tuple[LoRAKernel,
         return GroupedKernel(device), f"torch matmuls: the native kernel does not know {dtype}"
     try:
         slow_matmul = dtype is torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        return NativeKernel(build(SOURCE), inf if slow_matmul else MATMUL_ROWS), "native C++ kernel"
+        return NativeKernel(build(SOURCE), inf if slow_matmul else MATMUL_WORK), "native C++ kernel"
     except NativeUnavailable as unavailable:
         return GroupedKernel(device), f"torch matmuls: {unavailable}"
 

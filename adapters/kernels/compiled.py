@@ -12,6 +12,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ class NativeUnavailable(Exception):
     """There is no compiler, or it does not build the source; the message says which."""
 
 
-def build(source: Path, cache: Path | None = None) -> Path:
-    """Path of the compiled `source`, compiling it when that was not yet done on this kind of machine.
+def build(source: Path, cache: Path | None = None, flags: Sequence[str] = ()) -> Path:
+    """Path of the compiled `source`, compiling it when that was not yet done on this kind of machine. `flags` may deny
+    the compiler what the processor has.
 
     Raises `NativeUnavailable`.
     """
@@ -33,10 +35,10 @@ def build(source: Path, cache: Path | None = None) -> Path:
     if compiler is None:
         raise NativeUnavailable("no C++ compiler was found")
     folder = cache or _cache_folder()
-    library = folder / f"{source.stem}-{_identity(source, compiler)}.so"
+    library = folder / f"{source.stem}-{_identity(source, compiler, flags)}.so"
     if not library.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        _compile(compiler, source, library)
+        _compile(compiler, source, library, flags)
     return library
 
 
@@ -52,7 +54,7 @@ def _cache_folder() -> Path:
     return Path(root) / "loraplex" / "kernels"
 
 
-def _identity(source: Path, compiler: str) -> str:
+def _identity(source: Path, compiler: str, flags: Sequence[str]) -> str:
     """`-march=native` code must not meet another processor: its features are part of the name."""
     try:
         features = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
@@ -60,17 +62,17 @@ def _identity(source: Path, compiler: str) -> str:
         features = platform.processor()
     headers = sorted({*SHARED.glob("*.h"), *source.parent.glob("*.h")})
     texts = [path.read_text() for path in (source, *headers)]
-    parts = [*texts, compiler, *FLAGS, *LIBRARIES, features]
+    parts = [*texts, compiler, *FLAGS, *flags, *LIBRARIES, features]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
-def _compile(compiler: str, source: Path, library: Path) -> None:
+def _compile(compiler: str, source: Path, library: Path, flags: Sequence[str]) -> None:
     """The library appears by one rename, so that two processes may build it at once."""
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         built = Path(folder) / library.name
         try:
             subprocess.run(
-                [compiler, *FLAGS, f"-I{SHARED}", str(source), "-o", str(built), *LIBRARIES],
+                [compiler, *FLAGS, *flags, f"-I{SHARED}", str(source), "-o", str(built), *LIBRARIES],
                 check=True,
                 capture_output=True,
                 timeout=120,

@@ -17,7 +17,7 @@ constexpr int ROWS = 4;
 constexpr int ROWS_AT_ONCE = W == 16 ? 4 : 2;  // as many as there are registers for
 constexpr int MAX_LINEARS = 3;
 constexpr int CHUNK = 8;   // rank columns
-constexpr int TILE = 256;  // outputs whose fp32 sums stay in the first-level cache
+constexpr int TILE = 192;  // outputs whose fp32 sums stay in the first-level cache
 
 struct Segment { int64_t start, end, lo, hi; };
 struct Item {
@@ -41,9 +41,9 @@ struct Linear {  // one of the siblings: its columns of y, its rank columns
     int64_t in, out;
 };
 
-// v[row][column] = x[row] . a[column], for R rows and C columns
+// v[row][column] = x[row] . a[column], for R rows and C columns, and `next` is asked for, which comes after a
 template <typename T, int R, int C>
-void shrink(const T* x, int64_t ldx, const T* a, int64_t in, float* v, int64_t columns) {
+void shrink(const T* x, int64_t ldx, const T* a, int64_t in, float* v, int64_t columns, const T* next) {
     constexpr int SIZE = Factors<T>::SIZE;
     vec sums[R][C] = {};
     auto add = [&](auto factors) {
@@ -53,36 +53,39 @@ void shrink(const T* x, int64_t ldx, const T* a, int64_t in, float* v, int64_t c
         }
     };
     int64_t k = 0;
-    for (; k + SIZE <= in; k += SIZE) add([&](const T* of) { return Factors<T>(of + k); });
+    for (; k + SIZE <= in; k += SIZE) {
+        for (int c = 0; c < C; c++) prefetch(next + c * in + k);
+        add([&](const T* of) { return Factors<T>(of + k); });
+    }
     if (k < in) add([&](const T* of) { return Factors<T>(of + k, in - k); });
     for (int r = 0; r < R; r++)
         for (int c = 0; c < C; c++) v[r * columns + c] = sum(sums[r][c]);
 }
 
 template <typename T, int C>
-void shrink(const Item& item, const Linear<T>& l, int64_t column, float* v) {
+void shrink(const Item& item, const Linear<T>& l, int64_t column, float* v, const T* next) {
     int64_t columns = item.columns();
     const T *x = l.x + item.row * l.ldx, *a = l.a + (item.segment->lo + column) * l.in;
     v += column;
     int r = 0;
     for (; r + ROWS_AT_ONCE <= item.rows; r += ROWS_AT_ONCE)
-        shrink<T, ROWS_AT_ONCE, C>(x + r * l.ldx, l.ldx, a, l.in, v + r * columns, columns);
-    for (; r + 2 <= item.rows; r += 2) shrink<T, 2, C>(x + r * l.ldx, l.ldx, a, l.in, v + r * columns, columns);
-    if (r < item.rows) shrink<T, 1, C>(x + r * l.ldx, l.ldx, a, l.in, v + r * columns, columns);
+        shrink<T, ROWS_AT_ONCE, C>(x + r * l.ldx, l.ldx, a, l.in, v + r * columns, columns, next);
+    for (; r + 2 <= item.rows; r += 2) shrink<T, 2, C>(x + r * l.ldx, l.ldx, a, l.in, v + r * columns, columns, next);
+    if (r < item.rows) shrink<T, 1, C>(x + r * l.ldx, l.ldx, a, l.in, v + r * columns, columns, next);
 }
 
 template <typename T>
-void shrink_chunk(const Item& item, const Linear<T>& l, int64_t from, float* v) {
+void shrink_chunk(const Item& item, const Linear<T>& l, int64_t from, float* v, const T* next) {
     int64_t columns = item.columns(), to = std::min(columns, from + CHUNK), c = from;
-    for (; c + 4 <= to; c += 4) shrink<T, 4>(item, l, c, v);
-    for (; c < to; c++) shrink<T, 1>(item, l, c, v);
+    for (; c + 4 <= to; c += 4) shrink<T, 4>(item, l, c, v, next + (c - from) * l.in);
+    for (; c < to; c++) shrink<T, 1>(item, l, c, v, next + (c - from) * l.in);
     for (int r = 0; r < item.rows && item.scale != 1; r++)
         for (c = from; c < to; c++) v[r * columns + c] *= item.scale;
 }
 
 // sum[row] += v[row][column] * b[column] over `width` outputs, for R rows and C columns
 template <typename T, int R, int C>
-void expand(float* sums, const T* b, int64_t out, int64_t width, const float* v, int64_t columns) {
+void expand(float* sums, const T* b, int64_t out, int64_t width, const float* v, int64_t columns, const T* next) {
     auto add = [&](int64_t n, auto... some) {
         vec factors[C];
         for (int c = 0; c < C; c++) factors[c] = load(b + c * out + n, some...);
@@ -93,23 +96,27 @@ void expand(float* sums, const T* b, int64_t out, int64_t width, const float* v,
         }
     };
     int64_t n = 0;
-    for (; n + W <= width; n += W) add(n);
+    for (; n + W <= width; n += W) {
+        if (n % LINE == 0)
+            for (int c = 0; c < C; c++) prefetch(next + c * out + n);
+        add(n);
+    }
     if (n < width) add(n, width - n);
 }
 
 template <typename T, int C>
-void expand(float* sums, const Item& item, const T* b, int64_t out, int64_t width, const float* v) {
+void expand(float* sums, const Item& item, const T* b, int64_t out, int64_t width, const float* v, const T* next) {
     int64_t columns = item.columns();
     int r = 0;
     for (; r + ROWS_AT_ONCE <= item.rows; r += ROWS_AT_ONCE)
-        expand<T, ROWS_AT_ONCE, C>(sums + r * TILE, b, out, width, v + r * columns, columns);
-    for (; r + 2 <= item.rows; r += 2) expand<T, 2, C>(sums + r * TILE, b, out, width, v + r * columns, columns);
-    if (r < item.rows) expand<T, 1, C>(sums + r * TILE, b, out, width, v + r * columns, columns);
+        expand<T, ROWS_AT_ONCE, C>(sums + r * TILE, b, out, width, v + r * columns, columns, next);
+    for (; r + 2 <= item.rows; r += 2) expand<T, 2, C>(sums + r * TILE, b, out, width, v + r * columns, columns, next);
+    if (r < item.rows) expand<T, 1, C>(sums + r * TILE, b, out, width, v + r * columns, columns, next);
 }
 
 // y[rows] += sum over columns of v[row][column] * b[column], for the outputs of a tile
 template <typename T>
-void expand_tile(const Item* items, const Group& group, const Linear<T>& l, const Part& tile, float* all_v) {
+void expand_tile(const Item* items, const Group& group, const Linear<T>& l, const Part& tile, float* all_v, const T* next) {
     int64_t width = std::min<int64_t>(TILE, l.out - tile.from);
     int rows = items[group.first].rows;
     T* y = l.y + items[group.first].row * l.ldy + tile.from;
@@ -122,15 +129,15 @@ void expand_tile(const Item* items, const Group& group, const Linear<T>& l, cons
         const T* b = l.b + item.segment->lo * l.out + tile.from;
         const float* v = item.sums(all_v, tile.linear);
         int64_t columns = item.columns(), c = 0;
-        for (; c + 4 <= columns; c += 4) expand<T, 4>(sums, item, b + c * l.out, l.out, width, v + c);
-        for (; c < columns; c++) expand<T, 1>(sums, item, b + c * l.out, l.out, width, v + c);
+        for (; c + 4 <= columns; c += 4) expand<T, 4>(sums, item, b + c * l.out, l.out, width, v + c, next + c * l.out);
+        for (; c < columns; c++) expand<T, 1>(sums, item, b + c * l.out, l.out, width, v + c, next + c * l.out);
     }
     for (int r = 0; r < rows; r++)
         for (int64_t n = 0; n < width; n += W)
             store(y + r * l.ldy + n, load(sums + r * TILE + n), std::min<int64_t>(W, width - n));
 }
 
-// What a call does, cut up for the threads; kept for the next call's use of its memory.
+// What a call does, cut up for the threads.
 struct Cuts {
     std::vector<Item> items;
     std::vector<Group> groups;
@@ -162,32 +169,68 @@ void cut(Cuts& cuts, const Segment* segments, const float* scales, int64_t count
 }
 
 template <typename T>
-void run(T* y, int64_t ldy, const T* x, int64_t ldx, const T* a, const T* b, int64_t in, int64_t columns,
-         const int64_t* sizes, int64_t num_linears, const Segment* segments, const float* scales, int64_t count,
-         int threads) {
-    static thread_local Cuts own;
-    Cuts& cuts = own;  // the calling thread's, for all of them
-    cut(cuts, segments, scales, count, sizes, num_linears);
+struct Call {
     Linear<T> linears[MAX_LINEARS];
+    Cuts cuts;  // kept for the next call's use of its memory
+
+    const T* columns_of(const Part& chunk) const {
+        const Linear<T>& l = linears[chunk.linear];
+        return l.a + (cuts.items[chunk.of].segment->lo + chunk.from) * l.in;
+    }
+    const T* outputs_of(const Part& tile) const {  // of its group's first item
+        const Linear<T>& l = linears[tile.linear];
+        return l.b + cuts.items[cuts.groups[tile.of].first].segment->lo * l.out + tile.from;
+    }
+};
+
+// By the thread that is alone; its next call takes the place of this one.
+template <typename T>
+Call<T>& prepared(T* y, int64_t ldy, const T* x, int64_t ldx, const T* a, const T* b, int64_t in, int64_t columns,
+                  const int64_t* sizes, int64_t num_linears, const Segment* segments, const float* scales,
+                  int64_t count) {
+    static thread_local Call<T> call;
     for (int64_t l = 0; l < num_linears; l++) {
-        linears[l] = Linear<T>{y, ldy, x, ldx, a + l * columns * in, b, in, sizes[l]};
+        call.linears[l] = Linear<T>{y, ldy, x, ldx, a + l * columns * in, b, in, sizes[l]};
         y += sizes[l];
         b += columns * sizes[l];
     }
-    int64_t num_chunks = int64_t(cuts.chunks.size()), num_tiles = int64_t(cuts.tiles.size());
-#pragma omp parallel num_threads(threads) if (num_chunks > 1)
+    cut(call.cuts, segments, scales, count, sizes, num_linears);
+    return call;
+}
+
+// The two halves, by all threads of a parallel region, with a barrier between them.
+template <typename T>
+void shrink_all(Call<T>& call) {
+    Cuts& cuts = call.cuts;
+    int64_t count = int64_t(cuts.chunks.size());
+#pragma omp for schedule(static) nowait
+    for (int64_t i = 0; i < count; i++) {
+        const Part &chunk = cuts.chunks[i], &next = cuts.chunks[std::min(i + 1, count - 1)];
+        const Item& item = cuts.items[chunk.of];
+        shrink_chunk(item, call.linears[chunk.linear], chunk.from, item.sums(cuts.v.data(), chunk.linear),
+                     call.columns_of(next));
+    }
+}
+
+template <typename T>
+void expand_all(Call<T>& call) {
+    Cuts& cuts = call.cuts;
+    int64_t count = int64_t(cuts.tiles.size());
+#pragma omp for schedule(static) nowait
+    for (int64_t i = 0; i < count; i++) {
+        const Part &tile = cuts.tiles[i], &next = cuts.tiles[std::min(i + 1, count - 1)];
+        expand_tile(cuts.items.data(), cuts.groups[tile.of], call.linears[tile.linear], tile, cuts.v.data(),
+                    call.outputs_of(next));
+    }
+}
+
+template <typename T>
+void run(Call<T>& call, int threads) {
+#pragma omp parallel num_threads(threads) if (call.cuts.chunks.size() > 1)
     {
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < num_chunks; i++) {
-            const Part& chunk = cuts.chunks[i];
-            const Item& item = cuts.items[chunk.of];
-            shrink_chunk(item, linears[chunk.linear], chunk.from, item.sums(cuts.v.data(), chunk.linear));
-        }
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < num_tiles; i++) {
-            const Part& tile = cuts.tiles[i];
-            expand_tile(cuts.items.data(), cuts.groups[tile.of], linears[tile.linear], tile, cuts.v.data());
-        }
+        shrink_all(call);
+#pragma omp barrier
+        expand_all(call);
     }
 }
 
@@ -196,16 +239,20 @@ void run(T* y, int64_t ldy, const T* x, int64_t ldx, const T* a, const T* b, int
 // x [rows, in] and y [rows, sum of sizes] with row strides ldx and ldy, a [linears, columns, in], b the linears'
 // [columns, size] one after the other, all of one type. `scales` are one to a segment, or null: all 1. Segments of the
 // same rows are neighbours.
-extern "C" void lora_add_bf16(void* y, int64_t ldy, const void* x, int64_t ldx, const void* a, const void* b, int64_t in,
-                              int64_t columns, const int64_t* sizes, int64_t linears, const void* segments,
-                              const float* scales, int64_t count, int threads) {
-    run((bf16*)y, ldy, (const bf16*)x, ldx, (const bf16*)a, (const bf16*)b, in, columns, sizes, linears,
-        (const Segment*)segments, scales, count, threads);
-}
+#define PARAMETERS                                                                                                   \
+    void *y, int64_t ldy, const void *x, int64_t ldx, const void *a, const void *b, int64_t in, int64_t columns,     \
+        const int64_t *sizes, int64_t linears, const void *segments, const float *scales, int64_t count
+#define PREPARED(T)                                                                                                  \
+    prepared((T*)y, ldy, (const T*)x, ldx, (const T*)a, (const T*)b, in, columns, sizes, linears,                    \
+             (const Segment*)segments, scales, count)
 
-extern "C" void lora_add_f32(void* y, int64_t ldy, const void* x, int64_t ldx, const void* a, const void* b, int64_t in,
-                             int64_t columns, const int64_t* sizes, int64_t linears, const void* segments,
-                             const float* scales, int64_t count, int threads) {
-    run((float*)y, ldy, (const float*)x, ldx, (const float*)a, (const float*)b, in, columns, sizes, linears,
-        (const Segment*)segments, scales, count, threads);
+extern "C" {
+void lora_add_bf16(PARAMETERS, int threads) { run(PREPARED(bf16), threads); }
+void lora_add_f32(PARAMETERS, int threads) { run(PREPARED(float), threads); }
+
+// The same in steps, for C++ that has something to do in between: one thread prepares, then all threads of a parallel
+// region shrink, wait for each other, and expand.
+void* lora_prepare_bf16(PARAMETERS) { return &PREPARED(bf16); }
+void lora_shrink_bf16(void* call) { shrink_all(*(Call<bf16>*)call); }
+void lora_expand_bf16(void* call) { expand_all(*(Call<bf16>*)call); }
 }

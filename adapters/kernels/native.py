@@ -1,4 +1,4 @@
-"""The LoRA product in C++ for segments of few rows (decode), torch matmuls for the others (prefill).
+"""The LoRA product in C++, and torch matmuls for segments of very many rows.
 
 The source beside this file is compiled on first use (see compiled.py).
 """
@@ -17,12 +17,13 @@ from adapters.kernels.grouped import add_segments
 from adapters.segments import Segment, Segments
 
 SOURCE = Path(__file__).with_name("lora_cpu.cpp")
-MATMUL_ROWS = 17  # of a segment, from which on one matmul is faster, where it computes in the dtype at hand
+MATMUL_WORK = 4096  # rows times rank of a segment, from which on matmuls are faster, where they compute in its dtype
 _POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
 _ARGUMENTS = [
     _POINTER, _SIZE, _POINTER, _SIZE, _POINTER, _POINTER, _SIZE, _SIZE, _POINTER, _SIZE, _POINTER, _POINTER, _SIZE,
     ctypes.c_int,
 ]  # fmt: skip
+_STEPS = ("lora_prepare_bf16", "lora_shrink_bf16", "lora_expand_bf16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,14 +40,11 @@ class NativeKernel:
     name = "native"
     DTYPES: ClassVar = {torch.bfloat16: "lora_add_bf16", torch.float32: "lora_add_f32"}
 
-    def __init__(self, library: Path, matmul_rows: float = MATMUL_ROWS) -> None:
-        self._matmul_rows = matmul_rows
+    def __init__(self, library: Path, matmul_work: float = MATMUL_WORK) -> None:
+        self._matmul_work = matmul_work
         loaded = ctypes.CDLL(str(library))
         self._functions = {dtype: declared(loaded, name, _ARGUMENTS) for dtype, name in self.DTYPES.items()}
-
-    def address(self, dtype: torch.dtype) -> int | None:
-        """Of the function that `add_lora` calls for a plan's small segments, for C++ that calls it by itself."""
-        return ctypes.cast(self._functions[dtype], _POINTER).value
+        self.steps = [ctypes.cast(loaded[name], _POINTER).value for name in _STEPS]  # of bf16, for C++ that calls them
 
     def plan(self, segments: Segments) -> NativePlan:
         small = [s for s in segments.items if self._is_small(s)]
@@ -58,7 +56,7 @@ class NativeKernel:
         )
 
     def _is_small(self, segment: Segment) -> bool:
-        return segment.end - segment.start < self._matmul_rows
+        return (segment.end - segment.start) * (segment.hi - segment.lo) < self._matmul_work
 
     def add_lora(
         self,

@@ -8,10 +8,14 @@
 
 namespace {
 
-// adapters/kernels/lora_cpu.cpp, of which this library knows the address only
-typedef void LoraAdd(void* y, int64_t ldy, const void* x, int64_t ldx, const void* a, const void* b, int64_t in,
+// adapters/kernels/lora_cpu.cpp, of which this library knows the addresses only
+struct LoRA {
+    void* (*prepare)(void* y, int64_t ldy, const void* x, int64_t ldx, const void* a, const void* b, int64_t in,
                      int64_t columns, const int64_t* sizes, int64_t linears, const void* segments, const float* scales,
-                     int64_t count, int threads);
+                     int64_t count);
+    void (*shrink)(void* call);
+    void (*expand)(void* call);
+};
 
 struct Linears {  // siblings over one input, stacked, and the rank columns that adapters have in them
     const bf16 *packed, *bias;
@@ -35,18 +39,26 @@ struct Step {
     int64_t num_work;
     const int64_t* tables;
     int64_t block_size;
-    LoraAdd* lora;  // null without adapters, and the next three with it
+    LoRA lora;  // null without adapters, and the next three with it
     const void* segments;
     const float* scales;
     int64_t num_segments;
     int threads;
 };
 
+// The adapters' A are read beside the base's weights: the threads wait for each other once more, and not twice.
 void apply(bf16* y, const bf16* x, const Linears& l, const Step& s) {
-    linear(y, l.out, x, l.in, l.packed, l.bias, s.rows, l.in, l.out, s.threads);
-    if (s.lora)
-        s.lora(y, l.out, x, l.in, l.a, l.b, l.in, l.columns, l.sizes, l.siblings, s.segments, s.scales, s.num_segments,
-               s.threads);
+    void* lora = nullptr;
+    if (s.lora.prepare)
+        lora = s.lora.prepare(y, l.out, x, l.in, l.a, l.b, l.in, l.columns, l.sizes, l.siblings, s.segments, s.scales,
+                              s.num_segments);
+    Inputs inputs(x, l.in, s.rows, l.in);
+#pragma omp parallel num_threads(s.threads)
+    {
+        if (lora) s.lora.shrink(lora);
+        linear(y, l.out, inputs, l.packed, l.bias, l.out);
+        if (lora) s.lora.expand(lora);
+    }
 }
 
 void add(bf16* to, const bf16* a, const bf16* b, int64_t size) {

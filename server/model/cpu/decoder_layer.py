@@ -45,8 +45,8 @@ class _Layer(ctypes.Structure):
 class _Step(ctypes.Structure):
     _fields_ = [
         ("rows", _SIZE), ("cos", _POINTER), ("sin", _POINTER), ("slots", _POINTER), ("work", _POINTER),
-        ("num_work", _SIZE), ("tables", _POINTER), ("block_size", _SIZE), ("lora", _POINTER), ("segments", _POINTER),
-        ("scales", _POINTER), ("num_segments", _SIZE), ("threads", ctypes.c_int),
+        ("num_work", _SIZE), ("tables", _POINTER), ("block_size", _SIZE), ("lora", _POINTER * 3),
+        ("segments", _POINTER), ("scales", _POINTER), ("num_segments", _SIZE), ("threads", ctypes.c_int),
     ]  # fmt: skip
 
 
@@ -117,14 +117,14 @@ class NativeLayer:
         rows = len(batch.input_ids)
         assert cos.shape == sin.shape == (1, rows, self._parts.head_dim), "the whole head is rotated"
         assert cos.is_contiguous() and sin.is_contiguous()
-        lora_pointers: list[int | None] = [None, None, None, 0]
+        lora_fields: list[Any] = [(_POINTER * 3)(), None, None, 0]
         if lora is not None:
             kernel: Any = self._parts.groups[0].kernel
             scales = None if lora.scales is None else lora.scales.data_ptr()
-            lora_pointers = [kernel.address(torch.bfloat16), lora.small.data_ptr(), scales, len(lora.small)]
+            lora_fields = [(_POINTER * 3)(*kernel.steps), lora.small.data_ptr(), scales, len(lora.small)]
         return _Step(
             rows, cos.data_ptr(), sin.data_ptr(), batch.slot_mapping.data_ptr(), own.work.data_ptr(), len(own.work),
-            own.tables.data_ptr(), block_size, *lora_pointers, torch.get_num_threads(),
+            own.tables.data_ptr(), block_size, *lora_fields, torch.get_num_threads(),
         )  # fmt: skip
 
 

@@ -85,24 +85,44 @@ void round_sums(bf16* y, int64_t ldy, const float* sums, const bf16* bias, int64
         }
 }
 
-struct Rows {  // of the input, as they are multiplied
-    const Input* x;
-    int64_t ldx, depth, count;
+// Rows of the input, as they are multiplied: padded, and widened where that is done in registers.
+struct Inputs {
+    const bf16* given;
+    int64_t given_stride, count, in, depth = padded(in);
+    bool as_given = sizeof(Input) == sizeof(bf16) && in == depth;
+    Input* own = as_given ? nullptr : room(count * depth);
+
+    Inputs(const bf16* x, int64_t ldx, int64_t rows, int64_t in) : given(x), given_stride(ldx), count(rows), in(in) {}
+    const Input* x() const { return as_given ? (const Input*)given : own; }
+    int64_t ldx() const { return as_given ? given_stride : depth; }
+
+    static Input* room(int64_t size) {  // the calling thread's, until it asks again
+        static thread_local std::vector<Input> scratch;
+        scratch.resize(size_t(size));
+        return scratch.data();
+    }
+    void bring() const {  // by all threads of a parallel region
+#pragma omp for schedule(static)
+        for (int64_t m = 0; m < count; m++) {
+            for (int64_t k = 0; k < in; k++) own[m * depth + k] = input(given[m * given_stride + k]);
+            for (int64_t k = in; k < depth; k++) own[m * depth + k] = Input{};
+        }
+    }
 };
 
 #ifdef __AMX_BF16__
 template <bool PREFETCH>
-void tile_block(bf16* y, int64_t ldy, const Rows& rows, int64_t first, const bf16* panel, const bf16* bias,
+void tile_block(bf16* y, int64_t ldy, const Inputs& rows, int64_t first, const bf16* panel, const bf16* bias,
                 int64_t width) {
     float sums[2 * TILE_ROWS * PANEL];
     int64_t some = std::min<int64_t>(2 * TILE_ROWS, rows.count - first);
-    const bf16* x = rows.x + first * rows.ldx;
-    if (some > TILE_ROWS) tile_sums<true, PREFETCH>(sums, x, rows.ldx, rows.depth, panel);
-    else tile_sums<false, PREFETCH>(sums, x, rows.ldx, rows.depth, panel);
+    const bf16* x = rows.x() + first * rows.ldx();
+    if (some > TILE_ROWS) tile_sums<true, PREFETCH>(sums, x, rows.ldx(), rows.depth, panel);
+    else tile_sums<false, PREFETCH>(sums, x, rows.ldx(), rows.depth, panel);
     round_sums(y + first * ldy, ldy, sums, bias, some, width);
 }
 
-void tile_rows(bf16* y, int64_t ldy, const Rows& rows, const bf16* panel, const bf16* bias, int64_t width) {
+void tile_rows(bf16* y, int64_t ldy, const Inputs& rows, const bf16* panel, const bf16* bias, int64_t width) {
     constexpr int64_t BLOCK = 2 * TILE_ROWS;
     linear_tiles(std::min(rows.count, BLOCK)).configure();
     tile_block<true>(y, ldy, rows, 0, panel, bias, width);
@@ -115,40 +135,25 @@ void tile_rows(bf16* y, int64_t ldy, const Rows& rows, const bf16* panel, const 
 #endif
 
 // y of all rows, for one panel of outputs
-void linear_rows(bf16* y, int64_t ldy, const Rows& rows, const bf16* panel, const bf16* bias, int64_t width) {
+void linear_rows(bf16* y, int64_t ldy, const Inputs& rows, const bf16* panel, const bf16* bias, int64_t width) {
 #ifdef __AMX_BF16__
     if (may_use_tiles()) return tile_rows(y, ldy, rows, panel, bias, width);
 #endif
     for (int64_t m = 0; m < rows.count; m += ROWS) {
         float sums[ROWS * PANEL];
         int64_t some = std::min<int64_t>(ROWS, rows.count - m);
-        sums_of(sums, rows.x + m * rows.ldx, rows.ldx, rows.depth, panel, some);
+        sums_of(sums, rows.x() + m * rows.ldx(), rows.ldx(), rows.depth, panel, some);
         round_sums(y + m * ldy, ldy, sums, bias, some, width);
     }
 }
 
-void linear(bf16* y, int64_t ldy, const bf16* x, int64_t ldx, const bf16* packed, const bf16* bias, int64_t rows,
-            int64_t in, int64_t out, int threads) {
-    static thread_local std::vector<Input> scratch;
-    int64_t depth = padded(in);
-    bool as_it_is = sizeof(Input) == sizeof(bf16) && in == depth;
-    if (!as_it_is) scratch.resize(size_t(rows * depth));
-    Input* inputs = scratch.data();
-    Rows own = as_it_is ? Rows{(const Input*)x, ldx, depth, rows} : Rows{inputs, depth, depth, rows};
-#pragma omp parallel num_threads(threads)
-    {
-        if (!as_it_is) {
+// By all threads of a parallel region.
+void linear(bf16* y, int64_t ldy, const Inputs& inputs, const bf16* packed, const bf16* bias, int64_t out) {
+    if (!inputs.as_given) inputs.bring();
 #pragma omp for schedule(static)
-            for (int64_t m = 0; m < rows; m++) {
-                for (int64_t k = 0; k < in; k++) inputs[m * depth + k] = input(x[m * ldx + k]);
-                for (int64_t k = in; k < depth; k++) inputs[m * depth + k] = Input{};
-            }
-        }
-#pragma omp for schedule(static)
-        for (int64_t n = 0; n < out; n += PANEL)
-            linear_rows(y + n, ldy, own, packed + n * depth, bias ? bias + n : nullptr,
-                        std::min<int64_t>(PANEL, out - n));
-    }
+    for (int64_t n = 0; n < out; n += PANEL)
+        linear_rows(y + n, ldy, inputs, packed + n * inputs.depth, bias ? bias + n : nullptr,
+                    std::min<int64_t>(PANEL, out - n));
 }
 
 }  // namespace

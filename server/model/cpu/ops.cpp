@@ -22,7 +22,9 @@ void pack_bf16(uint16_t* packed, uint16_t* weight, int64_t out, int64_t in, int 
 // y [rows, out] = x [rows, in] packed' + bias, bf16, with row strides ldy and ldx
 void linear_bf16(void* y, int64_t ldy, const void* x, int64_t ldx, const void* packed, const void* bias, int64_t rows,
                  int64_t in, int64_t out, int threads) {
-    linear((bf16*)y, ldy, (const bf16*)x, ldx, (const bf16*)packed, (const bf16*)bias, rows, in, out, threads);
+    Inputs inputs((const bf16*)x, ldx, rows, in);
+#pragma omp parallel num_threads(threads)
+    linear((bf16*)y, ldy, inputs, (const bf16*)packed, (const bf16*)bias, out);
 }
 
 // What the layer makes of hidden [rows, size]: `to`, of the same shape. keys and values are its part of the cache.
