@@ -7,6 +7,7 @@
 // on how the rows are cut or on the number of threads.
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
 #include "vec.h"
@@ -14,7 +15,6 @@
 namespace {
 
 constexpr int ROWS = 4;
-constexpr int ROWS_AT_ONCE = W == 16 ? 4 : 2;  // as many as there are registers for
 constexpr int MAX_LINEARS = 3;
 constexpr int CHUNK = 8;   // rank columns
 constexpr int TILE = 192;  // outputs whose fp32 sums stay in the first-level cache
@@ -62,16 +62,23 @@ void shrink(const T* x, int64_t ldx, const T* a, int64_t in, float* v, int64_t c
         for (int c = 0; c < C; c++) v[r * columns + c] = sum(sums[r][c]);
 }
 
+// f(row, how many) for all rows of an item, as many at once as there are registers for
+template <typename F>
+void for_rows(const Item& item, F f) {
+    constexpr int MOST = W == 16 ? 4 : 2;
+    int r = 0;
+    for (; r + MOST <= item.rows; r += MOST) f(r, std::integral_constant<int, MOST>());
+    for (; r + 2 <= item.rows; r += 2) f(r, std::integral_constant<int, 2>());
+    if (r < item.rows) f(r, std::integral_constant<int, 1>());
+}
+
 template <typename T, int C>
 void shrink(const Item& item, const Linear<T>& l, int64_t column, float* v, const T* next) {
     int64_t columns = item.columns();
     const T *x = l.x + item.row * l.ldx, *a = l.a + (item.segment->lo + column) * l.in;
-    v += column;
-    int r = 0;
-    for (; r + ROWS_AT_ONCE <= item.rows; r += ROWS_AT_ONCE)
-        shrink<T, ROWS_AT_ONCE, C>(x + r * l.ldx, l.ldx, a, l.in, v + r * columns, columns, next);
-    for (; r + 2 <= item.rows; r += 2) shrink<T, 2, C>(x + r * l.ldx, l.ldx, a, l.in, v + r * columns, columns, next);
-    if (r < item.rows) shrink<T, 1, C>(x + r * l.ldx, l.ldx, a, l.in, v + r * columns, columns, next);
+    for_rows(item, [&](int r, auto rows) {
+        shrink<T, rows(), C>(x + r * l.ldx, l.ldx, a, l.in, v + r * columns + column, columns, next);
+    });
 }
 
 template <typename T>
@@ -83,15 +90,18 @@ void shrink_chunk(const Item& item, const Linear<T>& l, int64_t from, float* v, 
         for (c = from; c < to; c++) v[r * columns + c] *= item.scale;
 }
 
-// sum[row] += v[row][column] * b[column] over `width` outputs, for R rows and C columns
+// sums[row] += v[row][column] * b[column] over `width` outputs, for R rows and C columns
 template <typename T, int R, int C>
 void expand(float* sums, const T* b, int64_t out, int64_t width, const float* v, int64_t columns, const T* next) {
+    vec weights[R][C];
+    for (int r = 0; r < R; r++)
+        for (int c = 0; c < C; c++) weights[r][c] = all(v[r * columns + c]);
     auto add = [&](int64_t n, auto... some) {
         vec factors[C];
         for (int c = 0; c < C; c++) factors[c] = load(b + c * out + n, some...);
         for (int r = 0; r < R; r++) {
             vec total = load(sums + r * TILE + n);
-            for (int c = 0; c < C; c++) total += factors[c] * all(v[r * columns + c]);
+            for (int c = 0; c < C; c++) total += factors[c] * weights[r][c];
             store(sums + r * TILE + n, total, W);
         }
     };
@@ -107,16 +117,15 @@ void expand(float* sums, const T* b, int64_t out, int64_t width, const float* v,
 template <typename T, int C>
 void expand(float* sums, const Item& item, const T* b, int64_t out, int64_t width, const float* v, const T* next) {
     int64_t columns = item.columns();
-    int r = 0;
-    for (; r + ROWS_AT_ONCE <= item.rows; r += ROWS_AT_ONCE)
-        expand<T, ROWS_AT_ONCE, C>(sums + r * TILE, b, out, width, v + r * columns, columns, next);
-    for (; r + 2 <= item.rows; r += 2) expand<T, 2, C>(sums + r * TILE, b, out, width, v + r * columns, columns, next);
-    if (r < item.rows) expand<T, 1, C>(sums + r * TILE, b, out, width, v + r * columns, columns, next);
+    for_rows(item, [&](int r, auto rows) {
+        expand<T, rows(), C>(sums + r * TILE, b, out, width, v + r * columns, columns, next);
+    });
 }
 
 // y[rows] += sum over columns of v[row][column] * b[column], for the outputs of a tile
 template <typename T>
-void expand_tile(const Item* items, const Group& group, const Linear<T>& l, const Part& tile, float* all_v, const T* next) {
+void expand_tile(const Item* items, const Group& group, const Linear<T>& l, const Part& tile, float* all_v,
+                 const T* next) {
     int64_t width = std::min<int64_t>(TILE, l.out - tile.from);
     int rows = items[group.first].rows;
     T* y = l.y + items[group.first].row * l.ldy + tile.from;
@@ -134,7 +143,7 @@ void expand_tile(const Item* items, const Group& group, const Linear<T>& l, cons
     }
     for (int r = 0; r < rows; r++)
         for (int64_t n = 0; n < width; n += W)
-            store(y + r * l.ldy + n, load(sums + r * TILE + n), std::min<int64_t>(W, width - n));
+            store_product(y + r * l.ldy + n, load(sums + r * TILE + n), std::min<int64_t>(W, width - n));
 }
 
 // What a call does, cut up for the threads.
@@ -146,7 +155,8 @@ struct Cuts {
 };
 
 // Items of one row range follow each other: a group is expanded by one thread.
-void cut(Cuts& cuts, const Segment* segments, const float* scales, int64_t count, const int64_t* sizes, int64_t linears) {
+void cut(Cuts& cuts, const Segment* segments, const float* scales, int64_t count, const int64_t* sizes,
+         int64_t linears) {
     cuts.items.clear(), cuts.groups.clear(), cuts.chunks.clear(), cuts.tiles.clear();
     int64_t room = 0;
     for (int64_t i = 0, next; i < count; i = next) {

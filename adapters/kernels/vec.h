@@ -113,6 +113,7 @@ inline void store_product(bf16* to, vec value, int64_t width) {
     store(to, value, width);
 #endif
 }
+inline void store_product(float* to, vec value, int64_t width) { store(to, value, width); }
 template <typename T>
 inline vec rounded(vec value) {  // to T and back
     T lanes[W];
