@@ -93,22 +93,24 @@ inline vec load(const bf16* from, int64_t width) {
     std::memcpy(lanes, from, size_t(width) * sizeof(bf16));
     return load(lanes);
 }
-inline void store(float* to, vec value, int64_t width) { std::memcpy(to, &value, size_t(width) * sizeof(float)); }
+template <typename V, typename T>
+inline void keep(T* to, const V& lanes, int64_t width) {  // a copy whose size is known is one instruction
+    if (width == W) std::memcpy(to, &lanes, W * sizeof(T));
+    else std::memcpy(to, &lanes, size_t(width) * sizeof(T));
+}
+inline void store(float* to, vec value, int64_t width) { keep(to, value, width); }
 inline void store(bf16* to, vec value, int64_t width) {  // as `store` of bf16.h
     typedef uint32_t uvec __attribute__((vector_size(W * 4)));
     typedef uint16_t hvec __attribute__((vector_size(W * 2)));
     uvec wide;
     std::memcpy(&wide, &value, sizeof wide);
     uvec rounded = (wide + 0x7fffu + ((wide >> 16) & 1u)) >> 16, finite = (uvec)(value == value);
-    hvec narrow = __builtin_convertvector((rounded & finite) | (~finite & 0x7fc0u), hvec);
-    std::memcpy(to, &narrow, size_t(width) * sizeof(bf16));
+    keep(to, __builtin_convertvector((rounded & finite) | (~finite & 0x7fc0u), hvec), width);
 }
 // As `store`, where numbers too small for a normal bf16 may become 0.
 inline void store_product(bf16* to, vec value, int64_t width) {
 #ifdef __AVX512BF16__
-    __m256bh narrow = _mm512_cvtneps_pbh((__m512)value);
-    if (width == W) std::memcpy(to, &narrow, sizeof narrow);
-    else std::memcpy(to, &narrow, size_t(width) * sizeof(bf16));
+    keep(to, _mm512_cvtneps_pbh((__m512)value), width);
 #else
     store(to, value, width);
 #endif

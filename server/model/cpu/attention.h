@@ -22,10 +22,10 @@ struct Shape {
 };
 
 constexpr int QUERIES = 8;
-constexpr int KEYS = 64;  // whose scores are taken at once: those at positions [i * KEYS, (i + 1) * KEYS), for any query
+constexpr int KEYS = 64;  // whose scores are taken at once: positions [i * KEYS, (i + 1) * KEYS), whatever the query
 
 template <typename T>
-struct Queries {  // of one sequence, that share a key head; query i sees keys [first(i), last[i]) and is answered in out[i]
+struct Queries {  // of one sequence, that share a key head; query i sees keys [first(i), last[i])
     const T* q[QUERIES];
     T* out[QUERIES];
     int64_t last[QUERIES], window;
