@@ -42,10 +42,13 @@ struct Pass {
     Pass(int64_t start, int64_t begin, int64_t end, const T* all_keys, const T* all_values, const int64_t* table,
          int64_t kv_head, const Shape& s)
         : start(start), from(std::max<int64_t>(0, begin - start)), to(std::min<int64_t>(KEYS, end - start)) {
-        for (int64_t j = from; j < to; j++) {
-            int64_t block = (start + j) / s.block_size, slot = table[block] * s.block_size + (start + j) % s.block_size;
-            keys[j] = all_keys + (slot * s.kv_heads + kv_head) * s.dim;
-            values[j] = all_values + (slot * s.kv_heads + kv_head) * s.dim;
+        for (int64_t j = from; j < to;) {
+            int64_t block = (start + j) / s.block_size, within = start + j - block * s.block_size;
+            int64_t place = ((table[block] * s.block_size + within) * s.kv_heads + kv_head) * s.dim;
+            for (; within < s.block_size && j < to; within++, j++, place += s.kv_heads * s.dim) {
+                keys[j] = all_keys + place;
+                values[j] = all_values + place;
+            }
         }
     }
 };

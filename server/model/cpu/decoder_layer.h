@@ -61,11 +61,13 @@ void apply(bf16* y, const bf16* x, const Linears& l, const Step& s) {
     }
 }
 
-void add(bf16* to, const bf16* a, const bf16* b, int64_t size) {
-    for (int64_t i = 0; i < size; i += W) {
-        int64_t width = std::min<int64_t>(W, size - i);
-        store(to + i, load(a + i, width) + load(b + i, width), width);
-    }
+void add(bf16* to, const bf16* a, const bf16* b, int64_t rows, int64_t size, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (rows > 4)
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t i = row * size; i < (row + 1) * size; i += W) {
+            int64_t width = std::min<int64_t>(W, (row + 1) * size - i);
+            store(to + i, load(a + i, width) + load(b + i, width), width);
+        }
 }
 
 // Every operation as it is by itself, so that the bits are those of the modules one after the other.
@@ -82,13 +84,13 @@ void decoder_layer(bf16* to, const bf16* hidden, bf16* keys, bf16* values, const
     rope_attention(heads, qkv, l.qkv.out, s.cos, s.sin, keys, values, s.slots, rows, s.work, s.num_work, s.tables,
                    shape, s.threads);
     apply(out, heads, l.o, s);
-    add(to, hidden, out, rows * size);
+    add(to, hidden, out, rows, size, s.threads);
 
     rms_norm(normed, to, l.mlp_norm, rows, size, l.mlp_eps, s.threads);
     apply(gate_up, normed, l.gate_up, s);
     silu_mul(product, gate_up, rows, inner, s.threads);
     apply(out, product, l.down, s);
-    add(to, to, out, rows * size);
+    add(to, to, out, rows, size, s.threads);
 }
 
 }  // namespace

@@ -5,17 +5,15 @@
 #include <vector>
 
 #include "vec.h"
+#ifdef __AMX_BF16__
+#include "tiles.h"
+#endif
+
 namespace {
 
 constexpr int PANEL = 32;  // outputs whose weights lie together: packed [out / 32][in / 2][32][2], padded with zeros
 constexpr int DEPTH = 32;  // of which `in` is padded to a multiple
 constexpr int ROWS = 6;
-
-}  // namespace
-#ifdef __AMX_BF16__
-#include "tiles.h"
-#endif
-namespace {
 
 inline int64_t padded(int64_t in) { return (in + DEPTH - 1) / DEPTH * DEPTH; }
 
