@@ -66,7 +66,8 @@ class LoRAGroup(nn.Module):
             if self.plan.affine is not None:
                 for name, (lo, hi) in zip(self.names, self._spans, strict=True):
                     self._affine.apply(rows[:, lo:hi], name, self.plan.affine)
-            self.kernel.add_lora(rows, x.reshape(-1, x.shape[-1]), *self.columns, self.plan.plan)
+            if self.plan.touches(self.names):
+                self.kernel.add_lora(rows, x.reshape(-1, x.shape[-1]), *self.columns, self.plan.plan)
         return y
 
     def _base_output(self, x: torch.Tensor) -> torch.Tensor:

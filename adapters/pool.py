@@ -1,6 +1,7 @@
 """Device tier: the tensors that hold the resident adapters' rank columns, and what a step reads of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from adapters.kernels import LoRAKernel, split_b
 from adapters.memory import zeros
 from adapters.overlays import OverlayPlan, OverlayTable
 from adapters.pack import PackedAdapter
-from adapters.segments import NO_SEGMENTS, Segments
+from adapters.segments import NO_SEGMENTS, Segments, SlotRows
 from adapters.slots import PAGE_COLUMNS, Slot
 from adapters.spec import ModelSpec
 
@@ -18,18 +19,23 @@ from adapters.spec import ModelSpec
 class StepPlan:
     """What the modules of one kind read during a step; set before the forward, the same object for all."""
 
-    __slots__ = ("active", "affine", "input_affine", "overlays", "plan")
+    __slots__ = ("active", "affine", "input_affine", "modules", "overlays", "plan")
 
     def __init__(self) -> None:
         self.active = False
         self.plan: Any = None
+        self.modules: frozenset[str] | None = None  # in which an adapter of the step has A and B; None: perhaps all
         self.affine: AffinePlan | None = None  # None unless an adapter of the step has output vectors
         self.input_affine: AffinePlan | None = None  # the same for inputs
         self.overlays: OverlayPlan | None = None  # likewise
 
     def is_lora_alone(self) -> bool:
         """Whether A and B are all that the step's adapters have."""
-        return all(getattr(self, name) is None for name in self.__slots__ if name not in ("active", "plan"))
+        return self.affine is None and self.input_affine is None and self.overlays is None
+
+    def touches(self, names: Iterable[str]) -> bool:
+        """Whether A and B have to be added in any of `names`."""
+        return self.active and (self.modules is None or not self.modules.isdisjoint(names))
 
 
 class Stack(NamedTuple):
@@ -65,6 +71,7 @@ class AdapterPool:
         self.overlays = OverlayTable(device)
         self.install_hook: Callable[[str], None] | None = None  # set when the model is attached
         self._vocab_sizes: dict[int, int] = {}  # of slots whose vocabulary is not the base's
+        self._modules: dict[int, frozenset[str]] = {}  # by slot, those with A and B
         self.buffers: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self._stacks: dict[tuple[str, ...], Stack] = {}
         for names in spec.groups():
@@ -87,6 +94,7 @@ class AdapterPool:
         self.affine.write(slot.index, packed.vectors)
         self.input_affine.write(slot.index, packed.input_vectors)
         self.overlays.write(slot.index, packed.overlays)
+        self._modules[slot.index] = frozenset(packed.columns.widths)
         self._vocab_sizes.pop(slot.index, None)
         if packed.vocab_size is not None:
             self._vocab_sizes[slot.index] = packed.vocab_size
@@ -109,12 +117,17 @@ class AdapterPool:
         for plan, segments, num_rows in steps:
             plan.active = bool(segments)
             plan.plan = self.kernel.plan(segments) if segments else None
+            plan.modules = self._modules_of(segments.rows) if segments.rows else None
             plan.affine = self.affine.plan(segments.rows) if segments else None
             plan.input_affine = self.input_affine.plan(segments.rows) if segments else None
             plan.overlays = self.overlays.plan(segments.rows, num_rows) if segments else None
             if plan.overlays is not None:
                 assert self.install_hook is not None
                 self.overlays.hook(plan.overlays, self.install_hook)
+
+    def _modules_of(self, rows: Iterable[SlotRows]) -> frozenset[str] | None:
+        modules = {self._modules.get(owned.slot) for owned in rows}
+        return None if None in modules else _union(frozenset(modules))
 
     def vocab_size(self, slot: int) -> int | None:
         """Of the adapter in `slot`, where it is not the base's."""
@@ -126,3 +139,9 @@ class AdapterPool:
 
     def nbytes(self) -> int:
         return sum(t.numel() * t.element_size() for pair in self.buffers.values() for t in pair)
+
+
+@lru_cache(maxsize=256)
+def _union(sets: frozenset[frozenset[str]]) -> frozenset[str]:
+    """The same object for the same `sets`, by which layers see that nothing changed."""
+    return frozenset().union(*sets)

@@ -159,6 +159,23 @@ def test_the_python_calls_of_a_step(tmp_path: Path, dtype: str, most: int) -> No
     assert shallow - LAYERS * per_layer <= CALLS_PER_STEP
 
 
+@pytest.mark.parametrize(
+    ("targets", "products"),
+    [([["q_proj"]], LAYERS), ([["q_proj"], ["down_proj"]], 2 * LAYERS), ([LINEARS], 4 * LAYERS), ([["lm_head"]], 1)],
+    ids=str,
+)
+def test_linears_that_no_adapter_touches_take_no_product(
+    driver: Driver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, targets: list[list[str]], products: int
+) -> None:
+    folders = [write_adapter(tiny_llama(), tmp_path / str(i), r=4, target_modules=t) for i, t in enumerate(targets)]
+    decoding(driver, [driver.add_adapter(folder) for folder in folders])
+    kernel, made = driver.engine._runner.pool.kernel, []
+    add_lora = type(kernel).add_lora
+    monkeypatch.setattr(type(kernel), "add_lora", lambda *given: made.append(add_lora(*given)))
+    driver.step()
+    assert len(made) == products
+
+
 def test_a_row_of_another_adapter_adds_few_python_calls(
     driver: Driver, llama_folder: Path, tmp_path: Path, adapters: list[str]
 ) -> None:

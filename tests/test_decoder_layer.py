@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from adapters.pool import StepPlan
 from server.engine.messages import Merge, Submit, Unmerge
 from server.model.cpu.decoder_layer import NativeLayer
 from server.model.cpu.library import why_unavailable
@@ -61,7 +62,7 @@ def adapter(driver: Driver, model: nn.Module, tmp_path: Path) -> Callable[..., s
 
     def add(**config: Any) -> str:
         seed = next(seeds)
-        written = write_adapter(model, tmp_path / f"{seed}", seed=seed, target_modules=LINEARS, **config)
+        written = write_adapter(model, tmp_path / f"{seed}", seed=seed, **{"target_modules": LINEARS, **config})
         return driver.add_adapter(written)
 
     return add
@@ -88,6 +89,17 @@ def test_the_bits_are_those_of_the_modules(
     assert wholes and all(wholes)
     monkeypatch.setattr(NativeLayer, "is_whole", lambda _: False)
     assert answers(driver, "modules", digests) == whole
+
+
+def test_linears_that_no_adapter_touches_are_computed_without_any(
+    driver: Driver, adapter: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wide, narrow, other = adapter(), adapter(target_modules=["q_proj"]), adapter(target_modules=["down_proj"])
+    turns = [{"a": narrow}, {"base": None}, {"a": wide}, {"b": narrow}, {"a": narrow, "b": other}, {"none": None}]
+    whole = [answers(driver, f"whole {i}", dict(turn)) for i, turn in enumerate(turns)]
+    monkeypatch.setattr(NativeLayer, "is_whole", lambda _: False)
+    monkeypatch.setattr(StepPlan, "touches", lambda plan, _: plan.active)
+    assert [answers(driver, f"modules {i}", dict(turn)) for i, turn in enumerate(turns)] == whole
 
 
 def test_what_does_more_than_a_and_b_goes_by_modules_for_as_long_as_it_runs(

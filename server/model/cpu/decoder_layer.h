@@ -20,7 +20,7 @@ struct LoRA {
 struct Linears {  // siblings over one input, stacked, and the rank columns that adapters have in them
     const bf16 *packed, *bias;
     int64_t in, out;
-    const void *a, *b;
+    const void *a, *b;  // a: null where no adapter of the step has anything
     int64_t columns, siblings, sizes[3];
 };
 
@@ -49,7 +49,7 @@ struct Step {
 // The adapters' A are read beside the base's weights: the threads wait for each other once more, and not twice.
 void apply(bf16* y, const bf16* x, const Linears& l, const Step& s) {
     void* lora = nullptr;
-    if (s.lora.prepare)
+    if (s.lora.prepare && l.a)
         lora = s.lora.prepare(y, l.out, x, l.in, l.a, l.b, l.in, l.columns, l.sizes, l.siblings, s.segments, s.scales,
                               s.num_segments);
     Inputs inputs(x, l.in, s.rows, l.in);

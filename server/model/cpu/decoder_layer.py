@@ -41,6 +41,10 @@ class _Layer(ctypes.Structure):
         ("kv_heads", _SIZE), ("head_dim", _SIZE), ("window", _SIZE),
     ]  # fmt: skip
 
+    def linears(self) -> list[_Linears]:
+        """In the order of `LayerParts.groups`."""
+        return [self.qkv, self.o, self.gate_up, self.down]
+
 
 class _Step(ctypes.Structure):
     _fields_ = [
@@ -54,13 +58,14 @@ class NativeLayer:
     """One layer of a bf16 model; `layer` holds all of `parts`."""
 
     def __init__(self, layer: nn.Module, parts: LayerParts) -> None:
-        self._modules = [module for module in layer.modules() if module is not layer]
+        self._inner = [module for module in layer.modules() if module is not layer]
         self._parts = parts
         self._plan = parts.groups[0].plan
         self._function = function("decoder_layer", torch.bfloat16)
         self._bases: list[nn.Module | None] = []
         self._hooks: list[dict[int, Callable[..., Any]]] = []
         self._described: _Layer | None = None
+        self._modules: frozenset[str] | None = None  # with A and B, as `_described` has it
 
     def is_whole(self) -> bool:
         """Whether this step can compute the layer in one piece: every linear is ours, adapters have nothing but A and
@@ -68,6 +73,7 @@ class NativeLayer:
         bases = [group._modules["base"] for group in self._parts.groups]
         if bases != self._bases:  # for the first time, or an adapter was merged, or taken out
             self._bases, self._described, self._hooks = bases, self._description(), self._all_hooks(bases)
+            self._modules = None
         if self._described is None or not self._plan.is_lora_alone() or (self._plan.active and self._plan.plan.large):
             return False
         return not any(self._hooks) or self._hears_nothing()
@@ -75,6 +81,8 @@ class NativeLayer:
     def __call__(self, hidden: Tensor, cos: Tensor, sin: Tensor, batch: ForwardBatch, cache: KVCache) -> Tensor:
         assert self._described is not None, "is_whole() said so"
         keys, values = cache.keys[self._parts.index], cache.values[self._parts.index]
+        if self._plan.active and self._plan.modules is not self._modules:
+            self._choose_adapted(self._described)
         hidden = hidden.contiguous()
         y = torch.empty_like(hidden)
         self._function(
@@ -93,9 +101,15 @@ class NativeLayer:
         kv_heads = parts.groups[0].columns.sizes[1] // parts.head_dim
         return _Layer(*linears, *weights, *epsilons, parts.scale, kv_heads, parts.head_dim, parts.window or 0)
 
+    def _choose_adapted(self, described: _Layer) -> None:
+        """Have the linears that no adapter of the step touches computed without any."""
+        self._modules = self._plan.modules
+        for linears, group in zip(described.linears(), self._parts.groups, strict=True):
+            linears.a = group.columns.a.data_ptr() if self._plan.touches(group.names) else None
+
     def _all_hooks(self, bases: Sequence[nn.Module | None]) -> list[dict[int, Callable[..., Any]]]:
         stacks = [base for base in bases if isinstance(base, StackedLinear)]
-        modules = [*self._modules, *bases, *(member for stack in stacks for member in stack.members)]
+        modules = [*self._inner, *bases, *(member for stack in stacks for member in stack.members)]
         return [hooks for module in modules if module for hooks in (module._forward_hooks, module._forward_pre_hooks)]
 
     def _hears_nothing(self) -> bool:
