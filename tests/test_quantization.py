@@ -30,9 +30,13 @@ def nf4_model(folder: Path) -> torch.nn.Module:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.float32,
     )
-    return AutoModelForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         folder, quantization_config=config, dtype=torch.float32, device_map={"": "cpu"}
-    ).eval()
+    )
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # its kernel for some processors would multiply in bf16
+    return model.eval()
 
 
 def greedy(model: torch.nn.Module, new_tokens: int = 12) -> list[int]:

@@ -79,6 +79,7 @@ def test_a_linear_takes_our_kernel_where_bitsandbytes_would_dequantise(
 
     linear = bitsandbytes.nn.Linear4bit(128, 96, bias=bias, compute_dtype=torch.float32, quant_type="nf4")
     linear = linear.eval().requires_grad_(False).to(DEVICE)
+    nf4.multiply_as_asked(linear)
     weight = dense_weight(linear).double()
     taken: list[int] = []
     ours = triton_nf4.nf4_matmul

@@ -65,6 +65,9 @@ def fused_rows(out_features: int) -> int:
 def apply_policy(model: nn.Module, policy: Policy, dtype: torch.dtype, device: torch.device) -> str:
     """Put in place of the 4-bit linears of `model` what `policy` says; returns what was done, in words."""
     found = {name: module for name, module in model.named_modules() if _is_quantized(module)}
+    if dtype is not torch.bfloat16:
+        for module in found.values():
+            multiply_as_asked(module)
     taken = sum(int(m.in_features) * int(m.out_features) for m in found.values()) * dtype.itemsize
     chosen, reason = (policy, "asked for") if policy != "auto" else _chosen(taken, device)
     if chosen == "bf16-copy":
@@ -74,6 +77,12 @@ def apply_policy(model: nn.Module, policy: Policy, dtype: torch.dtype, device: t
         for name, module in found.items():
             model.set_submodule(name, _with_our_kernel(module))
     return f"{chosen}: {reason}"
+
+
+def multiply_as_asked(linear: nn.Module) -> None:
+    """On processors with bf16 arithmetic bitsandbytes has a kernel that rounds inputs and scales to bf16, also where
+    float32 was asked for. Without it, weights are dequantised and multiplied in the dtype of their input."""
+    linear.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def dense_linear(quantized: nn.Module, dtype: torch.dtype) -> nn.Linear:
