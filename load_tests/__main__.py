@@ -5,12 +5,12 @@ import tempfile
 from pathlib import Path
 from typing import Annotated, NoReturn
 
-import httpx
 import msgspec
 import typer
 
 from load_tests import report as reports
 from load_tests import runner, scenarios
+from load_tests.client import FAILURES, new_client
 from load_tests.own_server import serving
 
 DEMO_ADAPTER = Path(__file__).parent.parent / "examples" / "adapters" / "sql"
@@ -62,13 +62,13 @@ def report(
 def _passed(scenario: str, url: str, api_key: str, template: Path, out: Path, seed: int) -> bool:
     try:
         seen = asyncio.run(_run(scenario, url, api_key, template, seed))
-    except (scenarios.ScenarioError, httpx.HTTPError, OSError) as error:
+    except (scenarios.ScenarioError, *FAILURES, OSError) as error:
         _cannot_run(str(error) or type(error).__name__)
     return _written(reports.report_of(seen), out)
 
 
 async def _run(scenario: str, url: str, api_key: str, template: Path, seed: int) -> runner.Run:
-    async with runner.new_client(url, api_key) as client:
+    async with new_client(url, api_key) as client:
         return await runner.run(scenarios.load(scenario), client, template=template, seed=seed)
 
 

@@ -5,12 +5,15 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any, Literal
 
+import aiohttp
 import httpx
 import msgspec
+from httpx_aiohttp import AiohttpTransport
 
 from load_tests.schedule import Planned
 
 MAX_ERROR_CHARS = 300
+FAILURES = (httpx.HTTPError, aiohttp.ClientError)  # of a client's requests
 
 
 class Record(msgspec.Struct, kw_only=True):
@@ -35,6 +38,14 @@ class Record(msgspec.Struct, kw_only=True):
         else:
             self.gaps_s.append(now_s - self.last_token_s)
         self.last_token_s = now_s
+
+
+def new_client(url: str, api_key: str | None = None, timeout_s: float = 60) -> httpx.AsyncClient:
+    """As many connections as there are requests. httpx's own transport parses HTTP in Python, which took more of the
+    cores that it shares with a server under test than that server's own HTTP did."""
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    wire = AiohttpTransport(client=lambda: aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)))
+    return httpx.AsyncClient(base_url=url, headers=headers, transport=wire, timeout=timeout_s)
 
 
 class Failed(Exception):
@@ -102,8 +113,9 @@ async def complete(
             await _stream(client, endpoint, planned, clock, record)
     except TimeoutError:
         record.error, record.detail = "timeout", f"no end within {timeout_s} s"
-    except httpx.HTTPError as error:
-        record.error, record.detail = type(error).__name__, str(error)[:MAX_ERROR_CHARS]
+    except FAILURES as error:
+        cause = error.__cause__ or error  # the transport's own name for it: httpx has fewer
+        record.error, record.detail = type(cause).__name__, str(error)[:MAX_ERROR_CHARS]
     except Failed as failed:
         record.error, record.detail = failed.code, failed.detail
     return record

@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import msgspec
 
-from load_tests.client import Clock
+from load_tests.client import FAILURES, Clock
 
 PREFIX = "load-test-"
 NEWCOMER = f"{PREFIX}newcomer"
@@ -71,7 +71,7 @@ class Publisher:
         at_s, error = self._clock(), None
         try:
             await doing
-        except httpx.HTTPError as failure:
+        except FAILURES as failure:
             error = f"{type(failure).__name__}: {failure}"
         return Change(kind, name, at_s, self._clock() - at_s, error)
 

@@ -24,12 +24,6 @@ class Run(msgspec.Struct):
     changes: list[Change]
 
 
-def new_client(url: str, api_key: str | None) -> httpx.AsyncClient:
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-    return httpx.AsyncClient(base_url=url, headers=headers, limits=limits, timeout=60)
-
-
 async def run(scenario: Scenario, client: httpx.AsyncClient, *, template: Path, seed: int) -> Run:
     """Publish what the scenario needs, send its schedule, wait for every answer.
 

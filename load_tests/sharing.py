@@ -16,11 +16,11 @@ import httpx
 import msgspec
 import numpy as np
 
-from load_tests.client import Clock, Record, complete
+from load_tests.client import Clock, Record, complete, new_client
 from load_tests.command import Kind, run_kind
 from load_tests.own_server import serving
 from load_tests.residency.filling import fill, template, variants
-from load_tests.runner import models, new_client, send
+from load_tests.runner import models, send
 from load_tests.scenarios import Bounds, Lognormal, Models, Poisson, Scenario, Slo
 from load_tests.schedule import WORDS, Planned, build
 

@@ -1,13 +1,15 @@
 """What a record says of a stream that went well, and of every way in which one can go wrong."""
 
+import asyncio
 import json
+import socket
 from collections.abc import Callable
 from typing import Any, Literal
 
 import httpx
 import pytest
 
-from load_tests.client import Clock, Record, complete
+from load_tests.client import Clock, Record, complete, new_client
 from load_tests.schedule import Planned
 
 PLANNED = Planned(0.0, "sql", "head", "hello", 3)
@@ -89,3 +91,45 @@ async def test_a_failure_is_recorded(
     record = await record_of(handler)
     assert (record.status, record.error) == (status, error)
     assert record.detail
+
+
+def _chunk(content: bytes) -> bytes:
+    return b"%x\r\n%s\r\n" % (len(content), content)
+
+
+HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+TOKEN = b'data: {"choices": [{"text": "a", "finish_reason": null}]}\n\n'
+END = b'data: {"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 3}}\n\ndata: [DONE]\n\n'
+
+
+@pytest.mark.parametrize(
+    ("answer", "status", "error"),
+    [
+        (HEAD + 3 * _chunk(TOKEN) + _chunk(END) + b"0\r\n\r\n", 200, None),
+        (HEAD + _chunk(TOKEN), 200, "ClientPayloadError"),
+        (b"", 0, "ServerDisconnectedError"),
+        (b"SSH-2.0\r\n\r\n", 0, "HttpProcessingError"),
+    ],
+)
+async def test_over_a_real_connection(answer: bytes, status: int, error: str | None) -> None:
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(answer)
+        writer.close()
+
+    async with await asyncio.start_server(handle, "127.0.0.1", 0) as server:
+        record = await record_over_wire(server.sockets[0].getsockname()[1])
+    assert (record.status, record.error) == (status, error)
+    assert len(record.gaps_s) == (2 if error is None else 0)
+
+
+async def test_a_server_that_is_not_there() -> None:
+    with socket.socket() as taken:  # bound and not listening
+        taken.bind(("127.0.0.1", 0))
+        record = await record_over_wire(taken.getsockname()[1])
+    assert (record.status, record.error) == (0, "ClientConnectorError") and record.detail
+
+
+async def record_over_wire(port: int) -> Record:
+    async with new_client(f"http://127.0.0.1:{port}") as client:
+        return await complete(client, "completions", PLANNED, Clock(), scheduled_s=-1.0, timeout_s=5.0)

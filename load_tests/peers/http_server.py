@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 
-from load_tests.client import Clock, Record, complete
+from load_tests.client import Clock, Record, complete, new_client
 from load_tests.peers.process import Group, PeerFailed
 from load_tests.peers.setting import NEW_TOKENS, Case, Measured
 from load_tests.schedule import Planned
@@ -45,8 +45,7 @@ class HTTPServer:
 
 
 async def _ask(url: str, asked: Sequence[Planned]) -> list[Record]:
-    limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=url, timeout=REQUEST_S, limits=limits) as client:
+    async with new_client(url, timeout_s=REQUEST_S) as client:
         clock = Clock()
         answers = (
             complete(client, "completions", one, clock, scheduled_s=0, timeout_s=REQUEST_S)  # all at once

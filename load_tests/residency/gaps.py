@@ -14,11 +14,10 @@ import httpx
 import msgspec
 import numpy as np
 
-from load_tests.client import Clock, Record, complete
+from load_tests.client import Clock, Record, complete, new_client
 from load_tests.own_server import serving
 from load_tests.residency.filling import fill, template, variants
 from load_tests.residency.traffic import load
-from load_tests.runner import new_client
 from load_tests.schedule import WORDS, Planned
 
 TIMEOUT_S = 120.0

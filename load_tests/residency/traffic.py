@@ -13,10 +13,10 @@ import httpx
 import msgspec
 import numpy as np
 
-from load_tests.client import Clock, Record
+from load_tests.client import Clock, Record, new_client
 from load_tests.own_server import serving
 from load_tests.residency.filling import fill, template, variants
-from load_tests.runner import new_client, send
+from load_tests.runner import send
 from load_tests.scenarios import Bounds, Closed, Lognormal, Models, Scenario, Slo
 from load_tests.schedule import Planned, build
 
