@@ -21,7 +21,7 @@ def upload(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
 def upload_all(arrays: Sequence[npt.NDArray[Any]], device: torch.device) -> list[torch.Tensor]:
     """Arrays of numbers of any kinds, in one copy."""
     kinds = [torch.from_numpy(array[:0]).dtype for array in arrays]
-    sizes = [-(-array.nbytes // ALIGNMENT) * ALIGNMENT for array in arrays]
+    sizes = [(array.nbytes // ALIGNMENT + 1) * ALIGNMENT for array in arrays]  # torch cannot reinterpret nothing at all
     packed = np.zeros(sum(sizes), dtype=np.uint8)
     for array, end, size in zip(arrays, accumulate(sizes), sizes, strict=True):
         packed[end - size :][: array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)

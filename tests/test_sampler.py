@@ -243,13 +243,20 @@ def test_each_way_of_drawing_gives_the_token_that_sorting_the_vocabulary_gives()
         assert torch.equal(*drawn), params
 
 
-def test_a_row_draws_the_same_beside_rows_that_are_drawn_in_other_ways() -> None:
+@pytest.mark.parametrize("penalty", ["presence_penalty", "frequency_penalty"])
+def test_a_penalty_on_nothing_yet_changes_nothing(penalty: str) -> None:
+    logits = random_logits()
+    assert pick(logits, make_seq(temperature=0.0, **{penalty: 1.0})) == [int(logits[0].argmax())]
+
+
+@pytest.mark.parametrize("greedy", [False, True])
+def test_a_row_draws_the_same_beside_rows_that_are_drawn_in_other_ways(greedy: bool) -> None:
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(len(LARGE), 4 * FEW, generator=generator)
     for seed in range(20):
         seqs = [make_seq(**params, seed=seed + 100 * row) for row, params in enumerate(LARGE)]
-        seqs.append(make_seq(temperature=0.0))
-        rows = torch.cat([logits, logits[:1]])
+        seqs += [make_seq(temperature=0.0)] * greedy
+        rows = torch.cat([logits, logits[:1]])[: len(seqs)]
         alone = [pick(rows[row : row + 1], seq)[0] for row, seq in enumerate(seqs)]
         assert pick(rows, *seqs) == alone
         assert pick(rows.flip(0), *reversed(seqs)) == alone[::-1]

@@ -36,15 +36,10 @@ class Form(IntEnum):
     MANY = 2
 
 
-def form_of(params: SamplingParams, on_cpu: bool) -> Form:
-    if not (params.top_k or params.top_p < 1 or params.min_p):
-        return Form.PLAIN
-    return Form.FEW if 0 < params.top_k <= FEW or (on_cpu and not params.top_k) else Form.MANY
-
-
 @dataclass(frozen=True, slots=True)
 class Draws:
     """Parameters of the rows that are drawn for, ordered by form: so many are plain, so many few, the rest many.
+    `in_order`: that order leaves every row of the logits in its place.
 
     rows `[draws]` int64; the others `[draws, 1]`, top_k int64 (off: the size of the vocabulary), the rest float32.
     """
@@ -57,28 +52,30 @@ class Draws:
     uniform: torch.Tensor
     num_plain: int
     num_few: int
+    in_order: bool
 
     def part(self, which: slice | torch.Tensor) -> "Draws":
         """Those of some of the rows, which are drawn for in one way."""
         numbers = self.temperature[which], self.top_p[which], self.min_p[which], self.uniform[which]
-        return Draws(self.rows[which], self.top_k[which], *numbers, 0, 0)
+        return Draws(self.rows[which], self.top_k[which], *numbers, 0, 0, False)
 
 
-def plan_draws(seqs: Sequence[TokenSequence], vocab: int, on_cpu: bool) -> tuple[list[Array], int, int]:
-    """On the host: what `draws_of` takes once it is on the device, and how many rows are plain and few."""
+def plan_draws(seqs: Sequence[TokenSequence], vocab: int, on_cpu: bool) -> tuple[list[Array], int, int, bool]:
+    """On the host: what `draws_of` takes once it is on the device, how many rows are plain and few, and whether they
+    are in order."""
     forms = {row: _form(seq.sampling, on_cpu) for row, seq in enumerate(seqs) if seq.sampling.temperature > 0}
     rows = sorted(forms, key=forms.__getitem__)
     top_k = [[seqs[row].sampling.top_k or vocab] for row in rows]
     numbers = np.array([_numbers(seqs[row]) for row in rows], dtype=np.float32).reshape(-1, 4).T[:, :, None]
     arrays: list[Array] = [np.array(rows, dtype=np.int64), np.array(top_k, dtype=np.int64).reshape(-1, 1), numbers]
     counts = [*forms.values()]
-    return arrays, counts.count(Form.PLAIN), counts.count(Form.FEW)
+    return arrays, counts.count(Form.PLAIN), counts.count(Form.FEW), rows == [*range(len(seqs))]
 
 
-def draws_of(uploaded: Sequence[torch.Tensor], num_plain: int, num_few: int) -> Draws:
+def draws_of(uploaded: Sequence[torch.Tensor], num_plain: int, num_few: int, in_order: bool) -> Draws:
     rows, top_k, numbers = uploaded
     temperature, top_p, min_p, uniform = numbers
-    return Draws(rows, top_k, temperature, top_p, min_p, uniform, num_plain, num_few)
+    return Draws(rows, top_k, temperature, top_p, min_p, uniform, num_plain, num_few, in_order)
 
 
 def _form(params: SamplingParams, on_cpu: bool) -> Form:
@@ -102,7 +99,7 @@ def _uniform(seq: TokenSequence) -> float:
 
 def draw(logits: torch.Tensor, draws: Draws) -> torch.Tensor:
     """Tokens `[draws]` int64 from logits `[rows, vocab]` float32. What a row with NaN gives is some token."""
-    logits = logits if len(draws.rows) == len(logits) else logits[draws.rows]
+    logits = logits if draws.in_order else logits[draws.rows]
     probs = (logits / draws.temperature).softmax(-1)
     plain = draws.num_plain
     few = plain + draws.num_few

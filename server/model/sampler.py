@@ -97,11 +97,11 @@ def _ask(
     if not sizes and not any(_asks(seq) for seq in seqs):
         return None
     scored = [row for row, seq in enumerate(seqs) if seq.sampling.logprobs is not None]
-    draws, num_plain, num_few = plan_draws(seqs, vocab, device.type == "cpu")
+    draws, *how = plan_draws(seqs, vocab, device.type == "cpu")
     own = [np.array(rows, dtype=np.int64) for rows in (scored, sizes)]
     uploaded = upload_all([*own, *draws, *_changes(seqs, eos_token_ids)], device)
     return _Asked(
-        draws_of(uploaded[2:5], num_plain, num_few),
+        draws_of(uploaded[2:5], *how),
         uploaded[0],
         max((seqs[row].sampling.logprobs or 0 for row in scored), default=0),
         uploaded[1][:, None] if sizes else None,
