@@ -75,6 +75,7 @@ class Sequence:
     number: int = 0  # in order of arrival; the scheduler's
     num_prompt_tokens: int = 0
     num_computed_tokens: int = 0
+    num_launched_tokens: int = 0  # of which keys and values are in the cache, or on their way there
     num_verified_tokens: int = 0  # of the computed ones: finite logits have come of their keys and values
     num_cached_tokens: int = 0  # of the prompt, found in the prefix cache at first admission
     status: SequenceStatus = SequenceStatus.WAITING
@@ -113,28 +114,27 @@ class Sequence:
 
 @dataclass(slots=True)
 class ScheduledSequence:
-    """A sequence's share of one step: tokens `[start, start + num_new_tokens)` of it are computed."""
+    """A sequence's share of one step: tokens `[start, start + num_new_tokens)` of it are computed. It stays as it is,
+    however far the sequence comes.
+
+    `samples`: this step reaches the sequence's last token, so that the next one can be sampled.
+    """
 
     seq: Sequence
     num_new_tokens: int
+    start: int = field(init=False)
+    end: int = field(init=False)
+    samples: bool = field(init=False)
 
-    @property
-    def start(self) -> int:
-        return self.seq.num_computed_tokens
-
-    @property
-    def end(self) -> int:
-        return self.seq.num_computed_tokens + self.num_new_tokens
+    def __post_init__(self) -> None:
+        self.start = self.seq.num_computed_tokens
+        self.end = self.start + self.num_new_tokens
+        self.samples = self.end == self.seq.num_tokens
 
     @property
     def num_inactive(self) -> int:
         """How many of the new tokens, the first ones, come before the adapters."""
         return min(max(self.seq.active_from - self.start, 0), self.num_new_tokens)
-
-    @property
-    def samples(self) -> bool:
-        """Whether this step reaches the sequence's last token, so that the next one can be sampled."""
-        return self.end == self.seq.num_tokens
 
 
 @dataclass(slots=True)

@@ -28,9 +28,11 @@ def run(report: Report, shape: Shape, runner: ModelRunner, graphs: DecodeGraphs)
         for adapters in sorted({0, 1, min(8, setting.streams), setting.streams}):
             engine = _engine(runner, report)
             _tokens_per_second(engine, report, adapters, "warm")  # brings the adapters to the device
-            speed = _tokens_per_second(engine, report, adapters, "run")
+            for engine.overlap in (False, True):
+                speed = _tokens_per_second(engine, report, adapters, f"run {engine.overlap}")
+                about = {"shape": shape.name, "streams": setting.streams, "adapters": adapters}
+                report.add("streams", **about, overlap=engine.overlap, tokens_per_s=speed)
             engine.close()
-            report.add("streams", shape=shape.name, streams=setting.streams, adapters=adapters, tokens_per_s=speed)
     finally:
         runner.graphs = None
 

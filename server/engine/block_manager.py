@@ -140,7 +140,7 @@ class BlockManager:
 
         They may hold NaN (of an adapter that overflows, say), which whoever gets them next must not read.
         """
-        if seq.num_verified_tokens >= seq.num_computed_tokens:
+        if seq.num_verified_tokens >= max(seq.num_computed_tokens, seq.num_launched_tokens):
             return []
         suspect = seq.block_table[max(seq.num_verified_tokens, 0) // self.block_size :]
         own = [block_id for block_id in suspect if self._blocks[block_id].ref_count == 1]

@@ -70,7 +70,16 @@ def build_engine(config: ServeConfig) -> tuple[Engine, EngineInfo]:
     refer = _reference_reader(config, spec, runner)
     trials = Trials(runner, residency, refer, scheduler.gate, _stay_single_threaded)
     merging = _merging(config, spec, runner, scheduler)
-    engine = Engine(runner, scheduler, residency, trials, merging, loaded.eos_token_ids, max_model_len)
+    engine = Engine(
+        runner,
+        scheduler,
+        residency,
+        trials,
+        merging,
+        loaded.eos_token_ids,
+        max_model_len,
+        overlap=runner.device.type == "cuda",  # a CPU computes when it is asked to
+    )
     return engine, _info(config, loaded, spec, runner, residency.slots, num_blocks, max_model_len, graphs)
 
 

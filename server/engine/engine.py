@@ -2,19 +2,16 @@
 
 import logging
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
 
 from adapters.pack import PackedAdapter
-from adapters.residency import MoveRefused, Residency
+from adapters.residency import Residency
 from adapters.segments import Segments, build_segments, column_runs
 from adapters.slots import PAGE_COLUMNS
-from server.engine import messages
+from server.engine.flight import UNSEEN, Flight
 from server.engine.merging import Merging
 from server.engine.messages import (
     Abort,
     AdapterMove,
-    EngineStats,
     FromEngine,
     Merge,
     MoveAdapter,
@@ -28,20 +25,24 @@ from server.engine.messages import (
     TryAdapter,
     Unmerge,
 )
+from server.engine.moves import AdapterMoves
 from server.engine.scheduler import Scheduler
+from server.engine.stats import describe, digests_of, measure
 from server.engine.trials import Trials
 from server.model.batch import adapter_rows, build_batch, sampled_rows
 from server.model.runner import ModelRunner
-from server.model.sampler import Sample, sample
+from server.model.sampler import Sample, looks_back, start
 from server.sequence import FinishReason, ScheduledBatch, ScheduledSequence, Sequence, SequenceStatus
 
 log = logging.getLogger(__name__)
 
-_TIERS = ("disk", "host", "device")
-
 
 class Engine:
-    """`handle` takes in one message, `step` runs one forward pass over what is scheduled."""
+    """`handle` takes in one message, `step` runs one forward pass over what is scheduled.
+
+    With `overlap` a step is launched before the tokens of the one before it are looked at: the device never waits for
+    the host. What a sequence says is the same either way; one that stops is computed once more, for nothing.
+    """
 
     def __init__(
         self,
@@ -52,23 +53,25 @@ class Engine:
         merging: Merging,
         eos_token_ids: frozenset[int],
         max_model_len: int,
+        *,
+        overlap: bool = False,
     ) -> None:
         self.scheduler = scheduler
         self.residency = residency
         self.merging = merging
+        self.overlap = overlap
         self._runner = runner
         self._trials = trials
+        self._moves = AdapterMoves(residency)
         self._eos_token_ids = eos_token_ids
         self._max_model_len = max_model_len
         self._sequences: dict[str, Sequence] = {}
-        self._retired: set[str] = set()  # versions that no name points at: unloaded once nothing uses them
-        self._pending: list[MoveAdapter | PinAdapter] = []
-        self._withdrawn: list[FromEngine] = []
+        self._flight: Flight | None = None
         self._outputs: list[SequenceOutput] = []
         self._steps = 0
 
     def has_work(self) -> bool:
-        waiting = self._sequences or self._pending or self._trials or self._retired or self._outputs
+        waiting = self._sequences or self._flight or self._moves or self._trials or self._outputs
         return bool(waiting) or self.residency.changed or self.merging.has_work()
 
     def close(self) -> None:
@@ -85,16 +88,11 @@ class Engine:
                     if seq_id in self._sequences:
                         self._finish(self._sequences[seq_id], [], FinishReason.ABORT)
             case MoveAdapter() | PinAdapter():
-                if isinstance(message, PinAdapter) and not message.pinned:
-                    self._withdraw(message.digest, "it was unpinned meanwhile", with_moves=False)
-                self.residency.expect(message.digest)
-                self._pending.append(message)
+                self._moves.add(message)
             case TryAdapter():
                 self._trials.add(message)
             case RetireAdapter(digest=digest):
-                self._withdraw(digest, "it was deleted meanwhile", with_moves=True)
-                self.residency.unpin(digest)
-                self._retired.add(digest)
+                self._moves.retire(digest)
                 self.merging.leave("retired", digest)
             case Merge():
                 self.residency.expect(message.digest)
@@ -105,18 +103,34 @@ class Engine:
     def step(self) -> list[FromEngine]:
         """Advance everything that can run by one forward pass; returns what there is to say, outputs first."""
         started = time.perf_counter()
+        flight = self._flight
+        if flight is not None:
+            self._assume(flight)
+            if self._must_land(flight):
+                self._land(flight)
+                flight = None
+        replies = self._between_steps()
+        batch = self.scheduler.schedule()
+        self._flight = self._launch(batch, flight) if batch else None
+        if flight is not None and not batch:
+            self._land(flight)
+        if self._flight is not None and not self.overlap:
+            self._assume(self._flight)
+            self._land(self._flight)
+            self._flight = None
+        return [self._report(batch, time.perf_counter() - started), *replies]
+
+    def _between_steps(self) -> list[Reply]:
+        """Let adapters and merges go on; returns what there is to answer."""
         self.residency.poll()
         self.merging.advance()
-        replies = [*self._settle_moves(), *self._trials.advance(), *self.merging.take_replies()]
+        replies = [*self._moves.settle(), *self._trials.advance(), *self.merging.take_replies()]
         self._cancel_reads()
-        self._unload_retired()
+        if self._moves:
+            self._moves.unload_retired(digests_of(self._sequences.values()))
         for seq, reason in self.scheduler.failed():
             self._finish(seq, [], FinishReason.ERROR, error=f"the adapter could not be loaded: {reason}")
-        batch = self.scheduler.schedule()
-        if batch:
-            self._steps += 1
-            self._run(batch)
-        return [self._report(batch, time.perf_counter() - started), *replies]
+        return replies
 
     # -- sequences -----------------------------------------------------------------------------------------------
 
@@ -134,63 +148,99 @@ class Engine:
         )
         self._sequences[seq.seq_id] = seq
         for adapter in seq.adapters:
-            self._retired.discard(adapter.digest)  # a name points at it again
+            self._moves.named_again(adapter.digest)
             self.residency.expect(adapter.digest)
         self.merging.arrived(seq.sole_adapter)
         self.scheduler.add(seq)
 
-    def _run(self, batch: ScheduledBatch) -> None:
-        """One forward pass. Whatever goes wrong in it ends the sequences of this batch and nothing else."""
+    # -- steps ---------------------------------------------------------------------------------------------------
+
+    def _launch(self, batch: ScheduledBatch, before: Flight | None) -> Flight | None:
+        """Queue one forward pass on the device, and then take in the step before it. Whatever goes wrong ends the
+        sequences of this batch and nothing else."""
+        self._steps += 1
         now = time.monotonic()
         for scheduled in batch.sequences:
             if scheduled.seq.admitted is None:
                 scheduled.seq.admitted = now
                 scheduled.seq.num_cached_tokens = scheduled.start
         try:
-            samples = self._forward(batch)
+            flight = self._forward(batch, before)
         except Exception:
             log.exception("a step failed; its %d sequences end with an error", len(batch.sequences))
-            for scheduled in batch.sequences:
-                self._abandon(scheduled.seq, "the engine failed to compute this step")
-            return
-        for scheduled in batch.sequences:
-            self._update(scheduled, next(samples) if scheduled.samples else None)
+            flight = None
+        if before is not None:
+            self._land(before)
+        if flight is None:
+            self._abandon_all(batch)
+        return flight
 
-    def _forward(self, batch: ScheduledBatch) -> Iterator[Sample]:
+    def _forward(self, batch: ScheduledBatch, before: Flight | None) -> Flight:
         sampled = [scheduled.seq for scheduled in batch.sequences if scheduled.samples]
         self._runner.kv_cache.scrub(self.scheduler.take_suspect_blocks())
-        forward = build_batch(batch, self.scheduler.blocks.block_size, self._runner.device)
+        unseen = None if before is None else (before.unseen, before.tokens)
+        forward = build_batch(batch, self.scheduler.blocks.block_size, self._runner.device, unseen)
+        for scheduled in batch.sequences:
+            scheduled.seq.num_launched_tokens = scheduled.end
         logits = self._runner.run(forward, *self._segments(batch))
         vocab_sizes = [self._runner.vocab_size(seq.slots) for seq in sampled]
-        return iter(sample(logits, sampled, self._eos_token_ids, vocab_sizes) if sampled else [])
+        started = start(logits, sampled, self._eos_token_ids, vocab_sizes)
+        return Flight(batch, started.tokens, started.collect)
 
-    def _segments(self, batch: ScheduledBatch) -> tuple[Segments, Segments]:
-        """Segments over all rows of the step, and over the sampled rows alone."""
-        columns = {slot.index: column_runs(slot.pages, PAGE_COLUMNS) for slot in self.residency.slots.slots()}
-        tokens = build_segments(adapter_rows(batch.sequences), columns)
-        head = build_segments(sampled_rows(batch.sequences), columns)
-        return tokens, head
+    def _assume(self, flight: Flight) -> None:
+        """Bring its sequences to where they are after the step, whatever its tokens turn out to be. One that they will
+        surely end has nothing left to compute."""
+        place = 0
+        for scheduled in flight.batch.sequences:
+            seq = scheduled.seq
+            if self._is_here(seq):
+                self.scheduler.blocks.commit(seq, scheduled.end)
+                if scheduled.samples and not self._is_full(seq, scheduled.end + 1):
+                    seq.token_ids.append(UNSEEN)
+                    flight.unseen[seq] = place
+            place += scheduled.samples
 
-    def _update(self, scheduled: ScheduledSequence, sampled: Sample | None) -> None:
-        seq = scheduled.seq
-        if sampled is not None and sampled.token_id < 0:
+    def _must_land(self, flight: Flight) -> bool:
+        """Whether the next step cannot be put together without its tokens."""
+        live = (scheduled.seq for scheduled in flight.batch.sequences if self._is_here(scheduled.seq))
+        return self.merging.has_work() or any(looks_back(seq.sampling) for seq in live)
+
+    def _land(self, flight: Flight) -> None:
+        """Wait for its tokens and give them to the sequences that are still here. It was assumed."""
+        try:
+            samples = iter(flight.collect())
+        except Exception:
+            log.exception("a step failed; its %d sequences end with an error", len(flight.batch.sequences))
+            self._abandon_all(flight.batch)
+            return
+        for scheduled in flight.batch.sequences:
+            sampled = next(samples) if scheduled.samples else None
+            if sampled is not None and self._is_here(scheduled.seq):
+                self._take(scheduled, sampled)
+
+    def _take(self, scheduled: ScheduledSequence, sampled: Sample) -> None:
+        seq, end = scheduled.seq, scheduled.end
+        if sampled.token_id < 0:
             self._abandon(seq, "the model produced numbers that are not finite")
             return
-        self.scheduler.blocks.commit(seq, scheduled.end)
-        if sampled is None:
-            return
-        seq.num_verified_tokens = scheduled.end
-        seq.token_ids.append(sampled.token_id)
+        if seq.num_computed_tokens >= end:  # not if it was preempted meanwhile: those blocks are no longer its own
+            seq.num_verified_tokens = end
+        seq.token_ids[end:] = [sampled.token_id]
         self._finish(seq, [sampled.token_id], self._finish_reason(seq, sampled.token_id), sampled=sampled)
+
+    def _is_here(self, seq: Sequence) -> bool:
+        """Not ended while a step with it was on its way."""
+        return self._sequences.get(seq.seq_id) is seq
+
+    def _is_full(self, seq: Sequence, num_tokens: int) -> bool:
+        return num_tokens - seq.num_prompt_tokens >= seq.sampling.max_tokens or num_tokens >= self._max_model_len
 
     def _finish_reason(self, seq: Sequence, token_id: int) -> FinishReason | None:
         params = seq.sampling
         stops = token_id in params.stop_token_ids or (token_id in self._eos_token_ids and not params.ignore_eos)
         if stops and seq.num_output_tokens >= params.min_tokens:
             return FinishReason.STOP
-        if seq.num_output_tokens >= params.max_tokens or seq.num_tokens >= self._max_model_len:
-            return FinishReason.LENGTH
-        return None
+        return FinishReason.LENGTH if self._is_full(seq, seq.num_tokens) else None
 
     def _finish(
         self,
@@ -221,59 +271,24 @@ class Engine:
         seq.num_verified_tokens = -1
         self._finish(seq, [], FinishReason.ERROR, error=error)
 
+    def _abandon_all(self, batch: ScheduledBatch) -> None:
+        for scheduled in batch.sequences:
+            if self._is_here(scheduled.seq):
+                self._abandon(scheduled.seq, "the engine failed to compute this step")
+
     # -- adapters ------------------------------------------------------------------------------------------------
 
-    def _settle_moves(self) -> list[FromEngine]:
-        """Answer the requested moves that are done, or cannot be."""
-        replies, self._withdrawn = self._withdrawn, []
-        waiting = []
-        for request in self._pending:
-            try:
-                if not self._advance(request):
-                    waiting.append(request)
-                    continue
-                replies.append(Reply(request.request_id))
-            except MoveRefused as refused:
-                replies.append(Reply(request.request_id, (refused.code, str(refused))))
-        self._pending = waiting
-        return replies
-
-    def _withdraw(self, digest: str, why: str, *, with_moves: bool) -> None:
-        """Refuse the version's pins, and perhaps moves, that are still on their way: done later, they would undo what
-        came after them."""
-        for request in [request for request in self._pending if request.digest == digest]:
-            if request.pinned if isinstance(request, PinAdapter) else with_moves:
-                self._pending.remove(request)
-                self._withdrawn.append(Reply(request.request_id, ("busy", why)))
-
-    def _advance(self, request: MoveAdapter | PinAdapter) -> bool:
-        """Whether `request` is done; if not, it was asked of residency. Raises `MoveRefused`."""
-        digest = request.digest
-        if isinstance(request, PinAdapter) and not request.pinned:
-            self.residency.unpin(digest)
-            return True
-        if isinstance(request, MoveAdapter) and request.tier == "disk":
-            self.residency.unload(digest)
-            return True
-        self._retired.discard(digest)  # a name points at it again
-        tier = request.tier if isinstance(request, MoveAdapter) else "device"
-        if _TIERS.index(self.residency.where(digest)) < _TIERS.index(tier):
-            self.residency.bring(digest, tier)
-            return False
-        if isinstance(request, PinAdapter):
-            self.residency.pin(digest)
-        return True
+    def _segments(self, batch: ScheduledBatch) -> tuple[Segments, Segments]:
+        """Segments over all rows of the step, and over the sampled rows alone."""
+        columns = {slot.index: column_runs(slot.pages, PAGE_COLUMNS) for slot in self.residency.slots.slots()}
+        tokens = build_segments(adapter_rows(batch.sequences), columns)
+        head = build_segments(sampled_rows(batch.sequences), columns)
+        return tokens, head
 
     def _cancel_reads(self) -> None:
         if self.residency.is_reading():
-            moved = {request.digest for request in self._pending}
-            self.residency.cancel_reads(_digests(self._sequences.values()) | moved | self._trials.digests())
-
-    def _unload_retired(self) -> None:
-        for digest in self._retired - _digests(self._sequences.values()) if self._retired else ():
-            with suppress(MoveRefused):  # it is just being loaded
-                self.residency.unload(digest)
-                self._retired.discard(digest)
+            in_use = digests_of(self._sequences.values())
+            self.residency.cancel_reads(in_use | self._moves.digests() | self._trials.digests())
 
     # -- report --------------------------------------------------------------------------------------------------
 
@@ -283,45 +298,11 @@ class Engine:
             AdapterMove(m.digest, m.source, m.target, m.outcome, m.seconds, m.error)
             for m in self.residency.take_moves()
         ]
-        residency = self._residency() if self.residency.changed else None
+        residency = describe(self.residency) if self.residency.changed else None
         merge = self.merging.status if self.merging.changed else None
         self.residency.changed = self.merging.changed = False
-        return StepOutputs(
-            outputs, self._measure(batch, seconds), moves, residency, merge, self.merging.take_switches()
-        )
-
-    def _measure(self, batch: ScheduledBatch, seconds: float) -> EngineStats:
-        blocks, slots, graphs = self.scheduler.blocks, self.residency.slots, self._runner.graphs
-        return EngineStats(
-            steps=self._steps,
-            running=len(self.scheduler.running),
-            waiting=len(self.scheduler.waiting),
-            blocks_used=blocks.num_used,
-            blocks_total=blocks.num_blocks,
-            prefix_queries=blocks.prefix_queries,
-            prefix_hits=blocks.prefix_hits,
-            preemptions=self.scheduler.preemptions,
-            graph_steps=graphs.replayed if graphs else 0,
-            eager_steps=dict(graphs.skipped) if graphs else {},
-            slots_used=len(slots.slots()),
-            slots_pinned=len(self.residency.pinned()),
-            slots_total=slots.num_slots,
-            step_seconds=seconds if batch else 0.0,
-            batch_tokens=batch.num_tokens,
-            batch_adapters=batch.num_adapters,
-            running_adapters=sorted(_digests(self.scheduler.running)),
-            waiting_adapters=sorted(_digests(self.scheduler.waiting)),
-        )
-
-    def _residency(self) -> messages.Residency:
-        slots = self.residency.slots.slots()
-        return messages.Residency(
-            device=[slot.digest for slot in slots if slot.ready],
-            host=self.residency.host.digests(),
-            loading=self.residency.loading(),
-            pinned=self.residency.pinned(),
-            failed=self.residency.failures(),
-        )
+        stats = measure(self.scheduler, self.residency, self._runner.graphs, batch, self._steps, seconds)
+        return StepOutputs(outputs, stats, moves, residency, merge, self.merging.take_switches())
 
     def check_integrity(self) -> None:
         """Raise AssertionError when any of the books do not balance; tests call this between steps."""
@@ -337,7 +318,3 @@ class Engine:
                 references[adapter.digest] = references.get(adapter.digest, 0) + 1
         self.residency.slots.check_integrity(references)
         assert {seq.seq_id for seq in [*running, *self.scheduler.waiting]} == set(self._sequences)
-
-
-def _digests(sequences: Iterable[Sequence]) -> set[str]:
-    return {adapter.digest for seq in sequences for adapter in seq.adapters}

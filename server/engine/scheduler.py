@@ -146,6 +146,8 @@ class Scheduler:
             if seq.status is not SequenceStatus.RUNNING or budget == 0:
                 continue
             num_new_tokens = min(seq.num_tokens - seq.num_computed_tokens, budget)
+            if not num_new_tokens:  # its last token is on its way
+                continue
             if self._make_room(seq, seq.num_computed_tokens + num_new_tokens):
                 budget = self._take_part(seq, batch, budget)
         return budget
@@ -269,7 +271,7 @@ class Scheduler:
     def _release(self, seq: Sequence) -> None:
         self._suspect_blocks += self.blocks.disown_unverified(seq)
         self.blocks.free(seq)
-        seq.num_verified_tokens = 0
+        seq.num_verified_tokens = seq.num_launched_tokens = 0
         self._release_slots(seq)
 
     def _release_slots(self, seq: Sequence) -> None:

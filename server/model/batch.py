@@ -11,6 +11,7 @@ import torch
 from adapters.segments import Rows, SlotUse
 from adapters.upload import upload
 from server.sequence import ScheduledBatch, ScheduledSequence
+from server.sequence import Sequence as TokenSequence
 
 
 @dataclass(slots=True)
@@ -110,12 +111,19 @@ class ForwardBatch:
         ]
 
 
-def build_batch(batch: ScheduledBatch, block_size: int, device: torch.device) -> ForwardBatch:
-    """Flatten a schedule. Every sequence's block table already covers its new tokens."""
+Unseen = tuple[dict[TokenSequence, int], torch.Tensor]  # whose last token is which of these on the device
+
+
+def build_batch(
+    batch: ScheduledBatch, block_size: int, device: torch.device, unseen: Unseen | None = None
+) -> ForwardBatch:
+    """Flatten a schedule. Every sequence's block table already covers its new tokens; the last tokens of those in
+    `unseen` are taken from there, without a word to the host (where -1 stands for a token, any will do)."""
     ids: list[int] = []
     positions, slots = [], []
     sample_rows: list[int] = []
     sequences: list[SequenceRows] = []
+    late: list[tuple[int, int]] = []  # rows, and the places of their tokens
     for scheduled in batch.sequences:
         row, table = len(ids), scheduled.seq.block_table
         ids += scheduled.seq.token_ids[scheduled.start : scheduled.end]
@@ -124,10 +132,14 @@ def build_batch(batch: ScheduledBatch, block_size: int, device: torch.device) ->
         slots.append(np.asarray(table)[span // block_size] * block_size + span % block_size)
         if scheduled.samples:
             sample_rows.append(len(ids) - 1)
+            if unseen and scheduled.seq in unseen[0]:
+                late.append((len(ids) - 1, unseen[0][scheduled.seq]))
         sequences.append(SequenceRows(row, len(ids), scheduled.end, table))
-    packed = np.concatenate([ids, *positions, *slots, sample_rows]).astype(np.int64)
-    sizes = [len(ids), len(ids), len(ids), len(sample_rows)]
-    input_ids, row_positions, slot_mapping, samples = torch.split(upload(packed, device), sizes)
+    packed = np.concatenate([ids, *positions, *slots, sample_rows, *zip(*late, strict=True)]).astype(np.int64)
+    sizes = [len(ids), len(ids), len(ids), len(sample_rows), len(late), len(late)]
+    input_ids, row_positions, slot_mapping, samples, rows, places = torch.split(upload(packed, device), sizes)
+    if unseen and late:
+        input_ids.index_copy_(0, rows, unseen[1].index_select(0, places).clamp_min(0))
     return ForwardBatch(input_ids, row_positions, slot_mapping, samples, sequences, block_size)
 
 

@@ -18,7 +18,7 @@ from adapters.upload import download, upload_all
 from server.model.cpu.library import why_unavailable
 from server.model.cpu.likeliest import likeliest
 from server.model.draw import Array, Draws, draw, draws_of, plan_draws
-from server.sequence import Sequence, TokenLogprobs
+from server.sequence import SamplingParams, Sequence, TokenLogprobs
 
 Entries = tuple[int, list[int], list[float] | float]  # a row, tokens of it, and a number for each or for all
 
@@ -29,6 +29,14 @@ class Sample:
 
     token_id: int
     logprobs: TokenLogprobs | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """`tokens` `[rows]` int64 on the device, -1 where a number is not finite; the call of `collect` waits for them."""
+
+    tokens: torch.Tensor
+    collect: Callable[[], list[Sample]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,18 +56,24 @@ def sample(
 ) -> list[Sample]:
     """Next tokens of `seqs` from `logits` `[len(seqs), vocab]` (any float dtype), each from the first
     `vocab_sizes[row]` of them (None: from all)."""
-    return start(logits, seqs, eos_token_ids, vocab_sizes)()
+    return start(logits, seqs, eos_token_ids, vocab_sizes).collect()
 
 
 def start(
     logits: torch.Tensor, seqs: list[Sequence], eos_token_ids: frozenset[int], vocab_sizes: list[int] | None = None
-) -> Callable[[], list[Sample]]:
-    """Queue the work of `sample` on the device without waiting for it. The call of what this returns waits; it must
-    come before `seqs` change."""
+) -> Started:
+    """Queue the work of `sample` on the device without waiting for it."""
+    if not seqs:
+        return Started(torch.empty(0, dtype=torch.int64, device=logits.device), list)
     asked = _ask(logits, seqs, eos_token_ids, vocab_sizes)
     chosen, *scores = [_likeliest(logits)] if asked is None else _sampled(logits.float(), asked)
     found = download(torch.cat([chosen.double(), *scores]))
-    return lambda: _samples(found().tolist(), seqs, 0 if asked is None else asked.num_top)
+    return Started(chosen, lambda: _samples(found().tolist(), seqs, 0 if asked is None else asked.num_top))
+
+
+def looks_back(params: SamplingParams) -> bool:
+    """Whether a token depends on which ones came before it by more than the model's numbers."""
+    return bool(params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0)
 
 
 def _likeliest(logits: torch.Tensor) -> torch.Tensor:
@@ -97,11 +111,11 @@ def _ask(
     if not sizes and not any(_asks(seq) for seq in seqs):
         return None
     scored = [row for row, seq in enumerate(seqs) if seq.sampling.logprobs is not None]
-    draws, *how = plan_draws(seqs, vocab, device.type == "cpu")
+    draws, num_plain, num_few, in_order = plan_draws(seqs, vocab, device.type == "cpu")
     own = [np.array(rows, dtype=np.int64) for rows in (scored, sizes)]
     uploaded = upload_all([*own, *draws, *_changes(seqs, eos_token_ids)], device)
     return _Asked(
-        draws_of(uploaded[2:5], *how),
+        draws_of(uploaded[2:5], num_plain, num_few, in_order),
         uploaded[0],
         max((seqs[row].sampling.logprobs or 0 for row in scored), default=0),
         uploaded[1][:, None] if sizes else None,
@@ -111,10 +125,8 @@ def _ask(
 
 def _asks(seq: Sequence) -> bool:
     p = seq.sampling
-    penalised = p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1.0
-    return bool(
-        p.temperature > 0 or p.logprobs is not None or penalised or p.logit_bias or seq.num_output_tokens < p.min_tokens
-    )
+    changed = looks_back(p) or p.logit_bias or seq.num_output_tokens < p.min_tokens
+    return bool(p.temperature > 0 or p.logprobs is not None or changed)
 
 
 def _changes(seqs: list[Sequence], eos_token_ids: frozenset[int]) -> list[Array]:
