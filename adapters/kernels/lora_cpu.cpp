@@ -17,7 +17,7 @@ namespace {
 constexpr int ROWS = 4;
 constexpr int MAX_LINEARS = 3;
 constexpr int CHUNK = 8;   // rank columns
-constexpr int TILE = 192;  // outputs whose fp32 sums stay in the first-level cache
+constexpr int TILE = 192;  // outputs at most, whose fp32 sums stay in the first-level cache
 
 struct Segment { int64_t start, end, lo, hi; };
 struct Item {
@@ -122,11 +122,21 @@ void expand(float* sums, const Item& item, const T* b, int64_t out, int64_t widt
     });
 }
 
+// What a call does, cut up for the threads.
+struct Cuts {
+    std::vector<Item> items;
+    std::vector<Group> groups;
+    std::vector<Part> chunks, tiles;
+    int64_t tile;  // outputs of a tile
+    std::vector<float> v;
+};
+
 // y[rows] += sum over columns of v[row][column] * b[column], for the outputs of a tile
 template <typename T>
-void expand_tile(const Item* items, const Group& group, const Linear<T>& l, const Part& tile, float* all_v,
-                 const T* next) {
-    int64_t width = std::min<int64_t>(TILE, l.out - tile.from);
+void expand_tile(Cuts& cuts, const Linear<T>& l, const Part& tile, const T* next) {
+    const Item* items = cuts.items.data();
+    const Group& group = cuts.groups[tile.of];
+    int64_t width = std::min(cuts.tile, l.out - tile.from);
     int rows = items[group.first].rows;
     T* y = l.y + items[group.first].row * l.ldy + tile.from;
     float sums[ROWS * TILE];
@@ -136,7 +146,7 @@ void expand_tile(const Item* items, const Group& group, const Linear<T>& l, cons
     for (int64_t i = group.first; i < group.last; i++) {
         const Item& item = items[i];
         const T* b = l.b + item.segment->lo * l.out + tile.from;
-        const float* v = item.sums(all_v, tile.linear);
+        const float* v = item.sums(cuts.v.data(), tile.linear);
         int64_t columns = item.columns(), c = 0;
         for (; c + 4 <= columns; c += 4) expand<T, 4>(sums, item, b + c * l.out, l.out, width, v + c, next + c * l.out);
         for (; c < columns; c++) expand<T, 1>(sums, item, b + c * l.out, l.out, width, v + c, next + c * l.out);
@@ -145,14 +155,6 @@ void expand_tile(const Item* items, const Group& group, const Linear<T>& l, cons
         for (int64_t n = 0; n < width; n += W)
             store_product(y + r * l.ldy + n, load(sums + r * TILE + n), std::min<int64_t>(W, width - n));
 }
-
-// What a call does, cut up for the threads.
-struct Cuts {
-    std::vector<Item> items;
-    std::vector<Group> groups;
-    std::vector<Part> chunks, tiles;
-    std::vector<float> v;
-};
 
 // Items of one row range follow each other: a group is expanded by one thread.
 void cut(Cuts& cuts, const Segment* segments, const float* scales, int64_t count, const int64_t* sizes,
@@ -170,11 +172,14 @@ void cut(Cuts& cuts, const Segment* segments, const float* scales, int64_t count
                 for (int64_t l = 0; l < linears; l++)
                     for (int64_t c = 0; c < columns; c += CHUNK) cuts.chunks.push_back({item, l, c});
             }
-            for (int64_t l = 0; l < linears; l++)
-                for (int64_t n = 0; n < sizes[l]; n += TILE) cuts.tiles.push_back({int64_t(cuts.groups.size()), l, n});
             cuts.groups.push_back({first, int64_t(cuts.items.size())});
         }
     }
+    int64_t groups = int64_t(cuts.groups.size());
+    cuts.tile = groups > 1 ? TILE : TILE / 2;  // one group has so few tiles that a thread could get twice another's
+    for (int64_t group = 0; group < groups; group++)
+        for (int64_t l = 0; l < linears; l++)
+            for (int64_t n = 0; n < sizes[l]; n += cuts.tile) cuts.tiles.push_back({group, l, n});
     cuts.v.resize(size_t(room));
 }
 
@@ -229,8 +234,7 @@ void expand_all(Call<T>& call) {
 #pragma omp for schedule(static) nowait
     for (int64_t i = 0; i < count; i++) {
         const Part &tile = cuts.tiles[i], &next = cuts.tiles[std::min(i + 1, count - 1)];
-        expand_tile(cuts.items.data(), cuts.groups[tile.of], call.linears[tile.linear], tile, cuts.v.data(),
-                    call.outputs_of(next));
+        expand_tile(cuts, call.linears[tile.linear], tile, call.outputs_of(next));
     }
 }
 
