@@ -101,7 +101,7 @@ void expand(float* sums, const T* b, int64_t out, int64_t width, const float* v,
         for (int c = 0; c < C; c++) factors[c] = load(b + c * out + n, some...);
         for (int r = 0; r < R; r++) {
             vec total = load(sums + r * TILE + n);
-            for (int c = 0; c < C; c++) total += factors[c] * weights[r][c];
+            for (int c = 0; c < C; c++) add_product(total, factors[c], weights[r][c]);
             store(sums + r * TILE + n, total, W);
         }
     };

@@ -43,6 +43,15 @@ inline vec load(const bf16* from) {
     return (vec)(__builtin_convertvector(narrow, uvec) << 16);
 }
 #endif
+// sum += a * b, rounded once wherever the processor can. Left to the compiler it may be one instruction here and two there,
+// and a row's bits would depend on how many rows are computed beside it.
+#if defined(__AVX512F__)
+inline void add_product(vec& sum, vec a, vec b) { sum = (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum); }
+#elif defined(__FMA__)
+inline void add_product(vec& sum, vec a, vec b) { sum = (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum); }
+#else
+inline void add_product(vec& sum, vec a, vec b) { sum += a * b; }
+#endif
 inline float sum(vec v) {
     typedef float quad __attribute__((vector_size(16)));
     quad parts[W / 4];
@@ -129,7 +138,7 @@ struct Factors {
     static constexpr int SIZE = W;
     vec lanes;
     explicit Factors(const T* from, int64_t width = W) : lanes(load(from, width)) {}
-    void add_product(vec& sum, const Factors& other) const { sum += lanes * other.lanes; }
+    void add_product(vec& sum, const Factors& other) const { ::add_product(sum, lanes, other.lanes); }
 };
 #ifdef __AVX512BF16__
 template <>

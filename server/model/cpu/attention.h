@@ -72,7 +72,7 @@ struct Scorer {
             for (int64_t d = 0; d < s.dim; d += W) {
                 int64_t width = std::min<int64_t>(W, s.dim - d);
                 vec key = load(pass.keys[j] + d, width);
-                for (int i = 0; i < N; i++) sums[i] += load(scaled + i * s.dim + d, width) * key;
+                for (int i = 0; i < N; i++) add_product(sums[i], load(scaled + i * s.dim + d, width), key);
             }
             for (int i = 0; i < N; i++) scores[i * KEYS + j] = sum(sums[i]);
         }
@@ -156,7 +156,7 @@ void add_values(float* sums, const float* corrections, const float* weights, con
         for (int i = 0; i < N; i++) {
             float weight = weights[i * KEYS + j];
             if (!all_seen && weight == 0) continue;
-            for (int p = 0; p < P; p++) acc[i][p] += value[p] * weight;
+            for (int p = 0; p < P; p++) add_product(acc[i][p], value[p], all(weight));
         }
     }
     for (int i = 0; i < N; i++)

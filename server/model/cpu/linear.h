@@ -37,8 +37,8 @@ inline Pairs pairs(const bf16* from) {
     return {(vec)(both << 16), (vec)(both & 0xffff0000u)};
 }
 inline void add_product(vec& sum, const Pairs& weights, const Input* x) {
-    sum += all(x[0]) * weights.even;
-    sum += all(x[1]) * weights.odd;
+    add_product(sum, all(x[0]), weights.even);
+    add_product(sum, all(x[1]), weights.odd);
 }
 inline Input input(bf16 x) { return to_float(x); }
 #endif
