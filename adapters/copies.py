@@ -28,7 +28,7 @@ class CudaCopies:
         self._stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def write(self, slot: Slot, packed: PackedAdapter) -> None:
-        # A step that samples nothing is not waited for: it may still read what its last sequence has let go of.
+        # A step on its way may still read what one of its sequences has let go of.
         self._stream.wait_stream(torch.cuda.default_stream(self._device))
         with self._own_stream():
             self._pool.write(slot, replace(packed, columns=packed.columns.to(self._device)))

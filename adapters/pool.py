@@ -56,7 +56,8 @@ class AdapterPool:
     """Per adaptable module one A and one B buffer of `num_pages * 16` rank columns; those of siblings are parts of one
     tensor.
 
-    Writing goes to pages that no running sequence refers to, so it may happen in another thread during a step.
+    Writing goes to pages that no running sequence refers to, so it may happen in another thread during a step; on a GPU
+    it is queued behind those on their way.
     Invariant: B holds only finite numbers at all times, in use or not (kernels multiply unused columns by zero).
     """
 

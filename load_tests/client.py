@@ -5,15 +5,15 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any, Literal
 
-import aiohttp
 import httpx
 import msgspec
+from aiohttp import ClientError, ClientSession, TCPConnector
 from httpx_aiohttp import AiohttpTransport
 
 from load_tests.schedule import Planned
 
 MAX_ERROR_CHARS = 300
-FAILURES = (httpx.HTTPError, aiohttp.ClientError)  # of a client's requests
+FAILURES = (httpx.HTTPError, ClientError)  # of a client's requests
 
 
 class Record(msgspec.Struct, kw_only=True):
@@ -44,7 +44,8 @@ def new_client(url: str, api_key: str | None = None, timeout_s: float = 60) -> h
     """As many connections as there are requests. httpx's own transport parses HTTP in Python, which took more of the
     cores that it shares with a server under test than that server's own HTTP did."""
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    wire = AiohttpTransport(client=lambda: aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)))
+    # Given up before uvicorn closes what has been idle for five seconds.
+    wire = AiohttpTransport(client=lambda: ClientSession(connector=TCPConnector(limit=0, keepalive_timeout=3)))
     return httpx.AsyncClient(base_url=url, headers=headers, transport=wire, timeout=timeout_s)
 
 

@@ -59,12 +59,14 @@ def test_the_engine_answers_as_on_the_plain_implementations(
     driver = make_driver(models / "model", tmp_path / "triton")
     assert driver.engine._runner.pool.kernel.name == "triton"
     assert answers(driver, models) == plain
-    driver = make_driver(models / "model", tmp_path / "graphs")
-    graphs = with_graphs(driver)
-    assert answers(driver, models) == plain
-    stats = driver.steps[-1].stats
-    assert (stats.graph_steps, stats.eager_steps) == (graphs.replayed, graphs.skipped)
-    assert graphs.replayed >= 3 and set(graphs.skipped) == {"prefill"}
+    for overlap in (False, True):
+        driver = make_driver(models / "model", tmp_path / f"graphs-{overlap}")
+        driver.engine.overlap = overlap
+        graphs = with_graphs(driver)
+        assert answers(driver, models) == plain
+        stats = driver.steps[-1].stats
+        assert (stats.graph_steps, stats.eager_steps) == (graphs.replayed, graphs.skipped)
+        assert graphs.replayed >= 3 and set(graphs.skipped) == {"prefill"}
 
 
 def with_graphs(driver: Driver) -> DecodeGraphs:
