@@ -1,4 +1,5 @@
-"""Steps launched before the tokens of the one before are seen: nobody's answer changes, and nothing is left behind."""
+"""Steps launched before the tokens of the one before are seen: in which order, and what becomes of sequences that end
+meanwhile. That nobody's answer changes is for test_random_traffic.py as well."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -13,18 +14,11 @@ import torch
 from server.engine import engine as engine_module
 from server.engine.messages import Abort
 from server.model.sampler import Started, start
-from tests.adapter_factory import tiny_llama, write_adapter
 from tests.engine_driver import Driver, make_driver
 from tests.test_engine import BLOCK_BYTES, assert_the_cache_is_finite
 
 Make = Callable[..., Driver]
 VOCAB = 97
-
-
-@pytest.fixture(scope="module")
-def adapters(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    root = tmp_path_factory.mktemp("adapters")
-    return [write_adapter(tiny_llama(), root / str(i), seed=i, scale=0.2, r=4 * (i + 1)) for i in range(3)]
 
 
 @pytest.fixture
@@ -46,64 +40,11 @@ def driver(make: Make) -> Driver:
 
 
 def prompt_of(length: int, seed: int = 0) -> list[int]:
-    return [random.Random(seed).randrange(3, VOCAB) for _ in range(length)]
+    chance = random.Random(seed)
+    return [chance.randrange(3, VOCAB) for _ in range(length)]
 
 
 # -- the same answers --------------------------------------------------------------------------------------------------
-
-
-def some_sampling(chance: random.Random) -> dict[str, Any]:
-    """Whatever a request may ask of the sampler; a third of them ends before its length."""
-    sampling: dict[str, Any] = {"max_tokens": chance.randint(1, 24), "ignore_eos": False, "seed": chance.randrange(99)}
-    sampling["temperature"] = chance.choice([0.0, 0.0, 1.0])
-    for name, value in (
-        ("stop_token_ids", tuple(range(20))),
-        ("min_tokens", min(5, sampling["max_tokens"])),
-        ("logprobs", 2),
-        ("logit_bias", {5: 3.0}),
-        ("repetition_penalty", 1.3),
-        ("top_p", 0.9),
-    ):
-        if chance.random() < 0.25:
-            sampling[name] = value
-    return sampling
-
-
-def play(driver: Driver, adapters: list[Path], seed: int) -> None:
-    """Twenty sequences that come while others run, with adapters that take turns in the slots; some are aborted."""
-    chance = random.Random(seed)
-    digests = [None, *(driver.add_adapter(folder) for folder in adapters)]
-    for number in range(20):
-        adapter, prompt = chance.choice(digests), prompt_of(chance.randint(1, 40), number % 7)
-        driver.submit(f"s{number}", prompt, adapter, **some_sampling(chance))
-        for _ in range(chance.randrange(4)):
-            driver.step()
-        if chance.random() < 0.2:
-            driver.engine.handle(Abort([f"s{chance.randrange(number + 1)}"]))
-    driver.run()
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_every_sequence_says_what_it_says_without(make: Make, adapters: list[Path], seed: int) -> None:
-    settings = {"kv_cache_bytes": 7 * BLOCK_BYTES, "adapter_slots": 2, "max_batch_tokens": 32, "max_num_seqs": 6}
-    ahead, plain = make(True, **settings), make(False, **settings)
-    for driver in (ahead, plain):
-        play(driver, adapters, seed)
-        assert driver.engine.scheduler.blocks.num_used == 0
-        assert not any(slot.ref_count for slot in driver.engine.residency.slots.slots())
-        assert_the_cache_is_finite(driver)
-        assert all(
-            [o.finish_reason for o in outputs].count(None) == len(outputs) - 1 for outputs in driver.outputs.values()
-        )
-    for seq_id, outputs in plain.outputs.items():
-        if outputs[-1].finish_reason == "abort" or ahead.finish_reason(seq_id) == "abort":
-            shorter, longer = sorted([ahead.tokens(seq_id), plain.tokens(seq_id)], key=len)
-            assert longer[: len(shorter)] == shorter
-            continue
-        assert ahead.finish_reason(seq_id) == outputs[-1].finish_reason
-        assert ahead.tokens(seq_id) == plain.tokens(seq_id)
-        scores = [[o.logprobs for o in driver.outputs[seq_id] if o.logprobs] for driver in (ahead, plain)]
-        assert [[s.rank for (s,) in own] for own in scores[:1]] == [[s.rank for (s,) in own] for own in scores[1:]]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
