@@ -1,7 +1,6 @@
 """Steps launched before the tokens of the one before are seen: in which order, and what becomes of sequences that end
 meanwhile. That nobody's answer changes is for test_random_traffic.py as well."""
 
-import random
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,10 +14,9 @@ from server.engine import engine as engine_module
 from server.engine.messages import Abort
 from server.model.sampler import Started, start
 from tests.engine_driver import Driver, make_driver
-from tests.test_engine import BLOCK_BYTES, assert_the_cache_is_finite
+from tests.test_engine import BLOCK_BYTES, assert_the_cache_is_finite, prompt_of
 
 Make = Callable[..., Driver]
-VOCAB = 97
 
 
 @pytest.fixture
@@ -37,11 +35,6 @@ def make(llama_folder: Path, tmp_path: Path) -> Iterator[Make]:
 @pytest.fixture
 def driver(make: Make) -> Driver:
     return make()
-
-
-def prompt_of(length: int, seed: int = 0) -> list[int]:
-    chance = random.Random(seed)
-    return [chance.randrange(3, VOCAB) for _ in range(length)]
 
 
 # -- the same answers --------------------------------------------------------------------------------------------------

@@ -43,8 +43,8 @@ inline vec load(const bf16* from) {
     return (vec)(__builtin_convertvector(narrow, uvec) << 16);
 }
 #endif
-// sum += a * b, rounded once wherever the processor can. Left to the compiler it may be one instruction here and two there,
-// and a row's bits would depend on how many rows are computed beside it.
+// sum += a * b, rounded once wherever the processor can. Left to the compiler it may be one instruction here and two
+// there, and a row's bits would depend on how many rows are computed beside it.
 #if defined(__AVX512F__)
 inline void add_product(vec& sum, vec a, vec b) { sum = (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum); }
 #elif defined(__FMA__)

@@ -164,15 +164,15 @@ class Engine:
             if scheduled.seq.admitted is None:
                 scheduled.seq.admitted = now
                 scheduled.seq.num_cached_tokens = scheduled.start
+        flight, failure = None, None
         try:
             flight = self._forward(batch, before)
-        except Exception:
-            log.exception("a step failed; its %d sequences end with an error", len(batch.sequences))
-            flight = None
+        except Exception as error:
+            failure = error
         if before is not None:
             self._land(before)
-        if flight is None:
-            self._abandon_all(batch)
+        if failure is not None:
+            self._abandon_all(batch, failure)
         return flight
 
     def _forward(self, batch: ScheduledBatch, before: Flight | None) -> Flight:
@@ -209,9 +209,8 @@ class Engine:
         """Wait for its tokens and give them to the sequences that are still here. It was assumed."""
         try:
             samples = iter(flight.collect())
-        except Exception:
-            log.exception("a step failed; its %d sequences end with an error", len(flight.batch.sequences))
-            self._abandon_all(flight.batch)
+        except Exception as error:  # of the device, which says only now what went wrong
+            self._abandon_all(flight.batch, error)
             return
         for scheduled in flight.batch.sequences:
             sampled = next(samples) if scheduled.samples else None
@@ -271,7 +270,8 @@ class Engine:
         seq.num_verified_tokens = -1
         self._finish(seq, [], FinishReason.ERROR, error=error)
 
-    def _abandon_all(self, batch: ScheduledBatch) -> None:
+    def _abandon_all(self, batch: ScheduledBatch, failure: Exception) -> None:
+        log.error("a step failed; its %d sequences end with an error", len(batch.sequences), exc_info=failure)
         for scheduled in batch.sequences:
             if self._is_here(scheduled.seq):
                 self._abandon(scheduled.seq, "the engine failed to compute this step")
