@@ -1,9 +1,9 @@
-"""What the C++ operations of the CPU path bring: decode steps of one engine with them and of one without.
+"""Measure decode steps in every form of the native code that this machine can run, and without native code.
 
-    python -m load_tests.cpu_path [--rounds 3]
+    python -m load_tests.cpu_path [--rounds 3] [--forms avx512,avx2,none] [--out FILE]
 
-SmolLM2 in bf16. Each arm is a process of its own, since an engine chooses its operations once; the one without finds no
-compiler. Arms take turns, so that a noisy machine hurts both.
+SmolLM2 in bf16. Each form is measured in a process of its own, since a process chooses its form once. Forms take turns,
+so that a noisy machine hurts all of them. The ratios are to the best form, in the same round.
 """
 
 import argparse
@@ -18,11 +18,12 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
+from adapters.device.forms import FORCED, FORMS, NONE, why_not
 from load_tests.engine_bench import EngineBench, write_adapter
+from load_tests.peers.setting import machine
 from server.model.default_model import prepare_default_model
 
 CASES = {"1 base": (1, 0), "1 on 1": (1, 1), "8 base": (8, 0), "8 on 8": (8, 8), "32 base": (32, 0), "32 on 8": (32, 8)}
-ARMS = {"C++": {}, "torch": {"CXX": "/nowhere/c++"}}
 NEW_TOKENS = 12
 
 
@@ -40,29 +41,46 @@ def _median_step(bench: EngineBench, rows: int, digests: list[str]) -> float:
     return statistics.median(bench.decode_steps([[5, 6, 7 + row] for row in range(rows)], adapters, NEW_TOKENS))
 
 
+def measured(form: str) -> dict[str, float]:
+    """Seconds per step by case, measured in a process that uses `form`."""
+    command = [sys.executable, "-m", "load_tests.cpu_path", "--measure"]
+    environment = {**os.environ, FORCED: form}
+    printed = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, timeout=600).stdout
+    found: dict[str, float] = json.loads(printed.splitlines()[-1])
+    return found
+
+
+def table(rounds: list[dict[str, dict[str, float]]]) -> str:
+    """Milliseconds by case and form, and in brackets how many times as long as the first form of the same round."""
+    forms = list(rounds[0])
+    lines = [f"| case | {' | '.join(forms)} |", "| --- |" + " --- |" * len(forms)]
+    for case in CASES:
+        cells = []
+        for form in forms:
+            seconds = statistics.median(found[form][case] for found in rounds)
+            ratio = statistics.median(found[form][case] / found[forms[0]][case] for found in rounds)
+            cells.append(f"{seconds * 1e3:.1f} ({ratio:.2f})")
+        lines.append(f"| {case} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--arm", action="store_true", help="measure in this process and print JSON")
+    parser.add_argument("--forms", default=",".join([*(form.name for form in FORMS if not why_not(form)), NONE]))
+    parser.add_argument("--out", type=Path, help="write JSON here, too")
+    parser.add_argument("--measure", action="store_true", help="measure in this process and print JSON")
     options = parser.parse_args()
-    if options.arm:
+    if options.measure:
         print(json.dumps(seconds_per_step()))
         return
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in ARMS}
+    rounds = []
     for _ in range(options.rounds):
-        for name, environment in ARMS.items():
-            command = [sys.executable, "-m", "load_tests.cpu_path", "--arm"]
-            said = subprocess.run(
-                command, env={**os.environ, **environment}, check=True, stdout=subprocess.PIPE, timeout=300
-            ).stdout
-            found[name].append(json.loads(said.splitlines()[-1]))
-    for case in CASES:
-        times = {name: [run[case] for run in runs] for name, runs in found.items()}
-        ratios = [slow / fast for slow, fast in zip(times["torch"], times["C++"], strict=True)]
-        middle = {name: f"{statistics.median(values) * 1e3:.0f} ms" for name, values in times.items()}
-        print(
-            f"{case:8}  {middle}  {statistics.median(ratios):.1f} times faster ({min(ratios):.1f} to {max(ratios):.1f})"
-        )
+        rounds.append({form: measured(form) for form in options.forms.split(",")})
+        print(table(rounds[-1:]), flush=True)
+    print(f"medians of {options.rounds} rounds\n{table(rounds)}")
+    if options.out:
+        options.out.write_text(json.dumps({"machine": machine(), "seconds": rounds}, indent=1))
 
 
 if __name__ == "__main__":

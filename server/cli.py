@@ -9,6 +9,7 @@ import typer
 from server import adapter_commands, folder_commands, sync_commands
 from server import config as settings
 from server.config import HINTS, ConfigError, ServeConfig
+from server.doctor import doctor
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -66,6 +67,7 @@ app.command()(folder_commands.merge_adapters)
 app.command()(adapter_commands.merge)
 app.command()(adapter_commands.unmerge)
 app.command()(sync_commands.sync)
+app.command()(doctor)
 app.add_typer(adapter_commands.app, name="adapters")
 
 

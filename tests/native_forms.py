@@ -1,30 +1,70 @@
-"""The C++ for processors that have less than this one."""
+"""The native code in every form that this machine can run, and without any."""
 
-import ctypes
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
-from adapters.kernels.compiled import NativeUnavailable, build
-from server.model import packed_linear
+from adapters.device import forms
+from adapters.device.forms import FORCED, FORMS, NONE, Form
+from adapters.kernels import compiled
+from server.model import attention
 from server.model.cpu import library
 
-NO_TILES = ("-mno-amx-tile", "-mno-amx-bf16")
-NO_BF16 = (*NO_TILES, "-mno-avx512f")
-FORMS: dict[str, tuple[str, ...]] = {"own": (), "no matrix unit": NO_TILES, "no bf16 arithmetic": NO_BF16}
+CACHES: tuple[Callable[..., object], ...] = (
+    forms.chosen_form,
+    compiled.load,
+    library.function,
+    library.why_unavailable,
+    attention.choose,
+)
+NAMES = [form.name for form in FORMS]
 
 
-@pytest.fixture(params=FORMS)
+def form_named(name: str) -> Form:
+    return next(form for form in FORMS if form.name == name)
+
+
+def skip_unless_it_runs(name: str) -> None:
+    """Skip the test by the reason why this machine cannot run the form; tests/test_forms.py compiles it all the
+    same."""
+    if obstacle := forms.why_not(form_named(name)):
+        pytest.skip(f"this machine does not run the form {name}: {obstacle}")
+
+
+def use_form(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have everything that is made from now on use the form `name`, or torch alone for `none`."""
+    if name != NONE:
+        skip_unless_it_runs(name)
+    monkeypatch.setenv(FORCED, name)
+    forget()
+
+
+def forget() -> None:
+    """Have the form chosen anew."""
+    for cache in CACHES:
+        cache.cache_clear()  # type: ignore[attr-defined]
+
+
+@pytest.fixture(params=NAMES)
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """ops.cpp in one of its forms, for the modules that are made in the test."""
-    try:
-        built = build(library.SOURCE, flags=FORMS[request.param])
-    except NativeUnavailable as unavailable:
-        if request.param == "own" and "no C++ compiler" not in str(unavailable):
-            raise
-        pytest.skip(f"these flags are of compilers for x86: {unavailable}")
-    monkeypatch.setattr(library, "_library", lambda: ctypes.CDLL(str(built)))
-    monkeypatch.setattr(packed_linear, "multiplies_bf16", lambda: True)  # oneDNN is not to take its place
-    library.function.cache_clear()
+    """The name of the form that the modules which the test makes are computed by: each in its turn."""
+    use_form(request.param, monkeypatch)
     yield request.param
-    library.function.cache_clear()
+    forget()
+
+
+@pytest.fixture(params=[*NAMES, NONE])
+def form_or_none(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """As `form`, and once more without native code."""
+    use_form(request.param, monkeypatch)
+    yield request.param
+    forget()
+
+
+@pytest.fixture
+def native() -> str:
+    """The name of the form that this process uses; tests of native code are skipped where there is none."""
+    try:
+        return forms.chosen_form().form.name
+    except forms.NativeUnavailable as unavailable:
+        pytest.skip(f"there is no native code: {unavailable}")

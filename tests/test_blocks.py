@@ -7,13 +7,12 @@ import torch
 
 from server.model import blocks
 from server.model.cpu.block_ops import NativeBlockOps
-from server.model.cpu.library import why_unavailable
 from tests.engine_driver import make_driver
+from tests.native_forms import native
 from tests.test_architectures import build
 
-pytestmark = pytest.mark.skipif(
-    "no C++ compiler" in (why_unavailable(torch.float32) or ""), reason="the operations need a C++ compiler"
-)
+__all__ = ["native"]
+pytestmark = pytest.mark.usefixtures("native")
 
 
 @pytest.mark.parametrize(

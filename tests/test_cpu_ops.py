@@ -12,17 +12,13 @@ from server.model.attention import paged
 from server.model.batch import ForwardBatch, SequenceRows
 from server.model.cpu import attention
 from server.model.cpu.block_ops import NativeBlockOps
-from server.model.cpu.library import why_unavailable
 from server.model.cpu.likeliest import likeliest
 from server.model.cpu.linear import NativeLinear
 from server.model.kv_cache import CacheShape, KVCache
 from tests.native_forms import form
 
 __all__ = ["form"]
-pytestmark = [
-    pytest.mark.skipif("no C++ compiler" in (why_unavailable(torch.float32) or ""), reason="they need a C++ compiler"),
-    pytest.mark.usefixtures("form"),
-]
+pytestmark = pytest.mark.usefixtures("form")
 DTYPES = [torch.float32, torch.bfloat16]
 BLOCK = 16
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-7}

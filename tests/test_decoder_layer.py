@@ -7,22 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch import nn
 
 from adapters.pool import StepPlan
 from server.engine.messages import Merge, Submit, Unmerge
 from server.model.cpu.decoder_layer import NativeLayer
-from server.model.cpu.library import why_unavailable
 from server.sequence import SamplingParams
 from tests.adapter_factory import tiny_llama, write_adapter
 from tests.engine_driver import Driver, make_driver, plain
 from tests.native_forms import form
 
 __all__ = ["form"]
-pytestmark = pytest.mark.skipif(
-    "no C++ compiler" in (why_unavailable(torch.bfloat16) or ""), reason="the operations need a C++ compiler"
-)
 LAYERS = 2
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PROMPTS = {"a": [5] * 3 + [*range(3, 40)], "b": [7, 8, 9], "base": [11, 12, 13, 14], "none": [3]}
@@ -34,7 +29,7 @@ def model(request: pytest.FixtureRequest) -> nn.Module:
 
 
 @pytest.fixture
-def driver(model: nn.Module, tmp_path: Path) -> Iterator[Driver]:
+def driver(form: str, model: nn.Module, tmp_path: Path) -> Iterator[Driver]:
     copy.deepcopy(model).bfloat16().save_pretrained(tmp_path / "model")  # type: ignore[operator]
     made = make_driver(tmp_path / "model", tmp_path, dtype="bfloat16")
     yield made
@@ -80,7 +75,6 @@ def answers(driver: Driver, round_: str, digests: dict[str, str | None]) -> dict
     }
 
 
-@pytest.mark.usefixtures("form")
 def test_the_bits_are_those_of_the_modules(
     driver: Driver, adapter: Callable[..., str], wholes: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:

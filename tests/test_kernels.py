@@ -1,9 +1,10 @@
 """Every LoRA kernel against a float64 computation from the stored values: any mix of ranks, any popularity of adapters,
 odd sizes, scattered pages; and base rows keep their bits."""
 
+import ctypes
 import random
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +12,8 @@ import pytest
 import torch
 
 from adapters.columns import RankColumns
-from adapters.kernels import LoRAKernel, choose_kernel
-from adapters.kernels.compiled import NativeUnavailable, build
+from adapters.device.forms import FORCED, FORMS
+from adapters.kernels import LoRAKernel, choose_kernel, compiled
 from adapters.kernels.grouped import DensePlan, GroupedKernel
 from adapters.kernels.native import SOURCE, NativeKernel
 from adapters.kernels.reference import ReferenceKernel
@@ -21,7 +22,8 @@ from adapters.pool import AdapterPool
 from adapters.segments import Segment, Segments, SlotUse, build_segments, column_runs
 from adapters.slots import PAGE_COLUMNS, Slot
 from adapters.spec import ModelSpec
-from tests.native_forms import NO_BF16
+from tests.native_forms import NAMES as NATIVE_FORMS
+from tests.native_forms import forget, form_named, skip_unless_it_runs
 
 CPU = torch.device("cpu")
 RANKS = (1, 4, 8, 16, 24, 40, 64)
@@ -51,19 +53,14 @@ KERNELS: dict[str, Callable[[], LoRAKernel]] = {
     "grouped": lambda: GroupedKernel(CPU),
     "dense": lambda: DenseKernel(CPU),
     "per segment": lambda: SegmentKernel(CPU),
-    "native": lambda: native_kernel(),
-    "native, no bf16 arithmetic": lambda: native_kernel(NO_BF16),
+    **{f"native {name}": lambda name=name: native_kernel(name) for name in NATIVE_FORMS},
     "chosen": lambda: choose_kernel(CPU, torch.float32)[0],
 }
 
 
-def native_kernel(flags: Sequence[str] = ()) -> LoRAKernel:
-    try:
-        return NativeKernel(build(SOURCE, flags=flags))
-    except NativeUnavailable as unavailable:
-        if not flags and "no C++ compiler" not in str(unavailable):
-            raise
-        pytest.skip(f"the native kernel needs a compiler, for x86 if it is to do with less: {unavailable}")
+def native_kernel(form: str) -> LoRAKernel:
+    skip_unless_it_runs(form)
+    return NativeKernel(ctypes.CDLL(str(compiled.build(SOURCE, form_named(form)))))
 
 
 @dataclass
@@ -279,20 +276,23 @@ def test_pages_that_change_hands_keep_nothing_of_their_last_owner() -> None:
     assert torch.equal(y, torch.ones(2, 8))
 
 
-def test_the_native_kernel_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    native_kernel()
-    library = build(SOURCE, tmp_path)
+PLAIN = FORMS[-1]
+
+
+def test_the_native_kernel_is_compiled_once(tmp_path: Path) -> None:
+    skip_unless_it_runs(PLAIN.name)
+    library = compiled.build(SOURCE, PLAIN, tmp_path)
     built = library.stat().st_mtime_ns
-    assert build(SOURCE, tmp_path) == library and library.stat().st_mtime_ns == built
+    assert compiled.build(SOURCE, PLAIN, tmp_path) == library and library.stat().st_mtime_ns == built
     assert [file.name for file in tmp_path.iterdir()] == [library.name]
 
 
 def test_a_compiler_of_c_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiler = shutil.which("gcc")
-    if compiler is None:
+    found = shutil.which("gcc")
+    if found is None:
         pytest.skip("there is no gcc")
-    monkeypatch.setenv("CXX", compiler)
-    assert NativeKernel(build(SOURCE, tmp_path)).name == "native"
+    monkeypatch.setenv("CXX", found)
+    assert NativeKernel(ctypes.CDLL(str(compiled.build(SOURCE, PLAIN, tmp_path)))).name == "native"
 
 
 @pytest.mark.parametrize("compiler", ["/nowhere/g++", "false"])
@@ -301,7 +301,12 @@ def test_without_a_working_compiler_torch_does_it(
 ) -> None:
     monkeypatch.setenv("CXX", compiler)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    kernel, reason = choose_kernel(CPU, torch.float32)
+    monkeypatch.delenv(FORCED, raising=False)
+    forget()
+    try:
+        kernel, reason = choose_kernel(CPU, torch.float32)
+    finally:
+        forget()
     assert kernel.name == "grouped" and compiler in reason
     assert not list(tmp_path.rglob("*.so"))
 
@@ -314,25 +319,26 @@ def test_a_dtype_that_the_native_kernel_does_not_know_goes_to_torch() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("in_features", "sizes"), [(576, (576, 192, 192)), (1536, (576,)), (77, (50,))], ids=str)
 @pytest.mark.parametrize(("lo", "hi"), [(0, 16), (3, 10), (0, 48)])
-@pytest.mark.parametrize("name", ["native", "native, no bf16 arithmetic"])
+@pytest.mark.parametrize("form", NATIVE_FORMS)
 def test_a_row_has_the_same_bits_in_any_batch(
-    name: str, dtype: torch.dtype, in_features: int, sizes: tuple[int, ...], lo: int, hi: int
+    form: str, dtype: torch.dtype, in_features: int, sizes: tuple[int, ...], lo: int, hi: int
 ) -> None:
     """The native kernel takes rows by twos and fours; whoever the neighbours are, the order of additions is one."""
-    kernel, generator = KERNELS[name](), torch.Generator().manual_seed(0)
+    kernel, generator = native_kernel(form), torch.Generator().manual_seed(0)
 
     def drawn(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator).to(dtype)
 
+    rows = 300  # a long prompt
     x, y, a, b = (
-        drawn(11, in_features),
-        drawn(11, sum(sizes)),
+        drawn(rows, in_features),
+        drawn(rows, sum(sizes)),
         drawn(len(sizes), 64, in_features),
         drawn(64 * sum(sizes)),
     )
     together = y.clone()
-    kernel.add_lora(together, x, a, b, sizes, kernel.plan(Segments((Segment(0, 11, lo, hi),))))
-    for start, end in [(0, 1), (1, 3), (3, 6), (6, 10), (2, 7), (10, 11)]:
+    kernel.add_lora(together, x, a, b, sizes, kernel.plan(Segments((Segment(0, rows, lo, hi),))))
+    for start, end in [(0, 1), (1, 3), (3, 6), (6, 10), (2, 7), (10, 11), (5, 270)]:
         part = y[start:end].clone()
         kernel.add_lora(part, x[start:end], a, b, sizes, kernel.plan(Segments((Segment(0, end - start, lo, hi),))))
         assert torch.equal(part, together[start:end])

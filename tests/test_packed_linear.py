@@ -4,19 +4,22 @@ import pytest
 import torch
 from torch import nn
 
-from server.model import packed_linear
-from server.model.cpu.library import multiplies_bf16, why_unavailable
+from adapters.device.forms import NONE
 from server.model.cpu.linear import NativeLinear
-from server.model.packed_linear import PackedLinear, pack_linears
+from server.model.packed_linear import PackedLinear, pack_linears, packed
+from tests.native_forms import form_or_none
 
-HAS_BF16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+__all__ = ["form_or_none"]
+HAS_ONEDNN = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+needs_onednn = pytest.mark.skipif(not HAS_ONEDNN, reason="oneDNN has no bf16 linears for this processor")
+SHAPES = [(192, 576), (576, 960), (1536, 576)]
 
 
-@pytest.mark.skipif(not HAS_BF16, reason="this processor has no bf16 arithmetic")
+@needs_onednn
 @pytest.mark.parametrize("rows", [1, 3, 8, 64, 513])
 @pytest.mark.parametrize("bias", [True, False])
 @torch.inference_mode()
-def test_a_packed_linear_gives_the_same_product(rows: int, bias: bool) -> None:
+def test_a_linear_packed_for_onednn_gives_the_same_product(rows: int, bias: bool) -> None:
     generator = torch.Generator().manual_seed(rows)
     linear = nn.Linear(192, 576, bias=bias, dtype=torch.bfloat16)
     x = torch.randn(1, rows, 192, generator=generator).bfloat16()
@@ -25,14 +28,19 @@ def test_a_packed_linear_gives_the_same_product(rows: int, bias: bool) -> None:
     assert torch.equal(packed.weight, linear.weight)
 
 
-@pytest.mark.parametrize("compiler", [True, False])
-def test_only_plain_bf16_linears_are_packed(compiler: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not compiler:
-        monkeypatch.setattr(packed_linear, "why_unavailable", lambda _: "no C++ compiler was found")
-    elif missing := why_unavailable(torch.bfloat16):
-        assert "no C++ compiler" in missing
-        pytest.skip(missing)
+@pytest.mark.parametrize(("in_features", "out_features"), SHAPES)
+@torch.inference_mode()
+def test_a_row_has_the_same_bits_beside_any_others(form_or_none: str, in_features: int, out_features: int) -> None:
+    linear = packed(nn.Linear(in_features, out_features, dtype=torch.bfloat16))
+    if type(linear) is nn.Linear:
+        pytest.skip("torch's own linear computes here, and promises no order of additions")
+    x = torch.randn(70, in_features, generator=torch.Generator().manual_seed(0)).bfloat16()
+    together = linear(x)
+    for start, end in [(0, 1), (3, 5), (7, 10), (10, 18), (20, 52), (1, 70)]:
+        assert torch.equal(linear(x[start:end]), together[start:end])
 
+
+def test_plain_bf16_linears_and_no_others_are_packed(form_or_none: str) -> None:
     class Special(nn.Linear):
         pass
 
@@ -43,7 +51,7 @@ def test_only_plain_bf16_linears_are_packed(compiler: bool, monkeypatch: pytest.
             "special": Special(64, 64, dtype=torch.bfloat16),
         }
     )
-    ours = compiler and (multiplies_bf16() or not HAS_BF16)
-    assert pack_linears(model) == (ours or HAS_BF16)
-    assert type(model["plain"]) is (NativeLinear if ours else PackedLinear if HAS_BF16 else nn.Linear)
+    native = form_or_none != NONE
+    assert pack_linears(model) == (native or HAS_ONEDNN)
+    assert type(model["plain"]) is (NativeLinear if native else PackedLinear if HAS_ONEDNN else nn.Linear)
     assert type(model["fp32"]) is nn.Linear and type(model["special"]) is Special

@@ -16,7 +16,6 @@ columns may hold anything finite. `plan` is called once per step, `add_lora` onc
 """
 
 from collections.abc import Sequence
-from math import inf
 from typing import Any, Protocol
 
 import torch
@@ -43,9 +42,10 @@ def split_b(b: torch.Tensor, columns: int, sizes: Sequence[int]) -> list[torch.T
 
 def choose_kernel(device: torch.device, dtype: torch.dtype) -> tuple[LoRAKernel, str]:
     """The fastest kernel for `device`, and the reason for the choice in words for the log."""
-    from adapters.kernels.compiled import NativeUnavailable, build
+    from adapters.device.forms import NativeUnavailable
+    from adapters.kernels.compiled import load
     from adapters.kernels.grouped import GroupedKernel
-    from adapters.kernels.native import MATMUL_WORK, SOURCE, NativeKernel
+    from adapters.kernels.native import SOURCE, NativeKernel
 
     if device.type == "cuda":
         return _for_cuda(device)
@@ -54,8 +54,7 @@ def choose_kernel(device: torch.device, dtype: torch.dtype) -> tuple[LoRAKernel,
     if dtype not in NativeKernel.DTYPES:
         return GroupedKernel(device), f"torch matmuls: the native kernel does not know {dtype}"
     try:
-        slow_matmul = dtype is torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        return NativeKernel(build(SOURCE), inf if slow_matmul else MATMUL_WORK), "native C++ kernel"
+        return NativeKernel(load(SOURCE)), "native C++ kernel"
     except NativeUnavailable as unavailable:
         return GroupedKernel(device), f"torch matmuls: {unavailable}"
 

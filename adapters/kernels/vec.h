@@ -1,4 +1,8 @@
-// Vectors of the compiler's (16 floats with AVX-512, 8 elsewhere), loaded from and stored to fp32 or bf16.
+// Vectors of the compiler's (16 floats with AVX-512, 8 with AVX2, 4 elsewhere), loaded from and stored to fp32 or bf16.
+//
+// Sources are compiled without contraction (-ffp-contract=off): products and sums are fused where `fused` says so and
+// nowhere else. Left to the compiler they would be one instruction here and two there, and a row's bits would depend on
+// how many rows are computed beside it.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -6,14 +10,18 @@
 #include "bf16.h"
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace {
 
-#ifdef __AVX512F__
+#if defined(__AVX512F__)
 constexpr int W = 16;
-#else
+#elif defined(__AVX2__)
 constexpr int W = 8;
+#else
+constexpr int W = 4;
 #endif
 typedef float vec __attribute__((vector_size(W * 4)));
 
@@ -43,15 +51,17 @@ inline vec load(const bf16* from) {
     return (vec)(__builtin_convertvector(narrow, uvec) << 16);
 }
 #endif
-// sum += a * b, rounded once wherever the processor can. Left to the compiler it may be one instruction here and two
-// there, and a row's bits would depend on how many rows are computed beside it.
+// a * b + c, rounded once where the processor has an instruction for it, and twice elsewhere.
 #if defined(__AVX512F__)
-inline void add_product(vec& sum, vec a, vec b) { sum = (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum); }
+inline vec fused(vec a, vec b, vec c) { return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 #elif defined(__FMA__)
-inline void add_product(vec& sum, vec a, vec b) { sum = (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum); }
+inline vec fused(vec a, vec b, vec c) { return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+#elif defined(__aarch64__)
+inline vec fused(vec a, vec b, vec c) { return (vec)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
 #else
-inline void add_product(vec& sum, vec a, vec b) { sum += a * b; }
+inline vec fused(vec a, vec b, vec c) { return a * b + c; }
 #endif
+inline void add_product(vec& sum, vec a, vec b) { sum = fused(a, b, sum); }
 inline float sum(vec v) {
     typedef float quad __attribute__((vector_size(16)));
     quad parts[W / 4];
@@ -74,15 +84,12 @@ inline vec exp_of(vec x) {
     typedef int32_t ivec __attribute__((vector_size(W * 4)));
     ivec whole = __builtin_convertvector(n + (n < vec{} ? all(-0.5f) : all(0.5f)), ivec);
     vec f = __builtin_convertvector(whole, vec);
-    x -= f * 0.693359375f;
-    x -= f * -2.12194440e-4f;
+    x = fused(f, all(-0.693359375f), x);
+    x = fused(f, all(2.12194440e-4f), x);
     vec p = all(1.9875691500e-4f);
-    p = p * x + 1.3981999507e-3f;
-    p = p * x + 8.3334519073e-3f;
-    p = p * x + 4.1665795894e-2f;
-    p = p * x + 1.6666665459e-1f;
-    p = p * x + 5.0000001201e-1f;
-    p = p * x * x + x + 1.0f;
+    for (float coefficient : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
+        p = fused(p, x, all(coefficient));
+    p = fused(p * x, x, x) + 1.0f;
     ivec bits = (whole + 127) << 23;
     vec power;
     std::memcpy(&power, &bits, sizeof power);

@@ -1,8 +1,8 @@
 """bf16 linears on a CPU with their weights in the layout that they are computed in.
 
-That is our own kernel's, which beats torch's product wherever it was measured (docs/decisions.md). Where it cannot be
-compiled, or would not use the bf16 arithmetic that the processor has, it is oneDNN's: `nn.Linear` reorders its weight
-anew on every call, and doing it once gives the same product in about two thirds of the time at decode.
+The product is our own kernel's (linear.h), in whichever form this machine has. Without native code it is oneDNN's where
+the processor has AVX-512: `nn.Linear` reorders its weight anew on every call, and doing it once takes about two thirds
+of the time at decode. In either case the bits of a row do not depend on the other rows of the batch.
 """
 
 from typing import TypeGuard
@@ -10,15 +10,22 @@ from typing import TypeGuard
 import torch
 from torch import nn
 
-from server.model.cpu.library import multiplies_bf16, why_unavailable
+from adapters.device.forms import processor_features
+from server.model.cpu.library import why_unavailable
 from server.model.cpu.linear import NativeLinear
 
 
 class PackedLinear(nn.Module):
-    """Takes the place of an `nn.Linear`, whose own copy of the weight is let go."""
+    """Takes the place of an `nn.Linear`, whose own copy of the weight is let go.
+
+    oneDNN chooses a kernel, and with it an order of additions, by the number of rows. Products are therefore made of
+    blocks of a fixed number of rows, the last one padded: then a row's bits are its own. Without arithmetic in bf16,
+    eight rows at once take as long as eight products of one row.
+    """
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
+        self._block = 8 if "avx512_bf16" in processor_features() else 1
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.bias = linear.bias
         self._packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
@@ -29,7 +36,13 @@ class PackedLinear(nn.Module):
         return self._packed.to_dense()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
+        rows = x.reshape(-1, self.in_features)
+        padded = nn.functional.pad(rows, (0, 0, 0, -len(rows) % self._block))
+        products = [self._product(block) for block in torch.split(padded, self._block)]
+        return torch.cat(products)[: len(rows)].view(*x.shape[:-1], self.out_features)
+
+    def _product(self, block: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(block, self._packed, self.bias, "none", [], "")
         return y
 
 
@@ -43,13 +56,13 @@ def pack_linears(model: nn.Module) -> int:
 
 
 def packed(linear: nn.Module) -> nn.Module:
-    """What computes in the place of `linear`: another module for a plain bf16 linear on a CPU, otherwise itself."""
+    """The module that computes in the place of `linear`: another one for a plain bf16 linear on a CPU, otherwise
+    itself."""
     if not _is_packable(linear):
         return linear
-    onednn = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if not why_unavailable(torch.bfloat16) and (multiplies_bf16() or not onednn):
+    if why_unavailable(torch.bfloat16) is None:
         return NativeLinear(linear)
-    return PackedLinear(linear) if onednn else linear
+    return PackedLinear(linear) if torch.ops.mkldnn._is_mkldnn_bf16_supported() else linear
 
 
 def _is_packable(module: nn.Module) -> TypeGuard[nn.Linear]:

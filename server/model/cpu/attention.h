@@ -82,9 +82,7 @@ struct Scorer {
 #ifdef __AMX_BF16__
 template <int N>
 struct TileScorer {  // the same by the matrix unit, sixteen neighbouring keys a tile
-    static bool suits(const Shape& s) {
-        return may_use_tiles() && s.dim % TILE_DEPTH == 0 && s.block_size % TILE_ROWS == 0;
-    }
+    static bool suits(const Shape& s) { return s.dim % TILE_DEPTH == 0 && s.block_size % TILE_ROWS == 0; }
     static int64_t room(const Shape& s) { return N * s.dim / 2; }
 
     const Shape& s;

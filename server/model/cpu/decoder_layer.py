@@ -74,7 +74,7 @@ class NativeLayer:
         if bases != self._bases:  # for the first time, or an adapter was merged, or taken out
             self._bases, self._described, self._hooks = bases, self._description(), self._all_hooks(bases)
             self._modules = None
-        if self._described is None or not self._plan.is_lora_alone() or (self._plan.active and self._plan.plan.large):
+        if self._described is None or not self._plan.is_lora_alone():
             return False
         return not any(self._hooks) or self._hears_nothing()
 
@@ -135,7 +135,7 @@ class NativeLayer:
         if lora is not None:
             kernel: Any = self._parts.groups[0].kernel
             scales = None if lora.scales is None else lora.scales.data_ptr()
-            lora_fields = [(_POINTER * 3)(*kernel.steps), lora.small.data_ptr(), scales, len(lora.small)]
+            lora_fields = [(_POINTER * 3)(*kernel.steps), lora.segments.data_ptr(), scales, len(lora.segments)]
         return _Step(
             rows, cos.data_ptr(), sin.data_ptr(), batch.slot_mapping.data_ptr(), own.work.data_ptr(), len(own.work),
             own.tables.data_ptr(), block_size, *lora_fields, torch.get_num_threads(),

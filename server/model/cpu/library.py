@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from adapters.kernels.compiled import NativeUnavailable, build, declared
+from adapters.device.forms import NativeUnavailable
+from adapters.kernels.compiled import declared, load
 
 SOURCE = Path(__file__).with_name("ops.cpp")
 SUFFIXES = {torch.bfloat16: "bf16", torch.float32: "f32"}
@@ -30,29 +31,25 @@ _SIGNATURES: dict[str, list[Any]] = {
 
 
 @cache
-def _library() -> ctypes.CDLL:
-    return ctypes.CDLL(str(build(SOURCE)))
+def function(name: str, dtype: torch.dtype) -> "ctypes._NamedFuncPointer":
+    """The function of ops.cpp for `dtype`. Raises `NativeUnavailable`."""
+    return declared(load(SOURCE), f"{name}_{SUFFIXES[dtype]}", _SIGNATURES[name])
 
 
 @cache
-def function(name: str, dtype: torch.dtype) -> "ctypes._NamedFuncPointer":
-    """The function of ops.cpp for `dtype`. Raises `NativeUnavailable`."""
-    return declared(_library(), f"{name}_{SUFFIXES[dtype]}", _SIGNATURES[name])
-
-
 def why_unavailable(dtype: torch.dtype) -> str | None:
-    """Why there are no functions for `dtype`; None when there are."""
+    """The reason why there are no functions for `dtype`; None when there are."""
     if dtype not in SUFFIXES:
         return f"there are none for {dtype}"
     try:
-        _library()
+        load(SOURCE)
     except NativeUnavailable as unavailable:
         return str(unavailable)
     return None
 
 
-def multiplies_bf16() -> bool:
-    """Whether ops.cpp's linears use bf16 arithmetic of the processor. Raises `NativeUnavailable`."""
-    answer = _INT()
-    declared(_library(), "multiplies_bf16", [_POINTER])(ctypes.byref(answer))
-    return bool(answer.value)
+def thread_ids(threads: int) -> list[int]:
+    """The kernel's ids of the threads that compute for the calling one. Raises `NativeUnavailable`."""
+    ids = (_SIZE * threads)()
+    declared(load(SOURCE), "thread_ids", [_POINTER, _INT])(ids, threads)
+    return list(ids)

@@ -59,7 +59,8 @@ void sums_of(float* sums, const Input* x, int64_t ldx, int64_t depth, const bf16
 
 template <int M>
 void sums_of(float* sums, const Input* x, int64_t ldx, int64_t depth, const bf16* panel) {
-    constexpr int PARTS = W == 16 || M <= 2 ? PANEL / W : PANEL / W / 2;  // few would wait for their own sums
+    // As many as there are registers for; few would wait for their own sums.
+    constexpr int PARTS = W == 16 || M <= 2 ? PANEL / W : PANEL / W / 2;
     for (int n = 0; n < PANEL; n += PARTS * W) sums_of<M, PARTS>(sums + n, x, ldx, depth, panel + n * 2);
 }
 
@@ -135,14 +136,15 @@ void tile_rows(bf16* y, int64_t ldy, const Inputs& rows, const bf16* panel, cons
 // y of all rows, for one panel of outputs
 void linear_rows(bf16* y, int64_t ldy, const Inputs& rows, const bf16* panel, const bf16* bias, int64_t width) {
 #ifdef __AMX_BF16__
-    if (may_use_tiles()) return tile_rows(y, ldy, rows, panel, bias, width);
-#endif
+    tile_rows(y, ldy, rows, panel, bias, width);
+#else
     for (int64_t m = 0; m < rows.count; m += ROWS) {
         float sums[ROWS * PANEL];
         int64_t some = std::min<int64_t>(ROWS, rows.count - m);
         sums_of(sums, rows.x() + m * rows.ldx(), rows.ldx(), rows.depth, panel, some);
         round_sums(y + m * ldy, ldy, sums, bias, some, width);
     }
+#endif
 }
 
 // By all threads of a parallel region.

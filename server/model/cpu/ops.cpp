@@ -2,12 +2,19 @@
 //
 // Plain C interface. Arithmetic is fp32 throughout and results are rounded once. No sum depends on how many rows or
 // sequences are in the batch, or on the number of threads.
+#include <omp.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
 #include "decoder_layer.h"
 
 extern "C" {
 
-// whether linears multiply bf16 by the processor's own instructions
-void multiplies_bf16(int* answer) { *answer = sizeof(Input) == sizeof(bf16); }
+// the kernel's ids of the threads that a parallel region of this size is computed by
+void thread_ids(int64_t* ids, int threads) {
+#pragma omp parallel num_threads(threads)
+    ids[omp_get_thread_num()] = syscall(SYS_gettid);
+}
 
 // weight [out, in] to panels, and back; `packed` has room for both rounded up to 32, and is zero there.
 void pack_bf16(uint16_t* packed, uint16_t* weight, int64_t out, int64_t in, int unpack) {

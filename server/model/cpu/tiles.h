@@ -1,8 +1,6 @@
-// bf16 products by the matrix unit of Intel's processors (AMX).
+// bf16 products by the matrix unit of Intel's processors (AMX). The process has asked the kernel for its registers when it
+// chose this form (adapters/device/forms.py).
 #pragma once
-#include <sys/syscall.h>
-#include <unistd.h>
-
 #include <algorithm>
 
 #include "vec.h"
@@ -10,13 +8,6 @@
 namespace {
 
 constexpr int TILE_ROWS = 16, TILE_DEPTH = 32, TILE_WIDTH = 16;
-
-// A process has to ask for the registers once; where the kernel refuses, they cannot be used.
-inline bool may_use_tiles() {
-    constexpr int REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-    static const bool permitted = syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
-    return permitted;
-}
 
 inline void written() { asm volatile("" ::: "memory"); }  // compilers do not see what tiles are loaded from
 

@@ -1,0 +1,1 @@
+"""What concerns the processor or the device, and is shared by the LoRA kernels and the base model."""
