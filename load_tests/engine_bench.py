@@ -1,7 +1,7 @@
 """An engine over SmolLM2 in this process, for benchmarks of what happens inside a step."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -34,6 +34,8 @@ def write_adapter(base: nn.Module, folder: Path, rank: int, seed: int) -> Path:
 
 class EngineBench:
     """Streams of `new_tokens` greedy tokens over random prompts, new ones every time."""
+
+    after_step: Callable[[float], None] = staticmethod(lambda _: None)  # called with the seconds that a step took
 
     def __init__(self, data_dir: Path, new_tokens: int, **settings: object):
         config = ServeConfig(model=str(prepare_default_model()), data_dir=data_dir, **settings)  # type: ignore[arg-type]
@@ -102,6 +104,7 @@ class EngineBench:
         while self.engine.has_work():
             said = self.engine.step()
             replies += [message for message in said if isinstance(message, Reply)]
+            self.after_step(said[0].stats.step_seconds)  # type: ignore[union-attr]
             if not said[0].stats.batch_tokens:  # type: ignore[union-attr]
                 time.sleep(0.002)  # what it waits for happens in threads, which need the interpreter
         return replies

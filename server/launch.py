@@ -6,7 +6,8 @@ from pathlib import Path
 
 from server.config import ConfigError, ServeConfig, default_data_dir
 from server.engine.process import ProcessTransport
-from server.model.default_model import DEFAULT_MODEL, DefaultModelMissing, prepare_default_model
+from server.model.default_model import DEFAULT_MODEL, DefaultModelMissing, prepare_default_model, prepared_default_model
+from server.writable import use_writable_folders
 
 
 class StartFailed(Exception):
@@ -34,14 +35,17 @@ def _run(config: ServeConfig, transport: ProcessTransport | None) -> None:
 
 
 def complete(config: ServeConfig) -> ServeConfig:
-    """Fill in what is derived: the embedded model, the served name, the data folder."""
+    """Fill in what is derived: the data folder, the embedded model, the served name. From here on, there are folders
+    that can be written."""
+    data_dir = (default_data_dir() if config.data_dir == Path() else config.data_dir).absolute()
+    prepared = prepared_default_model()  # before the cache moves, perhaps away from a container's image that has it
+    use_writable_folders(data_dir)
     model, name = config.model, config.served_model_name
     if not model:
         try:
-            model, name = str(prepare_default_model()), name or DEFAULT_MODEL
+            model, name = str(prepared or prepare_default_model()), name or DEFAULT_MODEL
         except DefaultModelMissing as missing:
             raise ConfigError(str(missing)) from missing
-    data_dir = default_data_dir() if config.data_dir == Path() else config.data_dir
     return dataclasses.replace(
-        config, model=model, served_model_name=name or Path(model).stem.lower(), data_dir=data_dir.absolute()
+        config, model=model, served_model_name=name or Path(model).stem.lower(), data_dir=data_dir
     )

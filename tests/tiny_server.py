@@ -5,8 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import psutil
 
 from tests.adapter_factory import tiny_llama
 from tests.api_server import fast_byte_tokenizer
+from tests.timing import HANG_SECONDS
 
 BASE = "tiny-base"
 
@@ -40,7 +40,9 @@ class RunningServer:
     banner: str  # what it printed when it was ready
 
     def client(self, **options: Any) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=60, **options)
+        """It lets go of idle connections well before the server does, or a request might meet the end of one."""
+        limits = httpx.Limits(keepalive_expiry=1)
+        return httpx.Client(base_url=self.url, timeout=HANG_SECONDS, limits=limits, **options)
 
     def engine_pid(self) -> int:
         children = psutil.Process(self.process.pid).children()
@@ -62,16 +64,19 @@ class RunningServer:
 
 
 @contextmanager
-def running_server(data_dir: Path, *flags: str, environment: dict[str, str] | None = None) -> Iterator[RunningServer]:
-    """`loraplex serve` on a free port, ready to answer; ended at exit."""
-    command = [sys.executable, "-m", "server", "serve", "--port", "0", "--data-dir", str(data_dir), *flags]
+def running_server(
+    data_dir: Path, *flags: str, environment: dict[str, str] | None = None, within: Sequence[str] = ()
+) -> Iterator[RunningServer]:
+    """`loraplex serve` on a free port, ready to answer; ended at exit. `within` is a command that becomes the one that
+    follows it."""
+    command = [*within, sys.executable, "-m", "server", "serve", "--port", "0", "--data-dir", str(data_dir), *flags]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **(environment or {})})
     try:
         yield RunningServer(*_wait_until_ready(process))
     finally:
         process.send_signal(signal.SIGTERM)
         try:
-            process.wait(20)
+            process.wait(HANG_SECONDS)
         except subprocess.TimeoutExpired:
             process.kill()
             raise
@@ -91,16 +96,6 @@ def _wait_until_ready(process: "subprocess.Popen[str]") -> tuple[str, "subproces
         raise RuntimeError(f"the server ended with status {process.wait()}")
     banner = "".join(lines)
     return banner.split("ready at ")[1].split()[0], process, banner
-
-
-def wait_for(condition: Any, seconds: float, what: str) -> float:
-    """Poll until `condition()` is true; returns how long it took."""
-    started = time.monotonic()
-    while not condition():
-        if time.monotonic() - started > seconds:
-            raise AssertionError(f"{what} did not happen within {seconds} s")
-        time.sleep(0.01)
-    return time.monotonic() - started
 
 
 def sse_events(lines: Iterator[str]) -> Iterator[dict[str, Any] | None]:

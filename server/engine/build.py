@@ -1,17 +1,17 @@
 """Composition of an engine: config → model → cache and pool → scheduler → engine."""
 
 import logging
+import math
 import os
-import re
 import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 
 import torch
 
 from adapters.copies import writer
+from adapters.device.forms import FormRefused, described_choice
 from adapters.host_cache import HostCache
 from adapters.merge import Room, merge
 from adapters.pack import PackedAdapter, pack
@@ -26,6 +26,7 @@ from adapters.validation import inspect, load
 from server.config import GIB, ServeConfig
 from server.engine.block_manager import BlockManager
 from server.engine.engine import Engine
+from server.engine.machine import available_cpus, available_memory, cpu_quota, memory_limit, total_memory
 from server.engine.merging import Merged, MergePolicy, Merging
 from server.engine.messages import EngineInfo
 from server.engine.policies import FairShare, FirstCome
@@ -47,8 +48,8 @@ FULL_SLOTS = 16  # adapters of the largest rank that have room by default; most 
 
 def build_engine(config: ServeConfig) -> tuple[Engine, EngineInfo]:
     """Load the model and put an engine around it. Raises `ModelRefused` with the reason."""
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    _set_threads(config.threads)
+    log.info("native code: %s", _native_code())
     loaded = load_model(
         config.model, config.dtype, config.quantization, config.device, config.max_model_len, config.nf4_policy
     )
@@ -83,6 +84,23 @@ def build_engine(config: ServeConfig) -> tuple[Engine, EngineInfo]:
     return engine, _info(config, loaded, spec, runner, residency.slots, num_blocks, max_model_len, graphs)
 
 
+def _native_code() -> str:
+    try:
+        return described_choice()
+    except FormRefused as refused:
+        raise ModelRefused(str(refused)) from refused
+
+
+def _set_threads(threads: int) -> None:
+    """Set the number of the model's threads. Where it was left open, there are none that a CPU quota cannot keep busy:
+    threads that wait for each other use it up, and then they all stand still until the next period."""
+    if threads:
+        torch.set_num_threads(threads)
+    elif cpu_quota() < torch.get_num_threads() and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(available_cpus(torch.get_num_threads()))
+        log.info("threads of the model: %d, as the CPU quota is %.2f cores", torch.get_num_threads(), cpu_quota())
+
+
 def _residency(config: ServeConfig, spec: ModelSpec, runner: ModelRunner, num_pages: int) -> Residency[PackedAdapter]:
     store = AdapterStore(config.data_dir / "store")
     on_gpu = runner.device.type == "cuda"
@@ -92,13 +110,26 @@ def _residency(config: ServeConfig, spec: ModelSpec, runner: ModelRunner, num_pa
 
     return Residency(
         SlotTable(config.adapter_slots, num_pages),
-        HostCache(config.adapter_host_bytes),
+        HostCache(_host_cache_bytes(config, runner, num_pages * page_bytes(spec, runner.pool.dtype))),
         read=read,
         write=writer(runner.pool, runner.device),
         max_pages=pages_of(config.max_adapter_rank),
         threads=1 if runner.device.type == "cpu" else 2,
         on_thread_start=_step_aside if runner.device.type == "cpu" else _stay_single_threaded,
     )
+
+
+def _host_cache_bytes(config: ServeConfig, runner: ModelRunner, pool_bytes: int) -> int:
+    """The number that was set, or fewer where a memory limit leaves less. On a CPU the KV cache and the pool take
+    memory only as they are written, and until then it looks free."""
+    if memory_limit() == math.inf:
+        return config.adapter_host_bytes
+    cache = (*runner.kv_cache.keys, *runner.kv_cache.values)
+    promised = pool_bytes + sum(tensor.nbytes for tensor in cache) if runner.device.type == "cpu" else 0
+    fits = max(available_memory() - promised, 0) * 3 // 4  # the rest is for steps and uploads
+    if fits < config.adapter_host_bytes:
+        log.info("adapter_host_bytes lowered from %d to %d: the memory limit", config.adapter_host_bytes, fits)
+    return min(config.adapter_host_bytes, fits)
 
 
 def _reference_reader(config: ServeConfig, spec: ModelSpec, runner: ModelRunner) -> Callable[[str], Reference]:
@@ -128,20 +159,12 @@ def _merging(config: ServeConfig, spec: ModelSpec, runner: ModelRunner, schedule
 
 
 def _room(device: torch.device) -> Room:
-    host = _available_memory()
+    host = available_memory()
     if device.type != "cuda":
         return Room(host)
     free, _ = torch.cuda.mem_get_info(device)
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return Room(free + unused, host)
-
-
-def _available_memory() -> int:
-    """Bytes of host memory that can be had without swapping; where Linux is not there to say, half of it."""
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        return int(re.findall(r"MemAvailable: *(\d+) kB", meminfo.read_text())[0]) << 10
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 def _stay_single_threaded() -> None:
@@ -193,7 +216,7 @@ def _default_kv_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return max(free - total // 10, 0)
-    return min(2 * GIB, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8)
+    return min(2 * GIB, total_memory() // 8)
 
 
 def _info(
@@ -221,6 +244,7 @@ def _info(
             "dtype": str(loaded.dtype).removeprefix("torch."),
             "quantization": config.quantization,
             **({"nf4_policy": loaded.nf4} if loaded.nf4 else {}),
+            "native_code": described_choice(),
             "attention": attention.choose(loaded.device.type, loaded.dtype)[1],
             "lora_kernel": runner.kernel_reason,
             "cuda_graphs": graphs,

@@ -28,8 +28,11 @@ LOADING_SECONDS = 0.002  # the same while everything waits for adapters that are
 HEARTBEAT_SECONDS = 0.5  # an engine with work says something at least this often
 
 
-def run_loop(engine: Engine, receive: Receive, emit: Emit) -> None:
-    """Step while there is work, sleep while there is none, until told to shut down."""
+def run_loop(
+    engine: Engine, receive: Receive, emit: Emit, after_step: Callable[[float], None] = lambda _: None
+) -> None:
+    """Step while there is work, sleep while there is none, until told to shut down. `after_step` is called with the
+    seconds that a step took."""
     last_emitted = 0.0
     wait = 0.0
     while True:
@@ -43,7 +46,9 @@ def run_loop(engine: Engine, receive: Receive, emit: Emit) -> None:
             continue
         ran = False
         for said in engine.step():
-            ran = ran or (isinstance(said, StepOutputs) and said.stats.batch_tokens > 0)
+            if isinstance(said, StepOutputs) and said.stats.batch_tokens > 0:
+                ran = True
+                after_step(said.stats.step_seconds)
             if _worth_saying(said) or time.monotonic() - last_emitted > HEARTBEAT_SECONDS:
                 emit(said)
                 last_emitted = time.monotonic()

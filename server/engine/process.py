@@ -16,6 +16,7 @@ import tempfile
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import zmq.asyncio
 
 from server import config as settings
 from server.config import ServeConfig
+from server.engine.machine import cpu_quota, schedulable_cores
 from server.engine.messages import (
     Emit,
     Fatal,
@@ -39,6 +41,7 @@ from server.engine.messages import (
 
 log = logging.getLogger(__name__)
 
+LONGEST_SOCKET_PATH = 107  # bytes
 STOP_SECONDS = 5.0  # how long an engine gets to end by itself
 
 
@@ -78,14 +81,14 @@ class ProcessTransport:
         if not self._is_ahead:
             await self._clean_up()
             self.spawn()
-        assert self._process is not None
+        assert self._process is not None and self._folder is not None
         self._is_ahead = False
         self._outbox = zmq.Context.instance().socket(zmq.PUSH)
         self._outbox.set_hwm(0)
-        self._outbox.bind(f"ipc://{self._folder}/to-engine")
+        self._outbox.bind(_address(self._folder, "to-engine"))
         inbox = zmq.asyncio.Context.instance().socket(zmq.PULL)
         inbox.set_hwm(0)
-        inbox.bind(f"ipc://{self._folder}/from-engine")
+        inbox.bind(_address(self._folder, "from-engine"))
         self._tasks = [
             asyncio.create_task(_receive(inbox, on_message)),
             asyncio.create_task(self._watch(self._process, on_exit)),
@@ -137,6 +140,20 @@ class ProcessTransport:
             self._folder = None
 
 
+def _address(folder: Path, name: str) -> str:
+    """The address of the socket `name` in `folder`. A path that is too long for a socket goes through a descriptor."""
+    path = f"{folder}/{name}"
+    if len(os.fsencode(path)) > LONGEST_SOCKET_PATH:
+        path = f"/proc/self/fd/{_descriptor(folder.parent)}/{folder.name}/{name}"
+    return f"ipc://{path}"
+
+
+@cache
+def _descriptor(folder: Path) -> int:
+    """A descriptor that stays open, as the sockets need it to their end."""
+    return os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+
+
 def _report_exit(process: "subprocess.Popen[bytes]", loop: asyncio.AbstractEventLoop, died: Any) -> None:
     status = process.wait()
     if not loop.is_closed():
@@ -183,7 +200,7 @@ def main(serve: Callable[[ServeConfig, Receive, Emit], None] | None = None) -> N
     inbox, outbox = context.socket(zmq.PULL), context.socket(zmq.PUSH)
     for socket, name in ((inbox, "to-engine"), (outbox, "from-engine")):
         socket.set_hwm(0)
-        socket.connect(f"ipc://{folder}/{name}")
+        socket.connect(_address(Path(folder), name))
 
     def emit(message: FromEngine) -> None:
         outbox.send(encode(message))
@@ -197,6 +214,7 @@ def _serve(config: ServeConfig, receive: Receive, emit: Emit) -> None:
     _bind_threads(config)
     from server.engine.build import build_engine  # torch, after what OpenMP reads; the parent spawns before it has it
     from server.engine.loop import run_loop
+    from server.engine.threads import adaptive_threads
     from server.logs import configure_logging
     from server.model.loader import ModelRefused
 
@@ -208,7 +226,10 @@ def _serve(config: ServeConfig, receive: Receive, emit: Emit) -> None:
         return
     _keep_steps_short()
     emit(Ready(info))
-    run_loop(engine, receive, emit)
+    if config.threads:  # the operator has decided
+        run_loop(engine, receive, emit)
+    else:
+        run_loop(engine, receive, emit, adaptive_threads(info.description["device"]))
 
 
 def _bind_threads(config: ServeConfig) -> None:
@@ -217,7 +238,8 @@ def _bind_threads(config: ServeConfig) -> None:
     OpenMP reads this when torch is loaded; what an operator has set holds."""
     if sys.platform != "linux" or config.device == "cuda" or Path("/dev/nvidiactl").exists():
         return
-    has_all = config.threads in (0, len(os.sched_getaffinity(0))) and "OMP_NUM_THREADS" not in os.environ
+    cores = schedulable_cores()
+    has_all = config.threads in (0, cores) and cpu_quota() >= cores and "OMP_NUM_THREADS" not in os.environ
     if has_all:  # several servers with a few threads each would all be bound to the first cores
         os.environ.setdefault("OMP_PROC_BIND", "true")
 

@@ -27,6 +27,15 @@ def cache_folder() -> Path:
     return Path(root) / "loraplex" / "models"
 
 
+def prepared_default_model() -> Path | None:
+    """The folder of the default model where it was converted before, None elsewhere."""
+    try:
+        folder = cache_folder() / DEFAULT_MODEL
+    except RuntimeError:  # the user has no home
+        return None
+    return folder if os.path.isdir(folder) else None
+
+
 def prepare_default_model(cache: Path | None = None) -> Path:
     """Return the folder of the converted default model, converting it on the first call.
 
