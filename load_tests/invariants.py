@@ -8,9 +8,8 @@ import psutil
 
 from load_tests.right_answers import ABSENT
 from load_tests.world import Mismatch, World, found_state
-from tests.tiny_server import wait_for
+from tests.timing import wait_for
 
-QUIET_S = 60
 SWEEPER = "sweeper"
 
 
@@ -52,7 +51,7 @@ class Invariants:
 
         wanted: tuple[Any, ...] = (0, 0, 0, 0, {}, len(self._pinned()))
         try:
-            wait_for(lambda: found() == wanted, QUIET_S, "quiet")
+            wait_for(lambda: found() == wanted, "quiet")
         except AssertionError:
             raise Mismatch(f"running, waiting, blocks, loading, in flight, pins: {found()}, not {wanted}") from None
 
@@ -91,7 +90,7 @@ class Invariants:
         needed = {digest for name in self._world.names for digest in name.state.history}
         stored = {path.name for path in self._store.glob("??/*")}
         assert stored == needed, f"stored but not needed: {stored - needed}; missing: {needed - stored}"
-        wait_for(lambda: not list((self._store / ".staging").iterdir()), 10, "staging becoming empty")
+        wait_for(lambda: not list((self._store / ".staging").iterdir()), "staging becoming empty")
         files, processes = self._leftovers()
         assert files == self._quiet_files, f"temporary files: {files}"
         assert processes == self._quiet_processes, f"processes: {processes}"

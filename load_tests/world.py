@@ -13,11 +13,11 @@ import httpx
 
 from load_tests.right_answers import ABSENT, FOREVER, Answers, Name, Parts, State
 from server.sequence import ScaledAdapter
-from tests.tiny_server import BASE, RunningServer, wait_for
+from tests.timing import wait_for
+from tests.tiny_server import BASE, RunningServer
 
 SLOTS = 4
 LOGGED = 200
-RESTART_S = 120
 
 
 class Mismatch(Exception):
@@ -44,12 +44,12 @@ class World:
         window = [time.monotonic(), FOREVER]
         self._crashes.append(window)
         os.kill(self.server.engine_pid(), signal.SIGKILL)
-        wait_for(lambda: client.get("/readyz").status_code == 503, RESTART_S, "the server noticing its engine's end")
-        wait_for(lambda: client.get("/readyz").status_code == 200, RESTART_S, "the restart")
+        wait_for(lambda: client.get("/readyz").status_code == 503, "the server noticing its engine's end")
+        wait_for(lambda: client.get("/readyz").status_code == 200, "the restart")
         window[1] = time.monotonic()
 
     def wait_for_engine(self) -> None:
-        wait_for(lambda: all(until < FOREVER for _, until in self._crashes), RESTART_S, "the restart")
+        wait_for(lambda: all(until < FOREVER for _, until in self._crashes), "the restart")
 
     def pinned(self, since: float) -> set[str]:
         """Versions that may have been pinned at some time since."""

@@ -3,10 +3,10 @@
 import asyncio
 import functools
 import json
+import math
 import socket
 import tempfile
 import threading
-import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -31,6 +31,7 @@ from server.engine.messages import EngineInfo, Submit
 from server.metrics import Metrics
 from tests.adapter_factory import spec_of, tiny_llama, write_adapter
 from tests.fake_engine import FakeTransport
+from tests.timing import wait_for
 
 BASE = "tiny-base"
 MAX_MODEL_LEN = 256
@@ -116,6 +117,18 @@ class Api:
         tokens = ids(self.context.tokenizer, text)
         self.engine.script = lambda _: tokens + self.engine.info.eos_token_ids if end else tokens * 1000
 
+    def waits_after(self, tokens: float) -> None:
+        """Have every sequence stop after so many tokens, until it is told otherwise."""
+        self.engine.waits_after = lambda _: tokens
+
+    def goes_on(self) -> None:
+        self.waits_after(math.inf)
+
+    @property
+    def generated(self) -> int:
+        """Tokens that the API has taken in, of all requests so far."""
+        return sum(use.generated_tokens for use in self.context.in_flight.uses.values())
+
     async def chat(self, content: str = "hi", **fields: Any) -> httpx.Response:
         body = {"model": BASE, "messages": [{"role": "user", "content": content}], **fields}
         return await self.http.post("/v1/chat/completions", json=body)
@@ -169,12 +182,9 @@ class LiveServer:
     context: AppContext
     engine: FakeTransport
 
-    def wait_idle(self, seconds: float = 2.0) -> None:
+    def wait_idle(self) -> None:
         """Wait until nothing is in flight, in the API as in the engine."""
-        deadline = time.monotonic() + seconds
-        while len(self.context.in_flight) or self.engine._running:
-            assert time.monotonic() < deadline, "sequences were left running"
-            time.sleep(0.005)
+        wait_for(lambda: not len(self.context.in_flight) and not self.engine._running, "the end of all sequences")
 
 
 @contextmanager

@@ -8,12 +8,22 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 import tests.triton_device  # noqa: F401  (first: it decides how Triton runs)
 from tests.adapter_factory import tiny_llama
 from tests.engine_driver import Driver, make_driver
+from tests.timing import HANG_SECONDS
 
 torch.set_num_threads(1)  # tiny models: a second thread only costs
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
+
+
+@pytest.fixture(autouse=True)
+def patient_templates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside other programs any rendering may take longer than a server allows."""
+    monkeypatch.setattr("server.api.template_sandbox.RENDER_SECONDS", HANG_SECONDS)
 
 
 @pytest.fixture(scope="session")

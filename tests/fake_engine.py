@@ -1,6 +1,7 @@
 """An engine without a model: it says the tokens it was told to say, one per step, and moves adapters in no time."""
 
 import asyncio
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -34,12 +35,17 @@ Refusal = tuple[Literal["busy", "invalid", "not_found", "no_room"], str]
 
 
 class FakeTransport:
-    """`script` gives the tokens of a sequence; the last, if it is an end token, ends it. `slow` is one step's time."""
+    """`script` gives the tokens of a sequence; the last, if it is an end token, ends it. `slow` is one step's time.
+
+    A sequence that has said `waits_after` tokens says no more until the test changes that; while all wait, no step is
+    made.
+    """
 
     def __init__(self, info: EngineInfo, script: Callable[[Submit], list[int]]):
         self.info = info
         self.script = script
         self.slow = 0.0
+        self.waits_after: Callable[[Submit], float] = lambda _: math.inf
         self.fail_after: int | None = None  # tokens after which a sequence fails, with `failure` for the client
         self.failure: str | None = None
         self.comes_back = True  # after it died
@@ -124,14 +130,24 @@ class FakeTransport:
         while True:
             await self._wake.wait()
             await asyncio.sleep(self.slow)
-            outputs = [self._advance(*running) for running in list(self._running.values())]
+            going = [running for running in self._running.values() if not self._waits(*running)]
+            if self._running and not going:
+                await asyncio.sleep(0.001)
+                continue
+            outputs = [self._advance(*running) for running in going]
             if not self._running:
                 self._wake.clear()
             self._emit(StepOutputs(outputs, self._stats(batch_tokens=len(outputs))))
 
+    def _waits(self, submit: Submit, left: list[int]) -> bool:
+        return self._said(submit, left) >= self.waits_after(submit)
+
+    def _said(self, submit: Submit, left: list[int]) -> int:
+        return len(self.script(submit)) - len(left)
+
     def _advance(self, submit: Submit, left: list[int]) -> SequenceOutput:
         sampling, token = submit.sampling, left.pop(0)
-        said = sum(1 for _ in self.script(submit)) - len(left)
+        said = self._said(submit, left)
         if self.fail_after is not None and said > self.fail_after:
             return self._end(submit, SequenceOutput(submit.seq_id, [], "error", error=self.failure))
         score = TokenLogprobs(-0.5, 1, [(token, -0.5), (65, -1.5), (66, float("-inf"))][: (sampling.logprobs or 0)])

@@ -18,6 +18,7 @@ from server.api.template_sandbox import TemplateSandbox
 from server.api.text import Tokenizer
 from server.model.default_model import prepare_default_model
 from tests.api_server import EOS, Api, assert_error, events, ids, serving, tokenizer_files
+from tests.timing import HANG_SECONDS, eventually, leap
 
 TOOL = 258  # the first id past the base's vocabulary
 OWN_TEMPLATE = "{{ bos_token }}{% for m in messages %}({{ m.role }}) {{ m.content }}\n{% endfor %}<tool>"
@@ -197,15 +198,24 @@ async def test_a_template_fails_alone(tmp_path: Path) -> None:
 
 
 async def test_a_hostile_template_holds_up_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[str] = []
+    exchange = template_sandbox._exchange
+
+    async def noted(worker: Any, question: dict[str, Any]) -> dict[str, str]:
+        begun.append(question["template"])
+        return await exchange(worker, question)
+
     async with serving(tmp_path) as api:
         await publish_template(api, "hostile", ENDLESS)
         await publish_template(api, "own", OWN_TEMPLATE)
-        monkeypatch.setattr(template_sandbox, "RENDER_SECONDS", 1.0)
+        monkeypatch.setattr(template_sandbox, "_exchange", noted)
         hostile = [asyncio.create_task(api.chat(model="hostile")) for _ in range(3)]
-        await asyncio.sleep(0.1)
-        assert (await api.chat(model="own")).status_code == 200
-        assert not any(task.done() for task in hostile)
-        assert (await api.chat()).status_code == 200
+        await eventually(lambda: begun)
+        for fields in ({"model": "own"}, {}):
+            assert (await api.chat(**fields)).status_code == 200
+        assert not any(task.done() for task in hostile) and begun == [ENDLESS, OWN_TEMPLATE]
+        leap(HANG_SECONDS)
+        monkeypatch.setattr(template_sandbox, "RENDER_SECONDS", 0.1)
         for task in hostile:
             assert "longer than" in assert_error(await task, 400)["message"]
 

@@ -1,7 +1,7 @@
 import asyncio
 import json
+import math
 import socket
-import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,8 @@ import pytest
 from server.api.adapter_schemas import AdapterBody
 from server.engine.messages import PinAdapter, ToEngine
 from server.sequence import ScaledAdapter
-from tests.api_server import BASE, Api, adapter_files, assert_error, events, form, ids, listening, serving
+from tests.api_server import BASE, Api, adapter_files, assert_error, events, form, listening, serving
+from tests.timing import eventually, leap, wait_for
 
 BAD_NAMES = [
     "../x",
@@ -186,10 +187,8 @@ def test_a_client_that_leaves_during_an_upload_leaves_nothing(tmp_path: Path) ->
             part = '--b\r\ncontent-disposition: form-data; name="adapter_config.json"; filename="x"\r\n\r\n'
             with socket.create_connection((host, int(port))) as client:
                 client.sendall((head + part).encode()[: len(head) + sent] + b"x" * sent)
-                time.sleep(0.1)
-                assert len(list(staging.iterdir())) == 1
-            time.sleep(0.1)
-            assert list(staging.iterdir()) == []
+                wait_for(lambda: len(list(staging.iterdir())) == 1, "the beginning of the upload")
+            wait_for(lambda: not list(staging.iterdir()), "the end of the upload")
 
 
 async def test_a_late_failure_of_the_upload_keeps_what_was_there(tmp_path: Path) -> None:
@@ -333,11 +332,12 @@ async def test_a_pin_goes_with_its_name_though_another_has_the_same_version(tmp_
 async def test_unload_in_use_is_refused(tmp_path: Path) -> None:
     async with serving(tmp_path) as api:
         await api.upload("acme")
-        api.engine.slow = 0.01
+        api.waits_after(1)
         running = asyncio.create_task(api.chat(model="acme"))
-        await _until(lambda: api.context.in_flight.count("acme"))
+        await eventually(lambda: api.context.in_flight.count("acme"))
         assert (await api.http.get("/v1/adapters/acme")).json()["in_flight"] == 1
         assert_error(await api.http.post("/v1/adapters/acme/unload"), 409, "conflict")
+        api.goes_on()
         assert (await running).status_code == 200
 
 
@@ -376,10 +376,11 @@ async def test_running_requests_finish_on_the_version_they_began_with(tmp_path: 
     async with serving(tmp_path) as api:
         await api.upload("acme")
         first = await digest(api, "acme")
-        api.engine.slow = 0.01
+        api.waits_after(1)
         running = asyncio.create_task(api.chat(model="acme"))
-        await _until(lambda: api.context.in_flight.count("acme"))
+        await eventually(lambda: api.context.in_flight.count("acme"))
         await api.upload("acme", seed=1, replace="true")
+        api.goes_on()
         assert (await running).json()["system_fingerprint"].endswith(first[:12])
         later = (await api.chat(model="acme")).json()
         assert later["system_fingerprint"].endswith((await digest(api, "acme"))[:12])
@@ -390,16 +391,18 @@ async def test_delete_drains_then_aborts(tmp_path: Path) -> None:
         await api.upload("acme")
         version = await digest(api, "acme")
         await api.http.post("/v1/adapters/acme/load")
-        api.engine.slow = 0.005
-        endless, short = ids(api.context.tokenizer, "x") * 1000, api.engine.script
-        api.engine.script = lambda submit: endless if submit.sampling.seed else short(submit)
+        api.waits_after(1)
         stuck = asyncio.create_task(api.chat(model="acme", seed=1, stream=True))
         finishing = asyncio.create_task(api.chat(model="acme"))
         base = asyncio.create_task(api.chat())
-        await _until(lambda: len(api.context.in_flight) == 3)
-        deleting = asyncio.create_task(api.http.delete("/v1/adapters/acme?drain_timeout=0.3"))
-        await asyncio.sleep(0.02)
+        await eventually(lambda: api.generated == 3)
+        deleting = asyncio.create_task(api.http.delete("/v1/adapters/acme?drain_timeout=3600"))
+        await eventually(lambda: "acme" not in api.context.registry)
         assert_error(await api.chat(model="acme"), 404, "model_not_found")
+        api.engine.waits_after = lambda submit: 1 if submit.sampling.seed else math.inf
+        await asyncio.gather(finishing, base)
+        assert not deleting.done()
+        leap(3600)
         assert (await deleting).json() == {"name": "acme", "deleted": True, "drained": 1, "aborted": 1}
         assert (await finishing).status_code == 200 and (await base).status_code == 200
         assert events(await stuck)[-1]["error"]["code"] == "aborted"
@@ -448,9 +451,3 @@ async def test_concurrent_uploads_of_one_name_have_one_winner(tmp_path: Path) ->
         answers = await asyncio.gather(*(api.upload("acme", seed=i % 2) for i in range(8)))
         statuses = sorted(answer.status_code for answer in answers)
         assert statuses == [200] * 3 + [201] + [409] * 4
-
-
-async def _until(condition: Any) -> None:
-    async with asyncio.timeout(5):
-        while not condition():
-            await asyncio.sleep(0.001)

@@ -30,6 +30,7 @@ from tests.api_server import (
     scripted,
     serving,
 )
+from tests.timing import HANG_SECONDS, wait_for
 
 
 async def test_answers_in_openai_shape(tmp_path: Path) -> None:
@@ -230,8 +231,9 @@ def test_a_client_that_leaves_at_any_time_is_aborted(tmp_path: Path) -> None:
 def test_a_reader_that_lags_does_not_hold_the_sequence(tmp_path: Path) -> None:
     with listening(tmp_path) as server:
         client = _send_chat(server, stream=True)
+        wait_for(lambda: server.engine.submitted, "the request")
         server.wait_idle()
-        client.settimeout(5)
+        client.settimeout(HANG_SECONDS)
         received = b""
         while b"[DONE]" not in received:
             received += client.recv(65536)
@@ -249,8 +251,7 @@ async def test_a_reader_that_never_reads_is_given_up(tmp_path: Path, monkeypatch
         await asyncio.Event().wait()
 
     async with serving(tmp_path) as api:
-        api.says("x", end=False)
-        api.engine.slow = 0.01
+        api.waits_after(1)
         target = resolve(api.context, ANYONE, GenerationRequest(model=BASE))
         generation = Generation(api.context, target, api.context.tokenizer, Lease(), "x", time.monotonic())
         generation.submit(ANYONE, [[1]], 1, SamplingParams(max_tokens=100), [])

@@ -17,6 +17,7 @@ from server.config import ServeConfig
 from server.sequence import ScaledAdapter
 from tests.api_server import BASE, Api, assert_error, events, serving
 from tests.test_metrics import samples
+from tests.timing import eventually
 
 HALF_AND_HALF = [{"name": "one", "scale": 0.5}, {"name": "two", "scale": -2}]
 
@@ -163,11 +164,12 @@ async def test_what_no_longer_fits_when_its_turn_comes_may_be_tried_again(tmp_pa
     async with serving(tmp_path, adapter_slots=2) as api:
         await upload_two(api)
         await api.upload("three", seed=2)
-        api.engine.slow, api.engine.fail_after, api.engine.failure = 0.2, 0, "2 do not fit beside the pinned ones"
+        api.engine.fail_after, api.engine.failure = 0, "2 do not fit beside the pinned ones"
+        api.waits_after(0)
         waiting = asyncio.create_task(api.chat(adapters=HALF_AND_HALF))
-        while not api.context.in_flight.count("one"):
-            await asyncio.sleep(0.001)
+        await eventually(lambda: api.context.in_flight.count("one"))
         await api.http.post("/v1/adapters/three/pin")
+        api.goes_on()
         assert_error(await waiting, 503, "no_room")
 
 
@@ -238,24 +240,20 @@ async def test_an_activated_adapter_begins_at_its_last_invocation(
 # -- accounting --------------------------------------------------------------------------------------------------------
 
 
-async def _until(condition: Any) -> None:
-    async with asyncio.timeout(5):
-        while not condition():
-            await asyncio.sleep(0.001)
-
-
 async def test_deleting_one_of_a_composition_drains_it(tmp_path: Path) -> None:
     async with serving(tmp_path) as api:
         one, two = await upload_two(api)
-        api.engine.slow = 0.01
+        api.waits_after(1)
         running = asyncio.create_task(api.chat(adapters=HALF_AND_HALF))
-        await _until(lambda: api.context.in_flight.count("two"))
+        await eventually(lambda: api.context.in_flight.count("two"))
         assert api.context.in_flight.digests() == {one, two}
         for name in ("one", "two"):
             assert (await api.http.get(f"/v1/adapters/{name}")).json()["in_flight"] == 1
             assert_error(await api.http.post(f"/v1/adapters/{name}/unload"), 409, "conflict")
-        deleted = await api.http.delete("/v1/adapters/two?drain_timeout=5")
-        assert deleted.json() == {"name": "two", "deleted": True, "drained": 1, "aborted": 0}
+        deleting = asyncio.create_task(api.http.delete("/v1/adapters/two?drain_timeout=3600"))
+        await eventually(lambda: "two" not in api.context.registry)
+        api.goes_on()
+        assert (await deleting).json() == {"name": "two", "deleted": True, "drained": 1, "aborted": 0}
         assert (await running).status_code == 200
         assert_error(await api.chat(adapters=HALF_AND_HALF), 404, "model_not_found")
         assert (await api.chat(model="one")).status_code == 200
@@ -264,14 +262,14 @@ async def test_deleting_one_of_a_composition_drains_it(tmp_path: Path) -> None:
 async def test_deleting_one_of_a_composition_aborts_what_takes_too_long(tmp_path: Path) -> None:
     async with serving(tmp_path) as api:
         await upload_two(api)
-        api.says("x", end=False)
-        api.engine.slow = 0.005
+        api.waits_after(1)
         stuck = asyncio.create_task(api.chat(adapters=HALF_AND_HALF))
-        other = asyncio.create_task(api.chat(model="one", max_tokens=100))
-        await _until(lambda: len(api.context.in_flight) == 2)
+        other = asyncio.create_task(api.chat(model="one"))
+        await eventually(lambda: len(api.context.in_flight) == 2)
         deleted = await api.http.delete("/v1/adapters/two?drain_timeout=0.05")
         assert deleted.json() == {"name": "two", "deleted": True, "drained": 0, "aborted": 1}
         assert_error(await stuck, 503, "aborted")
+        api.goes_on()
         assert (await other).status_code == 200
         assert api.context.in_flight.count("one") == 0
 
@@ -282,11 +280,12 @@ async def test_a_version_that_was_replaced_stays_for_its_composition(tmp_path: P
         await api.upload("one", seed=5, replace="true")
         assert await digest(api, "one") != one
         parts = [{"name": f"one@{one[:12]}"}, {"name": "one"}]  # two versions of one name
-        api.engine.slow = 0.005
+        api.waits_after(1)
         running = asyncio.create_task(api.chat(adapters=parts))
-        await _until(lambda: len(api.context.in_flight))
+        await eventually(lambda: len(api.context.in_flight))
         assert api.context.in_flight.count("one") == 1
         assert api.context.in_flight.digests() == {one, await digest(api, "one")}
+        api.goes_on()
         assert (await running).status_code == 200
         assert api.context.in_flight.count("one") == 0
 

@@ -1,7 +1,6 @@
 """The API's side of the engine: over a thread with a real engine, and over a transport that does as it is told."""
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 
 from adapters.spec import ModelSpec
 from server.config import ServeConfig
+from server.engine import client as client_module
 from server.engine.build import build_engine
 from server.engine.client import AdapterMoveRefused, EngineClient, EngineState, EngineUnavailable, Stream
 from server.engine.loop import ThreadTransport
@@ -36,6 +36,7 @@ from server.sequence import SamplingParams
 from tests.adapter_factory import tiny_llama, write_adapter
 from tests.engine_driver import MIB, make_driver, plain
 from tests.test_architectures import greedy
+from tests.timing import Clock, eventually
 
 PROMPT = [5, 9, 33, 2, 60]
 
@@ -55,13 +56,6 @@ async def outputs_of(stream: Stream) -> list[SequenceOutput]:
 async def collect(stream: Stream) -> tuple[list[int], str | None]:
     outputs = await outputs_of(stream)
     return [token for output in outputs for token in output.token_ids], outputs[-1].finish_reason
-
-
-async def eventually(condition: Callable[[], object], seconds: float = 30.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come to pass"
-        await asyncio.sleep(0.01)
 
 
 # -- with an engine in a thread ----------------------------------------------------------------------------------------
@@ -185,7 +179,14 @@ def transport() -> FakeTransport:
 
 
 @pytest.fixture
-async def client(transport: FakeTransport) -> AsyncIterator[EngineClient]:
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The client's, by which it knows that its engine hangs."""
+    monkeypatch.setattr(client_module, "time", made := Clock())
+    return made
+
+
+@pytest.fixture
+async def client(transport: FakeTransport, clock: Clock) -> AsyncIterator[EngineClient]:
     made = EngineClient(transport, hang_seconds=0.2)
     await made.start()
     yield made
@@ -274,7 +275,7 @@ async def test_a_merge_outlives_a_restart_and_then_waits_for_others(
     await eventually(lambda: isinstance(transport.sent[-1], Merge) and transport.sent[-1].drain)
     transport.die("killed")  # before it was answered
     transport.sent.clear()
-    await eventually(lambda: any(isinstance(sent, Merge) for sent in transport.sent), 5)
+    await eventually(lambda: any(isinstance(sent, Merge) for sent in transport.sent))
     again = transport.sent[-1]
     assert isinstance(again, Merge) and again.digest == "a" and again.drain and again.allow_requantize
     transport.say(Reply(again.request_id, ("no_room", "the memory is gone")))
@@ -300,15 +301,21 @@ async def test_a_merge_that_gave_way_or_was_retired_or_refused_is_not_asked_for_
     assert client.asked_to_merge is None
 
 
-async def test_an_engine_that_stops_stepping_is_replaced(transport: FakeTransport, client: EngineClient) -> None:
-    await asyncio.sleep(0.4)
+async def test_an_engine_that_stops_stepping_is_replaced(
+    transport: FakeTransport, client: EngineClient, clock: Clock
+) -> None:
+    clock.now += 0.4
     assert client.is_alive()  # without work, silence is no sign of anything
     stream = client.submit(request("s"))
     assert client.is_alive()
-    await asyncio.sleep(0.1)
+    clock.now += 0.15
     transport.output("s", 1)
-    await asyncio.sleep(0.15)
+    clock.now += 0.15
     assert client.is_alive()  # it made a step in between
+    await asyncio.sleep(0.1)  # the client looks every 0.05 s
+    assert transport.kills == 0
+    clock.now += 0.1
+    assert not client.is_alive()
     assert (await collect(stream)) == ([1], "error")
     await eventually(lambda: client.state is EngineState.READY)
     assert (transport.kills, transport.starts) == (1, 2)

@@ -28,4 +28,5 @@ def test_every_file_that_the_readme_names_exists() -> None:
 
 def test_continuous_integration_runs_the_readme_s_test_command() -> None:
     assert "\nmake test\n" in README.read_text()
-    assert "\nmake test\n" in (ROOT / ".ci" / "run").read_text()
+    assert "\ntest-all: test " in (ROOT / "Makefile").read_text()
+    assert "\nmake test-all\n" in (ROOT / ".ci" / "run").read_text()

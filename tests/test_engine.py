@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from adapters import residency
 from adapters.pool import page_bytes
-from adapters.residency import RETRY_SECONDS
 from server.engine.messages import Abort, MoveAdapter, PinAdapter, RetireAdapter, Submit
 from server.model.batch import build_batch
 from server.model.loader import ModelRefused
@@ -21,6 +21,7 @@ from server.sequence import SamplingParams, Sequence
 from tests.adapter_factory import tiny_llama, with_peft, write_adapter
 from tests.engine_driver import Driver, make_driver, plain
 from tests.test_architectures import greedy
+from tests.timing import HANG_SECONDS, Clock, patience
 
 BLOCK_BYTES = 2 * 2 * 2 * 16 * 4 * 16  # layers, keys and values, heads, head dimension, bytes, tokens
 EOS = 2
@@ -78,20 +79,18 @@ def running(driver: Driver, seq_id: str) -> Sequence:
 
 def step_until_running(driver: Driver, *seq_ids: str) -> None:
     """Step until all of these have run at least once."""
-    for _ in range(5000):
+    for _ in patience(f"a step of {seq_ids}"):
         if set(seq_ids) <= {seq.seq_id for seq in driver.engine.scheduler.running}:
             return
         driver.step()
-        time.sleep(0.0005)
-    raise AssertionError(f"{seq_ids} never ran")
 
 
 def settled(driver: Driver, request: MoveAdapter | PinAdapter) -> str | None:
     """Code of the reply, None when it was done."""
     driver.engine.handle(request)
-    deadline = time.monotonic() + 10
-    while request.request_id not in driver.replies:
-        assert time.monotonic() < deadline, "it is never answered"
+    for _ in patience("the reply"):
+        if request.request_id in driver.replies:
+            break
         driver.step()
     error = driver.replies[request.request_id].error
     return None if error is None else error[0]
@@ -179,10 +178,7 @@ def test_more_adapters_than_slots_take_turns(drivers: Drivers, adapters: dict[st
     digests = [driver.add_adapter(folder) for folder in adapters.values()]
     for index, digest in enumerate(digests * 2):
         driver.submit(f"s{index}", prompt_of(4, seed=index), digest, max_tokens=3)
-    deadline = time.monotonic() + 20
-    while driver.engine.has_work():
-        assert time.monotonic() < deadline, "somebody waits for ever"
-        driver.step()
+    driver.run()
     assert {driver.finish_reason(f"s{index}") for index in range(12)} == {"length"}
 
 
@@ -404,6 +400,7 @@ def test_moves_that_cannot_be_done_say_why(drivers: Drivers, adapters: dict[str,
     driver = drivers.make(adapter_slots=2)
     digests = [driver.add_adapter(adapters[name]) for name in ("r1", "r4", "r16")]
     assert settled(driver, MoveAdapter(1, "f" * 64, "device")) == "invalid"
+    bring_to_device(driver, *digests[:2])
     for index in range(2):
         driver.submit(f"s{index}", prompt_of(4), digests[index], max_tokens=400)
     step_until_running(driver, "s0", "s1")
@@ -418,14 +415,17 @@ def test_moves_that_cannot_be_done_say_why(drivers: Drivers, adapters: dict[str,
     driver.run()
 
 
-def test_a_load_is_tried_anew_after_an_old_failure(driver: Driver, adapters: dict[str, Path], tmp_path: Path) -> None:
+def test_a_load_is_tried_anew_after_an_old_failure(
+    driver: Driver, adapters: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(residency, "time", clock := Clock())
     digest = driver.add_adapter(adapters["r16"])
     driver.store.path(digest).rename(tmp_path / "away")
     driver.submit("s", prompt_of(4), digest)
     driver.run()
     assert driver.finish_reason("s") == "error"
     (tmp_path / "away").rename(driver.store.path(digest))
-    time.sleep(RETRY_SECONDS + 0.01)
+    clock.now += residency.RETRY_SECONDS + 0.01
     assert settled(driver, MoveAdapter(1, digest, "device")) is None
 
 
@@ -440,7 +440,7 @@ def test_reads_that_nobody_waits_for_any_more_are_dropped(
 
     def held(digest: str) -> Any:
         begun.append(names[digest])
-        assert gate.wait(10)
+        assert gate.wait(HANG_SECONDS)
         return read(digest)
 
     monkeypatch.setattr(driver.engine.residency, "_read", held)
@@ -650,11 +650,12 @@ def test_a_prompt_that_several_requests_share_stays_as_it_was(driver: Driver) ->
 
 
 def test_every_sequence_ends_exactly_once_and_the_queue_time_is_told(driver: Driver) -> None:
+    started = time.monotonic()
     for index in range(10):
         driver.submit(f"s{index}", prompt_of(5, index), max_tokens=1 + index)
     driver.run()
     for index in range(10):
         endings = [output.finish_reason for output in driver.outputs[f"s{index}"]]
         assert endings == [None] * index + ["length"]
-        assert 0 <= driver.outputs[f"s{index}"][-1].queue_seconds < 5
+        assert 0 <= driver.outputs[f"s{index}"][-1].queue_seconds <= time.monotonic() - started
     assert not driver.engine.has_work()

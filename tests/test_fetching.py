@@ -6,11 +6,15 @@ from pathlib import Path
 
 import pytest
 
+from adapters.registry import AdapterRecord
 from adapters.sources import download
 from server.api import fetching
+from server.api.adapter_schemas import RegisterRequest
+from server.api.context import AppContext
 from tests import remote_servers
 from tests.api_server import adapter_files, assert_error, serving
 from tests.remote_servers import Remote
+from tests.timing import eventually
 
 
 @pytest.fixture
@@ -134,13 +138,21 @@ async def test_what_is_served_stays_when_its_replacement_cannot_be_fetched(tmp_p
 
 
 async def test_an_engine_that_is_away_fails_no_lazy_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    attempts: list[RegisterRequest] = []
+    register = fetching.register
+
+    async def noted(context: AppContext, body: RegisterRequest) -> tuple[AdapterRecord, bool]:
+        attempts.append(body)
+        return await register(context, body)
+
+    monkeypatch.setattr(fetching, "register", noted)
     monkeypatch.setattr(fetching, "_ENGINE_POLL_SECONDS", 0.01)
     source = _folder(tmp_path / "allowed" / "acme")
     async with serving(tmp_path / "server", allow_source=(f"file://{tmp_path}/allowed",)) as api:
         info, api.context.engine.info = api.context.engine.info, None
         await api.http.post("/v1/adapters", json={"name": "acme", "source": f"file://{source}", "lazy": True})
-        done, _ = await asyncio.wait(api.context.fetching.values(), timeout=0.1)
-        assert not done and api.context.registry.pending["acme"].error is None
+        await eventually(lambda: len(attempts) == 3)
+        assert api.context.fetching and api.context.registry.pending["acme"].error is None
         api.context.engine.info = info
         await asyncio.gather(*api.context.fetching.values())
         assert (await api.http.get("/v1/adapters/acme")).json()["state"] == "ready"

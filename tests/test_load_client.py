@@ -11,6 +11,7 @@ import pytest
 
 from load_tests.client import Clock, Record, complete, new_client
 from load_tests.schedule import Planned
+from tests.timing import HANG_SECONDS
 
 PLANNED = Planned(0.0, "sql", "head", "hello", 3)
 USAGE = {"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 3}}
@@ -30,7 +31,7 @@ async def record_of(
     endpoint: Literal["completions", "chat"] = "completions",
 ) -> Record:
     async with httpx.AsyncClient(base_url="http://test", transport=httpx.MockTransport(handler)) as client:
-        return await complete(client, endpoint, PLANNED, Clock(), scheduled_s=-1.0, timeout_s=5.0)
+        return await complete(client, endpoint, PLANNED, Clock(), scheduled_s=-1.0, timeout_s=HANG_SECONDS)
 
 
 async def test_a_completion() -> None:
@@ -132,4 +133,4 @@ async def test_a_server_that_is_not_there() -> None:
 
 async def record_over_wire(port: int) -> Record:
     async with new_client(f"http://127.0.0.1:{port}") as client:
-        return await complete(client, "completions", PLANNED, Clock(), scheduled_s=-1.0, timeout_s=5.0)
+        return await complete(client, "completions", PLANNED, Clock(), scheduled_s=-1.0, timeout_s=HANG_SECONDS)

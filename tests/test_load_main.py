@@ -11,8 +11,10 @@ from typer.testing import CliRunner
 from load_tests.__main__ import app
 from load_tests.scenarios import FOLDER
 from tests.adapter_factory import write_adapter
+from tests.timing import HANG_SECONDS
 from tests.tiny_server import RunningServer, running_server, write_tiny_model
 
+ANY = str(HANG_SECONDS)  # a bound that nothing reaches
 FLAGS = ("--served-model-name", "tiny-base", "--dtype", "float32", "--threads", "1", "--kv-cache-bytes", "33554432")
 
 
@@ -51,7 +53,9 @@ def shortened(folder: Path, name: str, **lines: str) -> str:
 
 
 def test_the_smoke_scenario(folder: Path, server: RunningServer) -> None:
-    scenario = shortened(folder, "smoke", rate="20.0", warm_up_s="0.2", duration_s="1.0", ttft_s="60.0", itl_s="60.0")
+    scenario = shortened(
+        folder, "smoke", rate="20.0", warm_up_s="0.2", duration_s="1.0", request_timeout_s=ANY, ttft_s=ANY, itl_s=ANY
+    )
     code, output = run(folder, server, scenario)
     assert code == 0, output
     found = json.loads((folder / "out" / "short-smoke.json").read_bytes())
@@ -63,11 +67,13 @@ def test_the_smoke_scenario(folder: Path, server: RunningServer) -> None:
 
 
 def test_churn_on_a_real_server_leaves_it_as_it_was(folder: Path, server: RunningServer) -> None:
-    thresholds = {"ttft_p99_s": "60.0", "send_lag_p99_s": "60.0", "goodput": "0.0", "requests": "1", "changes": "2"}
-    scenario = shortened(
-        folder, "churn", rate="20.0", warm_up_s="0.0", duration_s="2.0", every_s="0.1", high="16", **thresholds
-    )
-    code, output = run(folder, server, scenario)
+    thresholds = {"ttft_p99_s": ANY, "send_lag_p99_s": ANY, "goodput": "0.0", "requests": "1", "changes": "2"}
+    for rate, duration_s in (("20.0", "2.0"), ("2.0", "20.0"), ("0.2", "200.0")):
+        shape = {"rate": rate, "warm_up_s": "0.0", "duration_s": duration_s, "every_s": "0.1", "high": "16"}
+        scenario = shortened(folder, "churn", **shape, request_timeout_s=ANY, **thresholds)
+        code, output = run(folder, server, scenario)
+        if "FAILED changes" not in output:  # two take longer on a busy machine
+            break
     assert code == 0, output
     with server.client() as client:
         assert [adapter["name"] for adapter in client.get("/v1/adapters").json()["data"]] == ["tiny-adapter"]

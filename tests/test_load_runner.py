@@ -15,6 +15,7 @@ from load_tests.runner import Run, run, send
 from load_tests.scenarios import Bounds, Churn, Closed, Models, Poisson
 from load_tests.schedule import Planned
 from tests.load_run import scenario
+from tests.timing import HANG_SECONDS
 
 ANSWER = (
     'data: {"choices": [{"text": "a"}]}\n\n'
@@ -79,18 +80,25 @@ async def test_a_request_that_never_ends_is_given_up() -> None:
 
 
 class Adapters:
-    """A server that knows adapters; `refusing` refuses to publish, `keeping` to delete."""
+    """A server that knows adapters; `refusing` refuses to publish, `keeping` to delete. It answers nobody before that
+    many `uploads` were tried, so that a run with changes lasts as long as they take."""
 
-    def __init__(self, refusing: Callable[[int], bool] = lambda _: False, keeping: bool = False) -> None:
+    def __init__(
+        self, refusing: Callable[[int], bool] = lambda _: False, keeping: bool = False, uploads: int = 0
+    ) -> None:
         self.published: set[str] = set()
         self.versions: list[tuple[str, float]] = []
         self._refusing = refusing
         self._keeping = keeping
+        self._left = uploads
+        self._changed = asyncio.Event()
+        self._count(0)
 
     async def __call__(self, request: httpx.Request) -> httpx.Response:
         if request.url.path == "/v1/models":
             return httpx.Response(200, json={"data": [{"id": "own", "parent": "base"}, {"id": "base", "parent": None}]})
         if request.url.path == "/v1/adapters":
+            self._count(1)
             return self._publish((await request.aread()).decode(errors="replace"))
         if request.method == "DELETE" and self._keeping:
             return httpx.Response(503, json={})
@@ -99,8 +107,14 @@ class Adapters:
             found = name in self.published
             self.published.discard(name)
             return httpx.Response(200 if found else 404)
+        await self._changed.wait()
         known = json.loads(request.content)["model"] in {*self.published, "own", "base"}
         return httpx.Response(200, text=ANSWER) if known else httpx.Response(404, json={})
+
+    def _count(self, uploads: int) -> None:
+        self._left -= uploads
+        if self._left <= 0:
+            self._changed.set()
 
     def _publish(self, form: str) -> httpx.Response:
         if self._refusing(len(self.versions)):
@@ -142,13 +156,13 @@ async def test_published_adapters_are_all_different_and_taken_away(template: Pat
 
 
 async def test_churn_replaces_and_brings_newcomers(template: Path) -> None:
-    server = Adapters()
+    server = Adapters(uploads=2 + 4)
     seen = await run_against(
         server,
         template,
         arrivals=Poisson(200.0),
         models=Models(published=2),
-        bounds=Bounds(duration_s=0.4),
+        bounds=Bounds(duration_s=0.1, request_timeout_s=HANG_SECONDS),
         churn=Churn(0.01),
     )
     changes = [(change.kind, change.name) for change in seen.changes[:4]]
@@ -162,13 +176,13 @@ async def test_churn_replaces_and_brings_newcomers(template: Path) -> None:
 
 
 async def test_a_change_that_fails_is_recorded(template: Path) -> None:
-    server = Adapters(refusing=lambda published: published >= 2)
+    server = Adapters(refusing=lambda published: published >= 2, uploads=2 + 1)
     seen = await run_against(
         server,
         template,
         arrivals=Poisson(200.0),
         models=Models(published=2),
-        bounds=Bounds(duration_s=0.2),
+        bounds=Bounds(duration_s=0.1, request_timeout_s=HANG_SECONDS),
         churn=Churn(0.02),
     )
     assert seen.changes and all("507" in (change.error or "") for change in seen.changes)

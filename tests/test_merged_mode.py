@@ -1,7 +1,7 @@
 """The engine in merged mode: streams run on across the switch, others wait, and the base comes back bit for bit."""
 
-import time
 from collections.abc import Iterator
+from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from tests.adapter_factory import tiny_llama, with_peft, write_adapter
 from tests.engine_driver import Driver, make_driver
 from tests.test_architectures import greedy
 from tests.test_merge import weights_digest
+from tests.timing import HANG_SECONDS, Clock, patience
 
 PROMPTS = [[5, 17, 42, 9, 88, 3], [7, 7, 21]]
 NEW_TOKENS = 60
@@ -57,11 +58,14 @@ class Served:
         return self.driver.engine.merging.status.state
 
     def step_until(self, condition: Any) -> None:
-        deadline = time.monotonic() + 20
-        while not condition():
-            assert time.monotonic() < deadline, f"it stays {self.state}"
-            if not self.driver.step().stats.batch_tokens:
-                time.sleep(0.001)
+        """Streams go on while a thread computes the merged weights, but not far, however slow that thread is."""
+        for number, _ in enumerate(patience("the next state")):
+            if condition():
+                return
+            self.driver.step()
+            prepared = self.driver.engine.merging._future
+            if number >= 5 and prepared is not None:
+                wait([prepared], HANG_SECONDS)
 
     def settled(self, request_id: int) -> str | None:
         self.step_until(lambda: request_id in self.driver.replies)
@@ -200,7 +204,10 @@ def test_by_policy_one_owner_s_adapter_is_merged_and_gives_way_to_others(serve: 
         merge_policy="auto", merge_others="refuse", merge_window=0.2, merge_min_requests=2, merge_cooldown=1000
     )
 
+    clock = served.driver.engine.merging.policy._clock = Clock()
+
     def merged_after_one_more() -> bool:
+        clock.now += 0.05
         served.submit(f"own {len(served.driver.steps)}", "own", max_tokens=2)
         return served.state == "merged"
 

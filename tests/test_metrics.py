@@ -5,6 +5,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from server.metrics import MAX_ADAPTER_LABELS, METRICS, Metrics
 from tests.api_server import Api, serving
+from tests.timing import eventually
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
@@ -80,11 +81,13 @@ async def test_a_client_that_names_unknown_models_makes_no_series(tmp_path: Path
 async def test_a_deleted_adapter_leaves_no_series(tmp_path: Path) -> None:
     async with serving(tmp_path) as api:
         await api.upload("acme")
-        api.engine.slow = 0.01
+        api.waits_after(1)
         running = asyncio.create_task(api.chat(model="acme"))
-        await asyncio.sleep(0.05)
-        await api.http.delete("/v1/adapters/acme")
-        await running
+        await eventually(lambda: api.generated)
+        deleting = asyncio.create_task(api.http.delete("/v1/adapters/acme"))
+        await eventually(lambda: "acme" not in api.context.registry)
+        api.goes_on()
+        assert (await running).status_code == (await deleting).status_code == 200
         text = (await api.http.get("/metrics")).text
         assert "acme" not in text
         stats = (await api.http.get("/v1/stats")).json()
@@ -108,10 +111,11 @@ async def test_gauges_say_what_the_engine_said_last(tmp_path: Path) -> None:
         await api.upload("acme")
         await api.upload("beta", seed=1)
         await api.http.post("/v1/adapters/acme/pin")
-        api.engine.slow = 0.02
+        api.waits_after(1)
         running = asyncio.create_task(api.chat(model="acme"))
-        await asyncio.sleep(0.1)
+        await eventually(lambda: api.generated)
         found = await samples(api)
+        api.goes_on()
         await running
         assert found["loraplex_requests_running", ()] == found["vllm:num_requests_running", ()] == 1
         assert found["loraplex_kv_cache_usage_ratio", ()] == found["vllm:kv_cache_usage_perc", ()] == 0.01

@@ -7,7 +7,8 @@ import httpx
 import openai
 import pytest
 
-from tests.api_server import BASE, LiveServer, form, ids, listening
+from tests.api_server import BASE, LiveServer, form, listening
+from tests.timing import HANG_SECONDS
 
 
 @pytest.fixture
@@ -18,7 +19,7 @@ def server(tmp_path: Path) -> Iterator[LiveServer]:
 
 @pytest.fixture
 def client(server: LiveServer) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=10) as found:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=HANG_SECONDS) as found:
         yield found
 
 
@@ -26,7 +27,8 @@ HI: list[dict[str, str]] = [{"role": "user", "content": "hi"}]
 
 
 def test_models(server: LiveServer, client: openai.OpenAI) -> None:
-    httpx.post(f"{server.url}/v1/adapters", data={"name": "acme"}, files=form()).raise_for_status()
+    url, data = f"{server.url}/v1/adapters", {"name": "acme"}
+    httpx.post(url, data=data, files=form(), timeout=HANG_SECONDS).raise_for_status()
     assert [model.id for model in client.models.list()] == [BASE, "acme"]
     assert client.models.retrieve("acme").owned_by == "loraplex"
     with pytest.raises(openai.NotFoundError) as missing:
@@ -85,9 +87,7 @@ def test_a_stream_that_fails_raises(server: LiveServer, client: openai.OpenAI, a
 
 
 def test_a_stream_that_the_client_closes_is_aborted(server: LiveServer, client: openai.OpenAI) -> None:
-    server.engine.slow = 0.005
-    tokens = ids(server.context.tokenizer, "x") * 1000
-    server.engine.script = lambda _: tokens
+    server.engine.waits_after = lambda _: 1
     stream = client.chat.completions.create(model=BASE, messages=HI, stream=True, n=2)  # type: ignore[arg-type]
     next(iter(stream))
     stream.close()

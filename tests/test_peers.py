@@ -13,6 +13,7 @@ from load_tests.peers.http_server import summary
 from load_tests.peers.process import Group, PeerFailed
 from load_tests.peers.report import Report, plot, table
 from load_tests.peers.setting import CASES, NEW_TOKENS, Case, Measured
+from tests.timing import HANG_SECONDS
 
 GROUND = Ground(Path(), [], Path(), Path())
 
@@ -127,5 +128,5 @@ def test_an_answer_that_is_short_or_failed_is_a_failure(fault: dict[str, Any]) -
 def test_a_process_that_ends_before_it_is_ready_says_why(tmp_path: Path) -> None:
     group = Group(["sh", "-c", "echo no such model; exit 3"], tmp_path / "log")
     with pytest.raises(PeerFailed, match="no such model"):
-        group.wait_for(lambda: False, 30)
+        group.wait_for(lambda: False, HANG_SECONDS)
     group.stop()

@@ -14,16 +14,18 @@ import psutil
 import pytest
 
 from server.config import ServeConfig
+from server.engine import client as client_module
+from server.engine import process
 from server.engine.client import EngineClient, EngineState, EngineUnavailable, Stream
 from server.engine.messages import SequenceOutput
 from server.engine.process import ProcessTransport
 from tests.adapter_factory import tiny_llama, write_adapter
 from tests.engine_driver import MIB, make_driver
 from tests.test_architectures import greedy
-from tests.test_client import PROMPT, collect, eventually, request
+from tests.test_client import PROMPT, collect, request
+from tests.timing import HANG_SECONDS, Clock, eventually, wait_for
 
 ROOT = Path(__file__).parent.parent
-START_SECONDS = 120.0  # importing torch takes most of it
 
 
 def make_transport(model: Path, data_dir: Path) -> ProcessTransport:
@@ -46,7 +48,7 @@ def is_gone(pid: int) -> bool:
 
 
 async def first(stream: Stream) -> SequenceOutput:
-    return (await asyncio.wait_for(stream.take(), 30))[0]
+    return (await stream.take())[0]
 
 
 @pytest.fixture
@@ -56,9 +58,11 @@ async def stack() -> AsyncIterator[AsyncExitStack]:
         yield made
 
 
+@pytest.mark.slow
 async def test_a_killed_engine_is_noticed_replaced_and_leaves_nothing_behind(
-    llama_folder: Path, tmp_path: Path, stack: AsyncExitStack
+    llama_folder: Path, tmp_path: Path, stack: AsyncExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(process, "STOP_SECONDS", HANG_SECONDS)
     driver = make_driver(llama_folder, tmp_path)
     digest = driver.add_adapter(write_adapter(tiny_llama(), tmp_path / "adapter", scale=0.3))
     driver.submit("s", PROMPT, digest)
@@ -88,11 +92,12 @@ async def test_a_killed_engine_is_noticed_replaced_and_leaves_nothing_behind(
     started = time.monotonic()
     for stream in streams:
         assert (await collect(stream))[1] == "error"
-    assert time.monotonic() - started < 1
+    noticed = time.monotonic() - started
     assert client.state is EngineState.RESTARTING
     with pytest.raises(EngineUnavailable, match="restarting"):
         client.submit(request("too early"))
-    await eventually(lambda: client.state is EngineState.READY, START_SECONDS)
+    await eventually(lambda: client.state is EngineState.READY)
+    assert noticed < (time.monotonic() - started) / 5  # of a start, most of which is importing torch: it is at once
     assert await collect(client.submit(request("after"))) == (greedy(tiny_llama(), PROMPT, 8), "length")
 
     second = transport.pid
@@ -106,9 +111,12 @@ async def test_a_killed_engine_is_noticed_replaced_and_leaves_nothing_behind(
     assert len(folders) == 2 and not any(folder is not None and folder.exists() for folder in folders)
 
 
-async def test_an_engine_that_hangs_is_replaced(llama_folder: Path, tmp_path: Path) -> None:
+async def test_an_engine_that_hangs_is_replaced(
+    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_module, "time", clock := Clock())
     transport = make_transport(llama_folder, tmp_path)
-    client = EngineClient(transport, hang_seconds=2.0)
+    client = EngineClient(transport, hang_seconds=60.0)
     await client.start()
     try:
         hung = transport.pid
@@ -117,9 +125,17 @@ async def test_an_engine_that_hangs_is_replaced(llama_folder: Path, tmp_path: Pa
         await first(stream)
         os.kill(hung, signal.SIGSTOP)
         assert client.is_alive()
-        await eventually(lambda: not client.is_alive(), 5)
-        assert (await asyncio.wait_for(collect(stream), 10))[1] == "error"
-        await eventually(lambda: client.state is EngineState.READY, START_SECONDS)
+        alive: list[bool] = []
+
+        def is_replaced() -> bool:
+            clock.now += 61  # once more after what it had said before it was stopped
+            alive.append(client.is_alive())
+            return client.state is EngineState.RESTARTING
+
+        await eventually(is_replaced)
+        assert not all(alive)
+        assert (await collect(stream))[1] == "error"
+        await eventually(lambda: client.state is EngineState.READY)
         assert client.is_alive() and is_gone(hung)
         assert (await collect(client.submit(request("after"))))[1] == "length"
     finally:
@@ -133,10 +149,10 @@ async def test_a_request_in_the_moment_of_death_ends_with_an_error(llama_folder:
     await client.start()
     try:
         assert transport.pid is not None
-        os.kill(transport.pid, signal.SIGKILL)
-        time.sleep(0.3)  # the event loop does not get to run
+        os.kill(pid := transport.pid, signal.SIGKILL)
+        wait_for(lambda: is_gone(pid), "its end")  # the event loop does not get to run
         assert client.state is EngineState.READY
-        assert await asyncio.wait_for(collect(client.submit(request("s"))), 5) == ([], "error")
+        assert await collect(client.submit(request("s"))) == ([], "error")
     finally:
         await client.stop()
 
@@ -189,6 +205,8 @@ PARENT = """
 import asyncio, sys
 from pathlib import Path
 from server.config import ServeConfig
+from server.engine import client as client_module
+from server.engine import process
 from server.engine.client import EngineClient
 from server.engine.process import ProcessTransport
 
@@ -210,8 +228,5 @@ def test_the_engine_goes_when_its_parent_is_killed(llama_folder: Path, tmp_path:
         folder = Path(psutil.Process(child).cmdline()[-1])
         assert not is_gone(child) and folder.exists()
         parent.kill()
-    deadline = time.monotonic() + 5
-    while not is_gone(child):
-        assert time.monotonic() < deadline, "the engine outlives its parent"
-        time.sleep(0.02)
+    wait_for(lambda: is_gone(child), "the orphaned engine's end")
     assert not folder.exists()

@@ -15,6 +15,7 @@ from adapters.slots import SlotTable
 from server.engine.block_manager import BlockManager
 from server.engine.scheduler import PREFETCH_DEPTH, Scheduler
 from server.sequence import SamplingParams, ScaledAdapter, ScheduledBatch, Sequence, SequenceStatus
+from tests.timing import patience
 
 BLOCK = 4
 
@@ -368,23 +369,24 @@ def residency() -> Iterator[Residency[Weights]]:
     made.close()
 
 
-def steps_to(scheduler: Scheduler, residency: Residency[Weights], condition: Callable[[], bool]) -> int:
-    """Steps until `condition`; those in which nothing can run wait for a reader thread."""
-    for steps in range(5000):
+def steps_to(scheduler: Scheduler, residency: Residency[Weights], condition: Callable[[], bool]) -> None:
+    """Step until `condition`; steps in which nothing can run wait for a reader thread."""
+    for _ in patience("the end of waiting"):
         if condition():
-            return steps
+            return
         residency.poll()
         if not run_step(scheduler):
             time.sleep(0.0005)
         counts = Counter(adapter.digest for seq in scheduler.running for adapter in seq.adapters)
         residency.slots.check_integrity(counts)
-    raise AssertionError("somebody waits for ever")
 
 
 def bring(residency: Residency[Weights], *digests: str) -> None:
     """Wait until these are on the device, in this order of use."""
     for digest in digests:
-        while residency.where(digest) != "device":
+        for _ in patience(f"the arrival of {digest}"):
+            if residency.where(digest) == "device":
+                break
             residency.request(digest)
             residency.poll()
             time.sleep(0.0005)

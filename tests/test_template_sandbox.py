@@ -14,6 +14,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from server.api import template_sandbox, template_worker
 from server.api.template_sandbox import WORKERS, TemplateFailed, TemplateSandbox
+from tests.timing import HANG_SECONDS, eventually, wait_for
 
 MESSAGES = [{"role": "system", "content": 'Be brief, "é" <b>.'}, {"role": "user", "content": "hi 😀"}]
 ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
@@ -94,6 +95,7 @@ async def test_a_template_that_takes_too_long_is_stopped(
     with pytest.raises(TemplateFailed, match="takes longer than"):
         await sandbox.render(template, {})
     assert workers() == []
+    monkeypatch.setattr(template_sandbox, "RENDER_SECONDS", HANG_SECONDS)
     assert await sandbox.render("again", {}) == "again"
 
 
@@ -140,8 +142,7 @@ async def test_a_worker_that_died_costs_one_question(sandbox: TemplateSandbox) -
 
 async def test_a_caller_that_leaves_frees_its_worker(sandbox: TemplateSandbox) -> None:
     leaving = [asyncio.create_task(sandbox.render(ENDLESS, {})) for _ in range(WORKERS)]
-    while len(workers()) < WORKERS or sandbox._idle:
-        await asyncio.sleep(0.01)
+    await eventually(lambda: len(workers()) == WORKERS and not sandbox._idle)
     for task in leaving:
         task.cancel()
     await asyncio.gather(*leaving, return_exceptions=True)
@@ -166,7 +167,7 @@ def test_a_worker_ends_with_the_server(template: str) -> None:
         "    await sandbox.render('x', {})\n"
         "    print(workers()[0].pid, flush=True)\n"
         "    asyncio.ensure_future(sandbox.render(sys.argv[1], {}))\n"
-        "    await asyncio.sleep(100)\n"
+        "    await asyncio.Event().wait()\n"
         "asyncio.run(main())\n"
     )
     server = subprocess.Popen([sys.executable, "-c", program, template], stdout=subprocess.PIPE, text=True)
@@ -175,5 +176,4 @@ def test_a_worker_ends_with_the_server(template: str) -> None:
         worker = psutil.Process(int(output.readline()))
         server.send_signal(signal.SIGKILL)
         server.wait()
-    psutil.wait_procs([worker], timeout=30)
-    assert not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE
+    wait_for(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE, "the worker's end")

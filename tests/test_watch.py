@@ -17,6 +17,7 @@ from server.engine.messages import ToEngine, TryAdapter
 from server.watch import FolderWatcher
 from tests.api_server import BASE, Api, adapter_files, assert_error, serving
 from tests.test_api_composition import digest
+from tests.timing import eventually
 
 
 @pytest.fixture
@@ -239,9 +240,7 @@ async def test_a_server_watches_from_when_it_is_up(tmp_path: Path, root: Path, m
         up: Any = SimpleNamespace(started=True, url="http://test")
         starting = asyncio.create_task(asyncio.sleep(0))
         serving_up = asyncio.create_task(serve._bring_up(api.context, starting, up))
-        async with asyncio.timeout(20):
-            while "acme" not in api.context.registry:
-                await asyncio.sleep(0.01)
+        await eventually(lambda: "acme" in api.context.registry)
         assert not serving_up.done()
         serving_up.cancel()
         await asyncio.wait([serving_up])

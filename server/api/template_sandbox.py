@@ -66,6 +66,7 @@ async def _start() -> Process:
         sys.executable,
         "-I",
         str(Path(template_worker.__file__)),
+        str(RENDER_SECONDS + 1),  # then it gives up by itself, should this process be gone
         stdin=PIPE,
         stdout=PIPE,
         env={},

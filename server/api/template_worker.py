@@ -1,6 +1,6 @@
 """The process that compiles and renders chat templates which came with adapters: a question per line of its standard
-input, an answer per line of its output. It imports nothing of the server and ends with its input, or after
-`GIVE_UP_SECONDS` on one question.
+input, an answer per line of its output. It imports nothing of the server and ends with its input, or when one question
+takes the seconds of its argument.
 
 The environment is the one that transformers renders templates in.
 """
@@ -24,7 +24,6 @@ from jinja2.utils import Namespace
 
 MAX_MEMORY_BYTES = 512 << 20
 MAX_OUTPUT_CHARS = 4 << 20
-GIVE_UP_SECONDS = 3.0  # the server kills sooner; this is for one that is gone
 _MAX_REASON_CHARS = 200
 _LIMITS = {
     resource.RLIMIT_AS: MAX_MEMORY_BYTES,
@@ -132,13 +131,13 @@ def _printable(reason: str) -> str:
     return re.sub(r"0x[0-9a-f]+", "...", ascii(reason[:_MAX_REASON_CHARS])[1:-1])
 
 
-def main(write: Callable[[bytes], object] = sys.stdout.buffer.write) -> None:
+def main(give_up_seconds: float, write: Callable[[bytes], object] = sys.stdout.buffer.write) -> None:
     for limit, value in _LIMITS.items():
         resource.setrlimit(limit, (value, value))
     write(b"\n")  # it is ready
     sys.stdout.flush()
     for line in sys.stdin.buffer:
-        signal.setitimer(signal.ITIMER_REAL, GIVE_UP_SECONDS)  # its signal ends the process, even within one operation
+        signal.setitimer(signal.ITIMER_REAL, give_up_seconds)  # its signal ends the process, even within one operation
         reply = json.dumps(answer(json.loads(line)))
         signal.setitimer(signal.ITIMER_REAL, 0)
         write(reply.encode() + b"\n")
@@ -146,4 +145,4 @@ def main(write: Callable[[bytes], object] = sys.stdout.buffer.write) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(float(sys.argv[1]))
