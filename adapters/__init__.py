@@ -1,6 +1,6 @@
 """Adapters from upload to matrix product, knowing nothing of HTTP or of the server: what may be served and where its
 bytes are (the control plane), and how it gets into a running model (the data plane). Importing this package imports
-no torch; `adapters.validation` and the data plane's modules do.
+no torch; `adapters.validation.inspect` and the data plane's modules do.
 """
 
 from adapters.errors import (
@@ -16,7 +16,8 @@ from adapters.errors import (
     SourceNotFound,
     SourceUnavailable,
 )
-from adapters.registry import (
+from adapters.model_spec import ModelSpec
+from adapters.registry.registry import (
     AdapterRecord,
     AdapterRegistry,
     AdapterVersion,
@@ -24,9 +25,8 @@ from adapters.registry import (
     RegistryLocked,
     check_name,
 )
+from adapters.registry.store import AdapterStore
 from adapters.sources import copy_from
-from adapters.spec import ModelSpec
-from adapters.store import AdapterStore
 
 __all__ = [
     "AdapterConflict",

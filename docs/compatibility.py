@@ -7,9 +7,9 @@ from typing import Any
 
 from peft import PeftConfig, PeftType
 
-from adapters.config_keys import REFUSED_KEYS
-from adapters.families.converted import FAMILIES
-from adapters.peft_config import SERVED_TYPES
+from adapters.peft.config_keys import REFUSED_KEYS
+from adapters.peft.lora_config import SERVED_TYPES
+from adapters.validation.peft_types.convert import FAMILIES
 from docs.tables import Rows, render, table
 from tests.peft_corpus import CORPUS
 from tests.test_peft_parity import BASES, CASES, NOT_ON_NF4

@@ -10,7 +10,13 @@ from fastapi import FastAPI
 
 from adapters.errors import AdapterError
 from server import config
-from server.api import adapters, chat, completions, merge, models, ops, splits, vllm
+from server.api import health as ops
+from server.api import models
+from server.api.adapters import aliases as splits
+from server.api.adapters import merge
+from server.api.adapters import routes as adapters
+from server.api.adapters import vllm_compat as vllm
+from server.api.inference import chat, completions
 from server.config import ServeConfig
 from server.metrics import METRICS
 

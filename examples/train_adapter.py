@@ -29,7 +29,7 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
-from server.model.default_model import prepare_default_model
+from server.model.loading.default_model import prepare_default_model
 
 DATA = Path(__file__).parent / "data"
 IGNORED = -100  # the label that the loss skips

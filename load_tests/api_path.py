@@ -32,9 +32,9 @@ from starlette.responses import StreamingResponse
 from starlette.routing import Route
 
 from load_tests import null_engine
-from server.api.auth import KeyRing
+from server.api.middleware.auth import KeyRing
 from server.config import ServeConfig
-from server.model.default_model import DEFAULT_MODEL, prepare_default_model
+from server.model.loading.default_model import DEFAULT_MODEL, prepare_default_model
 
 PATH = "/v1/chat/completions"
 SERVER_CORE, CLIENT_CORE = min(os.sched_getaffinity(0)), max(os.sched_getaffinity(0))
@@ -68,11 +68,11 @@ def serve_api(ready: Connection, step_seconds: float) -> None:
 
 
 async def _serve_api(ready: Connection) -> None:
-    from adapters.registry import AdapterRegistry
+    from adapters.registry.registry import AdapterRegistry
     from server.api.context import AppContext
-    from server.api.text import Tokenizer
-    from server.engine.client import EngineClient
-    from server.engine.process import ProcessTransport
+    from server.api.text.tokenizer import Tokenizer
+    from server.ipc.client import EngineClient
+    from server.ipc.process_transport import ProcessTransport
     from server.metrics import Metrics
     from server.serve import Server
 

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from server import config as settings
-from server.engine import process
+from server.ipc import process_transport as process
 
 NEW_TOKENS = 48
 FIXED = "BUSY_FIXED"  # set: the number of threads does not follow what the steps show

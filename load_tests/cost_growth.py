@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM
 
 from load_tests.engine_bench import EngineBench, write_adapter
 from load_tests.peers.setting import commit, machine
-from server.model.default_model import prepare_default_model
+from server.model.loading.default_model import prepare_default_model
 
 RANK = 16
 RANKS = (16, 32, 64, 128, 192, 256)

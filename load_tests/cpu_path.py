@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from adapters.device.forms import FORCED, FORMS, NONE, why_not
 from load_tests.engine_bench import EngineBench, write_adapter
 from load_tests.peers.setting import machine
-from server.model.default_model import prepare_default_model
+from server.model.loading.default_model import prepare_default_model
 
 CASES = {"1 base": (1, 0), "1 on 1": (1, 1), "8 base": (8, 0), "8 on 8": (8, 8), "32 base": (32, 0), "32 on 8": (32, 8)}
 NEW_TOKENS = 12

@@ -8,12 +8,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from adapters.store import CONFIG_FILE, WEIGHTS_FILE, AdapterStore
-from adapters.validation import inspect
+from adapters.registry.store import CONFIG_FILE, WEIGHTS_FILE, AdapterStore
+from adapters.validation.inspect import inspect
 from server.config import ServeConfig
 from server.engine.build import build_engine
-from server.engine.messages import MoveAdapter, Reply, Submit, ToEngine
-from server.model.default_model import prepare_default_model
+from server.ipc.messages import MoveAdapter, Reply, Submit, ToEngine
+from server.model.loading.default_model import prepare_default_model
 from server.sequence import SamplingParams, ScaledAdapter
 
 PROMPT_TOKENS = 70

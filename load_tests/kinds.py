@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from load_tests.engine_bench import EngineBench
-from server.model.default_model import prepare_default_model
+from server.model.loading.default_model import prepare_default_model
 
 KINDS: dict[str, dict[str, Any]] = {
     "LoRA": {},

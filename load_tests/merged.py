@@ -15,8 +15,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from load_tests.engine_bench import EngineBench, write_adapter
-from server.engine.messages import Merge, Unmerge
-from server.model.default_model import prepare_default_model
+from server.ipc.messages import Merge, Unmerge
+from server.model.loading.default_model import prepare_default_model
 
 Ratios = dict[str, list[float]]
 

@@ -8,10 +8,10 @@ import time
 
 from transformers import AutoTokenizer
 
-from adapters.spec import ModelSpec
+from adapters.model_spec import ModelSpec
 from server.config import ServeConfig
-from server.engine import process
-from server.engine.messages import (
+from server.ipc import process_transport as process
+from server.ipc.messages import (
     Abort,
     Emit,
     EngineInfo,

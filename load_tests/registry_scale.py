@@ -24,9 +24,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from adapters.registry import AdapterRegistry, AdapterVersion
-from adapters.registry_db import connect, point, transaction
-from adapters.store import FILES, AdapterStore
+from adapters.registry.db import connect, point, transaction
+from adapters.registry.registry import AdapterRegistry, AdapterVersion
+from adapters.registry.store import FILES, AdapterStore
 
 _TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _REPORT = {

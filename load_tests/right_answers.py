@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from transformers import AutoTokenizer
 
-from adapters.registry import RETAINED_VERSIONS
-from server.api.text import Detokenizer, Tokenizer
+from adapters.registry.registry import RETAINED_VERSIONS
+from server.api.text.tokenizer import Detokenizer, Tokenizer
 from server.sequence import ScaledAdapter
 from tests.engine_driver import make_driver
 

@@ -5,8 +5,13 @@ import dataclasses
 from pathlib import Path
 
 from server.config import ConfigError, ServeConfig, default_data_dir
-from server.engine.process import ProcessTransport
-from server.model.default_model import DEFAULT_MODEL, DefaultModelMissing, prepare_default_model, prepared_default_model
+from server.ipc.process_transport import ProcessTransport
+from server.model.loading.default_model import (
+    DEFAULT_MODEL,
+    DefaultModelMissing,
+    prepare_default_model,
+    prepared_default_model,
+)
 from server.writable import use_writable_folders
 
 

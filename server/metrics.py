@@ -10,8 +10,8 @@ from typing import Any, Literal, NamedTuple
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from server.engine.client import EngineClient
-from server.engine.messages import StepOutputs
+from server.ipc.client import EngineClient
+from server.ipc.messages import StepOutputs
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 BASE_LABEL, COMPOSED_LABEL, UNKNOWN_LABEL, OTHER_LABEL = "_base", "_composed", "_unknown", "_other"

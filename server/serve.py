@@ -14,21 +14,21 @@ import uvicorn
 from rich.console import Console
 
 from adapters.errors import AdapterError, SourceNotAllowed
-from adapters.registry import AdapterRegistry
+from adapters.registry.registry import AdapterRegistry
 from adapters.sources import check_allowed, copy_from
-from server.api import fetching
+from server.api.adapters import fetching
+from server.api.adapters.merge import merge
+from server.api.adapters.publishing import examine
+from server.api.adapters.watcher import FolderWatcher
 from server.api.app import create_app
-from server.api.auth import KeyRing, check_bind
 from server.api.context import AppContext
 from server.api.errors import ApiError
-from server.api.merge import merge
-from server.api.publishing import examine
-from server.api.text import Tokenizer, TokenizerUnusable
+from server.api.middleware.auth import KeyRing, check_bind
+from server.api.text.tokenizer import Tokenizer, TokenizerUnusable
 from server.config import ConfigError, ServeConfig
-from server.engine.client import AdapterMoveRefused, EngineClient, EngineTransport, EngineUnavailable
+from server.ipc.client import AdapterMoveRefused, EngineClient, EngineTransport, EngineUnavailable
 from server.launch import StartFailed
 from server.metrics import Metrics
-from server.watch import FolderWatcher
 
 log = logging.getLogger(__name__)
 

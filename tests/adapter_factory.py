@@ -12,7 +12,7 @@ from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel, get_peft_mode
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from adapters.spec import ModelSpec
+from adapters.model_spec import ModelSpec
 
 
 @contextmanager

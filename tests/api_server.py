@@ -20,14 +20,14 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from adapters.registry import AdapterRegistry
+from adapters.registry.registry import AdapterRegistry
 from server.api.app import create_app
-from server.api.auth import KeyRing
 from server.api.context import AppContext
-from server.api.text import Tokenizer
+from server.api.middleware.auth import KeyRing
+from server.api.text.tokenizer import Tokenizer
 from server.config import ServeConfig
-from server.engine.client import EngineClient
-from server.engine.messages import EngineInfo, Submit
+from server.ipc.client import EngineClient
+from server.ipc.messages import EngineInfo, Submit
 from server.metrics import Metrics
 from tests.adapter_factory import spec_of, tiny_llama, write_adapter
 from tests.fake_engine import FakeTransport

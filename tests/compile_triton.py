@@ -41,8 +41,8 @@ def _is_aligned(value: Any) -> bool:
 
 
 def lora(dtype: torch.dtype) -> None:
+    from adapters.kernels.segments import Segment, Segments
     from adapters.kernels.triton_lora import TritonKernel
-    from adapters.segments import Segment, Segments
 
     kernel = TritonKernel(CPU)
     for rows, in_features in ((1, 4096), (64, 14336)):
@@ -69,7 +69,7 @@ def attention(dtype: torch.dtype) -> None:
 
 
 def nf4(dtype: torch.dtype) -> None:
-    from server.model.triton_nf4 import NF4Weight, nf4_matmul
+    from server.model.quantization.triton_nf4 import NF4Weight, nf4_matmul
 
     weight = NF4Weight(torch.zeros(64, 1024, dtype=torch.uint8), torch.zeros(64, 32))
     for rows in (1, 64):
@@ -77,8 +77,8 @@ def nf4(dtype: torch.dtype) -> None:
 
 
 def fused(dtype: torch.dtype) -> None:
+    from adapters.kernels.segments import Segment, Segments
     from adapters.kernels.triton_lora import TritonKernel
-    from adapters.segments import Segment, Segments
     from server.model.fused import triton_fused
 
     kernel = TritonKernel(CPU)

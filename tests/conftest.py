@@ -23,7 +23,7 @@ settings.load_profile("patient")
 @pytest.fixture(autouse=True)
 def patient_templates(monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside other programs any rendering may take longer than a server allows."""
-    monkeypatch.setattr("server.api.template_sandbox.RENDER_SECONDS", HANG_SECONDS)
+    monkeypatch.setattr("server.api.text.template_sandbox.RENDER_SECONDS", HANG_SECONDS)
 
 
 @pytest.fixture(scope="session")

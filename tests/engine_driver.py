@@ -5,12 +5,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from adapters.store import AdapterStore
-from adapters.validation import inspect
+from adapters.registry.store import AdapterStore
+from adapters.validation.inspect import inspect
 from server.config import ServeConfig
 from server.engine.build import build_engine
 from server.engine.engine import Engine
-from server.engine.messages import EngineInfo, Reply, SequenceOutput, StepOutputs, Submit
+from server.ipc.messages import EngineInfo, Reply, SequenceOutput, StepOutputs, Submit
 from server.sequence import SamplingParams, ScaledAdapter
 
 MIB = 1 << 20

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable
 from typing import Literal
 
-from server.engine.messages import (
+from server.ipc.messages import (
     Abort,
     AdapterMove,
     EngineInfo,

@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from adapters.device import cpp_build as compiled
 from adapters.device import forms
 from adapters.device.forms import FORCED, FORMS, NONE, Form
-from adapters.kernels import compiled
 from server.model import attention
 from server.model.cpu import library
 

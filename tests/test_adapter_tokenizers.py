@@ -9,14 +9,14 @@ import httpx
 import msgspec
 import pytest
 
-from adapters.store import FILES, TOKENIZER_FILES, AdapterStore
-from adapters.tokenizer_files import check_tokenizer
+from adapters.peft.tokenizer_files import check_tokenizer
+from adapters.registry.store import FILES, TOKENIZER_FILES, AdapterStore
 from adapters.traits import Traits
-from server.api import template_sandbox
-from server.api.adapter_tokenizers import AdapterTokenizers
-from server.api.template_sandbox import TemplateSandbox
-from server.api.text import Tokenizer
-from server.model.default_model import prepare_default_model
+from server.api.text import template_sandbox
+from server.api.text.adapter_tokenizers import AdapterTokenizers
+from server.api.text.template_sandbox import TemplateSandbox
+from server.api.text.tokenizer import Tokenizer
+from server.model.loading.default_model import prepare_default_model
 from tests.api_server import EOS, Api, assert_error, events, ids, serving, tokenizer_files
 from tests.timing import HANG_SECONDS, eventually, leap
 
@@ -179,7 +179,7 @@ async def test_deleted_while_its_tokenizer_loads(tmp_path: Path, monkeypatch: py
 
 
 async def test_a_few_tokenizers_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.api.adapter_tokenizers._KEPT", 2)
+    monkeypatch.setattr("server.api.text.adapter_tokenizers._KEPT", 2)
     async with serving(tmp_path) as api:
         versions = [await publish(api, f"a{seed}", seed=seed) for seed in range(3)]
         for name in ("a0", "a1", "a0", "a2"):

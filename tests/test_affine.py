@@ -5,8 +5,8 @@ import random
 import pytest
 import torch
 
-from adapters.affine import AffineTables
-from adapters.segments import SlotRows, SlotUse, build_segments
+from adapters.kernels.segments import SlotRows, SlotUse, build_segments
+from adapters.runtime.scale_shift import AffineTables
 
 CPU = torch.device("cpu")
 

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from adapters.aliases import Alias
+from adapters.registry.aliases import Alias
 
 USERS = [f"user-{i}" for i in range(4000)]
 

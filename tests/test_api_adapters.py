@@ -8,8 +8,8 @@ from typing import Any
 import httpx
 import pytest
 
-from server.api.adapter_schemas import AdapterBody
-from server.engine.messages import PinAdapter, ToEngine
+from server.api.adapters.schemas import AdapterBody
+from server.ipc.messages import PinAdapter, ToEngine
 from server.sequence import ScaledAdapter
 from tests.api_server import BASE, Api, adapter_files, assert_error, events, form, listening, serving
 from tests.timing import eventually, leap, wait_for

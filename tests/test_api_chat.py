@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from starlette.requests import ClientDisconnect
 
-from server.api import streaming
-from server.api.admission import resolve
-from server.api.auth import ANYONE
-from server.api.generation import Generation
-from server.api.rate_limits import Lease
+from server.api.inference import streaming
+from server.api.inference.admission import resolve
+from server.api.inference.generation import Generation
+from server.api.inference.streaming import EventStream
+from server.api.middleware.auth import ANYONE
+from server.api.middleware.rate_limits import Lease
 from server.api.schemas import ChatCompletion, ChatCompletionChunk, GenerationRequest
-from server.api.streaming import EventStream
 from server.sequence import SamplingParams
 from tests.api_server import (
     BASE,

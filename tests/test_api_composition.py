@@ -10,9 +10,9 @@ import httpx
 import msgspec
 import pytest
 
-from adapters.peft_config import LoraSettings
+from adapters.peft.lora_config import LoraSettings
 from adapters.traits import Traits
-from server.api.auth import KeyRing
+from server.api.middleware.auth import KeyRing
 from server.config import ServeConfig
 from server.sequence import ScaledAdapter
 from tests.api_server import BASE, Api, assert_error, events, serving

@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from server.api.limits import MAX_JSON_BYTES
+from server.api.middleware.body_limits import MAX_JSON_BYTES
 from tests.api_server import BASE, Api, LiveServer, assert_error, events, listening, serving
 from tests.timing import cpu_seconds, eventually, leap
 
@@ -263,7 +263,7 @@ def live_address(live: LiveServer) -> tuple[str, int]:
 
 @pytest.mark.parametrize("route", ["/v1/chat/completions", "/v1/adapters"])
 def test_a_body_that_stops_arriving_is_given_up(route: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.api.limits.IDLE_SECONDS", 0.2)
+    monkeypatch.setattr("server.api.middleware.body_limits.IDLE_SECONDS", 0.2)
     kind = "multipart/form-data; boundary=b" if route == "/v1/adapters" else "application/json"
     with listening(tmp_path) as live, socket.create_connection(live_address(live)) as connection:
         head = f"POST {route} HTTP/1.1\r\nHost: x\r\nContent-Type: {kind}\r\nContent-Length: 1000\r\n\r\n"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from server.engine.messages import SelfTest
+from server.ipc.messages import SelfTest
 from tests.api_server import Api, assert_error, form, serving
 
 

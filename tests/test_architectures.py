@@ -8,7 +8,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from server.model.loader import ModelRefused
+from server.model.loading.loader import ModelRefused
 from tests.adapter_factory import greedy, with_peft, write_adapter
 from tests.engine_driver import make_driver
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from fastapi.routing import APIRoute
 
-from server.api.auth import KeyRing, check_bind
+from server.api.middleware.auth import KeyRing, check_bind
 from server.config import ConfigError, ServeConfig
 from tests.api_server import Api, assert_error, listening, serving
 

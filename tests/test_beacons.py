@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from adapters.pack import PackedAdapter
-from adapters.pool import AdapterPool
-from adapters.slots import Slot
+from adapters.residency.slots import Slot
+from adapters.runtime.pack import PackedAdapter
+from adapters.runtime.pool import AdapterPool
 from load_tests import beacons
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from server.model import blocks
+from server.model import fusion as blocks
 from server.model.cpu.block_ops import NativeBlockOps
 from tests.engine_driver import make_driver
 from tests.native_forms import native

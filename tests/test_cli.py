@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from adapters.store import FILES
+from adapters.registry.store import FILES
 from server import config, serve
-from server.cli import app
+from server.cli.main import app
 from server.config import ConfigError, ServeConfig
 from tests.adapter_factory import tiny_llama, write_adapter
 from tests.api_server import LiveServer, listening

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from adapters.spec import ModelSpec
+from adapters.model_spec import ModelSpec
 from server.config import ServeConfig
-from server.engine import client as client_module
 from server.engine.build import build_engine
-from server.engine.client import AdapterMoveRefused, EngineClient, EngineState, EngineUnavailable, Stream
 from server.engine.loop import ThreadTransport
-from server.engine.messages import (
+from server.ipc import client as client_module
+from server.ipc.client import AdapterMoveRefused, EngineClient, EngineState, EngineUnavailable, Stream
+from server.ipc.messages import (
     Abort,
     EngineInfo,
     EngineStats,

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from adapters import plain_lora
-from adapters.combination import METHODS, Factors, Method, Recipe, combine
-from adapters.folders import FolderError
-from adapters.validation import load
+from adapters.convert import peft_folder as plain_lora
+from adapters.convert.add_weighted import METHODS, Factors, Method, Recipe, combine
+from adapters.convert.folders import FolderError
+from adapters.validation.inspect import load
 from tests.adapter_factory import spec_of, tiny_llama, with_peft, write_adapter
 from tests.engine_driver import make_driver
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from server.engine.messages import RetireAdapter
+from server.ipc.messages import RetireAdapter
 from server.sequence import ScaledAdapter
 from tests.adapter_factory import greedy, tiny_llama, with_peft, write_adapter
 from tests.engine_driver import Driver, make_driver

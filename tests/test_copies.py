@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from adapters.columns import RankColumns
-from adapters.copies import writer
 from adapters.kernels.reference import ReferenceKernel
-from adapters.pack import PackedAdapter
-from adapters.pool import AdapterPool
-from adapters.slots import Slot
-from adapters.spec import ModelSpec
+from adapters.model_spec import ModelSpec
+from adapters.residency.slots import Slot
+from adapters.runtime.columns import RankColumns
+from adapters.runtime.copies import writer
+from adapters.runtime.pack import PackedAdapter
+from adapters.runtime.pool import AdapterPool
 
 CPU = torch.device("cpu")
 SPEC = ModelSpec({"q": (24, 40), "k": (24, 8), "o": (40, 24)}, 32)

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adapters.pack import pack
-from adapters.slots import Slot, pages_of
-from adapters.validation import load
+from adapters.residency.slots import Slot, pages_of
+from adapters.runtime.pack import pack
+from adapters.validation.inspect import load
 from tests.adapter_factory import tiny_llama, write_adapter
 from tests.engine_driver import Driver, make_driver
 from tests.native_forms import form

@@ -11,8 +11,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 from server.model.attention import paged
 from server.model.batch import ForwardBatch, SequenceRows
 from server.model.cpu import attention
+from server.model.cpu.argmax import likeliest
 from server.model.cpu.block_ops import NativeBlockOps
-from server.model.cpu.likeliest import likeliest
 from server.model.cpu.linear import NativeLinear
 from server.model.kv_cache import CacheShape, KVCache
 from tests.native_forms import form

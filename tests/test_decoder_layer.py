@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from torch import nn
 
-from adapters.pool import StepPlan
-from server.engine.messages import Merge, Submit, Unmerge
+from adapters.runtime.pool import StepPlan
+from server.ipc.messages import Merge, Submit, Unmerge
 from server.model.cpu.decoder_layer import NativeLayer
 from server.sequence import SamplingParams
 from tests.adapter_factory import tiny_llama, write_adapter

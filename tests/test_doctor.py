@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from adapters.device.forms import FORCED, FORMS, NONE
-from server.cli import app
+from server.cli.main import app
 from tests.native_forms import forget
 
 

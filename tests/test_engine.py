@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from adapters import residency
-from adapters.pool import page_bytes
-from server.engine.messages import Abort, MoveAdapter, PinAdapter, RetireAdapter, Submit
+from adapters.residency import residency
+from adapters.runtime.pool import page_bytes
+from server.ipc.messages import Abort, MoveAdapter, PinAdapter, RetireAdapter, Submit
 from server.model.batch import build_batch
-from server.model.loader import ModelRefused
+from server.model.loading.loader import ModelRefused
 from server.sequence import SamplingParams, Sequence
 from tests.adapter_factory import tiny_llama, with_peft, write_adapter
 from tests.engine_driver import Driver, make_driver, plain

@@ -27,12 +27,12 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from adapters.errors import AdapterInvalid, Problem
-from adapters.families.converted import FAMILIES
-from adapters.families.lycoris import _factorised
-from adapters.peft_config import SERVED_TYPES
-from adapters.spec import ModelSpec
+from adapters.model_spec import ModelSpec
+from adapters.peft.lora_config import SERVED_TYPES
 from adapters.traits import Traits
-from adapters.validation import inspect, load
+from adapters.validation.inspect import inspect, load
+from adapters.validation.peft_types.convert import FAMILIES
+from adapters.validation.peft_types.lycoris import _factorised
 from tests.adapter_factory import spec_of, tiny_llama, with_peft, write_family
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from adapters.registry import AdapterRecord
+from adapters.registry.registry import AdapterRecord
 from adapters.sources import download
-from server.api import fetching
-from server.api.adapter_schemas import RegisterRequest
+from server.api.adapters import fetching
+from server.api.adapters.schemas import RegisterRequest
 from server.api.context import AppContext
 from tests import remote_servers
 from tests.api_server import adapter_files, assert_error, serving

@@ -8,8 +8,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from adapters import plain_lora
-from server.cli import app
+from adapters.convert import peft_folder as plain_lora
+from server.cli.main import app
 from tests.adapter_factory import tiny_llama, write_adapter
 from tests.api_server import LiveServer, listening
 

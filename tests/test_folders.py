@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from adapters.folders import FolderError, writing
+from adapters.convert.folders import FolderError, writing
 
 
 def files(folder: Path) -> dict[str, str]:

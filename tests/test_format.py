@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 
-from adapters.config_keys import HARMLESS_KEYS, REFUSED_KEYS, SERVED_KEYS
-from adapters.config_reader import MAX_CONFIG_BYTES
 from adapters.errors import Problem
-from adapters.format import parse_tensor_name, version_digest
-from adapters.patterns import ModulePatterns
-from adapters.peft_config import LoraSettings, parse_config
-from adapters.safetensors_header import read_header
+from adapters.peft.config_keys import HARMLESS_KEYS, REFUSED_KEYS, SERVED_KEYS
+from adapters.peft.config_reader import MAX_CONFIG_BYTES
+from adapters.peft.lora_config import LoraSettings, parse_config
+from adapters.peft.patterns import ModulePatterns
+from adapters.peft.safetensors_header import read_header
+from adapters.peft.weights import parse_tensor_name, version_digest
 from tests.timing import cpu_seconds
 
 PLAIN = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]}

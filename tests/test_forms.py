@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from adapters.device import cpp_build as compiled
 from adapters.device import forms
 from adapters.device.forms import FORCED, FORMS, NONE, Form, FormRefused, NativeUnavailable, chosen_form
-from adapters.kernels import compiled, native
+from adapters.kernels import cpu as native
 from server.model.cpu import library
 from tests.native_forms import NAMES, forget, form_named, skip_unless_it_runs
 

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from adapters.columns import RankColumns
-from adapters.layers import LoRAGroup
-from adapters.pack import PackedAdapter
-from adapters.pool import AdapterPool
-from adapters.segments import NO_SEGMENTS, Segments, SlotUse, build_segments
-from adapters.slots import Slot
-from adapters.spec import ModelSpec
+from adapters.kernels.segments import NO_SEGMENTS, Segments, SlotUse, build_segments
+from adapters.model_spec import ModelSpec
+from adapters.residency.slots import Slot
+from adapters.runtime.columns import RankColumns
+from adapters.runtime.layers import LoRAGroup
+from adapters.runtime.pack import PackedAdapter
+from adapters.runtime.pool import AdapterPool
 from server.model.batch import ForwardBatch, SequenceRows
 from server.model.graphs import DecodeGraphs, StaticKernel, bucket_sizes, capture_decode_graphs
 

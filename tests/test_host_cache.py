@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from adapters.host_cache import HostCache
+from adapters.residency.host_cache import HostCache
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from adapters import store
 from adapters.errors import AdapterError, AdapterTooLarge, SourceNotAllowed, SourceNotFound, SourceUnavailable
+from adapters.registry import store
 from adapters.sources import check, copy_from, download, hub
 from tests import remote_servers
 from tests.remote_servers import COMMIT, Remote

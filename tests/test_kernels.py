@@ -11,17 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from adapters.columns import RankColumns
+from adapters.device import cpp_build as compiled
 from adapters.device.forms import FORCED, FORMS
-from adapters.kernels import LoRAKernel, choose_kernel, compiled
+from adapters.kernels import LoRAKernel, choose_kernel
+from adapters.kernels.cpu import SOURCE, NativeKernel
 from adapters.kernels.grouped import DensePlan, GroupedKernel
-from adapters.kernels.native import SOURCE, NativeKernel
 from adapters.kernels.reference import ReferenceKernel
-from adapters.pack import PackedAdapter
-from adapters.pool import AdapterPool
-from adapters.segments import Segment, Segments, SlotUse, build_segments, column_runs
-from adapters.slots import PAGE_COLUMNS, Slot
-from adapters.spec import ModelSpec
+from adapters.kernels.segments import Segment, Segments, SlotUse, build_segments, column_runs
+from adapters.model_spec import ModelSpec
+from adapters.residency.slots import PAGE_COLUMNS, Slot
+from adapters.runtime.columns import RankColumns
+from adapters.runtime.pack import PackedAdapter
+from adapters.runtime.pool import AdapterPool
 from tests.native_forms import NAMES as NATIVE_FORMS
 from tests.native_forms import forget, form_named, skip_unless_it_runs
 

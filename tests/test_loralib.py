@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from adapters import plain_lora
-from adapters.folders import FolderError
-from adapters.loralib import Layers, convert, read_checkpoint
-from adapters.spec import ModelSpec
-from adapters.validation import load
+from adapters.convert import peft_folder as plain_lora
+from adapters.convert.folders import FolderError
+from adapters.convert.loralib import Layers, convert, read_checkpoint
+from adapters.model_spec import ModelSpec
+from adapters.validation.inspect import load
 from tests.adapter_factory import with_peft
 
 MASK = (True, False, True)

@@ -318,7 +318,7 @@ import json, os, sys
 with open(sys.argv[1], "w") as procs:
     procs.write("0")
 from server.config import ServeConfig
-from server.engine import process
+from server.ipc import process_transport as process
 process._bind_threads(ServeConfig(device="cpu"))
 import torch
 from server.engine import build

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from adapters.errors import AdapterInvalid
-from adapters.fold import dense_weight, quant_state
-from adapters.format import AdapterWeights, LoraFactors
-from adapters.merge import MergedModules, Room, merge
-from adapters.residency import MoveRefused
-from adapters.stacking import StackedLinear
-from adapters.validation import load
+from adapters.peft.weights import AdapterWeights, LoraFactors
+from adapters.residency.residency import MoveRefused
+from adapters.runtime.dora import dense_weight, quant_state
+from adapters.runtime.stacked_linear import StackedLinear
+from adapters.runtime.weight_merge import MergedModules, Room, merge
+from adapters.validation.inspect import load
 from server.model.cpu.linear import NativeLinear
 from server.model.packed_linear import PackedLinear, packed
 from tests.adapter_factory import with_peft, write_adapter

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from server.engine.messages import Merge, RetireAdapter, StepOutputs, Unmerge
+from server.ipc.messages import Merge, RetireAdapter, StepOutputs, Unmerge
 from tests.adapter_factory import tiny_llama, with_peft, write_adapter
 from tests.engine_driver import Driver, make_driver
 from tests.test_architectures import greedy

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 import pytest
 
 from adapters.errors import AdapterInvalid, Problem
-from adapters.residency import MoveRefused
+from adapters.residency.residency import MoveRefused
 from server.engine.merging import Merged, MergePolicy, Merging
-from server.engine.messages import Merge
 from server.engine.scheduler import MergeGate
+from server.ipc.messages import Merge
 from server.sequence import ScaledAdapter, Sequence
 from tests.test_scheduler import FakeSlots, make_scheduler, make_seq, run_step
 

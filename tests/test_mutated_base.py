@@ -12,10 +12,10 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
 
-from adapters import plain_lora
-from adapters.folders import FolderError
-from adapters.mutated_base import convert
-from adapters.validation import load
+from adapters.convert import peft_folder as plain_lora
+from adapters.convert.folders import FolderError
+from adapters.convert.residual_base import convert
+from adapters.validation.inspect import load
 from tests.adapter_factory import spec_of, tiny_llama, with_peft, write_adapter
 
 TOKENS = torch.arange(3, 30).unsqueeze(0)

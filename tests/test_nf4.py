@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from adapters.fold import dense_weight, quant_state
-from server.model import nf4
-from server.model.loader import LoadedModel, load_model
+from adapters.runtime.dora import dense_weight, quant_state
+from server.model.loading.loader import LoadedModel, load_model
+from server.model.quantization import nf4
 from tests.adapter_factory import tiny_llama, write_adapter
 from tests.engine_driver import make_driver
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from server.engine import engine as engine_module
-from server.engine.messages import Abort
-from server.model.sampler import Started, start
+from server.ipc.messages import Abort
+from server.model.sampling.sampler import Started, start
 from tests.engine_driver import Driver, make_driver
 from tests.test_engine import BLOCK_BYTES, assert_the_cache_is_finite, prompt_of
 

@@ -16,7 +16,7 @@ from transformers import LlamaForSequenceClassification, LlamaForTokenClassifica
 
 from adapters.errors import AdapterInvalid
 from adapters.traits import Traits
-from adapters.validation import inspect
+from adapters.validation.inspect import inspect
 from tests.adapter_factory import resized, tiny_llama, with_peft, write_adapter, write_family
 from tests.engine_driver import Driver, make_driver
 from tests.peft_corpus import CORPUS, INVOCATION, LORA, Entry

@@ -33,13 +33,13 @@ from transformers import (
 )
 
 from adapters.errors import AdapterInvalid
-from adapters.fold import dora_scale
-from adapters.format import LoraFactors
 from adapters.kernels import choose_kernel
 from adapters.kernels.grouped import GroupedKernel
 from adapters.kernels.reference import ReferenceKernel
-from adapters.slots import PAGE_COLUMNS
-from server.engine.messages import Abort, TryAdapter
+from adapters.peft.weights import LoraFactors
+from adapters.residency.slots import PAGE_COLUMNS
+from adapters.runtime.dora import dora_scale
+from server.ipc.messages import Abort, TryAdapter
 from server.model.batch import build_batch
 from tests.adapter_factory import tiny_llama, with_peft, write_adapter, write_family
 from tests.engine_driver import Driver, make_driver

@@ -14,11 +14,11 @@ import psutil
 import pytest
 
 from server.config import ServeConfig
-from server.engine import client as client_module
-from server.engine import process
-from server.engine.client import EngineClient, EngineState, EngineUnavailable, Stream
-from server.engine.messages import SequenceOutput
-from server.engine.process import ProcessTransport
+from server.ipc import client as client_module
+from server.ipc import process_transport as process
+from server.ipc.client import EngineClient, EngineState, EngineUnavailable, Stream
+from server.ipc.messages import SequenceOutput
+from server.ipc.process_transport import ProcessTransport
 from tests.adapter_factory import tiny_llama, write_adapter
 from tests.engine_driver import MIB, make_driver
 from tests.test_architectures import greedy
@@ -205,10 +205,10 @@ PARENT = """
 import asyncio, sys
 from pathlib import Path
 from server.config import ServeConfig
-from server.engine import client as client_module
-from server.engine import process
-from server.engine.client import EngineClient
-from server.engine.process import ProcessTransport
+from server.ipc import client as client_module
+from server.ipc import process_transport as process
+from server.ipc.client import EngineClient
+from server.ipc.process_transport import ProcessTransport
 
 async def main():
     transport = ProcessTransport(ServeConfig(model=sys.argv[1], data_dir=Path(sys.argv[2]), kv_cache_bytes=1 << 22))

@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from server.engine.messages import EngineInfo
+from server.ipc.messages import EngineInfo
 from tests.adapter_factory import tiny_llama, write_adapter
 from tests.engine_driver import Driver, make_driver
 

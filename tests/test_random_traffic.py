@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from server.engine.messages import (
+from server.ipc.messages import (
     Abort,
     Merge,
     MoveAdapter,

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from server.api.auth import KeyRing
 from server.api.errors import ApiError
-from server.api.rate_limits import Bucket, Lease, Limits, RateLimits
+from server.api.middleware.auth import KeyRing
+from server.api.middleware.rate_limits import Bucket, Lease, Limits, RateLimits
 from tests.api_server import BASE, Api, assert_error, serving
 from tests.test_auth import bearer, ring
 from tests.timing import Clock, eventually

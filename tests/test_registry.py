@@ -19,14 +19,14 @@ from typing import Any
 
 import pytest
 
-from adapters import registry as registry_module
-from adapters import registry_db
-from adapters import store as store_module
-from adapters.aliases import Alias
 from adapters.errors import AdapterConflict, AdapterError, AdapterNotFound, InvalidName, NoSpace
-from adapters.records import PendingAdapter
-from adapters.registry import AdapterRecord, AdapterRegistry, RegistryLocked, check_name
-from adapters.store import FILES
+from adapters.registry import db as registry_db
+from adapters.registry import registry as registry_module
+from adapters.registry import store as store_module
+from adapters.registry.aliases import Alias
+from adapters.registry.records import PendingAdapter
+from adapters.registry.registry import AdapterRecord, AdapterRegistry, RegistryLocked, check_name
+from adapters.registry.store import FILES
 
 
 @pytest.fixture
@@ -430,7 +430,7 @@ def test_a_full_disk_leaves_the_old_version(registry: AdapterRegistry, monkeypat
 HOLD = """
 import sys
 from pathlib import Path
-from adapters.registry import AdapterRegistry
+from adapters.registry.registry import AdapterRegistry
 registry = AdapterRegistry(Path(sys.argv[1]))
 print("open", flush=True)
 sys.stdin.read()
@@ -463,7 +463,7 @@ PUBLISH_FOREVER = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
-from adapters.registry import AdapterRegistry
+from adapters.registry.registry import AdapterRegistry
 from tests.test_registry import publish
 registry = AdapterRegistry(Path(sys.argv[1]))
 print("open", flush=True)

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from adapters import residency as residency_module
 from adapters.errors import AdapterInvalid, Problem
-from adapters.host_cache import HostCache
-from adapters.residency import RETRY_SECONDS, Move, MoveRefused, Residency
-from adapters.slots import Slot, SlotTable
+from adapters.residency import residency as residency_module
+from adapters.residency.host_cache import HostCache
+from adapters.residency.residency import RETRY_SECONDS, Move, MoveRefused, Residency
+from adapters.residency.slots import Slot, SlotTable
 from tests.timing import HANG_SECONDS, Clock, patience
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from adapters import store
 from adapters.errors import AdapterTooLarge, SourceNotAllowed, SourceNotFound, SourceUnavailable
+from adapters.registry import store
 from adapters.sources import check, copy_from, download, s3
 from tests import remote_servers
 from tests.remote_servers import KEY_ID, REGION, SECRET, Remote

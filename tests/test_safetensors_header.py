@@ -14,7 +14,14 @@ from safetensors import safe_open
 from safetensors.torch import load, save
 
 from adapters.errors import AdapterInvalid
-from adapters.safetensors_header import INDEX_BYTES, ITEM_BYTES, MAX_HEADER_BYTES, MAX_TENSORS, TensorInfo, read_header
+from adapters.peft.safetensors_header import (
+    INDEX_BYTES,
+    ITEM_BYTES,
+    MAX_HEADER_BYTES,
+    MAX_TENSORS,
+    TensorInfo,
+    read_header,
+)
 
 
 def raw(header: Any, data: bytes = b"", length: int | None = None) -> bytes:

@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 import torch
 
-from adapters import upload
-from server.model import draw as drawing
-from server.model import sampler
-from server.model.draw import FEW, draws_of, plan_draws
-from server.model.sampler import Sample, sample
+from adapters.device import transfers as upload
+from server.model.sampling import categorical as drawing
+from server.model.sampling import sampler
+from server.model.sampling.categorical import FEW, draws_of, plan_draws
+from server.model.sampling.sampler import Sample, sample
 from server.sequence import SamplingParams, Sequence
 
 EOS = frozenset({2})

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from adapters.host_cache import HostCache
-from adapters.residency import Residency
-from adapters.slots import SlotTable
+from adapters.residency.host_cache import HostCache
+from adapters.residency.residency import Residency
+from adapters.residency.slots import SlotTable
 from server.engine.block_manager import BlockManager
 from server.engine.scheduler import PREFETCH_DEPTH, Scheduler
 from server.sequence import SamplingParams, ScaledAdapter, ScheduledBatch, Sequence, SequenceStatus

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from adapters.segments import NO_SEGMENTS, Rows, Segment, SlotRows, SlotUse, build_segments, column_runs
+from adapters.kernels.segments import NO_SEGMENTS, Rows, Segment, SlotRows, SlotUse, build_segments, column_runs
 
 
 def test_adjacent_pages_are_one_run_of_columns() -> None:

@@ -18,8 +18,8 @@ import psutil
 import pytest
 from transformers import AutoModelForCausalLM
 
-from adapters.records import PendingAdapter
-from adapters.registry import AdapterRegistry
+from adapters.registry.records import PendingAdapter
+from adapters.registry.registry import AdapterRegistry
 from tests.adapter_factory import write_adapter
 from tests.timing import HANG_SECONDS, wait_for
 from tests.tiny_server import RunningServer, running_server, sse_events, write_tiny_model

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from adapters.slots import PAGE_COLUMNS, SlotTable
+from adapters.residency.slots import PAGE_COLUMNS, SlotTable
 
 
 def fill(table: SlotTable, digest: str, num_pages: int = 1) -> list[str]:

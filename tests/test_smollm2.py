@@ -15,10 +15,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from examples.traits import TRAITS
-from server.api.text import Tokenizer
-from server.engine.messages import MoveAdapter
-from server.model.default_model import DEFAULT_MODEL, prepare_default_model
-from server.model.loader import load_model
+from server.api.text.tokenizer import Tokenizer
+from server.ipc.messages import MoveAdapter
+from server.model.loading.default_model import DEFAULT_MODEL, prepare_default_model
+from server.model.loading.loader import load_model
 from tests.adapter_factory import greedy, write_adapter
 from tests.engine_driver import make_driver
 from tests.tiny_server import RunningServer, running_server

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from adapters.errors import AdapterError, AdapterTooLarge, SourceNotAllowed, SourceNotFound
+from adapters.registry.store import FILES, TOKENIZER_FILES
 from adapters.sources import copy_from
-from adapters.store import FILES, TOKENIZER_FILES
 
 LIMIT = 1000
 

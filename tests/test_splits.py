@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from server.api.auth import Key, KeyRing
+from server.api.middleware.auth import Key, KeyRing
 from server.sequence import ScaledAdapter
 from tests.api_server import BASE, Api, assert_error, serving
 from tests.test_api_composition import digest, identity, upload_two

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from adapters.kernels.reference import ReferenceKernel
-from adapters.layers import attach
-from adapters.pool import AdapterPool
-from adapters.spec import ModelSpec
-from adapters.stacking import StackedLinear, is_stackable, stack
+from adapters.model_spec import ModelSpec
+from adapters.runtime.layers import attach
+from adapters.runtime.pool import AdapterPool
+from adapters.runtime.stacked_linear import StackedLinear, is_stackable, stack
 from tests.engine_driver import make_driver
 from tests.test_architectures import build
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from adapters import store as store_module
 from adapters.errors import NoSpace
-from adapters.store import FILES, TOKENIZER_FILES, AdapterStore
+from adapters.registry import store as store_module
+from adapters.registry.store import FILES, TOKENIZER_FILES, AdapterStore
 
 ONE, TWO = "1" * 64, "2" * 64
 

@@ -12,8 +12,8 @@ from click.testing import Result
 from peft import IA3Config
 from typer.testing import CliRunner
 
-from adapters.validation import digest_of
-from server.cli import app
+from adapters.validation.inspect import digest_of
+from server.cli.main import app
 from tests import remote_servers
 from tests.adapter_factory import tiny_llama, write_adapter, write_family
 from tests.api_server import LiveServer, listening
@@ -108,7 +108,7 @@ def test_unchanged_folders_are_not_uploaded(
 ) -> None:
     file = write(adapters, {"name": "one", "source": "a"})
     invoke(file, "--yes")
-    monkeypatch.setattr("server.sync_commands.upload", None)
+    monkeypatch.setattr("server.cli.sync.upload", None)
     assert plan(file, "--yes") == []
 
 

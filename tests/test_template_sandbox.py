@@ -12,8 +12,8 @@ import psutil
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from server.api import template_sandbox, template_worker
-from server.api.template_sandbox import WORKERS, TemplateFailed, TemplateSandbox
+from server.api.text import template_sandbox, template_worker
+from server.api.text.template_sandbox import WORKERS, TemplateFailed, TemplateSandbox
 from tests.timing import HANG_SECONDS, eventually, wait_for
 
 MESSAGES = [{"role": "system", "content": 'Be brief, "é" <b>.'}, {"role": "user", "content": "hi 😀"}]
@@ -160,7 +160,7 @@ def test_a_worker_ends_with_the_server(template: str) -> None:
     """Idle or in the middle of a rendering."""
     program = (
         "import asyncio, sys\n"
-        "from server.api.template_sandbox import TemplateSandbox\n"
+        "from server.api.text.template_sandbox import TemplateSandbox\n"
         "from tests.test_template_sandbox import workers\n"
         "async def main():\n"
         "    sandbox = TemplateSandbox()\n"

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from adapters.errors import AdapterInvalid
-from adapters.tokenizer_files import TokenizerFiles, check_tokenizer, read_tokenizer_files
+from adapters.peft.tokenizer_files import TokenizerFiles, check_tokenizer, read_tokenizer_files
 from adapters.traits import Traits
-from adapters.validation import inspect
+from adapters.validation.inspect import inspect
 from tests.adapter_factory import spec_of, tiny_llama, write_adapter
 from tests.api_server import EOS, TEMPLATE, tokenizer_files
 

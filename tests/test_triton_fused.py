@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from adapters.segments import Segments, SlotUse, build_segments
+from adapters.kernels.segments import Segments, SlotUse, build_segments
 from server.model.fused import reference
 from tests.test_kernels import Pool, make_pool
 from tests.triton_device import DEVICE, DTYPES, EPSILON, require_triton
@@ -163,7 +163,7 @@ def test_a_row_s_bits_do_not_depend_on_its_batch(function: str) -> None:
     adapters = Adapters(6, 576, sizes, torch.bfloat16)
     together = call(triton_fused, adapters.delta())
     kept = next(row for row, own in enumerate(adapters.uses) if len(own) > 1)
-    adapters.segments = build_segments(
+    adapters.kernels.segments = build_segments(
         ((own if row == kept else (), 1) for row, own in enumerate(adapters.uses)), adapters.pools[0].runs
     )
     alone = call(triton_fused, adapters.delta())

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from adapters.kernels import triton_plan
-from adapters.segments import Segment, Segments, SlotUse, build_segments
+from adapters.kernels.segments import Segment, Segments, SlotUse, build_segments
 from tests.test_kernels import POPULARITIES, SIZES, Pool, Uses, exact, make_pool, uses_of_rows
 from tests.triton_device import DEVICE, DTYPES, EPSILON, require_triton
 

@@ -7,7 +7,7 @@ from tests.triton_device import DEVICE, DTYPES, EPSILON, require_triton
 
 require_triton()
 
-from server.model.triton_nf4 import CODE, MAX_ROWS, NF4Weight, nf4_matmul, nf4_weight
+from server.model.quantization.triton_nf4 import CODE, MAX_ROWS, NF4Weight, nf4_matmul, nf4_weight
 
 
 def random_weight(out_features: int, in_features: int, seed: int = 0) -> tuple[NF4Weight, torch.Tensor]:
@@ -74,8 +74,8 @@ def test_a_linear_takes_our_kernel_where_bitsandbytes_would_dequantise(
     bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-    from adapters.fold import dense_weight
-    from server.model import nf4, triton_nf4
+    from adapters.runtime.dora import dense_weight
+    from server.model.quantization import nf4, triton_nf4
 
     linear = bitsandbytes.nn.Linear4bit(128, 96, bias=bias, compute_dtype=torch.float32, quant_type="nf4")
     linear = linear.eval().requires_grad_(False).to(DEVICE)

@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from adapters.errors import AdapterInvalid, Problem
-from adapters.spec import ModelSpec
-from adapters.validation import inspect, load
+from adapters.model_spec import ModelSpec
+from adapters.validation.inspect import inspect, load
 from tests.adapter_factory import spec_of, tiny_llama, with_peft, write_adapter
 from tests.timing import cpu_seconds
 

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 from adapters.errors import NoSpace
-from server import serve, watch
-from server.engine.client import EngineUnavailable
-from server.engine.messages import ToEngine, TryAdapter
-from server.watch import FolderWatcher
+from server import serve
+from server.api.adapters import watcher as watch
+from server.api.adapters.watcher import FolderWatcher
+from server.ipc.client import EngineUnavailable
+from server.ipc.messages import ToEngine, TryAdapter
 from tests.api_server import BASE, Api, adapter_files, assert_error, serving
 from tests.test_api_composition import digest
 from tests.timing import eventually

@@ -12,9 +12,9 @@ import zmq
 from transformers import AutoModelForCausalLM
 
 from server.config import ConfigError, ServeConfig
-from server.engine.process import _address
+from server.ipc.process_transport import _address
 from server.launch import complete
-from server.model.default_model import DEFAULT_MODEL
+from server.model.loading.default_model import DEFAULT_MODEL
 from server.writable import use_writable_folders
 from tests.adapter_factory import write_adapter
 from tests.timing import HANG_SECONDS

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 import torch
 
-from adapters.segments import Segments
+from adapters.kernels.segments import Segments
 
 
 class LoRAKernel(Protocol):
@@ -42,10 +42,10 @@ def split_b(b: torch.Tensor, columns: int, sizes: Sequence[int]) -> list[torch.T
 
 def choose_kernel(device: torch.device, dtype: torch.dtype) -> tuple[LoRAKernel, str]:
     """The fastest kernel for `device`, and the reason for the choice in words for the log."""
+    from adapters.device.cpp_build import load
     from adapters.device.forms import NativeUnavailable
-    from adapters.kernels.compiled import load
+    from adapters.kernels.cpu import SOURCE, NativeKernel
     from adapters.kernels.grouped import GroupedKernel
-    from adapters.kernels.native import SOURCE, NativeKernel
 
     if device.type == "cuda":
         return _for_cuda(device)

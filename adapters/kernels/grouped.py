@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from adapters.kernels import split_b
-from adapters.segments import Segment, Segments
+from adapters.kernels.segments import Segment, Segments
 
 # What one more segment costs, in units of (row x column) of wasted dense work. Measured on CPU at hidden size 576:
 # a segment's two matmuls cost about 40 us of fixed time, in which the dense form does some 4,000 row-columns.

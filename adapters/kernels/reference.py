@@ -3,7 +3,7 @@
 import torch
 
 from adapters.kernels import split_b
-from adapters.segments import Segments
+from adapters.kernels.segments import Segments
 
 
 class ReferenceKernel:

@@ -19,10 +19,10 @@ import torch
 import triton
 import triton.language as tl
 
+from adapters.device.transfers import upload
+from adapters.kernels.segments import Segment, Segments
 from adapters.kernels.triton_plan import BLOCK_COLUMNS, Metadata, build, rows_of
-from adapters.segments import Segment, Segments
-from adapters.spec import MAX_SIBLINGS
-from adapters.upload import upload
+from adapters.model_spec import MAX_SIBLINGS
 
 TILE_FIELDS, BLOCK_FIELDS = 4, 5
 DECODE_ROWS, PREFILL_ROWS = 16, 64  # of a tile; 16 is the least that tensor cores multiply

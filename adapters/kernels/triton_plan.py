@@ -13,7 +13,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from adapters.segments import Segment
+from adapters.kernels.segments import Segment
 
 BLOCK_COLUMNS = 16  # rank columns of a block: the least that tensor cores multiply, and a page of the pool
 

@@ -15,9 +15,9 @@ import httpx
 import msgspec
 
 from adapters.errors import SourceNotAllowed
+from adapters.registry.store import FILES, TOKENIZER_FILES
 from adapters.sources.download import Digest, Download
 from adapters.sources.urls import check_under, parts
-from adapters.store import FILES, TOKENIZER_FILES
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")  # of an organisation, a repository, or one part of a revision
 

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 import httpx
 
 from adapters.errors import SourceNotAllowed, SourceNotFound
+from adapters.registry.store import FILES, TOKENIZER_FILES
 from adapters.sources.download import Digest, Download
 from adapters.sources.urls import check_under, parts
-from adapters.store import FILES, TOKENIZER_FILES
 
 if TYPE_CHECKING:
     from obstore.store import S3Store

@@ -7,11 +7,11 @@ import time
 
 import torch
 
-from adapters.columns import RankColumns
-from adapters.copies import writer
-from adapters.pack import PackedAdapter
-from adapters.segments import NO_SEGMENTS
-from adapters.slots import PAGE_COLUMNS, Slot
+from adapters.kernels.segments import NO_SEGMENTS
+from adapters.residency.slots import PAGE_COLUMNS, Slot
+from adapters.runtime.columns import RankColumns
+from adapters.runtime.copies import writer
+from adapters.runtime.pack import PackedAdapter
 from load_tests.gpu.models import decode_batch
 from load_tests.gpu.setting import Report, Setting, Shape
 from server.model.batch import ForwardBatch

@@ -6,15 +6,15 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from adapters.segments import Segments, SlotUse, build_segments
-from adapters.slots import PAGE_COLUMNS
-from adapters.spec import ModelSpec
+from adapters.kernels.segments import Segments, SlotUse, build_segments
+from adapters.model_spec import ModelSpec
+from adapters.residency.slots import PAGE_COLUMNS
 from load_tests.gpu.setting import Setting, Shape
 from server.model import attention
 from server.model.batch import ForwardBatch, SequenceRows
 from server.model.graphs import CudaCapture, DecodeGraphs, StaticKernel
 from server.model.kv_cache import CacheShape
-from server.model.loader import LoadedModel
+from server.model.loading.loader import LoadedModel
 from server.model.runner import ModelRunner
 
 PAGE = 16  # tokens of a KV block

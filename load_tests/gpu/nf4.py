@@ -7,7 +7,7 @@ import torch
 
 from load_tests.gpu.setting import Report, Shape
 from load_tests.gpu.timing import Arm, captured, medians
-from server.model.triton_nf4 import CODE, NF4Weight, nf4_matmul
+from server.model.quantization.triton_nf4 import CODE, NF4Weight, nf4_matmul
 
 CACHE_BYTES = 128 << 20  # more dense weight than a cache holds is cycled through, as a model does
 

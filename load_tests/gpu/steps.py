@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from adapters.segments import NO_SEGMENTS, Segments
+from adapters.kernels.segments import NO_SEGMENTS, Segments
 from load_tests.gpu.models import decode_batch, prefill_batch, segments, step_bytes
 from load_tests.gpu.setting import Report, Shape
 from load_tests.gpu.timing import Arm, medians

@@ -3,19 +3,19 @@
 import time
 from typing import NoReturn
 
-from adapters.columns import RankColumns
-from adapters.host_cache import HostCache
-from adapters.pack import PackedAdapter
-from adapters.residency import Residency
-from adapters.slots import PAGE_COLUMNS, SlotTable
+from adapters.residency.host_cache import HostCache
+from adapters.residency.residency import Residency
+from adapters.residency.slots import PAGE_COLUMNS, SlotTable
+from adapters.runtime.columns import RankColumns
+from adapters.runtime.pack import PackedAdapter
 from load_tests.gpu.models import PAGE
 from load_tests.gpu.setting import Report, Shape
 from server.engine.block_manager import BlockManager
 from server.engine.engine import Engine
 from server.engine.merging import Merging
-from server.engine.messages import StepOutputs, Submit
 from server.engine.scheduler import Scheduler
-from server.engine.trials import Trials
+from server.engine.selftest import Trials
+from server.ipc.messages import StepOutputs, Submit
 from server.model.graphs import DecodeGraphs
 from server.model.runner import ModelRunner
 from server.sequence import SamplingParams, ScaledAdapter

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from load_tests.engine_bench import write_adapter
-from server.model.default_model import prepare_default_model
+from server.model.loading.default_model import prepare_default_model
 
 ADAPTERS = 8
 RANK = 16

@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from adapters.registry import AdapterRegistry, AdapterVersion
-from adapters.registry_db import connect, point, transaction
-from adapters.store import CONFIG_FILE, WEIGHTS_FILE, AdapterStore
-from adapters.validation import digest_of
+from adapters.registry.db import connect, point, transaction
+from adapters.registry.registry import AdapterRegistry, AdapterVersion
+from adapters.registry.store import CONFIG_FILE, WEIGHTS_FILE, AdapterStore
+from adapters.validation.inspect import digest_of
 from load_tests.engine_bench import write_adapter
-from server.model.default_model import prepare_default_model
+from server.model.loading.default_model import prepare_default_model
 
 
 def template(folder: Path, rank: int) -> Path:

@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from adapters.slots import PAGE_COLUMNS
+from adapters.residency.slots import PAGE_COLUMNS
 
 PROFILES = Path(__file__).with_name("profiles.toml")
 

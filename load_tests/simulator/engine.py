@@ -11,9 +11,9 @@ from typing import Literal
 
 import msgspec
 
-from adapters.host_cache import HostCache
-from adapters.residency import Residency, Tier
-from adapters.slots import PAGE_COLUMNS, Slot, SlotTable
+from adapters.residency.host_cache import HostCache
+from adapters.residency.residency import Residency, Tier
+from adapters.residency.slots import PAGE_COLUMNS, Slot, SlotTable
 from load_tests.simulator.clock import Clock, VirtualExecutor
 from load_tests.simulator.cost import Profile, StepWork
 from load_tests.simulator.workload import Request

@@ -7,12 +7,18 @@ from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
 import server
-from server.api import adapters, chat, completions, merge, models, ops, splits, vllm
-from server.api.auth import AuthMiddleware
+from server.api import health as ops
+from server.api import models
+from server.api.adapters import aliases as splits
+from server.api.adapters import merge
+from server.api.adapters import routes as adapters
+from server.api.adapters import vllm_compat as vllm
 from server.api.context import AppContext
 from server.api.errors import install_error_handlers
-from server.api.limits import LimitsMiddleware
-from server.api.requests import RequestMiddleware
+from server.api.inference import chat, completions
+from server.api.middleware.auth import AuthMiddleware
+from server.api.middleware.body_limits import LimitsMiddleware
+from server.api.middleware.request_scope import RequestMiddleware
 from server.api.schemas import ChatCompletionChunk, CompletionChunk
 
 

@@ -11,16 +11,16 @@ from weakref import WeakValueDictionary
 
 from fastapi import Depends, Request
 
-from adapters.registry import AdapterRegistry
-from adapters.spec import ModelSpec
-from server.api.adapter_tokenizers import AdapterTokenizers
-from server.api.auth import KeyRing
-from server.api.rate_limits import Limits, RateLimits
-from server.api.template_sandbox import TemplateSandbox
-from server.api.text import Tokenizer
+from adapters.model_spec import ModelSpec
+from adapters.registry.registry import AdapterRegistry
+from server.api.middleware.auth import KeyRing
+from server.api.middleware.rate_limits import Limits, RateLimits
+from server.api.text.adapter_tokenizers import AdapterTokenizers
+from server.api.text.template_sandbox import TemplateSandbox
+from server.api.text.tokenizer import Tokenizer
 from server.config import ServeConfig
-from server.engine.client import EngineClient, EngineState, EngineUnavailable
-from server.engine.messages import EngineInfo, Residency, Tier
+from server.ipc.client import EngineClient, EngineState, EngineUnavailable
+from server.ipc.messages import EngineInfo, Residency, Tier
 from server.metrics import Metrics
 
 BASE_NAME = ""  # of the base model in the accounting; no adapter can be called so

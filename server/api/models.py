@@ -6,12 +6,12 @@ from typing import Annotated
 from fastapi import APIRouter, Depends
 from fastapi.responses import Response
 
-from adapters.aliases import Alias
-from adapters.registry import AdapterRecord
-from server.api.admission import resolve_record
-from server.api.auth import Key, key_of
+from adapters.registry.aliases import Alias
+from adapters.registry.registry import AdapterRecord
 from server.api.context import AppContext, Context
 from server.api.errors import error_answers
+from server.api.inference.admission import resolve_record
+from server.api.middleware.auth import Key, key_of
 from server.api.schemas import ModelBody, ModelList
 
 router = APIRouter(tags=["inference"])

@@ -10,33 +10,33 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
-from adapters.copies import writer
 from adapters.device.forms import FormRefused, described_choice
-from adapters.host_cache import HostCache
-from adapters.merge import Room, merge
-from adapters.pack import PackedAdapter, pack
-from adapters.pool import page_bytes
-from adapters.residency import MoveRefused, Residency
-from adapters.selftest import Reference
-from adapters.slots import SlotTable, pages_of
-from adapters.spec import ModelSpec
-from adapters.store import AdapterStore
+from adapters.model_spec import ModelSpec
+from adapters.registry.store import AdapterStore
+from adapters.residency.host_cache import HostCache
+from adapters.residency.residency import MoveRefused, Residency
+from adapters.residency.slots import SlotTable, pages_of
+from adapters.runtime.copies import writer
+from adapters.runtime.pack import PackedAdapter, pack
+from adapters.runtime.pool import page_bytes
+from adapters.runtime.reference import Reference
+from adapters.runtime.weight_merge import Room, merge
 from adapters.traits import Traits
-from adapters.validation import inspect, load
+from adapters.validation.inspect import inspect, load
 from server.config import GIB, ServeConfig
 from server.engine.block_manager import BlockManager
 from server.engine.engine import Engine
 from server.engine.machine import available_cpus, available_memory, cpu_quota, memory_limit, total_memory
 from server.engine.merging import Merged, MergePolicy, Merging
-from server.engine.messages import EngineInfo
 from server.engine.policies import FairShare, FirstCome
 from server.engine.scheduler import Scheduler
-from server.engine.trials import Trials
+from server.engine.selftest import Trials
+from server.ipc.messages import EngineInfo
 from server.model import attention
 from server.model.kv_cache import CacheShape
-from server.model.loader import LoadedModel, ModelRefused, load_model
+from server.model.loading.loader import LoadedModel, ModelRefused, load_model
+from server.model.loading.probe import probe
 from server.model.packed_linear import packed
-from server.model.probe import probe
 from server.model.runner import ModelRunner
 
 log = logging.getLogger(__name__)

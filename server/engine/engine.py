@@ -3,13 +3,17 @@
 import logging
 import time
 
-from adapters.pack import PackedAdapter
-from adapters.residency import Residency
-from adapters.segments import Segments, build_segments, column_runs
-from adapters.slots import PAGE_COLUMNS
-from server.engine.flight import UNSEEN, Flight
+from adapters.kernels.segments import Segments, build_segments, column_runs
+from adapters.residency.residency import Residency
+from adapters.residency.slots import PAGE_COLUMNS
+from adapters.runtime.pack import PackedAdapter
+from server.engine.adapter_requests import AdapterMoves
 from server.engine.merging import Merging
-from server.engine.messages import (
+from server.engine.pipeline import UNSEEN, Flight
+from server.engine.scheduler import Scheduler
+from server.engine.selftest import Trials
+from server.engine.stats import describe, digests_of, measure
+from server.ipc.messages import (
     Abort,
     AdapterMove,
     FromEngine,
@@ -25,13 +29,9 @@ from server.engine.messages import (
     TryAdapter,
     Unmerge,
 )
-from server.engine.moves import AdapterMoves
-from server.engine.scheduler import Scheduler
-from server.engine.stats import describe, digests_of, measure
-from server.engine.trials import Trials
 from server.model.batch import adapter_rows, build_batch, sampled_rows
 from server.model.runner import ModelRunner
-from server.model.sampler import Sample, looks_back, start
+from server.model.sampling.sampler import Sample, looks_back, start
 from server.sequence import FinishReason, ScheduledBatch, ScheduledSequence, Sequence, SequenceStatus
 
 log = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 
 from server.engine.engine import Engine
-from server.engine.messages import (
+from server.ipc.messages import (
     Emit,
     EngineInfo,
     Fatal,
@@ -19,7 +19,7 @@ from server.engine.messages import (
     StepOutputs,
     ToEngine,
 )
-from server.model.loader import ModelRefused
+from server.model.loading.loader import ModelRefused
 
 log = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from adapters.errors import AdapterError
-from adapters.residency import MoveRefused, RefusalCode
-from server.engine.messages import AskedBy, Merge, MergeState, MergeStatus, MergeSwitch, Reply, SwitchReason
+from adapters.residency.residency import MoveRefused, RefusalCode
 from server.engine.scheduler import Scheduler
+from server.ipc.messages import AskedBy, Merge, MergeState, MergeStatus, MergeSwitch, Reply, SwitchReason
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ Clock = Callable[[], float]  # seconds, that of `Sequence.arrival`
 
 
 class Merged(Protocol):
-    """A version's merged weights (adapters/merge.py)."""
+    """A version's merged weights (adapters/runtime/weight_merge.py)."""
 
     @property
     def requantized(self) -> bool: ...

@@ -30,7 +30,7 @@ PREFETCH_DEPTH = 32  # waiting sequences whose adapters are loaded, or brought o
 
 
 class AdapterSlots(Protocol):
-    """What the scheduler asks of residency (adapters/residency.py)."""
+    """What the scheduler asks of residency (adapters/residency/residency.py)."""
 
     def acquire(self, digest: str) -> int | None:
         """Take a reference on the version's device slot; None when it is not there (yet), which requests it."""

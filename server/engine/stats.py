@@ -3,10 +3,10 @@
 from collections.abc import Iterable
 from typing import Any
 
-from adapters.residency import Residency
-from server.engine import messages
-from server.engine.messages import EngineStats
+from adapters.residency.residency import Residency
 from server.engine.scheduler import Scheduler
+from server.ipc import messages
+from server.ipc.messages import EngineStats
 from server.model.graphs import DecodeGraphs
 from server.sequence import ScheduledBatch, Sequence
 

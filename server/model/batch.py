@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from adapters.segments import Rows, SlotUse
-from adapters.upload import upload
+from adapters.device.transfers import upload
+from adapters.kernels.segments import Rows, SlotUse
 from server.sequence import ScheduledBatch, ScheduledSequence
 from server.sequence import Sequence as TokenSequence
 

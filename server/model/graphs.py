@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.progress import track
 
 from adapters.kernels import LoRAKernel
-from adapters.layers import LoRAGroup
-from adapters.pool import AdapterPool
-from adapters.segments import NO_SEGMENTS, Segments
+from adapters.kernels.segments import NO_SEGMENTS, Segments
+from adapters.runtime.layers import LoRAGroup
+from adapters.runtime.pool import AdapterPool
 from server.model.attention import triton_layout
 from server.model.batch import ForwardBatch
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from adapters.memory import zeros
+from adapters.device.lazy_zeros import zeros
 
 
 @dataclass(frozen=True, slots=True)

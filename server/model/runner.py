@@ -5,17 +5,17 @@ from typing import Any
 import torch
 
 from adapters.kernels import choose_kernel
-from adapters.layers import LoRAGroup, attach, wrapped
-from adapters.pool import AdapterPool
-from adapters.segments import NO_SEGMENTS, Segments
-from adapters.spec import ModelSpec
+from adapters.kernels.segments import NO_SEGMENTS, Segments
+from adapters.model_spec import ModelSpec
+from adapters.runtime.layers import LoRAGroup, attach, wrapped
+from adapters.runtime.pool import AdapterPool
 from server.model.batch import ForwardBatch
-from server.model.blocks import block_ops
+from server.model.fusion import block_ops
 from server.model.graphs import DecodeGraphs, capture_decode_graphs
 from server.model.kv_cache import CacheShape, KVCache
-from server.model.loader import LoadedModel
+from server.model.loading.loader import LoadedModel
+from server.model.loading.probe import check, fuse_checked
 from server.model.packed_linear import pack_linears, packed
-from server.model.probe import check, fuse_checked
 
 
 class ModelRunner:

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from adapters.upload import upload
+from adapters.device.transfers import upload
 from server.model.batch import SequenceRows
 
 FIELDS = 4  # of a tile: first row, tokens, position of the first, start of its block table

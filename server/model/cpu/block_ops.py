@@ -1,4 +1,4 @@
-"""`server.model.blocks.BlockOps` in C++."""
+"""`server.model.fusion.BlockOps` in C++."""
 
 import torch
 from torch import nn
@@ -8,7 +8,7 @@ from server.model.cpu.attention import plan
 from server.model.cpu.decoder_layer import NativeLayer
 from server.model.cpu.library import function
 from server.model.kv_cache import KVCache
-from server.model.layer_parts import LayerParts
+from server.model.llama_layer import LayerParts
 
 
 class NativeBlockOps:

@@ -12,17 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapters.kernels.native import NativeKernel
-from adapters.kernels.native import NativePlan as LoRAPlan
-from adapters.layers import LoRAGroup, OverlayHook
-from adapters.stacking import StackedLinear
+from adapters.kernels.cpu import NativeKernel
+from adapters.kernels.cpu import NativePlan as LoRAPlan
+from adapters.runtime.layers import LoRAGroup, OverlayHook
+from adapters.runtime.stacked_linear import StackedLinear
 from server.model.batch import ForwardBatch
 from server.model.cpu import attention
 from server.model.cpu.attention import NativePlan
 from server.model.cpu.library import function
 from server.model.cpu.linear import NativeLinear
 from server.model.kv_cache import KVCache
-from server.model.layer_parts import LayerParts
+from server.model.llama_layer import LayerParts
 
 _POINTER, _SIZE, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from adapters.device.cpp_build import declared, load
 from adapters.device.forms import NativeUnavailable
-from adapters.kernels.compiled import declared, load
 
 SOURCE = Path(__file__).with_name("ops.cpp")
 SUFFIXES = {torch.bfloat16: "bf16", torch.float32: "f32"}

@@ -1,0 +1,1 @@
+"""Tools that turn other formats into PEFT folders and combine adapters."""

@@ -1,0 +1,74 @@
+"""Adapters that were trained beside a changed base: PiSSA, OLoRA, CorDA and LoRA-GA begin with factors A0 and B0 that
+are not zero and take them out of the base, `W_res = W − s·B0 A0`. Beside the unchanged W the same model is
+`s·(B A − B0 A0) = s·[B, −B0] [A; A0]`: plain LoRA of twice the rank. Source: PEFT, `LoraModel.subtract_mutated_init`.
+"""
+
+import json
+import math
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapters.convert import peft_folder as plain_lora
+from adapters.convert.folders import FolderError
+from adapters.peft.safetensors_header import unique_keys
+from adapters.peft.weights import LoraFactors
+from adapters.registry.store import CONFIG_FILE, WEIGHTS_FILE
+
+_MUTATING = ("pissa", "olora", "corda", "lora_ga")
+# Keys that only say how the start was found.
+_OF_THE_START = ("corda_config", "lora_ga_config")
+
+
+def convert(trained: Path, initial: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Config and tensors of the plain adapter that does to the unchanged base what `trained` does to its own.
+
+    `initial` is the adapter as it was saved before training. Raises `FolderError`.
+    """
+    config, factors = _read(trained)
+    _, start = _read(initial)
+    if {m: _form(f) for m, f in factors.items()} != {m: _form(f) for m, f in start.items()}:
+        raise FolderError(f"{initial} is not what {trained} began with: its modules, ranks or alphas are others")
+    tensors: dict[str, Tensor] = {}
+    for module, own in factors.items():
+        a = torch.cat([own.a, start[module].a], dim=0)
+        b = torch.cat([own.b, -start[module].b], dim=1)
+        tensors.update(zip(plain_lora.pair_names(module), (a, b), strict=True))
+    return _doubled(config), tensors
+
+
+def _form(factors: LoraFactors) -> tuple[torch.Size, torch.Size, float]:
+    return factors.a.shape, factors.b.shape, factors.scaling
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, LoraFactors]]:
+    """The config as that of a plain adapter, and the factors."""
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text(), object_pairs_hook=unique_keys)
+        start = config.get("init_lora_weights", True)
+    except (ValueError, AttributeError):
+        raise FolderError(f"{folder / CONFIG_FILE} is no JSON object") from None
+    if start is not True and not str(start).startswith(_MUTATING):
+        # LoftQ's base is a quantised one besides, from which no sum of factors leads back.
+        raise FolderError(
+            f"{folder} was initialised by {start!r}, which cannot be converted: {', '.join(_MUTATING)} can"
+        )
+    plain = config | {"init_lora_weights": True} | {key: None for key in _OF_THE_START}
+    with tempfile.TemporaryDirectory() as temporary:
+        (Path(temporary) / CONFIG_FILE).write_text(json.dumps(plain))
+        (Path(temporary) / WEIGHTS_FILE).symlink_to((folder / WEIGHTS_FILE).resolve())
+        return plain, plain_lora.read(Path(temporary), folder)
+
+
+def _doubled(config: dict[str, Any]) -> dict[str, Any]:
+    """Twice the ranks at the same scaling, which is alpha / √rank with rslora."""
+    factor = math.sqrt(2) if config.get("use_rslora") else 2
+    patterns = {"rank_pattern": 2, "alpha_pattern": factor}
+    return config | {
+        "r": config.get("r", 8) * 2,
+        "lora_alpha": config.get("lora_alpha", 8) * factor,
+        **{key: {n: v * by for n, v in (config.get(key) or {}).items()} for key, by in patterns.items()},
+    }

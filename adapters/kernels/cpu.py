@@ -1,0 +1,70 @@
+"""The LoRA product in C++, for segments of any length.
+
+The source beside this file is compiled on first use (see compiled.py). No sum depends on how many rows a segment has,
+so that a prompt has the same bits however it is cut into steps.
+"""
+
+import ctypes
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+from adapters.device.cpp_build import declared
+from adapters.kernels.segments import Segments
+
+SOURCE = Path(__file__).with_name("lora_cpu.cpp")
+_POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
+_ARGUMENTS = [
+    _POINTER, _SIZE, _POINTER, _SIZE, _POINTER, _POINTER, _SIZE, _SIZE, _POINTER, _SIZE, _POINTER, _POINTER, _SIZE,
+    ctypes.c_int,
+]  # fmt: skip
+_STEPS = ("lora_prepare_bf16", "lora_shrink_bf16", "lora_expand_bf16")
+
+
+@dataclass(frozen=True, slots=True)
+class NativePlan:
+    """`segments` is an int64 `[count, 4]` tensor of (start, end, lo, hi), read by the C++ side; `scales` are theirs, in
+    float32, None when all are 1."""
+
+    segments: torch.Tensor
+    scales: torch.Tensor | None
+
+
+class NativeKernel:
+    name = "native"
+    DTYPES: ClassVar = {torch.bfloat16: "lora_add_bf16", torch.float32: "lora_add_f32"}
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._functions = {dtype: declared(library, name, _ARGUMENTS) for dtype, name in self.DTYPES.items()}
+        self.steps = [ctypes.cast(library[name], _POINTER).value for name in _STEPS]  # of bf16, for C++ that calls them
+
+    def plan(self, segments: Segments) -> NativePlan:
+        items = segments.items
+        return NativePlan(
+            torch.tensor([(s.start, s.end, s.lo, s.hi) for s in items], dtype=torch.int64).reshape(-1, 4),
+            torch.tensor([s.scale for s in items]) if any(s.scale != 1 for s in items) else None,
+        )
+
+    def add_lora(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        sizes: tuple[int, ...],
+        plan: NativePlan,
+    ) -> None:
+        linears, columns, in_features = a.shape
+        self._functions[y.dtype](
+            y.data_ptr(), y.stride(0), x.data_ptr(), x.stride(0), a.data_ptr(), b.data_ptr(), in_features, columns,
+            _c_sizes(sizes), linears, plan.segments.data_ptr(), None if plan.scales is None else plan.scales.data_ptr(),
+            len(plan.segments), torch.get_num_threads(),
+        )  # fmt: skip
+
+
+@cache
+def _c_sizes(sizes: tuple[int, ...]) -> "ctypes.Array[ctypes.c_int64]":
+    return (ctypes.c_int64 * len(sizes))(*sizes)

@@ -1,0 +1,191 @@
+"""The config of a PEFT LoRA: every key is served, harmless or refused, and nothing else is. No torch."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from adapters.errors import Problem
+from adapters.peft.config_keys import FEATURES, HARMLESS_KEYS, REFUSED_KEYS, SERVED_KEYS, WAYS_OUT
+from adapters.peft.config_reader import ConfigReader, KeyTable, canonical, read_json
+from adapters.peft.patterns import BadPattern, ModuleNames, ModulePatterns, is_name, layer_of
+from adapters.traits import Traits
+
+# LORA, and the types that `families` converts.
+SERVED_TYPES = ("LORA", "ADALORA", "DELORA", "IA3", "LOHA", "LOKR", "MISS", "VBLORA", "VERA")
+LORA_KEYS = KeyTable(SERVED_KEYS, HARMLESS_KEYS, REFUSED_KEYS, WAYS_OUT)
+MAX_NAMES = 4096  # in a list of modules, parameters or tokens
+BIASES = ("none", "lora_only", "all")
+
+
+@dataclass(frozen=True, slots=True)
+class LoraSettings:
+    """What a config says of the tensors beside it.
+
+    `target_modules` is None where the config leaves the choice to the tensors, and `layers` where all are meant;
+    `bias` is one of `BIASES`; with `ensures_tying` what is said of one end of a tied vocabulary is meant of both;
+    `token_indices` maps a module's ending to the tokens that are trained, "" being the input embedding;
+    `qalora_group_size` is None without QA-LoRA; `invocation_tokens` switch an aLoRA on. `features` are named in the
+    report; `canonical` is the config as the digest sees it.
+    """
+
+    r: int
+    lora_alpha: float
+    use_rslora: bool
+    use_dora: bool
+    lora_bias: bool
+    bias: str
+    rank_pattern: ModulePatterns
+    alpha_pattern: ModulePatterns
+    target_modules: tuple[str, ...] | None
+    exclude_modules: ModuleNames
+    layers: frozenset[int] | None
+    layers_pattern: tuple[str, ...]
+    target_parameters: tuple[str, ...]
+    modules_to_save: tuple[str, ...]
+    ensures_tying: bool
+    token_indices: Mapping[str, tuple[int, ...]]
+    qalora_group_size: int | None
+    invocation_tokens: tuple[int, ...]
+    features: tuple[str, ...]
+    canonical: str
+
+    def traits(self) -> Traits:
+        """What the config alone tells; the tensors may add to it."""
+        elsewhere = self.modules_to_save or self.token_indices or self.target_parameters or self.invocation_tokens
+        changed = self.use_dora or self.lora_bias or self.bias != "none"
+        return Traits(
+            additive=not (elsewhere or changed),
+            mergeable=not elsewhere,
+            invocation_tokens=self.invocation_tokens,
+        )
+
+    def leaves_out(self, module: str) -> bool:
+        """Whether PEFT does not wrap `module` even if it is a target."""
+        return module in self.exclude_modules or any(f".{name}." in f".{module}." for name in self.modules_to_save)
+
+    def reaches(self, module: str) -> bool:
+        """Whether `layers_to_transform` has the layer of `module`; what an expression means is left to the tensors."""
+        if self.layers is None or not all(map(is_name, self.layers_pattern)):
+            return True
+        return layer_of(module, self.layers_pattern) in self.layers
+
+    def rank(self, module: str) -> int:
+        return int(self.rank_pattern.get(module, self.r))
+
+    def scaling(self, module: str) -> float:
+        """The factor of `B @ A` in `module`, as PEFT computes it."""
+        alpha = self.alpha_pattern.get(module, self.lora_alpha)
+        rank = self.rank(module)
+        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+
+def parse_config(data: bytes) -> tuple[LoraSettings | None, list[Problem]]:
+    """Read the bytes of an `adapter_config.json`; absent keys have PEFT's defaults.
+
+    Returns the settings, None where they cannot be used, and every problem found. Raises nothing.
+    """
+    config, problems = read_json(data)
+    if config is None:
+        return None, problems
+    reader = _Reader(config)
+    settings = reader.settings(canonical(config))
+    return (settings if reader.usable else None), reader.problems + LORA_KEYS.problems(config)
+
+
+class _Reader(ConfigReader):
+    def settings(self, canonical: str) -> LoraSettings:
+        peft_type = self._config.get("peft_type")
+        if peft_type != "LORA":
+            expected = '"LORA" here' if peft_type in SERVED_TYPES else f"one of {', '.join(SERVED_TYPES)}"
+            self._refuse("peft_type", peft_type, expected, "unsupported_feature")
+        return LoraSettings(
+            r=self._rank("r", self._config.get("r", 8)),
+            lora_alpha=self._alpha("lora_alpha", self._config.get("lora_alpha", 8)),
+            use_rslora=self._switch("use_rslora"),
+            use_dora=self._switch("use_dora"),
+            lora_bias=self._lora_bias(),
+            bias=self._bias(),
+            rank_pattern=self._patterns("rank_pattern", self._rank),
+            alpha_pattern=self._patterns("alpha_pattern", self._alpha),
+            target_modules=self._target_modules(),
+            exclude_modules=self._exclude_modules(),
+            layers=self._layers(),
+            layers_pattern=self._layers_pattern(),
+            target_parameters=self._names("target_parameters"),
+            modules_to_save=self._names("modules_to_save"),
+            ensures_tying=self._switch("ensure_weight_tying"),
+            token_indices=self._token_indices(),
+            qalora_group_size=self._qalora_group_size(),
+            invocation_tokens=self._tokens("alora_invocation_tokens", self._config.get("alora_invocation_tokens")),
+            features=self._used(FEATURES),
+            canonical=canonical,
+        )
+
+    def _lora_bias(self) -> bool:
+        used = self._switch("lora_bias")
+        if used and self._config.get("use_dora") is True:
+            self._refuse("lora_bias", True, "one of lora_bias and use_dora, as in PEFT", "unsupported_feature")
+        return used
+
+    def _bias(self) -> str:
+        value = self._config.get("bias")
+        if value is not None and value not in BIASES:
+            self._refuse("bias", value, " or ".join(map(json.dumps, BIASES)), "unsupported_feature")
+        return value if value in BIASES else "none"
+
+    def _exclude_modules(self) -> ModuleNames:
+        """An expression that RE2 does not take is no reason to refuse what has a tensor for every target."""
+        value = self._config.get("exclude_modules")
+        if isinstance(value, str):
+            try:
+                return ModuleNames(value)
+            except BadPattern:
+                return ModuleNames(())
+        return ModuleNames(self._names("exclude_modules"))
+
+    def _layers(self) -> frozenset[int] | None:
+        value = self._config.get("layers_to_transform")
+        layers = [value] if type(value) is int else value or []
+        if isinstance(layers, list) and all(type(layer) is int for layer in layers):
+            return frozenset(layers) or None
+        self._refuse("layers_to_transform", value, "a whole number or a list of them", "malformed_file")
+        return None
+
+    def _layers_pattern(self) -> tuple[str, ...]:
+        value = self._config.get("layers_pattern") or ()
+        return (value,) if isinstance(value, str) else self._names("layers_pattern")
+
+    def _names(self, key: str) -> tuple[str, ...]:
+        value = self._config.get(key) or []
+        if isinstance(value, list) and len(value) <= MAX_NAMES and all(isinstance(name, str) for name in value):
+            return tuple(value)
+        self._refuse(key, value, f"a list of up to {MAX_NAMES} names", "malformed_file")
+        return ()
+
+    def _tokens(self, key: str, value: Any) -> tuple[int, ...]:
+        tokens = value or []
+        short = isinstance(tokens, list) and len(tokens) <= MAX_NAMES
+        if short and all(type(token) is int and 0 <= token < 1 << 31 for token in tokens):
+            return tuple(tokens)
+        self._refuse(key, value, f"a list of up to {MAX_NAMES} token ids", "malformed_file")
+        return ()
+
+    def _token_indices(self) -> dict[str, tuple[int, ...]]:
+        key = "trainable_token_indices"
+        value = self._config.get(key) or {}
+        by_module = value if isinstance(value, dict) else {"": value}
+        if len(by_module) > MAX_NAMES:
+            self._refuse(key, value, f"at most {MAX_NAMES} modules", "malformed_file")
+            return {}
+        return {module: self._tokens(key, tokens) for module, tokens in by_module.items()}
+
+    def _qalora_group_size(self) -> int | None:
+        if not self._switch("use_qalora"):
+            return None
+        size = self._config.get("qalora_group_size", 16)
+        if type(size) is int and size >= 1:
+            return size
+        self._refuse("qalora_group_size", size, "a whole number from 1", "malformed_file")
+        return None

@@ -1,0 +1,199 @@
+"""The tensors of a LoRA file, sorted by what they do to which module of the base model."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from adapters.errors import Problem, ProblemCode
+from adapters.model_spec import ModelSpec
+from adapters.peft.config_reader import shown
+from adapters.peft.lora_config import LoraSettings
+from adapters.peft.patterns import dotted_suffixes
+from adapters.peft.safetensors_header import TensorInfo, read_header
+from adapters.peft.weights import TensorKind, parse_tensor_name
+
+KINDS: dict[str, str] = {
+    "A": "lora_A",
+    "B": "lora_B",
+    "lora_bias": "bias of lora_B",
+    "magnitude": "lora_magnitude_vector",
+    "base_bias": "trained bias",
+    "embedding_A": "lora_embedding_A",
+    "embedding_B": "lora_embedding_B",
+}
+_BASE_LAYER = ".base_layer"
+_WRAPPERS = (".modules_to_save", ".original_module", ".token_adapter")
+Names = dict[TensorKind, str]
+
+
+@dataclass(slots=True)
+class LoraTensors:
+    """Names of tensors by module and kind.
+
+    `modules` are those with factors: linears, and whatever the base model lacks. `embeddings` is for the input
+    embedding. `stacked` are modules whose parameters have factors, by how deep PEFT nested the wrapper. `saved` are
+    parameters as a whole, `biases` trained biases of linears that are not adapted, `tokens` rows of embeddings.
+
+    Where the vocabulary was resized, PEFT writes whole wrappers: `copies` are second ones of saved parameters and
+    `unused` the weights that they took the place of, as (module, parameter, tensor).
+    """
+
+    path: Path
+    infos: dict[str, TensorInfo]
+    modules: dict[str, Names] = field(default_factory=dict)
+    embeddings: dict[str, Names] = field(default_factory=dict)
+    stacked: dict[str, dict[int, Names]] = field(default_factory=dict)
+    saved: dict[str, dict[str, str]] = field(default_factory=dict)
+    biases: dict[str, str] = field(default_factory=dict)
+    tokens: dict[str, str] = field(default_factory=dict)
+    copies: list[tuple[str, str, str]] = field(default_factory=list)
+    unused: list[tuple[str, str, str]] = field(default_factory=list)
+    misnamed: list[Problem] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, path: Path, spec: ModelSpec) -> "LoraTensors":
+        """Raises `AdapterInvalid` for a file that is no safetensors file."""
+        tensors = cls(path, read_header(path))
+        for name in tensors.infos:
+            tensors._sort(name, spec)
+        for module, parameter, name in list(tensors.copies):
+            if tensors.saved.setdefault(module, {}).setdefault(parameter, name) == name:
+                tensors.copies.remove((module, parameter, name))  # the only one
+        for module in tensors.saved.keys() & tensors.biases.keys():  # a module that is saved as a whole
+            tensors.saved[module]["bias"] = tensors.biases.pop(module)
+        return tensors
+
+    def nbytes(self) -> int:
+        return sum(info.end - info.start for info in self.infos.values())
+
+    def touched(self) -> set[str]:
+        """Every module that the adapter changes."""
+        kinds = (self.modules, self.embeddings, self.stacked, self.saved, self.biases, self.tokens)
+        return set().union(*kinds)
+
+    def adapted(self) -> set[str]:
+        """Those of them that PEFT wraps."""
+        return self.modules.keys() | self.embeddings.keys() | self.stacked.keys()
+
+    def vocab_size(self, spec: ModelSpec) -> int | None:
+        """Of the adapter's own embedding or head, where it is not the base's."""
+        names = [self.saved.get(module, {}).get("weight") for module in (spec.embedding, spec.head)]
+        sizes = {self.infos[name].shape[0] for name in names if name} - {spec.vocab_size}
+        return max(sizes) if sizes else None
+
+    def _sort(self, name: str, spec: ModelSpec) -> None:
+        parsed = parse_tensor_name(name)
+        if parsed is None:
+            self.misnamed.append(problem(name, "no tensor of a LoRA", "base_model.model.<module>.lora_A.weight"))
+            return
+        module, kind = parsed
+        bare = module.replace(_BASE_LAYER, "")
+        if kind == "parameter" or (kind == "bias" and module not in spec.modules):
+            self._sort_parameter(name, bare, spec)
+        elif kind == "bias":
+            self.biases[module] = name
+        elif kind == "tokens":
+            self.tokens[module] = name
+        elif kind.startswith("embedding") or (kind == "magnitude" and module == spec.embedding):
+            self._put(self.embeddings.setdefault(module, {}), kind, name)
+        elif kind in ("A", "B") and bare not in spec.modules and bare in spec.parameters:
+            depth = module.count(_BASE_LAYER)
+            self._put(self.stacked.setdefault(bare, {}).setdefault(depth, {}), kind, name)
+        else:
+            self._put(self.modules.setdefault(module, {}), kind, name)
+
+    def _sort_parameter(self, name: str, module: str, spec: ModelSpec) -> None:
+        parameter = name.rpartition(".")[2]
+        wrapper = next((wrapper for wrapper in _WRAPPERS if module.endswith(wrapper)), "")
+        module = module.removesuffix(wrapper)
+        if parameter not in spec.parameters.get(module, {}):
+            expected = "tensors of a LoRA, or parameters of the base model that see every token and are not quantised"
+            self.misnamed.append(problem(name, "neither", expected))
+        elif wrapper == ".modules_to_save":
+            self.copies.append((module, parameter, name))
+        elif wrapper == ".original_module":
+            self.unused.append((module, parameter, name))
+        elif self.saved.setdefault(module, {}).setdefault(parameter, name) != name:
+            self.misnamed.append(problem(name, "a second one of its module", "one", "malformed_file"))
+
+    def _put(self, names: Names, kind: TensorKind, name: str) -> None:
+        if names.setdefault(kind, name) != name:
+            self.misnamed.append(problem(name, f"a second {KINDS[kind]} of its module", "one", "malformed_file"))
+
+
+def targeted_parameters(module: str, settings: LoraSettings, spec: ModelSpec) -> list[str]:
+    """The parameters of `module` that `target_parameters` names, in the order in which PEFT wraps them: the last is
+    outermost."""
+    suffixes = settings.target_parameters
+    names = [(name, f"{module}.{name}") for name in parameter_names(module, spec)]
+    return [name for name, full in names if any(full == s or full.endswith(f".{s}") for s in suffixes)]
+
+
+def parameter_names(module: str, spec: ModelSpec) -> list[str]:
+    """What can have factors: a linear's weight also when it is quantised."""
+    own = list(spec.parameters.get(module, ()))
+    return own if "weight" in own or module not in spec.modules else [*own, "weight"]
+
+
+def parameter_factors(
+    module: str, names: dict[int, Names], settings: LoraSettings, spec: ModelSpec
+) -> Iterator[tuple[str, Names]]:
+    """Which parameter the factors of each depth belong to."""
+    targeted = targeted_parameters(module, settings, spec)
+    for depth, own in names.items():
+        if depth < len(targeted):
+            yield targeted[-1 - depth], own
+
+
+def factor_shapes(
+    module: str, parameter: str, rank: int, spec: ModelSpec
+) -> tuple[tuple[int, int], tuple[int, int]] | None:
+    """Shapes of A and B for a parameter `[out, in]` or stacked experts `[experts, out, in]`; None for another one."""
+    shape = spec.parameters[module][parameter]
+    if len(shape) == 2:
+        return (rank, shape[1]), (shape[0], rank)
+    if len(shape) != 3:
+        return None
+    experts, outputs, inputs = shape
+    if module in spec.transposed:
+        outputs, inputs = inputs, outputs
+    return (rank * experts, inputs), (outputs, rank * experts)
+
+
+def rank_of(module: str, settings: LoraSettings, spec: ModelSpec) -> int:
+    return settings.rank(_pattern_key(module, settings, spec))
+
+
+def scaling_of(module: str, settings: LoraSettings, spec: ModelSpec) -> float:
+    return settings.scaling(_pattern_key(module, settings, spec))
+
+
+def _pattern_key(module: str, settings: LoraSettings, spec: ModelSpec) -> str:
+    """What PEFT compares patterns with: a linear that is targeted by its parameter goes by the parameter's name."""
+    targets = settings.target_modules
+    by_module = targets is None or not set(targets).isdisjoint(dotted_suffixes(module))
+    parameters = [] if by_module else targeted_parameters(module, settings, spec)
+    return f"{module}.{parameters[-1]}" if parameters else module
+
+
+def token_target(module: str, settings: LoraSettings, spec: ModelSpec) -> tuple[str | None, tuple[int, ...]]:
+    """The key of `trainable_token_indices` that means `module`, and its tokens; a tied head's are the embedding's."""
+    for target, ids in settings.token_indices.items():
+        if names_module(target, module) or (not target and module == spec.embedding):
+            return target, ids
+    return token_target(spec.embedding, settings, spec) if spec.tied and module == spec.head else (None, ())
+
+
+def names_module(target: str, module: str) -> bool:
+    return target in dotted_suffixes(module)
+
+
+def shares_weight(spec: ModelSpec, settings: LoraSettings) -> bool:
+    """Whether a weight of the embedding or the head is loaded into the one parameter that both have; a module in
+    `modules_to_save` has a copy of its own instead."""
+    ends = (spec.embedding, spec.head)
+    return spec.tied and not any(names_module(target, end) for target in settings.modules_to_save for end in ends)
+
+
+def problem(where: str, found: str, expected: str, code: ProblemCode = "unsupported_feature") -> Problem:
+    return Problem(shown(where, 200), found, expected, code)

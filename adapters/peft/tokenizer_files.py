@@ -1,0 +1,204 @@
+"""The tokenizer and chat template that an adapter may bring along: what its files say, and whether they can be used.
+
+`tokenizer.json` alone decides how text becomes tokens; no class that a config names is ever looked up. The configs
+beside it give the special tokens and the chat template. Templates are not compiled here but in a process of their own.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.processors import TemplateProcessing
+
+from adapters.errors import AdapterInvalid, Problem
+from adapters.peft.config_reader import shown
+from adapters.peft.safetensors_header import unique_keys
+
+TOKENIZER, CONFIG, SPECIAL, ADDED, TEMPLATE = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+MAX_TOKEN_ID = 1 << 20
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_SAMPLE = "A few words,\n\t2 numbers: 42; é, 世界 and 😀 ."
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerFiles:
+    """What they say. `tokenizer` is the text of tokenizer.json; `special_tokens` are those of `SPECIAL_TOKENS` that are
+    declared; `affixes` says whether bos and eos surround a plain text, where that is declared, else tokenizer.json
+    does; `added` are tokens with the ids that the configs give them."""
+
+    tokenizer: str | None = None
+    chat_template: str | None = None
+    special_tokens: dict[str, str] = field(default_factory=dict)
+    affixes: dict[str, bool] = field(default_factory=dict)
+    added: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """What they bring, named as in the report and in `Traits`."""
+        given = {"tokenizer": self.tokenizer, "chat_template": self.chat_template}
+        return tuple(name for name, value in given.items() if value is not None)
+
+    def build(self) -> Tokenizer:
+        """The tokenizer of tokenizer.json, which has to be there and to have passed `check_tokenizer`."""
+        assert self.tokenizer is not None
+        return self.complete(Tokenizer.from_str(self.tokenizer))  # unlike `from_file`, this frees the interpreter lock
+
+    def complete(self, tokenizer: Tokenizer) -> Tokenizer:
+        """Give `tokenizer` what the configs declare, and have it neither cut nor pad; returns it."""
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+        unknown = [token for token in self.special_tokens.values() if token not in known]
+        tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in unknown])
+        if self.affixes:
+            tokenizer.post_processor = self._affix(tokenizer)
+        return tokenizer
+
+    def _affix(self, tokenizer: Tokenizer) -> TemplateProcessing:
+        """What transformers puts in the place of tokenizer.json's own when a config has `add_bos_token`."""
+        before, after = (
+            [self.special_tokens[name]] if self.affixes.get(f"add_{name}") and name in self.special_tokens else []
+            for name in ("bos_token", "eos_token")
+        )
+        tokens = [(token, tokenizer.token_to_id(token)) for token in {*before, *after}]
+        return TemplateProcessing(single=[*before, "$A", *after], pair=None, special_tokens=tokens)
+
+
+def read_tokenizer_files(folder: Path) -> TokenizerFiles:
+    """Those in `folder`; absent ones say nothing. Raises `AdapterInvalid` for a file that is not what it should be."""
+    special = _read_object(folder, SPECIAL)
+    config = _read_object(folder, CONFIG)
+    template = _read_text(folder, TEMPLATE)
+    return TokenizerFiles(
+        _read_text(folder, TOKENIZER),
+        _template(config) if template is None else template,
+        {**_special_tokens(SPECIAL, special), **_special_tokens(CONFIG, config)},
+        {key: config[key] for key in ("add_bos_token", "add_eos_token") if isinstance(config.get(key), bool)},
+        {**_added_tokens(folder), **_added_by_id(config)},
+    )
+
+
+def check_tokenizer(folder: Path, vocab_size: int | None) -> list[Problem]:
+    """Why the tokenizer in `folder` cannot be used, if so. `vocab_size`: how many token embeddings the model has."""
+    try:
+        files = read_tokenizer_files(folder)
+        if files.tokenizer is None:
+            return list(_stray_tokens(folder))
+        with _library_errors():
+            tokenizer = Tokenizer.from_str(files.tokenizer)
+        bound = MAX_TOKEN_ID if vocab_size is None else vocab_size
+        return list(_vocabulary_problems(files, tokenizer, bound)) or list(_trial_problems(files, tokenizer, bound))
+    except AdapterInvalid as error:
+        return error.problems
+
+
+def _stray_tokens(folder: Path) -> Iterator[Problem]:
+    if (folder / ADDED).exists():
+        yield Problem(ADDED, "tokens without a tokenizer", f"{TOKENIZER} beside it", "malformed_file")
+
+
+def _vocabulary_problems(files: TokenizerFiles, tokenizer: Tokenizer, bound: int) -> Iterator[Problem]:
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if largest >= bound:
+        yield Problem(TOKENIZER, f"token id {largest}", f"ids below {bound}", "base_mismatch")
+    for token in sorted({*files.special_tokens.values(), *files.added}):
+        found, declared = tokenizer.token_to_id(token), files.added.get(token)
+        if found is None or declared not in (None, found):
+            expected = f"the token {shown(token)} that the files beside it have"
+            yield Problem(TOKENIZER, "no such id" if found is None else f"id {found}", expected, "malformed_file")
+
+
+def _trial_problems(files: TokenizerFiles, tokenizer: Tokenizer, bound: int) -> Iterator[Problem]:
+    """What only shows in use: a broken part, or ids that tokens are surrounded with."""
+    with _library_errors():
+        ids = files.complete(tokenizer).encode(_SAMPLE).ids
+        tokenizer.decode(ids)
+    if max(ids, default=0) >= bound:
+        yield Problem(TOKENIZER, f"token id {max(ids)} around a text", f"ids below {bound}", "base_mismatch")
+
+
+@contextmanager
+def _library_errors() -> Iterator[None]:
+    """The library raises bare `Exception`s, and its panics are not even those."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise _invalid(TOKENIZER, shown(str(error), 200), "a tokenizer that the tokenizers library can use") from None
+
+
+def _read_text(folder: Path, name: str) -> str | None:
+    try:
+        return (folder / name).read_bytes().decode()
+    except FileNotFoundError:
+        return None
+    except UnicodeDecodeError:
+        raise _invalid(name, "bytes that are not UTF-8", "text") from None
+
+
+def _read_object(folder: Path, name: str) -> dict[str, Any]:
+    text = _read_text(folder, name)
+    if text is None:
+        return {}
+    try:
+        found = json.loads(text, object_pairs_hook=unique_keys)
+        json.dumps(found, ensure_ascii=False).encode()  # half a surrogate pair is no character
+    except (ValueError, RecursionError):
+        raise _invalid(name, "no JSON", "a JSON object") from None
+    if not isinstance(found, dict):
+        raise _invalid(name, shown(found), "a JSON object")
+    return found
+
+
+def _template(config: Mapping[str, Any]) -> str | None:
+    """Of several templates, the one that is for no special use."""
+    given = config.get("chat_template")
+    if isinstance(given, list):
+        entries = [entry for entry in given if isinstance(entry, dict) and entry.get("name") == "default"]
+        given = entries[0].get("template") if len(entries) == 1 else given
+    if given is not None and not isinstance(given, str):
+        raise _invalid(f"{CONFIG}: chat_template", shown(given), "a template, or several of which one is the default")
+    return given
+
+
+def _special_tokens(where: str, config: Mapping[str, Any]) -> dict[str, str]:
+    given = {name: config[name] for name in SPECIAL_TOKENS if config.get(name) is not None}
+    return {name: _content(f"{where}: {name}", value) for name, value in given.items()}
+
+
+def _content(where: str, token: Any) -> str:
+    """A token is written as its text, or as an object that has it."""
+    content = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(content, str) or not content:
+        raise _invalid(where, shown(token), "a token")
+    return content
+
+
+def _added_tokens(folder: Path) -> dict[str, int]:
+    given = _read_object(folder, ADDED)
+    if any(type(value) is not int for value in given.values()):
+        raise _invalid(ADDED, "a value that is no number", "tokens with their ids")
+    return given
+
+
+def _added_by_id(config: Mapping[str, Any]) -> dict[str, int]:
+    where = f"{CONFIG}: added_tokens_decoder"
+    given = config.get("added_tokens_decoder", {})
+    if not isinstance(given, dict) or not all(key.isdecimal() and len(key) < 10 for key in given):
+        raise _invalid(where, shown(given), "tokens by their ids")
+    return {_content(where, token): int(key) for key, token in given.items()}
+
+
+def _invalid(where: str, found: str, expected: str) -> AdapterInvalid:
+    return AdapterInvalid([Problem(where, found, expected, "malformed_file")])

@@ -1,0 +1,1 @@
+"""Names, versions and the store of their bytes."""

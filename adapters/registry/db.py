@@ -1,0 +1,234 @@
+"""The registry's tables in SQLite, and how records are read from them.
+
+A row that makes no sense damages the adapter it belongs to and nothing else; a file that is no database is set aside.
+"""
+
+import json
+import sqlite3
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from functools import lru_cache
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
+
+from adapters.errors import AdapterError, NoSpace
+from adapters.registry import aliases
+from adapters.registry.records import AdapterRecord, AdapterVersion, Entry, HistoryEntry, PendingAdapter
+from adapters.registry.store import AdapterStore
+
+DATABASE = "registry.sqlite3"
+_SCHEMA_VERSION = 1
+_SCHEMA = f"""
+CREATE TABLE IF NOT EXISTS versions (
+    digest TEXT PRIMARY KEY,
+    rank INTEGER NOT NULL,
+    target_modules TEXT NOT NULL,  -- JSON list
+    nbytes INTEGER NOT NULL,
+    created INTEGER NOT NULL,
+    report TEXT NOT NULL           -- JSON object
+) STRICT;
+CREATE TABLE IF NOT EXISTS names (
+    name TEXT PRIMARY KEY,
+    pinned INTEGER NOT NULL,
+    created INTEGER NOT NULL
+) STRICT;
+CREATE TABLE IF NOT EXISTS history (  -- what each name has pointed to; the highest id was published last
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    name TEXT NOT NULL,
+    digest TEXT NOT NULL,
+    source TEXT NOT NULL,
+    created INTEGER NOT NULL,
+    current INTEGER NOT NULL,         -- 1 in exactly one row per name
+    UNIQUE (name, digest)
+) STRICT;
+CREATE INDEX IF NOT EXISTS history_digest ON history (digest);
+CREATE TABLE IF NOT EXISTS pending (  -- what was asked for and is not fetched yet, or could not be
+    name TEXT PRIMARY KEY,
+    source TEXT NOT NULL,
+    replacing INTEGER NOT NULL,
+    pinned INTEGER NOT NULL,
+    created INTEGER NOT NULL,
+    error TEXT
+) STRICT;
+PRAGMA user_version = {_SCHEMA_VERSION};
+"""
+_ROWS = """
+SELECT names.name, names.pinned, names.created AS named, history.digest, history.source,
+       history.created AS published, history.current, versions.rank, versions.target_modules, versions.nbytes,
+       versions.created, versions.report
+FROM names LEFT JOIN history ON history.name = names.name LEFT JOIN versions ON versions.digest = history.digest
+{where} ORDER BY names.name, history.id DESC
+"""
+
+
+def connect(data_dir: Path, store: AdapterStore) -> sqlite3.Connection:
+    """Open or create the registry's database; a file that is no sound database is renamed to `….damaged-<time>`.
+
+    Raises `AdapterError` when a newer server wrote it.
+    """
+    path = data_dir / DATABASE
+    if path.exists() and path.stat().st_size == 0 and store.digests():
+        _set_aside(data_dir)  # SQLite would take a file that was cut to nothing for a new one
+    try:
+        return _open(path)
+    except sqlite3.DatabaseError as error:
+        if _code(error) not in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
+            raise
+    _set_aside(data_dir)
+    return _open(path)
+
+
+def _set_aside(data_dir: Path) -> None:
+    suffix = f".damaged-{time.time_ns()}"
+    for name in (DATABASE, f"{DATABASE}-wal", f"{DATABASE}-shm"):
+        with suppress(FileNotFoundError):
+            (data_dir / name).rename(data_dir / (name + suffix))
+
+
+def was_set_aside(data_dir: Path) -> bool:
+    """Whether a damaged database lies beside the live one, which may be all that names some stored adapters."""
+    return any(data_dir.glob(f"{DATABASE}.damaged-*"))
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    db = sqlite3.connect(path, check_same_thread=False)
+    try:
+        db.row_factory = sqlite3.Row
+        db.text_factory = _decode
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = FULL")
+        if db.execute("PRAGMA user_version").fetchone()[0] > _SCHEMA_VERSION:
+            raise AdapterError("The registry was written by a newer version of this server.")
+        _check_sound(db)
+        db.executescript(_SCHEMA + aliases.SCHEMA)
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+
+def _decode(text: bytes) -> str:
+    return text.decode(errors="replace")  # a flipped bit damages one value, not the whole query
+
+
+def _check_sound(db: sqlite3.Connection) -> None:
+    found = db.execute("PRAGMA quick_check(1)").fetchone()[0]
+    if found != "ok":
+        error = sqlite3.DatabaseError(found)
+        error.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
+        raise error
+
+
+def _code(error: sqlite3.Error) -> int | None:
+    return getattr(error, "sqlite_errorcode", None)  # absent where Python's module, not SQLite, raised
+
+
+@contextmanager
+def transaction(db: sqlite3.Connection) -> Iterator[None]:
+    """All or nothing, on disk when it returns. Raises `NoSpace` when the disk is full."""
+    try:
+        with db:
+            yield
+    except sqlite3.OperationalError as error:
+        if _code(error) == sqlite3.SQLITE_FULL:
+            raise NoSpace("The server has no space left for adapters.") from error
+        raise
+
+
+def point(db: sqlite3.Connection, name: str, version: AdapterVersion, source: str, pinned: bool, retain: int) -> None:
+    """Make `version` the newest and current one of `name`, which keeps its `retain` newest. Call in a transaction."""
+    db.execute(
+        "INSERT INTO versions VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (digest) DO UPDATE SET rank = excluded.rank, "
+        "target_modules = excluded.target_modules, nbytes = excluded.nbytes, report = excluded.report",
+        (
+            version.digest,
+            version.rank,
+            json.dumps(version.target_modules),
+            version.nbytes,
+            version.created,
+            version.report_json,
+        ),
+    )
+    db.execute(
+        "INSERT INTO names VALUES (?, ?, ?) ON CONFLICT (name) DO UPDATE SET pinned = pinned OR excluded.pinned",
+        (name, pinned, version.created),
+    )
+    db.execute("UPDATE history SET current = 0 WHERE name = ?", (name,))
+    # A version that returns takes a new row and loses its old one.
+    db.execute(
+        "INSERT OR REPLACE INTO history (name, digest, source, created, current) VALUES (?, ?, ?, ?, 1)",
+        (name, version.digest, source, version.created),
+    )
+    db.execute(
+        "DELETE FROM history WHERE name = ? AND id NOT IN "
+        "(SELECT id FROM history WHERE name = ? ORDER BY id DESC LIMIT ?)",
+        (name, name, retain),
+    )
+
+
+def read_entries(db: sqlite3.Connection, store: AdapterStore, name: str | None = None) -> dict[str, Entry]:
+    """The entry of `name`, if there is one, or all entries."""
+    query = _ROWS.format(where="WHERE names.name = ?" if name else "")
+    with closing(db.execute(query, (name,) if name else ())) as cursor:
+        return {key: _entry(list(rows), store) for key, rows in groupby(cursor, key=itemgetter("name"))}
+
+
+def read_pending(db: sqlite3.Connection) -> dict[str, PendingAdapter]:
+    rows = db.execute("SELECT name, source, replacing, pinned, created, error FROM pending ORDER BY created, name")
+    return {
+        row["name"]: PendingAdapter(
+            row["name"], row["source"], bool(row["replacing"]), bool(row["pinned"]), row["created"], row["error"]
+        )
+        for row in rows
+    }
+
+
+def _entry(rows: list[sqlite3.Row], store: AdapterStore) -> Entry:
+    current = next((row for row in rows if row["current"]), rows[0])
+    records: dict[str, AdapterRecord] = {}
+    damages: dict[str, str] = {}
+    for row in rows:
+        try:
+            records[row["digest"]] = _record(row, _stored_version(row, store))
+        except _Damaged as damage:
+            damages[row["digest"]] = str(damage)
+    nothing = AdapterVersion(current["digest"] or "", rank=0, target_modules=(), nbytes=0, created=0, report_json="{}")
+    return Entry(
+        record=records.get(current["digest"]) or _record(current, nothing),
+        versions=tuple(records.values()),
+        history=tuple(
+            HistoryEntry(row["digest"], row["published"], bool(row["current"])) for row in rows if row["digest"]
+        ),
+        damage=damages.get(current["digest"]),
+    )
+
+
+class _Damaged(Exception):
+    """Why one version of an adapter cannot be served."""
+
+
+def _stored_version(row: sqlite3.Row, store: AdapterStore) -> AdapterVersion:
+    try:
+        targets, report = _targets(row["target_modules"]), row["report"]
+        if not isinstance(json.loads(report), dict):
+            raise ValueError("a report is an object")
+        stored = row["digest"] in store
+    except (TypeError, ValueError):
+        raise _Damaged("its row in the registry cannot be read") from None
+    if not stored:
+        raise _Damaged("its files are missing from the store")
+    return AdapterVersion(row["digest"], row["rank"], targets, row["nbytes"], row["created"], report)
+
+
+@lru_cache(maxsize=256)
+def _targets(text: str) -> tuple[str, ...]:
+    """Few lists of modules serve thousands of adapters, which share them."""
+    return tuple(json.loads(text))
+
+
+def _record(row: sqlite3.Row, version: AdapterVersion) -> AdapterRecord:
+    source = sys.intern(row["source"] or "")  # mostly "upload"
+    return AdapterRecord(row["name"], version, source, bool(row["pinned"]), row["named"])

@@ -1,0 +1,1 @@
+"""Where adapters are, and the moves between disk, host memory and device slots; no torch."""

@@ -1,0 +1,297 @@
+"""Where the bytes of a version are, and the moves between the tiers: disk, host, device. No torch in here.
+
+All methods run on the engine's thread and return at once. Reading, checking and copying happen in reader threads; their
+results come back through a queue that `poll` empties. A slot is marked ready last, after its copy has arrived.
+"""
+
+import logging
+import queue
+import time
+from collections.abc import Callable, Container, Iterable, Mapping
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Generic, Literal, Protocol, TypeVar
+
+from adapters.errors import AdapterError
+from adapters.residency.host_cache import HostCache
+from adapters.residency.slots import Slot, SlotTable
+
+log = logging.getLogger(__name__)
+
+Tier = Literal["disk", "host", "device"]
+
+RETRY_SECONDS = 1.0  # a version that failed to load is tried again no sooner
+
+
+class Packed(Protocol):
+    @property
+    def num_pages(self) -> int: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+P = TypeVar("P", bound=Packed)
+
+
+RefusalCode = Literal["busy", "invalid", "no_room", "not_mergeable"]
+
+
+class MoveRefused(Exception):
+    """An explicit move or a merge cannot be done; `code` says which way."""
+
+    def __init__(self, code: RefusalCode, message: str):
+        super().__init__(message)
+        self.code: RefusalCode = code
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    digest: str
+    source: Tier
+    target: Tier
+    outcome: Literal["ok", "failed"]
+    seconds: float
+    error: str | None = None
+
+
+@dataclass(slots=True)
+class _Done(Generic[P]):
+    """What a reader thread reports: a version read into host memory, or a slot filled."""
+
+    digest: str
+    started: float
+    packed: P | None = None
+    slot: Slot | None = None
+    error: str | None = None
+
+
+class Residency(Generic[P]):
+    """Keeps versions where they are needed.
+
+    `read(digest)` reads, checks and packs a version; `write(slot, packed)` copies it into the slot's pages. Both run in
+    reader threads, or where `executor` runs them, and may raise `AdapterError`. `max_pages` are those of the largest
+    version that is served: pins leave room for one.
+    """
+
+    def __init__(
+        self,
+        slots: SlotTable,
+        host: HostCache[P],
+        read: Callable[[str], P],
+        write: Callable[[Slot, P], None],
+        max_pages: int = 1,
+        threads: int = 2,
+        on_thread_start: Callable[[], None] = lambda: None,
+        executor: Executor | None = None,
+    ) -> None:
+        self.slots = slots
+        self.host = host
+        self._max_pages = max_pages
+        self._read = read
+        self._write = write
+        self._threads = executor or ThreadPoolExecutor(threads, "adapter-reader", initializer=on_thread_start)
+        self._done: queue.SimpleQueue[_Done[P]] = queue.SimpleQueue()
+        self._reading: dict[str, Future[None]] = {}
+        self._failed: dict[str, tuple[str, float]] = {}
+        self._moves: list[Move] = []
+        self.changed = False  # set with every change of what `where` and `loading` tell; the reader clears it
+
+    # -- what the scheduler asks ---------------------------------------------------------------------------------
+
+    def acquire(self, digest: str) -> int | None:
+        """Take a reference on the version's slot; None when it is not there yet, which requests it."""
+        slot = self.slots.get(digest)
+        if slot is None or not slot.ready:
+            self.request(digest)
+            return None
+        slot.ref_count += 1
+        self.slots.touch(digest)
+        return slot.index
+
+    def release(self, digest: str) -> None:
+        slot = self.slots.get(digest)
+        assert slot is not None and slot.ref_count > 0, digest
+        slot.ref_count -= 1
+
+    def fit(self, digests: Iterable[str]) -> bool:
+        """Whether these versions can be on the device together, beside the pinned ones."""
+        return self._have_room({**self.pinned(), **{digest: self._num_pages(digest) for digest in digests}})
+
+    def _have_room(self, pages: Mapping[str, int]) -> bool:
+        return len(pages) <= self.slots.num_slots and sum(pages.values()) <= self.slots.num_pages
+
+    def _num_pages(self, digest: str) -> int:
+        """Of a version that is in memory; of others, the least it can be."""
+        slot, packed = self.slots.get(digest), self.host.peek(digest)
+        return len(slot.pages) if slot is not None else packed.num_pages if packed is not None else 1
+
+    def failure(self, digest: str) -> str | None:
+        failed = self._failed.get(digest)
+        return failed[0] if failed else None
+
+    def prefetch(self, digest: str) -> None:
+        """Bring a version into host memory ahead of its use, while nothing has to go for it."""
+        if not self.host.is_full():
+            self._read_to_host(digest)
+
+    def _read_to_host(self, digest: str) -> None:
+        if digest in self._reading or digest in self._failed or self.slots.get(digest) or digest in self.host:
+            return
+        self._reading[digest] = self._threads.submit(self._read_job, digest)
+        self.changed = True
+
+    def is_reading(self) -> bool:
+        return bool(self._reading)
+
+    def cancel_reads(self, wanted: Container[str]) -> None:
+        """Drop the reads of all other versions, except those that began: what they read stays in host memory."""
+        for digest, read in list(self._reading.items()):
+            if digest not in wanted and read.cancel():
+                del self._reading[digest]
+                self.changed = True
+
+    # -- moves ---------------------------------------------------------------------------------------------------
+
+    def request(self, digest: str) -> None:
+        """Bring a version to the device, over host memory, when a slot can be had. Asked again until it is there."""
+        if digest in self._failed or self.slots.get(digest) is not None:
+            return
+        packed = self.host.get(digest)
+        if packed is None:
+            self._read_to_host(digest)
+            return
+        slot, evicted = self.slots.reserve(digest, packed.num_pages)
+        for victim in evicted:
+            self._note(Move(victim, "device", "host" if victim in self.host else "disk", "ok", 0.0))
+        if slot is not None:
+            self.changed = True
+            self._threads.submit(self._write_job, slot, packed)
+
+    def bring(self, digest: str, tier: Tier) -> None:
+        """An explicit load, asked again on every step until it is done. Raises `MoveRefused`."""
+        failed = self._failed.pop(digest, None)
+        if failed is not None:
+            raise MoveRefused("invalid", failed[0])
+        if tier == "host":
+            self._read_to_host(digest)
+            return
+        self.request(digest)
+        if digest in self.host and self.slots.get(digest) is None:
+            raise MoveRefused("no_room", "every slot is pinned or in use")
+
+    def expect(self, digest: str) -> None:
+        """A new request for the version: if it failed to load, try again, unless that was just now."""
+        failed = self._failed.get(digest)
+        if failed is not None and time.monotonic() - failed[1] > RETRY_SECONDS:
+            del self._failed[digest]
+
+    def unload(self, digest: str) -> None:
+        """Free device and host memory. Raises `MoveRefused` while the version is in use, loading or pinned."""
+        slot = self.slots.get(digest)
+        if slot is not None and slot.pinned:
+            raise MoveRefused("busy", "the adapter is pinned")
+        if (slot is not None and (slot.ref_count > 0 or not slot.ready)) or digest in self._reading:
+            raise MoveRefused("busy", "the adapter is in use")
+        self._failed.pop(digest, None)
+        if slot is not None:
+            self.slots.drop(digest)
+            self._note(Move(digest, "device", "disk", "ok", 0.0))
+        elif digest in self.host:
+            self._note(Move(digest, "host", "disk", "ok", 0.0))
+        self.host.drop(digest)
+
+    def pin(self, digest: str) -> None:
+        """Protect a resident version from eviction. Raises `MoveRefused` when no room would be left for others."""
+        slot = self.slots.get(digest)
+        assert slot is not None, digest
+        beside = {**self.pinned(), digest: len(slot.pages), "another": self._max_pages}
+        if not slot.pinned and not self._have_room(beside):
+            raise MoveRefused("no_room", "no room would be left for other adapters")
+        slot.pinned = True
+        self.changed = True
+
+    def unpin(self, digest: str) -> None:
+        slot = self.slots.get(digest)
+        if slot is not None:
+            slot.pinned = False
+            self.changed = True
+
+    def pinned(self) -> dict[str, int]:
+        """Pages of the pinned versions."""
+        return {slot.digest: len(slot.pages) for slot in self.slots.slots() if slot.pinned}
+
+    def where(self, digest: str) -> Tier:
+        slot = self.slots.get(digest)
+        if slot is not None and slot.ready:
+            return "device"
+        return "host" if digest in self.host else "disk"
+
+    def loading(self) -> list[str]:
+        return sorted(self._reading.keys() | {slot.digest for slot in self.slots.slots() if not slot.ready})
+
+    def take_moves(self) -> list[Move]:
+        """What moved since the last call."""
+        moves, self._moves = self._moves, []
+        return moves
+
+    def failures(self) -> dict[str, str]:
+        return {digest: reason for digest, (reason, _) in self._failed.items()}
+
+    def poll(self) -> None:
+        """Take in what the reader threads finished. Who wants a version asks again, in the order of the queue: were it
+        moved on from here, two versions that wait for one slot would push each other out before either is used."""
+        while not self._done.empty():
+            self._finish(self._done.get())
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=True, cancel_futures=True)
+
+    # -- reader threads ------------------------------------------------------------------------------------------
+
+    def _read_job(self, digest: str) -> None:
+        done: _Done[P] = _Done(digest, time.monotonic())
+        try:
+            done.packed = self._read(digest)
+            if done.packed.num_pages > self.slots.num_pages:
+                done.error = (
+                    f"it takes {done.packed.num_pages} pages of ranks and the device has {self.slots.num_pages}"
+                )
+        except AdapterError as error:
+            done.error = str(error)
+        except Exception:  # a thread that ended without a report would leave its sequences waiting for ever
+            log.exception("reading adapter %s failed", digest)
+            done.error = "reading it failed"
+        self._done.put(done)
+
+    def _write_job(self, slot: Slot, packed: P) -> None:
+        done: _Done[P] = _Done(slot.digest, time.monotonic(), slot=slot)
+        try:
+            self._write(slot, packed)
+        except Exception:
+            log.exception("copying adapter %s to the device failed", slot.digest)
+            done.error = "copying it to the device failed"
+        self._done.put(done)
+
+    def _finish(self, done: _Done[P]) -> None:
+        seconds = time.monotonic() - done.started
+        source: Tier = "host" if done.slot is not None else "disk"
+        target: Tier = "device" if done.slot is not None else "host"
+        if done.slot is None:
+            del self._reading[done.digest]
+        if done.error is not None:
+            self._failed[done.digest] = (done.error, time.monotonic())
+            if done.slot is not None:
+                self.slots.drop(done.digest)
+            self._note(Move(done.digest, source, target, "failed", seconds, done.error))
+            return
+        if done.slot is not None:
+            done.slot.ready = True
+        elif done.packed is not None:
+            for victim in self.host.put(done.digest, done.packed):
+                self._note(Move(victim, "host", "disk", "ok", 0.0))
+        self._note(Move(done.digest, source, target, "ok", seconds))
+
+    def _note(self, move: Move) -> None:
+        self._moves.append(move)
+        self.changed = True

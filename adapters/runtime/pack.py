@@ -1,0 +1,173 @@
+"""From checked weights to the form in which they are applied, for one base model. Runs in a reader thread."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from adapters.errors import AdapterInvalid, Problem
+from adapters.peft.weights import AdapterWeights, LoraFactors
+from adapters.residency.slots import PAGE_COLUMNS, pages_of
+from adapters.runtime.columns import RankColumns
+from adapters.runtime.dora import dora_scale, output_vectors
+from adapters.runtime.module_overrides import (
+    EmbeddingDelta,
+    LowRank,
+    Replaced,
+    TokenEmbedding,
+    TokenLogits,
+    nbytes,
+    replaced,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedAdapter:
+    """A version in the pool's own layout and dtype: the scaling (and DoRA's) is folded into the B of `columns` before
+    rounding, and they are zero-padded to whole pages. `vectors` are the output vectors of the modules that have some,
+    `input_vectors` the same for their inputs, `overlays` what else the adapter does to a module, in this order."""
+
+    num_pages: int
+    columns: RankColumns
+    nbytes: int
+    vectors: dict[str, Tensor] = field(default_factory=dict)
+    input_vectors: dict[str, Tensor] = field(default_factory=dict)
+    overlays: dict[str, tuple[nn.Module, ...]] = field(default_factory=dict)
+    vocab_size: int | None = None
+
+
+def pack(
+    weights: AdapterWeights, dtype: torch.dtype, bases: Mapping[str, nn.Module], *, pinned: bool = False
+) -> PackedAdapter:
+    """Convert checked weights for the modules in `bases` to the pool's layout and dtype, in pinned memory if asked.
+
+    Raises `AdapterInvalid` when a weight is finite in its own dtype but not in `dtype`.
+    """
+    num_pages = pages_of(weights.rank)
+    columns = RankColumns.zeros(num_pages * PAGE_COLUMNS, _widths(weights, bases), dtype, pinned=pinned)
+    modules = columns.views()
+    overlays = {name: tuple(own) for name in _overlaid(weights) if (own := [*_overlays(name, weights, dtype, bases)])}
+    vectors = {}
+    for name in weights.factors.keys() | weights.biases.keys():
+        factors = weights.factors.get(name)
+        if _is_resized(factors, bases[name]):
+            continue  # an overlay
+        base = _effective(bases[name], overlays.get(name, ()))
+        scale = None if factors is None else dora_scale(base, factors)
+        if factors is not None:
+            _fill(*modules[name], factors, scale)
+        affine = output_vectors(base, scale, factors, weights.biases.get(name))
+        if affine is not None:
+            vectors[name] = affine
+            _check_finite(name, dtype, [affine])
+    if not columns.flat.sum(dtype=torch.float32).isfinite():  # a sum over one that is not finite is not, either
+        for name, pair in modules.items():
+            _check_finite(name, dtype, [*pair])
+    for name, stack in overlays.items():
+        _check_finite(name, dtype, [t for overlay in stack for t in (*overlay.parameters(), *overlay.buffers())])
+    vectors |= _scaling_vectors(weights.output_scales)
+    input_vectors = _scaling_vectors(weights.input_scales)
+    tensors = [columns.flat, *vectors.values(), *input_vectors.values()]
+    size = sum(t.numel() * t.element_size() for t in tensors) + nbytes(o for stack in overlays.values() for o in stack)
+    return PackedAdapter(num_pages, columns, size, vectors, input_vectors, overlays, weights.vocab_size)
+
+
+def _scaling_vectors(scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """As scale and shift, `[2, channels]` in float32."""
+    return {name: torch.stack([scale, torch.zeros_like(scale)]) for name, scale in scales.items()}
+
+
+def _overlaid(weights: AdapterWeights) -> set[str]:
+    kinds = (weights.replaced, weights.parameters, weights.embeddings, weights.tokens)
+    return set().union(*kinds)
+
+
+def _overlays(
+    name: str, weights: AdapterWeights, dtype: torch.dtype, bases: Mapping[str, nn.Module]
+) -> Iterator[nn.Module]:
+    base = bases[name]
+    own = _changed(base, weights.replaced.get(name, {}), dtype)
+    own |= _with_factors(base, own, weights.parameters.get(name, {}))
+    if own:
+        yield replaced(base, own, dtype)
+    if _is_resized(factors := weights.factors.get(name), base):
+        assert factors is not None
+        yield LowRank(factors.a.to(dtype), (factors.b.float() * factors.scaling).to(dtype))
+    if name in weights.embeddings:
+        yield _embedding_delta(weights.embeddings[name], own.get("weight", base.weight), base, dtype)  # type: ignore[arg-type]
+    if name in weights.tokens:
+        ids, values = torch.tensor(weights.tokens[name].ids), weights.tokens[name].values.to(dtype)
+        is_head = hasattr(base, "in_features")
+        yield TokenLogits(ids, values) if is_head else TokenEmbedding(ids, values, _embedding_scale(base, dtype))
+
+
+def _changed(base: nn.Module, parameters: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """PEFT also stores the base's own weights beside an adapted embedding or head; these need no room."""
+    rounded = {name: tensor.to(dtype) for name, tensor in parameters.items()}
+    return {name: tensor for name, tensor in rounded.items() if not _same(tensor, getattr(base, name))}
+
+
+def _same(tensor: Tensor, own: Tensor) -> bool:
+    return tensor.shape == own.shape and tensor.dtype == own.dtype and torch.equal(tensor, own.cpu())
+
+
+def _effective(base: nn.Module, overlays: tuple[nn.Module, ...]) -> nn.Module:
+    """The module with the adapter's own weight: what DoRA's norm is of."""
+    return overlays[0].module if overlays and isinstance(overlays[0], Replaced) else base
+
+
+def _with_factors(base: nn.Module, own: Mapping[str, Tensor], factors: Mapping[str, LoraFactors]) -> dict[str, Tensor]:
+    """Parameters with their factors added in float32. The rank's place in stacked factors is PEFT's `ParamWrapper`'s:
+    A is `[experts, r, in]`, B `[out, r, experts]`."""
+    found = {}
+    for name, lora in factors.items():
+        weight = own.get(name, getattr(base, name)).float()
+        experts = weight.shape[0] if weight.dim() == 3 else 1
+        a = lora.a.float().to(weight.device).reshape(experts, -1, lora.a.shape[1])
+        b = lora.b.float().to(weight.device).reshape(lora.b.shape[0], -1, experts)
+        order = "ore,eri->eio" if getattr(base, "is_transposed", False) else "ore,eri->eoi"
+        delta = torch.einsum(order, b, a) * lora.scaling
+        found[name] = weight + delta.reshape(weight.shape)
+    return found
+
+
+def _is_resized(factors: LoraFactors | None, base: nn.Module) -> bool:
+    return factors is not None and factors.b.shape[0] != getattr(base, "out_features", factors.b.shape[0])
+
+
+def _embedding_delta(factors: LoraFactors, weight: Tensor, base: nn.Module, dtype: torch.dtype) -> EmbeddingDelta:
+    b = factors.b.float() * factors.scaling
+    g = None
+    if factors.magnitude is not None:  # PEFT's DoraEmbeddingLayer: the norm over the vocabulary
+        norm = torch.linalg.vector_norm(torch.addmm(weight.T.float().cpu(), b, factors.a.float()), dim=1)
+        g = factors.magnitude.float() / norm
+        b = b * g[:, None]
+    a, b = factors.a.T.to(dtype).contiguous(), b.T.to(dtype).contiguous()
+    return EmbeddingDelta(a, b, g, _embedding_scale(base, dtype))
+
+
+def _embedding_scale(base: nn.Module, dtype: torch.dtype) -> Tensor | None:
+    scale = getattr(base, "embed_scale", None)
+    return None if scale is None else torch.as_tensor(scale).to(dtype)
+
+
+def _widths(weights: AdapterWeights, bases: Mapping[str, nn.Module]) -> dict[str, tuple[int, int]]:
+    factors = {name: own for name, own in weights.factors.items() if not _is_resized(own, bases[name])}
+    return {name: (own.a.shape[1], own.b.shape[0]) for name, own in factors.items()}
+
+
+def _fill(a: Tensor, b: Tensor, factors: LoraFactors, scale: Tensor | None) -> None:
+    scaled = factors.b.float() * factors.scaling
+    if scale is not None:
+        scaled *= scale[:, None]
+    rank = len(factors.a)
+    a[:rank] = factors.a
+    b[:rank] = scaled.T
+
+
+def _check_finite(name: str, dtype: torch.dtype, tensors: list[Tensor]) -> None:
+    if not all(tensor.to(dtype).isfinite().all() for tensor in tensors):
+        raise AdapterInvalid(
+            [Problem(name, f"weights beyond {dtype}", "a scaled B that the base's dtype can hold", "nonfinite")]
+        )

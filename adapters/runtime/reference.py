@@ -1,0 +1,141 @@
+"""The reference that an adapter is tried against when it arrives: PEFT's formulas, unfolded, in float32.
+
+It shares no code with the serving path (`pack`, `fold`, `affine`, `overlays`, the kernels): what a layer should say is
+computed from the tensors as they are stored, by a hook on the base's own module.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import embedding, linear
+from transformers.pytorch_utils import Conv1D
+
+from adapters.peft.weights import AdapterWeights, LoraFactors
+from adapters.runtime.dora import dense_weight
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """An adapter over the base's modules by name, for as long as it is `active`."""
+
+    weights: AdapterWeights
+    bases: Mapping[str, nn.Module]
+    magnitudes: Mapping[str, Tensor]  # DoRA's g by module, `[out]`
+
+    @classmethod
+    def of(cls, weights: AdapterWeights, bases: Mapping[str, nn.Module]) -> "Reference":
+        """Takes the norms of whole weights: not on the engine's thread."""
+        own = {name: weights.replaced.get(name, {}).get("weight") for name in weights.factors}
+        norms = {
+            name: factors.magnitude.float() / _norm(bases[name], own[name], factors)
+            for name, factors in weights.factors.items()
+            if factors.magnitude is not None
+        }
+        return cls(weights, bases, norms)
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Every module says what it should with the adapter alone, for all rows."""
+        with ExitStack() as hooks:
+            for name in self._touched():
+                handle = self.bases[name].register_forward_hook(self._hook(name))
+                hooks.callback(handle.remove)
+            yield
+
+    def _touched(self) -> set[str]:
+        w = self.weights
+        scales = (w.input_scales, w.output_scales)
+        return set().union(w.factors, w.biases, w.embeddings, w.parameters, w.replaced, w.tokens, *scales)
+
+    def _hook(self, name: str) -> Any:
+        base = self.bases[name]
+        if isinstance(base, nn.Embedding):
+            return lambda _module, args, output: self._embedding(name, base, args[0]).to(output.dtype)
+        if isinstance(base, Conv1D) or hasattr(base, "in_features"):
+            return lambda _module, args, output: self._linear(name, base, args[0], output)
+        return lambda _module, args, _output: _with_parameters(base, self._parameters(name, base)).forward(*args)
+
+    def _linear(self, name: str, base: Any, x: Tensor, output: Tensor) -> Tensor:
+        of = _on(x)
+        own_bias = 0 if base.bias is None else base.bias.float()
+        weight = self.weights.replaced.get(name, {}).get("weight")
+        if (scale := self.weights.input_scales.get(name)) is not None:
+            output = base.forward((x * of(scale)).to(x.dtype))  # not a call, which would come back here
+        if weight is None:
+            y = output.float() - own_bias
+        else:
+            y = linear(x.float(), of(weight.T if isinstance(base, Conv1D) else weight))
+        bias = self.weights.biases.get(name, self.weights.replaced.get(name, {}).get("bias"))
+        if factors := self.weights.factors.get(name):
+            delta = linear(linear(x.float(), of(factors.a)), of(factors.b))
+            y = (y + factors.scaling * delta) * of(self.magnitudes.get(name, _ONE))
+            if factors.bias is not None:
+                y = y + factors.scaling * of(factors.bias)
+        y = y + (own_bias if bias is None else of(bias))
+        if rows := self.weights.tokens.get(name):
+            y[..., list(rows.ids)] = linear(x.float(), of(rows.values))
+        return (y * of(self.weights.output_scales.get(name, _ONE))).to(output.dtype)
+
+    def _embedding(self, name: str, base: nn.Embedding, ids: Tensor) -> Tensor:
+        of = _on(ids)
+        weight = of(self.weights.replaced.get(name, {}).get("weight", base.weight))
+        if rows := self.weights.tokens.get(name):
+            weight = weight.index_copy(0, torch.tensor(rows.ids, device=ids.device), of(rows.values))
+        y = embedding(ids, weight)
+        if factors := self.weights.embeddings.get(name):
+            a, b = of(factors.a), factors.scaling * of(factors.b)
+            y = y + embedding(ids, a.T) @ b.T
+            if factors.magnitude is not None:
+                y = y * (of(factors.magnitude) / torch.linalg.vector_norm(weight.T + b @ a, dim=1))
+        return y * getattr(base, "embed_scale", 1)
+
+    def _parameters(self, name: str, base: nn.Module) -> dict[str, Tensor]:
+        """Of a module that is used with other parameters; PEFT's `ParamWrapper` adds the factors to them."""
+        own = dict(base.named_parameters(recurse=False))
+        of = _on(next(iter(own.values())))
+        found = {key: of(value) for key, value in {**own, **self.weights.replaced.get(name, {})}.items()}
+        for key, factors in self.weights.parameters.get(name, {}).items():
+            found[key] = found[key] + of(_stacked_delta(own[key], factors, getattr(base, "is_transposed", False)))
+        return {key: value.to(own[key].dtype) for key, value in found.items()}
+
+
+_ONE = torch.ones(())
+
+
+def _on(like: Tensor) -> Callable[[Tensor], Tensor]:
+    """Moves tensors to where `like` is, as float32."""
+    return lambda tensor: tensor.to(like.device, torch.float32)
+
+
+def _with_parameters(base: nn.Module, parameters: dict[str, Tensor]) -> nn.Module:
+    """A copy, since other threads may be reading the base."""
+    clone = copy.copy(base)
+    clone._parameters = {name: nn.Parameter(value, requires_grad=False) for name, value in parameters.items()}
+    vars(clone).pop("forward", None)  # the class's own is the reference
+    return clone
+
+
+def _norm(base: nn.Module, own: Tensor | None, factors: LoraFactors) -> Tensor:
+    weight = dense_weight(base) if own is None else own
+    merged = weight.float().cpu() + factors.scaling * factors.b.float() @ factors.a.float()
+    norm: Tensor = torch.linalg.vector_norm(merged, dim=1)
+    return norm
+
+
+def _stacked_delta(weight: Tensor, factors: LoraFactors, transposed: bool) -> Tensor:
+    """One expert after the other."""
+    if weight.dim() == 2:
+        return factors.scaling * factors.b.float() @ factors.a.float()
+    experts = weight.shape[0]
+    rank = factors.a.shape[0] // experts
+    deltas: list[Tensor] = [
+        factors.b.float()[:, expert::experts] @ factors.a.float()[expert * rank : (expert + 1) * rank]
+        for expert in range(experts)
+    ]
+    stacked = factors.scaling * torch.stack(deltas)
+    return stacked.transpose(1, 2) if transposed else stacked

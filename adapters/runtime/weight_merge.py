@@ -1,0 +1,221 @@
+"""One adapter folded into the base's weights: new modules in the places of the base's own, which are kept as they are.
+
+In float32 and rounded once: `W' = g ⊙ (W + s·B A)`, with the bias that the output vectors of `adapters.runtime.dora` leave. The
+base comes back bit for bit because its modules are never written to.
+"""
+
+import copy
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adapters.errors import AdapterInvalid, Problem
+from adapters.peft.weights import AdapterWeights, LoraFactors
+from adapters.residency.residency import MoveRefused
+from adapters.runtime.dora import dense_weight, dora_scale, output_vectors, quant_state, updated_rows
+from adapters.runtime.layers import LoRAGroup, LoRALinear
+from adapters.runtime.stacked_linear import Finish, stack
+
+_HOST = torch.device("cpu")
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Free bytes on the base's device, and on the host for what leaves the device (0 when the two are one)."""
+
+    device: int
+    host: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Whether quantised layers are quantised anew, and whether merged and own modules take turns on the device."""
+
+    requantized: bool
+    exchanged: bool
+
+
+class MergedModules:
+    """A version in modules of its own. `install` and `restore` run between two steps.
+
+    `exchanged`: the device has no room for both, so what is not in use waits in host memory.
+    """
+
+    def __init__(self, modules: dict[LoRAGroup, nn.Module], placement: Placement) -> None:
+        self.requantized = placement.requantized
+        self._merged = modules
+        self._own: dict[LoRAGroup, nn.Module] = {group: group.base for group in modules}
+        self._device = {group: dense_weight(group.member(0)).device for group in modules}
+        self._exchanged = placement.exchanged
+
+    def install(self) -> None:
+        """Raises `MoveRefused`, with the base back in its place, when the device's memory does not suffice."""
+        try:
+            self._put(self._merged, self._own)
+        except torch.OutOfMemoryError:
+            self.restore()
+            raise MoveRefused("no_room", "the device ran out of memory while the weights changed places") from None
+
+    def restore(self) -> None:
+        self._put(self._own, self._merged)
+
+    def _put(self, incoming: Mapping[LoRAGroup, nn.Module], outgoing: Mapping[LoRAGroup, nn.Module]) -> None:
+        for group, module in incoming.items():
+            if self._exchanged:
+                _move(outgoing[group], _HOST)
+                _move(module, self._device[group])
+            group.base = module
+
+
+def _move(module: nn.Module, device: torch.device) -> None:
+    """In new parameters: `Module.to` would take along what shares them, as a tied embedding does."""
+    for owner in module.modules():
+        for name, parameter in owner.named_parameters(recurse=False):
+            moved = parameter.to(device)
+            owner._parameters[name] = moved if isinstance(moved, nn.Parameter) else nn.Parameter(moved, False)
+
+
+def merge(
+    weights: AdapterWeights,
+    layers: Mapping[str, LoRALinear],
+    room: Room,
+    finish: Finish,
+    *,
+    allow_requantize: bool = False,
+) -> MergedModules:
+    """Fold checked `weights` into modules for `layers`, whose 4-bit ones are dequantised where memory allows; `finish`
+    makes of a plain linear what the device computes with. Runs in a thread beside the engine's steps.
+
+    Raises `MoveRefused` ("no_room"), and `AdapterInvalid` when a merged weight is beyond the base's dtype.
+    """
+    groups = list(dict.fromkeys(layers[name].group for name in sorted(weights.factors | weights.biases)))
+    placement = _place([group.base for group in groups], room, allow_requantize)
+    modules = {}
+    for group in groups:
+        modules[group] = _merged_group(group, weights, finish, placement.requantized)
+        if placement.exchanged:
+            _move(modules[group], _HOST)
+    return MergedModules(modules, placement)
+
+
+def _place(bases: Collection[nn.Module], room: Room, allow_requantize: bool) -> Placement:
+    """Beside the base's own modules if that fits, in turns with them if not; dequantised if either fits."""
+    own = sum(_nbytes(base) for base in bases)
+    merged = sum(_merged_nbytes(base) for base in bases)
+    quantized = any(quant_state(base) is not None for base in bases)
+    for requantized, needed in ((False, merged), (True, own)):
+        if requantized and not (quantized and allow_requantize):
+            continue
+        if needed <= room.device:
+            return Placement(requantized, exchanged=False)
+        if needed - own <= room.device and max(needed, own) <= room.host:
+            return Placement(requantized, exchanged=True)
+    hint = "; allow_requantize would keep them in 4 bits" if quantized and not allow_requantize else ""
+    raise MoveRefused("no_room", f"the merged layers need {merged >> 20} MiB, which is more than is free{hint}")
+
+
+def _merged_group(group: LoRAGroup, weights: AdapterWeights, finish: Finish, requantized: bool) -> nn.Module:
+    """Siblings that the adapter leaves alone are copied: a stack is one matrix."""
+    parts = [
+        (group.member(i), weights.factors.get(name), weights.biases.get(name)) for i, name in enumerate(group.names)
+    ]
+    if len(parts) > 1:
+        return stack([_merged_linear(*part) for part in parts], finish)
+    base, factors, bias = parts[0]
+    if factors is None:
+        return _with_bias(base, _merged_bias(base, output_vectors(base, None, None, bias)))
+    linear = _merged_linear(base, factors, bias)
+    if requantized and quant_state(base) is not None:
+        return _quantized(linear, base)
+    return finish(linear)
+
+
+def _merged_linear(base: nn.Module, factors: LoraFactors | None, bias: Tensor | None) -> nn.Linear:
+    scale = None if factors is None else dora_scale(base, factors)
+    new_bias = _merged_bias(base, output_vectors(base, scale, factors, bias))
+    weight = dense_weight(base)
+    return _linear(weight if factors is None else _merged_weight(weight, factors, scale), new_bias)
+
+
+def _merged_weight(weight: Tensor, factors: LoraFactors, scale: Tensor | None) -> Tensor:
+    """`[out, in]`, contiguous, in the dtype of `weight`. Raises `AdapterInvalid` when that cannot hold it."""
+    merged = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    start = 0
+    for rows in updated_rows(weight, factors):
+        end = start + len(rows)
+        if scale is not None:
+            rows *= scale[start:end, None].to(rows.device)
+        merged[start:end] = rows
+        start = end
+    if not merged.isfinite().all():
+        raise AdapterInvalid([Problem("weights", f"beyond {weight.dtype} once merged", "finite numbers", "nonfinite")])
+    return merged
+
+
+def _merged_bias(base: nn.Module, vectors: Tensor | None) -> Tensor | None:
+    """`g ⊙ b₀ + shift` in float32, or the base's own where nothing changes it; None where there is none."""
+    own: Tensor | None = base.bias  # type: ignore[assignment]
+    if vectors is None:
+        return own
+    scale, shift = vectors
+    if own is None:
+        return shift if shift.any() else None
+    return torch.addcmul(shift, scale, own.float().cpu())
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A plain linear, also in the place of one that holds its weight quantised or transposed."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach().to(weight.device, weight.dtype), requires_grad=False)
+    return linear.eval()
+
+
+def _with_bias(base: nn.Module, bias: Tensor | None) -> nn.Module:
+    """`base` with another bias; the weight is shared."""
+    own: Tensor = base.bias  # type: ignore[assignment]
+    assert bias is not None
+    module = copy.copy(base)
+    changed = nn.Parameter(bias.to(own.device, own.dtype), requires_grad=False)
+    module._parameters = {**base._parameters, "bias": changed}
+    return module
+
+
+def _quantized(linear: nn.Linear, base: nn.Module) -> nn.Module:
+    """`linear` in the 4-bit format of `base`."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    old: Any = base.weight
+    bias = linear.bias is not None
+    module: nn.Module = Linear4bit(linear.in_features, linear.out_features, bias, base.compute_dtype, device="meta")
+    weight = Params4bit(
+        linear.weight.data,
+        quant_type=old.quant_type,
+        blocksize=old.blocksize,
+        compress_statistics=old.compress_statistics,
+        quant_storage=old.quant_storage,
+        module=module,
+    )
+    module.weight = weight.to(linear.weight.device)
+    module.bias = linear.bias
+    return module.eval()
+
+
+def _nbytes(base: nn.Module) -> int:
+    weight: Tensor = base.weight  # type: ignore[assignment]
+    return weight.nbytes
+
+
+def _merged_nbytes(base: nn.Module) -> int:
+    """Of the merged weight when it is not quantised."""
+    state = quant_state(base)
+    if state is None:
+        return _nbytes(base)
+    dtype: torch.dtype = getattr(state, "original_dtype", state.dtype)  # bitsandbytes' CPU layout says bf16 always
+    numel: int = math.prod(state.shape)
+    return numel * dtype.itemsize

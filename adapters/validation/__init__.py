@@ -1,0 +1,1 @@
+"""The judgement of an adapter: applied exactly, or refused with every reason."""

@@ -1,0 +1,199 @@
+"""An adapter of another type than LORA: checked as a LoRA is, then converted layer by layer."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from adapters.errors import AdapterInvalid, Problem
+from adapters.model_spec import ModelSpec
+from adapters.peft.config_reader import MAX_CONFIG_BYTES, canonical, read_json, shown
+from adapters.peft.finite import magnitudes
+from adapters.peft.lora_tensors import problem
+from adapters.peft.patterns import dotted_suffixes
+from adapters.peft.safetensors_header import INDEX_BYTES, ITEM_BYTES, read_header
+from adapters.peft.weights import AdapterWeights, LoraFactors, version_digest
+from adapters.registry.store import CONFIG_FILE, FILES, WEIGHTS_FILE
+from adapters.validation.peft_types.adalora import AdaLora
+from adapters.validation.peft_types.base import PREFIX, ChannelScale, Family, Layer
+from adapters.validation.peft_types.delora import DeLora
+from adapters.validation.peft_types.ia3 import IA3
+from adapters.validation.peft_types.lycoris import LoHa, LoKr
+from adapters.validation.peft_types.miss import Miss
+from adapters.validation.peft_types.vblora import VBLora
+from adapters.validation.peft_types.vera import Vera
+
+_TYPES: tuple[type[Family], ...] = (AdaLora, DeLora, IA3, LoHa, LoKr, Miss, VBLora, Vera)
+FAMILIES = {family.peft_type: family for family in _TYPES}
+
+
+def read_converted(folder: Path, spec: ModelSpec) -> "Converted | None":
+    """The adapter in `folder`, checked against the base model; None when its type is not one of `FAMILIES`.
+
+    Raises `AdapterInvalid` with every problem that can be seen without converting it.
+    """
+    if not all((folder / name).is_file() for name in FILES):
+        return None
+    with (folder / CONFIG_FILE).open("rb") as file:
+        config, _ = read_json(file.read(MAX_CONFIG_BYTES + 1))
+    peft_type = config and config.get("peft_type")
+    if config is None or not isinstance(peft_type, str) or peft_type not in FAMILIES:
+        return None
+    family = FAMILIES[peft_type](config)
+    problems = family.problems + family.keys.problems(config)
+    try:
+        converted = Converted(folder / WEIGHTS_FILE, family, canonical(config), spec)
+    except AdapterInvalid as error:
+        raise AdapterInvalid(problems + error.problems) from None
+    problems += converted.problems()
+    if problems:
+        raise AdapterInvalid(problems)
+    return converted
+
+
+class Converted:
+    """The tensors of a weights file beside the layers of the base model; `layers` are those that both have."""
+
+    def __init__(self, path: Path, family: Family, config: str, spec: ModelSpec):
+        self.family = family
+        self.tensors = read_header(path, {**ITEM_BYTES, **INDEX_BYTES}, allow_empty=True)
+        self._path, self._config, self._spec = path, config, spec
+        self._misnamed: list[str] = []
+        shapes = self._shapes_by_module()
+        self._unknown = shapes.keys() - spec.modules.keys()
+        self.layers = {
+            module: Layer(module, *spec.modules[module], kinds)
+            for module, kinds in shapes.items()
+            if module in spec.modules
+        }
+
+    def _shapes_by_module(self) -> dict[str, dict[str, tuple[int, ...]]]:
+        found: dict[str, dict[str, tuple[int, ...]]] = {}
+        for name, info in self.tensors.items():
+            module, _, kind = name.removeprefix(PREFIX).rpartition(".")
+            if name.startswith(PREFIX) and module and kind in self.family.kinds:
+                found.setdefault(module, {})[kind] = info.shape
+            elif name not in self.family.shared:
+                self._misnamed.append(name)
+        return found
+
+    @property
+    def rank(self) -> int:
+        """The largest; 1 for an adapter without factors."""
+        return max(1, *map(self.family.rank, self.layers.values()))
+
+    def nbytes(self) -> int:
+        return sum(info.end - info.start for info in self.tensors.values())
+
+    def digest(self) -> str:
+        return version_digest(self._config, self.tensors, self._path)
+
+    # -- checks ------------------------------------------------------------------------------------------------------
+
+    def problems(self) -> list[Problem]:
+        expected = f"those of {self.family.peft_type} on linear layers"
+        found = [problem(name, "a tensor of another kind", expected) for name in self._misnamed]
+        found += [*self._module_problems(), *self._dtype_problems()]
+        if self.family.usable and self.layers:
+            found += [
+                *self._target_problems(),
+                *self._shape_problems(),
+                *self._rank_problems(),
+                *self.family.layer_problems(self.layers),
+            ]
+        return found + list(self._value_problems())
+
+    def _module_problems(self) -> Iterator[Problem]:
+        if not self.layers:
+            example = next(iter(self._spec.modules), "none")
+            yield problem(WEIGHTS_FILE, "no module of the base model", f"modules such as {example}", "no_target")
+            return
+        for module in sorted(self._unknown):
+            yield problem(PREFIX + module, "a module the base model lacks", "one it has", "base_mismatch")
+
+    def _target_problems(self) -> Iterator[Problem]:
+        """A declared target without a tensor, and a tensor that PEFT would drop because no target declares it."""
+        if self.family.target_modules is None:
+            return
+        declared = set(self.family.target_modules)
+        reached = {layer: declared.intersection(dotted_suffixes(layer)) for layer in self.layers}
+        for layer in (self.layers[name] for name, suffixes in reached.items() if not suffixes):
+            present, expected = layer.tensor(next(iter(layer.shapes))), "only modules that target_modules names"
+            yield problem(present, "a module beyond them", expected, "no_target")
+        for target in sorted(declared.difference(*reached.values())):
+            where = f"{CONFIG_FILE}: target_modules"
+            yield problem(where, f"{shown(target)} without a tensor", "tensors for every target", "no_target")
+
+    def _dtype_problems(self) -> Iterator[Problem]:
+        for name, info in self.tensors.items():
+            wanted = INDEX_BYTES if name.rpartition(".")[2] in self.family.indices else ITEM_BYTES
+            if info.dtype not in wanted:
+                yield problem(name, info.dtype, " or ".join(wanted), "malformed_file")
+
+    def _shape_problems(self) -> Iterator[Problem]:
+        expected = self.family.shared_shapes(self.layers)
+        for layer in self.layers.values():
+            expected |= {layer.tensor(kind): shape for kind, shape in self.family.shapes(layer).items()}
+            for kind in layer.shapes.keys() - self.family.shapes(layer).keys():
+                yield problem(layer.tensor(kind), "a tensor", "none of its kind, by config and layer")
+        for name, shape in expected.items():
+            info = self.tensors.get(name)
+            if info is None or info.shape != shape:
+                found = "no tensor" if info is None else str(list(info.shape))
+                yield problem(name, found, str(list(shape)), "shape_mismatch")
+
+    def _rank_problems(self) -> Iterator[Problem]:
+        for layer in self.layers.values():
+            rank = self.family.rank(layer)
+            if rank > self._spec.max_rank:
+                where, found = f"{CONFIG_FILE}: rank of {layer.name}", f"{rank} as a LoRA"
+                yield problem(where, found, f"at most {self._spec.max_rank}", "rank_too_large")
+
+    def _value_problems(self) -> Iterator[Problem]:
+        floats = {name: info for name, info in self.tensors.items() if info.dtype in ITEM_BYTES and 0 not in info.shape}
+        for name, largest in magnitudes(self._path, floats):
+            if not math.isfinite(largest):
+                yield problem(name, "NaN or infinity", "finite numbers", "nonfinite")
+
+    # -- conversion --------------------------------------------------------------------------------------------------
+
+    def check_values(self) -> None:
+        """Convert one layer after the other and keep none. Raises `AdapterInvalid`."""
+        for _ in self._parts():
+            pass
+
+    def weights(self, digest: str) -> AdapterWeights:
+        """In memory, converted to float32. Raises `AdapterInvalid`."""
+        weights = AdapterWeights(digest, self.rank, {}, self.nbytes())
+        for module, part in self._parts():
+            if isinstance(part, LoraFactors):
+                weights.factors[module] = part
+            else:
+                scales = weights.input_scales if part.of_input else weights.output_scales
+                scales[module] = part.vector
+        return weights
+
+    def _parts(self) -> Iterator[tuple[str, LoraFactors | ChannelScale]]:
+        problems = []
+        with safe_open(self._path, "pt") as file:
+            shared = {name: file.get_tensor(name).float() for name in self.family.shared}
+            for layer in self.layers.values():
+                tensors = {kind: file.get_tensor(layer.tensor(kind)) for kind in layer.shapes}
+                tensors = {kind: t.float() if t.is_floating_point() else t for kind, t in tensors.items()}
+                try:
+                    part = self.family.convert(layer, tensors, shared)
+                    _check_finite(layer, part)
+                    yield layer.name, part
+                except AdapterInvalid as error:
+                    problems += error.problems
+        if problems:
+            raise AdapterInvalid(problems)
+
+
+def _check_finite(layer: Layer, part: LoraFactors | ChannelScale) -> None:
+    tensors = (part.a, part.b * part.scaling) if isinstance(part, LoraFactors) else (part.vector,)
+    if not all(torch.isfinite(tensor).all() for tensor in tensors):
+        found, expected = "NaN or infinity once multiplied out", "finite numbers"
+        raise AdapterInvalid([problem(PREFIX + layer.name, found, expected, "nonfinite")])

@@ -1,0 +1,42 @@
+"""IA³ (https://arxiv.org/abs/2205.05638): a vector that the inputs of feedforward layers, or the outputs of others, are
+multiplied by; outputs with their bias."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from adapters.traits import Traits
+from adapters.validation.peft_types.base import ChannelScale, Family, Layer, key_table
+
+
+class IA3(Family):
+    peft_type = "IA3"
+    keys = key_table({"feedforward_modules"}, {"exclude_modules", "fan_in_fan_out", "init_ia3_weights"})
+    kinds = frozenset({"ia3_l"})
+
+    def __init__(self, config: Mapping[str, Any]):
+        super().__init__(config)
+        value = config.get("feedforward_modules")
+        listed = isinstance(value, list) and all(isinstance(name, str) for name in value)
+        if not (listed or value is None or isinstance(value, str)):
+            self._refuse("feedforward_modules", value, "a list of module names", "malformed_file")
+        self._feedforward: tuple[str, ...] | None = tuple(value) if listed and value is not None else None
+
+    def _scales_input(self, layer: Layer) -> bool:
+        """By the end of the name, as PEFT does; where the config leaves it to a regular expression, the shape tells."""
+        if self._feedforward is None:
+            return layer.shapes["ia3_l"][:1] == (1,)
+        return layer.name.endswith(self._feedforward)
+
+    def shapes(self, layer: Layer) -> dict[str, tuple[int, ...]]:
+        return {"ia3_l": (1, layer.inputs) if self._scales_input(layer) else (layer.outputs, 1)}
+
+    def rank(self, layer: Layer) -> int:
+        return 0
+
+    def convert(self, layer: Layer, tensors: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> ChannelScale:
+        return ChannelScale(tensors["ia3_l"].flatten(), self._scales_input(layer))
+
+    def traits(self) -> Traits:
+        return Traits(additive=False, mergeable=False)

@@ -1,0 +1,113 @@
+"""LoHa and LoKr (https://arxiv.org/abs/2309.14859): products of small matrices that are LoRAs of a larger rank."""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapters.peft.weights import LoraFactors
+from adapters.validation.peft_types.base import Family, Layer, key_table
+
+_SERVED = {"r", "alpha", "rank_pattern", "alpha_pattern", "layers_to_transform"}
+_TRAINING = {"init_weights", "module_dropout", "rank_dropout"}
+_HARMLESS = {"exclude_modules", "layers_pattern", "use_effective_conv2d"} | _TRAINING
+
+
+class _Lycoris(Family):
+    def __init__(self, config: Mapping[str, Any]):
+        super().__init__(config)
+        self._r = self._rank("r", config.get("r", 8))
+        self._default_alpha = self._alpha("alpha", config.get("alpha", 8))
+        self._ranks = self._patterns("rank_pattern", self._rank)
+        self._alphas = self._patterns("alpha_pattern", self._alpha)
+
+    def _r_of(self, layer: Layer) -> int:
+        return int(self._ranks.get(layer.name, self._r))
+
+    def _scaling(self, layer: Layer) -> float:
+        return self._alphas.get(layer.name, self._default_alpha) / self._r_of(layer)
+
+
+class LoHa(_Lycoris):
+    """The delta is `(W1a W1b) ⊙ (W2a W2b)`: every pair of a column of W1a and one of W2a, multiplied, is a column of B,
+    and so with rows for A."""
+
+    peft_type = "LOHA"
+    keys = key_table(_SERVED, _HARMLESS)
+    kinds = frozenset({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"})
+
+    def shapes(self, layer: Layer) -> dict[str, tuple[int, ...]]:
+        r = self._r_of(layer)
+        of_a, of_b = (layer.outputs, r), (r, layer.inputs)
+        return {"hada_w1_a": of_a, "hada_w1_b": of_b, "hada_w2_a": of_a, "hada_w2_b": of_b}
+
+    def rank(self, layer: Layer) -> int:
+        return self._r_of(layer) ** 2
+
+    def convert(self, layer: Layer, tensors: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> LoraFactors:
+        a = torch.einsum("pi,qi->pqi", tensors["hada_w1_b"], tensors["hada_w2_b"]).flatten(0, 1)
+        b = torch.einsum("op,oq->opq", tensors["hada_w1_a"], tensors["hada_w2_a"]).flatten(1, 2)
+        return LoraFactors(a, b, self._scaling(layer))
+
+
+class LoKr(_Lycoris):
+    """The delta is `W1 ⊗ W2`. With `W = L R`, where one is the identity if W is stored whole, it is
+    `(L1 ⊗ L2) (R1 ⊗ R2)`, and its rank the product of the two inner sizes."""
+
+    peft_type = "LOKR"
+    keys = key_table(_SERVED | {"decompose_both", "decompose_factor"}, _HARMLESS | {"rank_dropout_scale"})
+    kinds = frozenset({"lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b"})
+
+    def __init__(self, config: Mapping[str, Any]):
+        super().__init__(config)
+        self._both = self._switch("decompose_both")
+        self._factor = config.get("decompose_factor", -1)
+        if type(self._factor) is not int:
+            self._refuse("decompose_factor", self._factor, "a whole number", "malformed_file")
+
+    def shapes(self, layer: Layer) -> dict[str, tuple[int, ...]]:
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name, rows, columns, inner in self._matrices(layer):
+            if inner is None:
+                shapes[name] = (rows, columns)
+            else:
+                shapes |= {f"{name}_a": (rows, inner), f"{name}_b": (inner, columns)}
+        return shapes
+
+    def _matrices(self, layer: Layer) -> Iterator[tuple[str, int, int, int | None]]:
+        """Name, rows and columns of W1 and W2, and the inner size where it is stored as a product."""
+        outputs, inputs = _factorised(layer.outputs, self._factor), _factorised(layer.inputs, self._factor)
+        r = self._r_of(layer)
+        for name, rows, columns, may in zip(("lokr_w1", "lokr_w2"), outputs, inputs, (self._both, True), strict=True):
+            yield name, rows, columns, r if may and r < max(rows, columns) / 2 else None
+
+    def rank(self, layer: Layer) -> int:
+        return math.prod(min(rows, columns, inner or rows) for _, rows, columns, inner in self._matrices(layer))
+
+    def convert(self, layer: Layer, tensors: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> LoraFactors:
+        (left1, right1), (left2, right2) = (_halves(tensors, name) for name in ("lokr_w1", "lokr_w2"))
+        return LoraFactors(torch.kron(right1, right2), torch.kron(left1, left2), self._scaling(layer))
+
+
+def _factorised(size: int, factor: int) -> tuple[int, int]:
+    """PEFT's choice: `factor` and the rest where it divides `size`, or else the divisor at or below the root that is
+    largest, up to `factor` unless that is -1."""
+    if factor > 0 and size % factor == 0:
+        return factor, size // factor
+    limit = math.isqrt(size) if factor == -1 else min(math.isqrt(size), factor)
+    divisor = next((d for d in range(limit, 0, -1) if size % d == 0), 1)
+    return divisor, size // divisor
+
+
+def _halves(tensors: Mapping[str, Tensor], name: str) -> tuple[Tensor, Tensor]:
+    """W as a product `[rows, k] [k, columns]` of the least k that its shape allows."""
+    whole = tensors.get(name)
+    if whole is None:
+        left, right = tensors[f"{name}_a"], tensors[f"{name}_b"]
+        if left.shape[1] <= min(left.shape[0], right.shape[1]):
+            return left, right
+        whole = left @ right
+    rows, columns = whole.shape
+    return (torch.eye(rows), whole) if rows <= columns else (whole, torch.eye(columns))

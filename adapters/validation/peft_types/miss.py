@@ -1,0 +1,47 @@
+"""MiSS (https://arxiv.org/abs/2409.15371): inputs whose numbers are equal modulo r are added up, and the r sums are
+projected by a block `[r, out]`; of a mini block, the columns repeat."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapters.errors import Problem
+from adapters.peft.lora_tensors import problem
+from adapters.peft.weights import LoraFactors
+from adapters.validation.peft_types.base import Family, Layer, key_table
+
+
+class Miss(Family):
+    peft_type = "MISS"
+    keys = key_table(
+        {"r", "mini_r", "layers_to_transform"},
+        {"exclude_modules", "layers_pattern", "miss_dropout"},
+        bias=("none",),
+        init_weights=(True, "mini"),  # "bat" multiplies the block with the base's weights
+    )
+    kinds = frozenset({"miss_block"})
+
+    def __init__(self, config: Mapping[str, Any]):
+        super().__init__(config)
+        self._r = self._rank("r", config.get("r", 64))
+        mini_r = self._rank("mini_r", config.get("mini_r", 1))
+        self._mini_r = mini_r if config.get("init_weights") == "mini" else None
+
+    def shapes(self, layer: Layer) -> dict[str, tuple[int, ...]]:
+        return {"miss_block": (self._r, self._mini_r or layer.outputs)}
+
+    def layer_problems(self, layers: Mapping[str, Layer]) -> Iterator[Problem]:
+        for layer in layers.values():
+            if self._mini_r and layer.outputs % self._mini_r:
+                outputs = f"{layer.outputs} outputs"
+                yield problem(layer.name, outputs, f"a multiple of {self._mini_r}", "shape_mismatch")
+
+    def rank(self, layer: Layer) -> int:
+        return self._r
+
+    def convert(self, layer: Layer, tensors: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> LoraFactors:
+        block = tensors["miss_block"]
+        sums = torch.eye(self._r).repeat(1, -(-layer.inputs // self._r))[:, : layer.inputs]
+        return LoraFactors(sums, block.repeat(1, layer.outputs // block.shape[1]).T, 1.0)

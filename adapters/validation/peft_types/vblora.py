@@ -1,0 +1,95 @@
+"""VB-LoRA (https://arxiv.org/abs/2405.15179): the factors of a LoRA, tiled from a bank of vectors shared by all layers.
+
+A tile is a mixture of the `topk` vectors with the largest logits, weighted by their softmax. The file has the logits,
+or the vectors' numbers with all weights but the last, which is what they lack to 1.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from adapters.errors import AdapterInvalid, Problem
+from adapters.peft.lora_tensors import problem
+from adapters.peft.weights import LoraFactors
+from adapters.validation.peft_types.base import Family, Layer, key_table
+
+_BANK = "base_model.vblora_vector_bank"
+_LOGITS = ("vblora_logits_A", "vblora_logits_B")
+_MAX_TOPK = 256  # bounds the work: a mixture costs as many additions
+
+
+class VBLora(Family):
+    peft_type = "VBLORA"
+    keys = key_table(
+        {"r", "num_vectors", "vector_length", "topk", "save_only_topk_weights", "layers_to_transform"},
+        {"exclude_modules", "fan_in_fan_out", "layers_pattern"}
+        | {"init_logits_std", "init_vector_bank_bound", "vblora_dropout"},
+        bias=("none",),
+    )
+    indices = frozenset(f"{kind}_topk_indices" for kind in _LOGITS)
+    kinds = frozenset(_LOGITS) | indices | {f"{kind}_topk_weights" for kind in _LOGITS}
+    shared = frozenset({_BANK})
+
+    def __init__(self, config: Mapping[str, Any]):
+        super().__init__(config)
+        self._r = self._rank("r", config.get("r", 4))
+        self._num_vectors = self._rank("num_vectors", config.get("num_vectors", 256))
+        self._vector_length = self._rank("vector_length", config.get("vector_length", 256))
+        self._topk = self._rank("topk", config.get("topk", 2))
+        self._topk_only = self._switch("save_only_topk_weights")
+        if self._topk > min(self._num_vectors, _MAX_TOPK):
+            expected = f"at most {_MAX_TOPK}, and no more than num_vectors"
+            self._refuse("topk", self._topk, expected, "unsupported_feature")
+
+    def shapes(self, layer: Layer) -> dict[str, tuple[int, ...]]:
+        length = self._vector_length
+        tiles = (self._r, layer.inputs // length), (layer.outputs // length, self._r)
+        shapes: dict[str, tuple[int, ...]] = {}
+        for kind, shape in zip(_LOGITS, tiles, strict=True):
+            if self._topk_only:
+                shapes[f"{kind}_topk_indices"] = (*shape, self._topk)
+                shapes[f"{kind}_topk_weights"] = (*shape, self._topk - 1)
+            else:
+                shapes[kind] = (*shape, self._num_vectors)
+        return shapes
+
+    def shared_shapes(self, layers: Mapping[str, Layer]) -> dict[str, tuple[int, ...]]:
+        return {_BANK: (self._num_vectors, self._vector_length)}
+
+    def layer_problems(self, layers: Mapping[str, Layer]) -> Iterator[Problem]:
+        for layer in layers.values():
+            if layer.inputs % self._vector_length or layer.outputs % self._vector_length:
+                sizes = f"a layer from {layer.inputs} to {layer.outputs}"
+                yield problem(layer.name, sizes, f"multiples of {self._vector_length}", "shape_mismatch")
+
+    def rank(self, layer: Layer) -> int:
+        return self._r
+
+    def convert(self, layer: Layer, tensors: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> LoraFactors:
+        a, b = (self._mixed(layer, tensors, kind, shared[_BANK]) for kind in _LOGITS)
+        return LoraFactors(a.reshape(self._r, -1), b.transpose(1, 2).reshape(-1, self._r), 1.0)
+
+    def _mixed(self, layer: Layer, tensors: Mapping[str, Tensor], kind: str, bank: Tensor) -> Tensor:
+        """The tiles of one factor, `[*tiles, vector_length]`."""
+        if self._topk_only:
+            indices = self._indices(layer, tensors[f"{kind}_topk_indices"], kind)
+            weights = tensors[f"{kind}_topk_weights"]
+            # As PEFT does; a weight below 0 is NaN there, too.
+            logits = torch.cat([weights, 1 - weights.sum(-1, keepdim=True)], dim=-1).log()
+        else:
+            logits, indices = tensors[kind].topk(self._topk)
+        weights = logits.softmax(-1).flatten(0, 1)
+        tiles = F.embedding_bag(indices.flatten(0, 1), bank, per_sample_weights=weights, mode="sum")
+        return tiles.view(*indices.shape[:2], self._vector_length)
+
+    def _indices(self, layer: Layer, stored: Tensor, kind: str) -> Tensor:
+        indices = stored.long()
+        repeated = (indices.sort(-1).values.diff() == 0).any()
+        if repeated or indices.min() < 0 or indices.max() >= self._num_vectors:
+            name = layer.tensor(f"{kind}_topk_indices")
+            expected = f"different numbers from 0 to {self._num_vectors - 1} for each tile"
+            raise AdapterInvalid([problem(name, "others", expected, "malformed_file")])
+        return indices

@@ -1,0 +1,48 @@
+"""VeRA (https://arxiv.org/abs/2310.11454): two random projections shared by all layers, scaled per layer.
+
+The delta is `diag(lambda_b) B diag(lambda_d) A`, of which a layer takes the leading rows of B and columns of A.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from adapters.peft.weights import LoraFactors
+from adapters.validation.peft_types.base import Family, Layer, key_table
+
+_A, _B = "base_model.vera_A", "base_model.vera_B"
+
+
+class Vera(Family):
+    peft_type = "VERA"
+    keys = key_table(
+        {"r", "save_projection", "layers_to_transform"},
+        {"d_initial", "fan_in_fan_out", "init_weights", "layers_pattern", "projection_prng_key", "vera_dropout"},
+        bias=("none",),
+    )
+    kinds = frozenset({"vera_lambda_b", "vera_lambda_d"})
+    shared = frozenset({_A, _B})
+
+    def __init__(self, config: Mapping[str, Any]):
+        super().__init__(config)
+        self._r = self._rank("r", config.get("r", 256))
+        if config.get("save_projection", True) is not True:
+            # Another machine's generator need not draw the same numbers.
+            self._refuse(
+                "save_projection", config["save_projection"], "true, with the projections saved", "unsupported_feature"
+            )
+
+    def shapes(self, layer: Layer) -> dict[str, tuple[int, ...]]:
+        return {"vera_lambda_b": (layer.outputs,), "vera_lambda_d": (self._r,)}
+
+    def shared_shapes(self, layers: Mapping[str, Layer]) -> dict[str, tuple[int, ...]]:
+        inputs, outputs = (max(sizes) for sizes in zip(*((x.inputs, x.outputs) for x in layers.values()), strict=True))
+        return {_A: (self._r, inputs), _B: (outputs, self._r)}
+
+    def rank(self, layer: Layer) -> int:
+        return self._r
+
+    def convert(self, layer: Layer, tensors: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> LoraFactors:
+        b = tensors["vera_lambda_b"][:, None] * shared[_B][: layer.outputs] * tensors["vera_lambda_d"]
+        return LoraFactors(shared[_A][:, : layer.inputs], b, 1.0)

@@ -1,0 +1,61 @@
+"""What can be wrong with rows of tokens, and with the copies that PEFT writes of wrapped modules."""
+
+from collections.abc import Iterator
+
+from adapters.errors import Problem
+from adapters.model_spec import ModelSpec
+from adapters.peft.lora_config import LoraSettings
+from adapters.peft.lora_tensors import LoraTensors, names_module, problem, token_target
+from adapters.peft.weights import read_chunks
+from adapters.registry.store import CONFIG_FILE
+
+_KEY = f"{CONFIG_FILE}: trainable_token_indices"
+
+
+def token_problems(tensors: LoraTensors, spec: ModelSpec, settings: LoraSettings) -> Iterator[Problem]:
+    vocab_size = tensors.vocab_size(spec) or spec.vocab_size or 0
+    reached = set()
+    for module, name in tensors.tokens.items():
+        target, ids = token_target(module, settings, spec)
+        reached.add(target)
+        if target is None or module not in (spec.embedding, spec.head):
+            yield problem(name, "rows of tokens that nothing declares", "those of trainable_token_indices")
+        elif module in tensors.adapted():
+            yield problem(name, "rows of a module that is also adapted", "one of the two, as in PEFT")
+        elif ids and max(ids) >= vocab_size:
+            yield problem(name, f"token {max(ids)}", f"tokens below {vocab_size}", "shape_mismatch")
+        elif len(set(ids)) != len(ids):
+            yield problem(_KEY, "a token twice", "each once", "malformed_file")
+        elif tensors.infos[name].shape != (expected := (len(ids), spec.parameters[module]["weight"][1])):
+            yield problem(name, str(list(tensors.infos[name].shape)), str(list(expected)), "shape_mismatch")
+    for target in settings.token_indices.keys() - reached:
+        if not _is_tied_away(target, spec, settings):
+            missing = target or "the input embedding"
+            yield problem(_KEY, f"{missing} without a tensor", "tensors for every target", "no_target")
+
+
+def _is_tied_away(target: str, spec: ModelSpec, settings: LoraSettings) -> bool:
+    """PEFT stores the rows of tied layers once, with the embedding, when both declare the same tokens."""
+    ids = settings.token_indices
+    same = any(ids[target] == ids[other] for other in ids if names_module(other, spec.embedding))
+    return spec.tied and same and names_module(target, spec.head)
+
+
+def copy_problems(tensors: LoraTensors) -> Iterator[Problem]:
+    """A copy says what the parameter says, and a weight that is not used is that of a saved module."""
+    for module, parameter, name in tensors.copies:
+        if not _same_bytes(tensors, name, tensors.saved[module][parameter]):
+            yield problem(name, "other numbers than the module's own", "a copy", "malformed_file")
+    for module, parameter, name in tensors.unused:
+        saved = tensors.saved.get(module, {}).get(parameter)
+        if saved is None or tensors.infos[saved].shape != tensors.infos[name].shape:
+            yield problem(name, "a weight without the one that takes its place", "both, of one shape")
+
+
+def _same_bytes(tensors: LoraTensors, one: str, other: str) -> bool:
+    infos = tensors.infos[one], tensors.infos[other]
+    if (infos[0].dtype, infos[0].shape) != (infos[1].dtype, infos[1].shape):
+        return False
+    with tensors.path.open("rb") as first, tensors.path.open("rb") as second:
+        chunks = zip(read_chunks(first, infos[0]), read_chunks(second, infos[1]), strict=True)
+        return all(a == b for a, b in chunks)

@@ -1,0 +1,1 @@
+"""The control plane's routes: publish, pin, alias and merge adapters."""

@@ -1,0 +1,62 @@
+"""What the API says of one adapter."""
+
+from adapters.registry.records import AdapterRecord, PendingAdapter
+from server.api.adapters.schemas import AdapterBody, State
+from server.api.context import AppContext
+
+
+def record_body(context: AppContext, record: AdapterRecord) -> AdapterBody:
+    version, use = record.version, context.in_flight.uses.get(record.name)
+    state, error = state_of(context, record)
+    return AdapterBody(
+        name=record.name,
+        version=f"sha256:{version.digest}",
+        state=state,
+        tier=context.tier_of(version.digest),
+        pinned=record.pinned,
+        base_model=context.base_model,
+        rank=version.rank,
+        target_modules=list(version.target_modules),
+        bytes=version.nbytes,
+        source=record.source,
+        created=record.created,
+        last_used=use.last_used if use else None,
+        in_flight=context.in_flight.count(record.name),
+        error=error,
+        report=version.report,
+    )
+
+
+def state_of(context: AppContext, record: AdapterRecord) -> tuple[State, str | None]:
+    """What a published adapter is doing, and the error that goes with it."""
+    residency, digest = context.engine.residency, record.version.digest
+    error = context.registry.damaged.get(record.name) or residency.failed.get(digest)
+    if error is not None:
+        return "failed", error
+    pending = context.registry.pending.get(record.name)
+    missed = f"A new version could not be fetched: {pending.error}" if pending and pending.error else None
+    return "loading" if digest in residency.loading else "ready", missed
+
+
+def pending_body(context: AppContext, adapter: PendingAdapter) -> AdapterBody:
+    return AdapterBody(
+        name=adapter.name,
+        version=None,
+        state=pending_state(adapter),
+        tier="disk",
+        pinned=False,
+        base_model=context.base_model,
+        rank=None,
+        target_modules=[],
+        bytes=0,
+        source=adapter.source,
+        created=adapter.created,
+        last_used=None,
+        in_flight=0,
+        error=adapter.error,
+        report={},
+    )
+
+
+def pending_state(adapter: PendingAdapter) -> State:
+    return "failed" if adapter.error else "registered"

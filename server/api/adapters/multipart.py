@@ -1,0 +1,139 @@
+"""Multipart uploads, streamed straight into a staging folder: nothing is spooled or held in memory."""
+
+import asyncio
+import math
+from contextlib import aclosing
+from pathlib import Path
+from typing import BinaryIO
+
+from python_multipart import MultipartParser
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import parse_options_header
+from starlette.requests import Request
+
+from adapters.registry.store import FILES, TOKENIZER_FILES
+from server.api.errors import ApiError, bad_request
+
+_KNOWN = (*FILES, *TOKENIZER_FILES)
+_MAX_FIELD_BYTES = 1024
+_MAX_FIELDS = 8
+
+
+async def receive_upload(request: Request, folder: Path) -> dict[str, str]:
+    """Write the files of an adapter into `folder` and return the form's other fields.
+
+    Only keys with the scope `admin` get here (`server.api.middleware.auth`), so every chat template is one that an admin chose.
+    """
+    _, options = parse_options_header(request.headers["content-type"])
+    with _Upload(options.get(b"boundary", b""), folder) as upload:
+        async with aclosing(request.stream()) as chunks:
+            async for chunk in chunks:
+                await asyncio.to_thread(upload.feed, chunk)
+        return upload.finish()
+
+
+class _Upload:
+    """Sorts the parts of a form: an adapter's files to disk, a few short fields to a dict, anything else is refused."""
+
+    def __init__(self, boundary: bytes, folder: Path):
+        if not boundary:
+            raise bad_request("The multipart body has no boundary.")
+        self._folder = folder
+        self._fields: dict[str, bytearray] = {}
+        self._files: dict[str, BinaryIO] = {}
+        self._header = (bytearray(), bytearray())
+        self._disposition = b""
+        self._sink: bytearray | BinaryIO = bytearray()
+        self._left: float = math.inf  # bytes that the file being received may still have
+        self._ended = False
+        try:
+            self._parser = MultipartParser(
+                boundary,
+                {
+                    "on_part_begin": self._on_part_begin,
+                    "on_header_field": self._on_header_field,
+                    "on_header_value": self._on_header_value,
+                    "on_header_end": self._on_header_end,
+                    "on_headers_finished": self._on_headers_finished,
+                    "on_part_data": self._on_part_data,
+                    "on_end": self._on_end,
+                },
+            )
+        except FormParserError:
+            raise _malformed() from None
+
+    def __enter__(self) -> "_Upload":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def feed(self, chunk: bytes) -> None:
+        try:
+            self._parser.write(chunk)
+        except FormParserError:
+            raise _malformed() from None
+
+    def finish(self) -> dict[str, str]:
+        if not self._ended:
+            raise bad_request("The multipart body is cut short.")
+        for name in FILES:
+            if name not in self._files:
+                raise bad_request(f"The upload has no file '{name}'.", name)
+        for file in self._files.values():
+            file.close()
+        return {name: value.decode("utf-8", "replace") for name, value in self._fields.items()}
+
+    def _on_part_begin(self) -> None:
+        self._disposition = b""
+
+    def _on_header_field(self, data: bytes, start: int, end: int) -> None:
+        self._header[0].extend(data[start:end])
+
+    def _on_header_value(self, data: bytes, start: int, end: int) -> None:
+        self._header[1].extend(data[start:end])
+
+    def _on_header_end(self) -> None:
+        if self._header[0].lower() == b"content-disposition":
+            self._disposition = bytes(self._header[1])
+        self._header = (bytearray(), bytearray())
+
+    def _on_headers_finished(self) -> None:
+        _, options = parse_options_header(self._disposition)
+        name = options.get(b"name", b"").decode("utf-8", "replace")
+        if b"filename" in options:
+            self._sink = self._open_file(name, options[b"filename"].decode("utf-8", "replace"))
+        elif not name or name in self._fields or len(self._fields) == _MAX_FIELDS:
+            raise bad_request("The form has a field without a name, one given twice, or too many.")
+        else:
+            self._sink = self._fields[name] = bytearray()
+
+    def _open_file(self, field: str, filename: str) -> BinaryIO:
+        """An adapter's files are known by the field's name or their own; a client's name never becomes a path."""
+        name = next((known for known in _KNOWN if known in (field, filename)), None)
+        if name is None:
+            raise ApiError(415, f"Only {', '.join(_KNOWN)} are accepted.", code="unsupported_media_type")
+        if name in self._files:
+            raise bad_request(f"The upload has '{name}' twice.", name)
+        self._files[name] = file = (self._folder / name).open("wb")
+        self._left = TOKENIZER_FILES.get(name, math.inf)
+        return file
+
+    def _on_part_data(self, data: bytes, start: int, end: int) -> None:
+        if isinstance(self._sink, bytearray):
+            if len(self._sink) + end - start > _MAX_FIELD_BYTES:
+                raise bad_request(f"A form field is longer than {_MAX_FIELD_BYTES} bytes.")
+            self._sink.extend(data[start:end])
+        else:
+            self._left -= end - start
+            if self._left < 0:
+                raise ApiError(413, "A file of the tokenizer is larger than this server accepts.", code="too_large")
+            self._sink.write(memoryview(data)[start:end])
+
+    def _on_end(self) -> None:
+        self._ended = True
+
+
+def _malformed() -> ApiError:
+    return bad_request("The multipart body is malformed.")

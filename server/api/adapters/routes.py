@@ -1,0 +1,261 @@
+"""`/v1/adapters`: upload, register, list, inspect, move between tiers, pin, roll back, delete."""
+
+import asyncio
+import heapq
+import os
+from collections.abc import Iterator
+from itertools import islice
+from typing import Annotated, Any, BinaryIO
+
+from fastapi import APIRouter, Depends, Query, Request
+from fastapi.responses import JSONResponse, StreamingResponse
+from pydantic import BaseModel, ValidationError
+
+from adapters.registry.store import FILES, TOKENIZER_FILES
+from adapters.validation.inspect import Inspected
+from server.api.adapters import aliases as splits
+from server.api.adapters import fetching, publishing
+from server.api.adapters.aliases import AliasBody
+from server.api.adapters.bodies import pending_body, pending_state, record_body, state_of
+from server.api.adapters.schemas import (
+    AdapterBody,
+    AdapterList,
+    DeletedBody,
+    DryRunBody,
+    LoadRequest,
+    RegisterRequest,
+    RollbackRequest,
+    State,
+    UploadForm,
+    VersionBody,
+    VersionList,
+    VersionText,
+)
+from server.api.context import AppContext, Context
+from server.api.errors import ApiError, error_answers, validation_error
+from server.api.middleware.auth import Key, key_of
+from server.ipc.messages import Tier
+
+router = APIRouter(prefix="/v1/adapters", tags=["adapters"])
+Caller = Annotated[Key, Depends(key_of)]
+
+_REF = "#/components/schemas/"
+_UPLOAD_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "required": ["name", "adapter_config.json", "adapter_model.safetensors"],
+    "properties": {
+        "name": {"type": "string", "pattern": "^[a-z0-9][a-z0-9._-]{0,63}$"},
+        "adapter_config.json": {"type": "string", "format": "binary"},
+        "adapter_model.safetensors": {"type": "string", "format": "binary"},
+        **{name: {"type": "string", "format": "binary"} for name in TOKENIZER_FILES},
+        "replace": {"type": "boolean", "default": False},
+        "pinned": {"type": "boolean", "default": False},
+    },
+}
+_CREATE_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {"schema": _UPLOAD_SCHEMA},
+            "application/json": {"schema": RegisterRequest.model_json_schema()},
+        },
+    }
+}
+_COMMON = error_answers(400, 401, 403, 404, 500)
+_MOVES = _COMMON | error_answers(409, 413, 415, 422, 503)
+_BYTES = "application/octet-stream"
+_CHUNK_BYTES = 1 << 20
+_FILE: dict[int | str, dict[str, Any]] = {
+    200: {"content": {_BYTES: {"schema": {"type": "string", "format": "binary"}}}, "description": "The file's bytes"},
+    **_COMMON,
+}
+_CREATED: dict[int | str, dict[str, Any]] = {
+    200: {"model": AdapterBody | DryRunBody, "description": "Already published under this name, or a dry run"},
+    201: {"model": AdapterBody, "description": "Published"},
+    202: {"model": AdapterBody, "description": "Being fetched"},
+    **_MOVES,
+    **error_answers(408, 411, 507),
+}
+
+
+@router.post("", responses=_CREATED, response_model=None, openapi_extra=_CREATE_BODY)
+async def create_adapter(request: Request, context: Context, key: Caller, dry_run: bool = False) -> JSONResponse:
+    """Upload an adapter as a form, or register one from an allowed source with JSON."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == "multipart/form-data":
+        return await _create_from_upload(request, context, key, dry_run)
+    if kind != "application/json":
+        raise ApiError(415, "Send multipart/form-data or application/json.", code="unsupported_media_type")
+    return await _create_from_source(context, key, _parse_json(await request.body()), dry_run)
+
+
+async def _create_from_upload(request: Request, context: AppContext, key: Key, dry_run: bool) -> JSONResponse:
+    form, inspected, published = await publishing.upload(context, request, _parse_form, key, dry_run=dry_run)
+    if published is None:
+        return _json(_dry_run_body(form.name, inspected), 200)
+    record, created = published
+    return _json(record_body(context, record), 201 if created else 200)
+
+
+async def _create_from_source(context: AppContext, key: Key, body: RegisterRequest, dry_run: bool) -> JSONResponse:
+    publishing.check_writable(key, body.name)
+    if dry_run:
+        return _json(_dry_run_body(body.name, await fetching.try_out(context, body.source)), 200)
+    if body.lazy:
+        return _json(pending_body(context, await fetching.register_lazily(context, body)), 202)
+    record, created = await fetching.register(context, body)
+    return _json(record_body(context, record), 201 if created else 200)
+
+
+def _dry_run_body(name: str, inspected: Inspected) -> DryRunBody:
+    return DryRunBody(name=name, version=f"sha256:{inspected.digest}", rank=inspected.rank, report=inspected.report)
+
+
+def _parse_form(fields: dict[str, str]) -> UploadForm:
+    try:
+        return UploadForm.model_validate(fields)
+    except ValidationError as error:
+        raise validation_error(error.errors()) from None
+
+
+def _parse_json(body: bytes) -> RegisterRequest:
+    try:
+        return RegisterRequest.model_validate_json(body)
+    except ValidationError as error:
+        raise validation_error(error.errors()) from None
+
+
+def _json(body: BaseModel, status: int) -> JSONResponse:
+    return JSONResponse(body.model_dump(), status)
+
+
+@router.get("", responses=_COMMON)
+async def list_adapters(
+    context: Context,
+    key: Caller,
+    state: State | None = None,
+    tier: Tier | None = None,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+    after: Annotated[str, Query(max_length=256)] = "",
+) -> AdapterList:
+    """Adapters in the order of their names, those past `after`."""
+
+    def wanted(name: str, its_state: State, its_tier: Tier) -> bool:
+        return key.sees(name) and state in (None, its_state) and tier in (None, its_tier)
+
+    published = (
+        record_body(context, record)
+        for record in context.registry.walk(after)
+        if wanted(record.name, state_of(context, record)[0], context.tier_of(record.version.digest))
+    )
+    pending = (
+        pending_body(context, adapter)
+        for name, adapter in sorted(context.registry.pending.items())
+        if name > after and name not in context.registry and wanted(name, pending_state(adapter), "disk")
+    )
+    page = list(islice(heapq.merge(published, pending, key=lambda body: body.name), limit + 1))
+    return AdapterList(data=page[:limit], has_more=len(page) > limit)
+
+
+@router.get("/{name}", responses=_COMMON)
+async def get_adapter(name: str, context: Context, key: Caller) -> AdapterBody | AliasBody:
+    """One adapter's record, or an alias with its weights."""
+    if name in context.registry.aliases:
+        return splits.alias_body(splits.find(context, key, name))
+    pending = context.registry.pending.get(name)
+    if pending is not None and name not in context.registry and key.sees(name):
+        return pending_body(context, pending)
+    return record_body(context, publishing.find(context, key, name))
+
+
+@router.delete("/{name}", responses=_COMMON)
+async def delete_adapter(
+    name: str, context: Context, key: Caller, drain_timeout: Annotated[float, Query(ge=0, le=3600)] = 30.0
+) -> DeletedBody:
+    """New requests get 404 at once; running ones may finish until the timeout; then memory and disk are freed."""
+    if name in context.registry.pending and key.sees(name):
+        await fetching.forget(context, name)
+        if name not in context.registry:
+            return DeletedBody(name=name, drained=0, aborted=0)
+    publishing.find(context, key, name)
+    return await publishing.remove(context, name, drain_timeout)
+
+
+@router.post("/{name}/load", responses=_MOVES)
+async def load_adapter(name: str, context: Context, key: Caller, body: LoadRequest | None = None) -> AdapterBody:
+    """Warm an adapter up."""
+    record = publishing.find(context, key, name)
+    await context.engine.move_adapter(record.version.digest, body.tier if body else "device")
+    return record_body(context, record)
+
+
+@router.post("/{name}/unload", responses=_MOVES)
+async def unload_adapter(name: str, context: Context, key: Caller) -> AdapterBody:
+    """Free device and host memory; the adapter stays registered."""
+    record = publishing.find(context, key, name)
+    if record.pinned:
+        raise ApiError(409, "The adapter is pinned; unpin it first.", code="conflict")
+    if record.version.digest in context.in_flight.digests():
+        raise ApiError(409, "The adapter is in use.", code="conflict")
+    await context.engine.move_adapter(record.version.digest, "disk")
+    return record_body(context, record)
+
+
+@router.post("/{name}/pin", responses=_MOVES)
+async def pin_adapter(name: str, context: Context, key: Caller) -> AdapterBody:
+    """Load it to the device and protect it from eviction."""
+    async with context.lock(name):
+        return record_body(context, await publishing.pin(context, publishing.find(context, key, name)))
+
+
+@router.post("/{name}/unpin", responses=_MOVES)
+async def unpin_adapter(name: str, context: Context, key: Caller) -> AdapterBody:
+    """Let it be evicted again."""
+    async with context.lock(name):
+        return record_body(context, await publishing.unpin(context, publishing.find(context, key, name)))
+
+
+@router.get("/{name}/versions", responses=_COMMON)
+async def list_versions(name: str, context: Context, key: Caller) -> VersionList:
+    """The name's history, newest first."""
+    publishing.find(context, key, name)
+    history = context.registry.history(name)
+    versions = [VersionBody(version=f"sha256:{v.digest}", created=v.created, current=v.current) for v in history]
+    return VersionList(data=versions)
+
+
+@router.post("/{name}/rollback", responses=_MOVES)
+async def roll_back_adapter(
+    name: str, context: Context, key: Caller, body: RollbackRequest | None = None
+) -> AdapterBody:
+    """Point the name at the version before the current one, or at the one given."""
+    async with context.lock(name):
+        old = publishing.find(context, key, name)
+        version = body.version if body else None
+        record = await asyncio.to_thread(context.registry.rollback, name, version)
+        await publishing.follow(context, old, record)
+        return record_body(context, record)
+
+
+@router.get("/{name}/files/{file}", responses=_FILE, response_class=StreamingResponse)
+async def download_file(
+    name: str, file: str, context: Context, key: Caller, version: VersionText | None = None
+) -> StreamingResponse:
+    """One stored file of the current version, or of the one given."""
+    record = publishing.find(context, key, name)
+    if version is not None:
+        record = context.registry.resolve(f"{name}@{version}")
+    if file not in (*FILES, *TOKENIZER_FILES):
+        raise ApiError(404, f"Adapters have no file but {', '.join((*FILES, *TOKENIZER_FILES))}.", code="not_found")
+    try:
+        stored = await asyncio.to_thread((context.registry.store.path(record.version.digest) / file).open, "rb")
+    except FileNotFoundError:
+        raise ApiError(404, "The server's disk does not have this file.", code="not_found") from None
+    size = os.fstat(stored.fileno()).st_size
+    return StreamingResponse(_chunks(stored), media_type=_BYTES, headers={"content-length": str(size)})
+
+
+def _chunks(stored: BinaryIO) -> Iterator[bytes]:
+    with stored:
+        while chunk := stored.read(_CHUNK_BYTES):
+            yield chunk

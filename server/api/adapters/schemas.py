@@ -1,0 +1,97 @@
+"""The wire of the adapter routes."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from server.api.schemas import Wire
+from server.ipc.messages import Tier
+
+State = Literal["registered", "loading", "ready", "failed", "draining"]
+Name = Annotated[str, Field(min_length=1, max_length=256)]
+VersionText = Annotated[str, Field(pattern=r"^(sha256:)?[0-9a-f]{12,64}$", max_length=71)]
+
+
+class AdapterBody(Wire):
+    name: str
+    kind: Literal["adapter"] = "adapter"
+    version: str | None = Field(description="Null until a lazily registered adapter was fetched")
+    state: State
+    tier: Tier
+    pinned: bool
+    base_model: str
+    rank: int | None
+    target_modules: list[str]
+    bytes: int
+    source: str
+    created: int
+    last_used: int | None
+    in_flight: int
+    error: str | None
+    report: dict[str, Any]
+
+
+class AdapterList(Wire):
+    object: Literal["list"] = "list"
+    data: list[AdapterBody]
+    has_more: bool
+
+
+class DryRunBody(Wire):
+    name: str
+    dry_run: Literal[True] = True
+    version: str
+    rank: int
+    report: dict[str, Any]
+
+
+class RegisterRequest(Wire):
+    name: Name
+    source: str = Field(min_length=1, max_length=4096, examples=["file:///srv/adapters/acme"])
+    replace: bool = False
+    pinned: bool = False
+    lazy: bool = Field(False, description="Answer 202 at once and fetch in the background")
+
+
+class UploadForm(Wire):
+    """The multipart form of an upload; the files are streamed and never parsed by this model."""
+
+    name: Name
+    replace: bool = False
+    pinned: bool = False
+
+
+class DeletedBody(Wire):
+    name: str
+    deleted: Literal[True] = True
+    drained: int
+    aborted: int
+
+
+class LoadRequest(Wire):
+    tier: Literal["device", "host"] = "device"
+
+
+class VersionBody(Wire):
+    version: str
+    created: int
+    current: bool
+
+
+class VersionList(Wire):
+    object: Literal["list"] = "list"
+    data: list[VersionBody]
+
+
+class RollbackRequest(Wire):
+    version: VersionText | None = None
+
+
+class VllmLoadRequest(Wire):
+    lora_name: Name
+    lora_path: str = Field(min_length=1, max_length=4096)
+    load_inplace: bool = False
+
+
+class VllmUnloadRequest(Wire):
+    lora_name: Name

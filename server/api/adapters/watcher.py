@@ -1,0 +1,140 @@
+"""`--watch-adapters DIR`: each sub-folder with an adapter is registered under its name, and again when it changes.
+
+A folder that goes away changes nothing: it may be on a volume that is not mounted or be about to be written anew, and
+clients may be using the adapter. `DELETE /v1/adapters/{name}` takes it out.
+"""
+
+import asyncio
+import logging
+import os
+import time
+from contextlib import AbstractAsyncContextManager, nullcontext, suppress
+from pathlib import Path
+
+from adapters.errors import AdapterConflict, AdapterError, InvalidName, NoSpace
+from adapters.registry.records import PendingAdapter
+from adapters.registry.registry import check_name
+from adapters.registry.store import FILES, TOKENIZER_FILES
+from adapters.sources import copy_from
+from adapters.validation.inspect import Inspected
+from server.api.adapters.publishing import examine, publish
+from server.api.adapters.selftest import tried
+from server.api.context import AppContext
+from server.ipc.client import AdapterMoveRefused, EngineUnavailable
+
+log = logging.getLogger(__name__)
+
+POLL_SECONDS = 5.0
+Signature = tuple[tuple[str, int, int, int], ...]  # of each file: name, inode, size in bytes, time of change in ns
+
+
+class FolderWatcher:
+    """Follows the sub-folders of `root`. Symbolic links that lead out of it are refused."""
+
+    def __init__(self, context: AppContext, root: Path):
+        self._context = context
+        self._root = root.resolve()
+        self._seen: dict[str, Signature] = {}  # by the last poll
+        self._handled: dict[str, Signature] = {}  # registered, or refused for what they are
+
+    async def run(self) -> None:
+        """Poll for ever."""
+        try:
+            while True:
+                await self.poll()
+                await asyncio.sleep(POLL_SECONDS)
+        except Exception:
+            log.exception("the folder %s is no longer watched", self._root)
+            raise
+
+    async def poll(self) -> None:
+        """Register what is new and stayed as it was since the last poll: what is half-written has to wait."""
+        try:
+            found = await asyncio.to_thread(_signatures, self._root)
+        except OSError as error:
+            log.warning("the watched folder cannot be read: %s", error)
+            found = {}
+        before, self._seen = self._seen, found
+        self._handled = {name: signature for name, signature in self._handled.items() if name in found}
+        for name, signature in sorted(found.items()):
+            if before.get(name) == signature != self._handled.get(name):
+                await self._handle(name, signature)
+
+    async def _handle(self, name: str, signature: Signature) -> None:
+        try:
+            if not await self._register(name, signature):
+                return
+        except (EngineUnavailable, NoSpace) as error:  # says nothing of the folder: the next poll tries again
+            log.warning("adapter %s of the watched folder has to wait: %s", name, error)
+            return
+        except (AdapterError, AdapterMoveRefused) as error:
+            await self._report(name, str(error))
+        self._handled[name] = signature
+
+    async def _register(self, name: str, signature: Signature) -> bool:
+        """As an upload would. False when the folder changed meanwhile."""
+        check_name(name)
+        context, folder = self._context, self._root / name
+        source, max_bytes = folder.as_uri(), context.config.max_upload_bytes
+        with context.registry.store.stage() as staged:
+            await asyncio.to_thread(copy_from, source, [self._root.as_uri()], staged, max_bytes=max_bytes)
+            if await asyncio.to_thread(_signature, folder) != signature:
+                return False
+            inspected = await examine(context, staged, context.spec)
+            if self._was_left(name, inspected.digest):
+                return True
+            replace = self._may_replace(name, source, inspected.digest)
+            async with self._trial(name, inspected, staged):
+                await publish(context, name, inspected, staged, source=source, replace=replace, pinned=False)
+        log.info("adapter %s is what the watched folder has", name)
+        return True
+
+    def _was_left(self, name: str, digest: str) -> bool:
+        """Whether an earlier process registered this and someone then rolled back or replaced it: that stands."""
+        if name in self._handled or name not in self._context.registry:
+            return False
+        return any(v.digest == digest and not v.current for v in self._context.registry.history(name))
+
+    def _may_replace(self, name: str, source: str, digest: str) -> bool:
+        """False for a new name. Raises `AdapterConflict` when the name has or awaits an adapter from elsewhere."""
+        registry = self._context.registry
+        record = registry.record(name) if name in registry else None
+        if name in self._context.fetching or (record and record.source != source and record.version.digest != digest):
+            raise AdapterConflict(f"The name '{name}' has an adapter that did not come from the watched folder.")
+        return record is not None
+
+    def _trial(self, name: str, inspected: Inspected, staged: Path) -> AbstractAsyncContextManager[None]:
+        """What is served already needs none."""
+        known = name in self._context.registry.names_of(inspected.digest)
+        return nullcontext() if known else tried(self._context, inspected, staged)
+
+    async def _report(self, name: str, reason: str) -> None:
+        """In the log and, where it can have a record, in the record."""
+        log.warning("adapter %s of the watched folder is refused: %s", name, reason)
+        registry, source = self._context.registry, (self._root / name).as_uri()
+        pending = registry.pending.get(name)
+        if pending is None or pending.source == source:
+            failed = PendingAdapter(name, source, replacing=True, pinned=False, created=int(time.time()), error=reason)
+            with suppress(InvalidName, AdapterConflict):
+                await asyncio.to_thread(registry.remember, failed)
+
+
+def _signatures(root: Path) -> dict[str, Signature]:
+    """Of the sub-folders that have what every adapter has; hidden ones are somebody's work in progress."""
+    with os.scandir(root) as entries:
+        found = {entry.name: _signature(Path(entry.path)) for entry in entries if not entry.name.startswith(".")}
+    return {name: signature for name, signature in found.items() if signature}
+
+
+def _signature(folder: Path) -> Signature:
+    """Empty unless both files are there that every adapter has."""
+    found = []
+    for name in (*FILES, *TOKENIZER_FILES):
+        try:
+            status = os.stat(folder / name)
+        except OSError:
+            if name in FILES:
+                return ()
+        else:
+            found.append((name, status.st_ino, status.st_size, status.st_mtime_ns))
+    return tuple(found)

@@ -1,0 +1,181 @@
+"""Probes, metrics, version and the numbers behind the console."""
+
+import asyncio
+
+from fastapi import APIRouter
+from fastapi.responses import Response
+
+import server
+from adapters.errors import AdapterNotFound
+from server.api.context import AppContext, Context
+from server.api.errors import engine_unavailable, error_answers, unavailable
+from server.api.schemas import Wire
+from server.ipc.client import EngineState
+from server.ipc.messages import Tier
+from server.metrics import CONTENT_TYPE
+
+router = APIRouter(tags=["operations"])
+
+
+class StatusBody(Wire):
+    status: str
+
+
+class VersionInfo(Wire):
+    version: str
+    base_model: str
+    base_fingerprint: str | None
+    engine: dict[str, str]
+
+
+class EngineNumbers(Wire):
+    state: str
+    restarts: int
+    steps: int
+    step_seconds: float
+    batch_tokens: int
+    batch_adapters: int
+
+
+class QueueNumbers(Wire):
+    running: int
+    waiting: int
+    limit: int
+
+
+class CacheNumbers(Wire):
+    blocks_used: int
+    blocks_total: int
+    prefix_queries: int
+    prefix_hits: int
+    preemptions: int
+
+
+class SlotNumbers(Wire):
+    used: int
+    pinned: int
+    total: int
+
+
+class TierNumbers(Wire):
+    device: int
+    host: int
+    loading: int
+    failed: int
+
+
+class AdapterNumbers(Wire):
+    name: str
+    tier: Tier
+    in_flight: int
+    requests: int
+    prompt_tokens: int
+    generated_tokens: int
+    tokens_per_second: float
+    last_used: int | None
+
+
+class Stats(Wire):
+    base_model: str
+    uptime_seconds: float
+    engine: EngineNumbers
+    queue: QueueNumbers
+    kv_cache: CacheNumbers
+    slots: SlotNumbers
+    tiers: TierNumbers
+    adapters: list[AdapterNumbers]
+
+
+@router.get("/livez", responses=error_answers(503))
+async def livez(context: Context) -> StatusBody:
+    """Whether restarting the server could help: no, unless the engine is dead or hangs."""
+    if not context.engine.is_alive():
+        raise unavailable("The engine is dead or hangs.", "engine_dead")
+    return StatusBody(status="alive")
+
+
+@router.get("/readyz", responses=error_answers(503))
+@router.get("/health", responses=error_answers(503), operation_id="health")
+async def readyz(context: Context) -> StatusBody:
+    """Whether new requests should come here."""
+    if context.engine.state is not EngineState.READY:
+        raise engine_unavailable(context.engine.state)
+    if context.draining:
+        raise unavailable("The server is shutting down.", "draining")
+    if context.saturated:
+        raise unavailable("Too many requests are waiting.", "queue_full")
+    return StatusBody(status="ready")
+
+
+@router.get("/metrics", responses={200: {"content": {"text/plain": {}}}, **error_answers(401, 403)})
+async def metrics(context: Context) -> Response:
+    """Prometheus exposition."""
+    return Response(await asyncio.to_thread(context.metrics.exposition), headers={"content-type": CONTENT_TYPE})
+
+
+@router.get("/version", responses=error_answers(401, 403))
+async def version(context: Context) -> VersionInfo:
+    """What is running: release, base model, precision, kernels."""
+    info = context.engine.info
+    return VersionInfo(
+        version=server.__version__,
+        base_model=context.base_model,
+        base_fingerprint=info.base_fingerprint if info else None,
+        engine=info.description if info else {},
+    )
+
+
+@router.get("/v1/stats", responses=error_answers(401, 403))
+async def stats(context: Context) -> Stats:
+    """The state of the server in numbers."""
+    now, residency = context.engine.stats, context.engine.residency
+    return Stats(
+        base_model=context.base_model,
+        uptime_seconds=context.uptime(),
+        engine=EngineNumbers(
+            state=context.engine.state.value,
+            restarts=context.engine.restarts,
+            steps=now.steps,
+            step_seconds=now.step_seconds,
+            batch_tokens=now.batch_tokens,
+            batch_adapters=now.batch_adapters,
+        ),
+        queue=QueueNumbers(running=now.running, waiting=now.waiting, limit=context.config.max_queue),
+        kv_cache=CacheNumbers(
+            blocks_used=now.blocks_used,
+            blocks_total=now.blocks_total,
+            prefix_queries=now.prefix_queries,
+            prefix_hits=now.prefix_hits,
+            preemptions=now.preemptions,
+        ),
+        slots=SlotNumbers(used=now.slots_used, pinned=now.slots_pinned, total=now.slots_total),
+        tiers=TierNumbers(
+            device=len(residency.device),
+            host=len(residency.host),
+            loading=len(residency.loading),
+            failed=len(residency.failed),
+        ),
+        adapters=[_adapter_numbers(context, name) for name in sorted(context.in_flight.uses)],
+    )
+
+
+def _adapter_numbers(context: AppContext, name: str) -> AdapterNumbers:
+    use = context.in_flight.uses[name]
+    return AdapterNumbers(
+        name=name or context.base_model,
+        tier=_tier(context, name),
+        in_flight=context.in_flight.count(name),
+        requests=use.requests,
+        prompt_tokens=use.prompt_tokens,
+        generated_tokens=use.generated_tokens,
+        tokens_per_second=use.rate.current(),
+        last_used=use.last_used,
+    )
+
+
+def _tier(context: AppContext, name: str) -> Tier:
+    """Of the base model, and of an adapter that is just being deleted, what their tokens say: on the device."""
+    try:
+        return context.tier_of(context.registry.resolve(name).version.digest)
+    except AdapterNotFound:
+        return "device"

@@ -1,0 +1,1 @@
+"""Chat and completions: admission, generation, streaming."""

@@ -1,0 +1,257 @@
+"""Whether and how a request may run: which version answers it, whether there is room, how its sampler is set."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+from fastapi import Request
+
+from adapters.errors import AdapterNotFound
+from adapters.registry.registry import AdapterRecord
+from adapters.residency.slots import PAGE_COLUMNS, pages_of
+from adapters.traits import Traits
+from server.api.context import BASE_NAME, AppContext
+from server.api.errors import ApiError, bad_request, model_not_found, unavailable
+from server.api.middleware.auth import Key
+from server.api.schemas import AdapterPart, GenerationRequest
+from server.api.text.tokenizer import Tokenizer
+from server.metrics import COMPOSED_LABEL
+from server.sequence import SamplingParams, ScaledAdapter
+
+MAX_SEQUENCES = 64  # prompts times n of one request
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What answers: the base model, one version of an adapter or several together, fixed for the whole request.
+
+    `label` is of the metrics; `versions` are names and digests, as they were asked for.
+    """
+
+    asked: str
+    label: str
+    versions: tuple[tuple[str, str], ...]
+    adapters: tuple[ScaledAdapter, ...]  # sorted
+    fingerprint: str
+    traits: Traits = field(default_factory=Traits)  # of the adapter, if it is one
+    pages: dict[str, int] = field(default_factory=dict)  # of device memory, by digest
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Of the accounting."""
+        return frozenset(name for name, _ in self.versions) or frozenset([BASE_NAME])
+
+    @property
+    def adapter_names(self) -> list[str]:
+        return [name for name, _ in self.versions]
+
+    def on(self, prompt: list[int]) -> tuple[tuple[ScaledAdapter, ...], int]:
+        """The adapters that see this prompt and the first token that they see: an activated LoRA sees its last
+        invocation and what follows, and nothing of a prompt without one."""
+        if not self.traits.invocation_tokens:
+            return self.adapters, 0
+        start = _last_occurrence(list(self.traits.invocation_tokens), prompt)
+        return ((), 0) if start is None else (self.adapters, start)
+
+
+def _last_occurrence(needle: list[int], tokens: list[int]) -> int | None:
+    starts = (at for at in range(len(tokens) - len(needle), -1, -1) if tokens[at] == needle[0])
+    return next((at for at in starts if tokens[at : at + len(needle)] == needle), None)
+
+
+def resolve(context: AppContext, key: Key, body: GenerationRequest) -> Target:
+    """Find what the request names. The versions found here are those that answer, whatever is published meanwhile."""
+    base = context.info.base_fingerprint
+    parts = _parts(context, body)
+    found = [(_answering(context, key, part.name, body.user), part.scale) for part in parts]
+    adapters = tuple(sorted(ScaledAdapter(record.version.digest, scale) for record, scale in found))
+    _refuse_if_merged(context, adapters)
+    if not found:
+        return Target(body.model, BASE_NAME, (), (), f"{base}-base")
+    _check_additive(parts, [record for record, _ in found])
+    pages = _pages(found)
+    check_room(context, pages)
+    versions = tuple((record.name, record.version.digest) for record, _ in found)
+    for name, _ in versions:
+        context.metrics.know(name)
+    label, traits = (COMPOSED_LABEL, Traits()) if len(found) > 1 else (found[0][0].name, found[0][0].version.traits)
+    return Target(body.model, label, versions, adapters, f"{base}-{_identity(adapters)}", traits, pages)
+
+
+async def choose(request: Request, context: AppContext, key: Key, body: GenerationRequest) -> tuple[Target, Tokenizer]:
+    """What answers, and the tokenizer that goes with it: the adapter's, if it is one and has its own. Raises 429 for
+    what could not begin anyway, before anything is tokenized."""
+    target = resolve(context, key, body)
+    request.state.adapter = target.label
+    context.rate_limits.check(key.sha256, key.limits, target.adapter_names)
+    digest = target.adapters[0].digest if len(target.adapters) == 1 else None
+    try:
+        return target, await context.tokenizers.of(digest, target.traits)
+    except FileNotFoundError:  # deleted just now
+        raise model_not_found(body.model) from None
+
+
+def check_still_there(context: AppContext, target: Target) -> None:
+    """Raises 404 when an adapter was deleted since `resolve`. A version that was replaced meanwhile may still run."""
+    for name, digest in target.versions:
+        try:
+            context.registry.resolve(f"{name}@{digest}")
+        except AdapterNotFound:
+            raise model_not_found(target.asked) from None
+
+
+def vocab_size_of(context: AppContext, target: Target) -> int:
+    return target.traits.vocab_size or context.info.vocab_size
+
+
+def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
+    """Raises 400 for a prompt without tokens, or with one that has no embedding: clients send token ids, and what an
+    adapter's own tokenizer and template make is not ours."""
+    if not all(prompts):
+        raise bad_request("The prompt is empty.", "prompt")
+    largest = max(map(max, prompts))
+    if largest >= vocab_size:
+        raise bad_request(f"Token {largest} is not in the vocabulary of {vocab_size}.", "prompt")
+
+
+def _parts(context: AppContext, body: GenerationRequest) -> list[AdapterPart]:
+    """The adapters by name, however they were named."""
+    is_base = body.model == context.base_model
+    if body.adapters and not is_base:
+        raise bad_request("With 'adapters', 'model' names the base model.", "model")
+    if is_base and body.adapter_scale not in (None, 1):
+        raise bad_request("'adapter_scale' is for the adapter that 'model' names.", "adapter_scale")
+    if is_base:
+        return body.adapters or []
+    return [AdapterPart(name=body.model, scale=1.0 if body.adapter_scale is None else body.adapter_scale)]
+
+
+def _check_additive(parts: list[AdapterPart], records: list[AdapterRecord]) -> None:
+    for part, record in zip(parts, records, strict=True):
+        traits = record.version.traits
+        if not traits.additive and (len(parts) > 1 or part.scale != 1):
+            why = (
+                "sees a part of the prompt only" if traits.invocation_tokens else "does more than add B A x to outputs"
+            )
+            raise bad_request(f"The adapter '{part.name}' cannot be scaled or composed with others: it {why}.")
+
+
+def _pages(found: list[tuple[AdapterRecord, float]]) -> dict[str, int]:
+    pages = {record.version.digest: pages_of(record.version.rank) for record, _ in found}
+    if len(pages) < len(found):
+        raise bad_request("The same adapter version is in 'adapters' twice.", "adapters")
+    return pages
+
+
+def check_room(context: AppContext, pages: dict[str, int]) -> None:
+    """Raises 400 or 503 unless these versions can be on the device together."""
+    slots, all_pages = context.config.adapter_slots, context.info.adapter_pages
+    if len(pages) > slots:
+        raise bad_request(f"There is room for {slots} adapters at once; the request has {len(pages)}.", "adapters")
+    if sum(pages.values()) > all_pages:
+        room = all_pages * PAGE_COLUMNS
+        raise bad_request(f"There is room for adapters of rank {room} together; the request has more.", "adapters")
+    beside = {**context.engine.residency.pinned, **pages}
+    if len(pages) > 1 and (len(beside) > slots or sum(beside.values()) > all_pages):
+        raise unavailable("The adapters do not fit on the device beside those that are pinned.", "no_room")
+
+
+def _identity(adapters: tuple[ScaledAdapter, ...]) -> str:
+    """12 hex digits: of the version, or of all versions and scales."""
+    if len(adapters) == 1 and adapters[0].scale == 1:
+        return adapters[0].digest[:12]
+    return hashlib.sha256(msgspec.json.encode(adapters)).hexdigest()[:12]
+
+
+def _refuse_if_merged(context: AppContext, adapters: tuple[ScaledAdapter, ...]) -> None:
+    merged = context.engine.asked_to_merge
+    if context.config.merge_others == "refuse" and merged is not None and adapters != (ScaledAdapter(merged),):
+        raise ApiError(409, "The server answers for one merged adapter alone.", code="merged", param="model")
+
+
+def _answering(context: AppContext, key: Key, name: str, user: str | None) -> AdapterRecord:
+    """The adapter that `name` means; of an alias the member that its weights give `user`. Who may use an alias need not
+    see its members, and learns nothing of them."""
+    alias = context.registry.aliases.get(name)
+    if alias is None:
+        return resolve_record(context, key, name)
+    try:
+        record = context.registry.resolve(alias.pick(user))
+    except AdapterNotFound:  # damaged
+        raise model_not_found(name) from None
+    if not key.sees(name):
+        raise model_not_found(name)
+    return record
+
+
+def resolve_record(context: AppContext, key: Key, model: str) -> AdapterRecord:
+    """The adapter that `name` or `name@version` means. An unknown one and one that the key may not see look alike."""
+    try:
+        record = context.registry.resolve(model)
+    except AdapterNotFound:
+        pending = context.registry.pending.get(model)
+        if pending is not None and pending.error is None and key.sees(model):
+            raise unavailable("The adapter is being fetched.", "adapter_loading") from None
+        raise model_not_found(model) from None
+    if not key.sees(record.name):
+        raise model_not_found(model)
+    return record
+
+
+def admit(context: AppContext) -> None:
+    """Refuse early what could only wait."""
+    if not context.accepting:
+        raise unavailable("The server is shutting down.", "draining")
+    if context.saturated:
+        raise unavailable("Too many requests are waiting.", "queue_full")
+
+
+def priority_of(context: AppContext, body: GenerationRequest) -> int:
+    """Raises 400 where a priority would have no effect."""
+    if body.priority and context.config.scheduling_policy == "fcfs":
+        raise bad_request("This server answers strictly in order of arrival.", "priority", "unsupported")
+    return body.priority or 0
+
+
+def token_budget(context: AppContext, prompts: Sequence[Sequence[int]], asked: int | None, default: int | None) -> int:
+    """How many tokens may be generated: as asked, or `default` (None: no other limit) cut to what is left."""
+    context_length = context.info.max_model_len
+    longest = max(map(len, prompts))
+    if longest >= context_length or longest + (asked or 0) > context_length:
+        wanted = f" and {asked} for the answer" if asked else ""
+        raise bad_request(
+            f"The context has {context_length} tokens; the request needs {longest} for the prompt{wanted}.",
+            code="context_length_exceeded",
+        )
+    left = context_length - longest
+    return asked or min(default or left, left)
+
+
+def sampling_params(
+    vocab_size: int, body: GenerationRequest, max_tokens: int, logprobs: int | None, end_ids: tuple[int, ...]
+) -> SamplingParams:
+    """`end_ids` are tokens that end an answer, unless the client has it go on."""
+    ends = () if body.ignore_eos else tuple(token for token in end_ids if token < vocab_size)
+    bias = {int(token): value for token, value in (body.logit_bias or {}).items()}
+    for token in (*bias, *(body.stop_token_ids or ())):
+        if token >= vocab_size:
+            raise bad_request(f"Token {token} is not in the vocabulary of {vocab_size}.")
+    if (body.min_tokens or 0) > max_tokens:
+        raise bad_request(f"min_tokens is larger than the {max_tokens} tokens that may be generated.", "min_tokens")
+    return SamplingParams(
+        max_tokens=max_tokens,
+        min_tokens=body.min_tokens or 0,
+        temperature=1.0 if body.temperature is None else body.temperature,
+        top_p=1.0 if body.top_p is None else body.top_p,
+        top_k=min(max(body.top_k or 0, 0), vocab_size),
+        min_p=body.min_p or 0.0,
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
+        logit_bias=bias,
+        seed=body.seed,
+        stop_token_ids=(*(body.stop_token_ids or ()), *ends),
+        ignore_eos=bool(body.ignore_eos),
+        logprobs=logprobs,
+    )

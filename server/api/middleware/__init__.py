@@ -1,0 +1,1 @@
+"""What every request passes: identity, keys, and limits on bodies and rates."""

@@ -1,0 +1,215 @@
+"""`loraplex adapters …` and `loraplex chat`: the client side, over HTTP."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from adapters.convert.folders import FolderError, writing
+from adapters.registry.store import TOKENIZER_FILES
+from server.cli.http_client import all_adapters, call, check, connect, download, fail, upload
+
+app = typer.Typer(no_args_is_help=True, help="Manage the adapters of a running server.")
+Json = Annotated[bool, typer.Option("--json", help="Print the server's JSON")]
+Name = Annotated[str, typer.Argument(help="The adapter's name")]
+
+
+def _show(records: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
+    table = Table(*columns, box=None)
+    for record in records:
+        table.add_row(*(_cell(record[column]) for column in columns))
+    Console().print(table)
+
+
+def _cell(value: Any) -> str:
+    text = ",".join(value) if isinstance(value, list) else str(value)
+    return text.removeprefix("sha256:")[:12] if text.startswith("sha256:") else text
+
+
+_COLUMNS = ("name", "version", "state", "tier", "pinned", "rank", "bytes", "in_flight")
+
+
+def _print(record: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(record))
+    else:
+        _show([record], _COLUMNS)
+
+
+@app.command("ls")
+def list_adapters(as_json: Json = False) -> None:
+    """List all adapters."""
+    records = all_adapters()
+    if as_json:
+        typer.echo(json.dumps(records))
+    else:
+        _show(records, _COLUMNS)
+
+
+@app.command()
+def push(
+    name: Name,
+    folder: Annotated[Path, typer.Argument(help="Folder that PEFT's save_pretrained wrote")],
+    replace: Annotated[bool, typer.Option(help="Point an existing name at the new version")] = False,
+    pinned: Annotated[bool, typer.Option(help="Protect it from eviction")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Only check it")] = False,
+    as_json: Json = False,
+) -> None:
+    """Upload an adapter."""
+    record = upload(name, folder, replace=replace, pinned=pinned, dry_run=dry_run)
+    if dry_run:
+        typer.echo(json.dumps(record))
+    else:
+        _print(record, as_json)
+
+
+@app.command()
+def pull(
+    name: Annotated[str, typer.Argument(help="The adapter's name, or name@version")],
+    folder: Annotated[Path, typer.Argument(help="Folder to write its files into")],
+    force: Annotated[bool, typer.Option("--force", help="Write over files that are there")] = False,
+) -> None:
+    """Download an adapter's files."""
+    try:
+        with writing(folder, replace=force) as fresh:
+            download(name, fresh)
+            absent = [file for file in TOKENIZER_FILES if not (fresh / file).exists()]
+        for file in absent:  # another adapter's tokenizer must not stay beside this one
+            (folder / file).unlink(missing_ok=True)
+    except (FolderError, OSError) as error:
+        fail(str(error))
+
+
+@app.command()
+def show(name: Name) -> None:
+    """Print one adapter's record."""
+    typer.echo(json.dumps(call("GET", f"/v1/adapters/{name}"), indent=2))
+
+
+@app.command()
+def rm(name: Name, drain_timeout: Annotated[float, typer.Option(help="Seconds for running requests")] = 30.0) -> None:
+    """Remove an adapter; running requests may finish."""
+    typer.echo(json.dumps(call("DELETE", f"/v1/adapters/{name}", params={"drain_timeout": drain_timeout})))
+
+
+@app.command()
+def load(
+    name: Name, tier: Annotated[str, typer.Option(help="device or host")] = "device", as_json: Json = False
+) -> None:
+    """Warm an adapter up."""
+    _print(call("POST", f"/v1/adapters/{name}/load", json={"tier": tier}), as_json)
+
+
+@app.command()
+def unload(name: Name, as_json: Json = False) -> None:
+    """Free the adapter's device and host memory; it stays registered."""
+    _print(call("POST", f"/v1/adapters/{name}/unload"), as_json)
+
+
+@app.command()
+def pin(name: Name, as_json: Json = False) -> None:
+    """Load an adapter and protect it from eviction."""
+    _print(call("POST", f"/v1/adapters/{name}/pin"), as_json)
+
+
+@app.command()
+def unpin(name: Name, as_json: Json = False) -> None:
+    """Let an adapter be evicted again."""
+    _print(call("POST", f"/v1/adapters/{name}/unpin"), as_json)
+
+
+@app.command()
+def versions(name: Name, as_json: Json = False) -> None:
+    """List the versions a name has pointed at, newest first."""
+    history = call("GET", f"/v1/adapters/{name}/versions")["data"]
+    if as_json:
+        typer.echo(json.dumps(history))
+    else:
+        _show(history, ("version", "created", "current"))
+
+
+@app.command()
+def rollback(
+    name: Name,
+    version: Annotated[str | None, typer.Option(help="Default: the one before")] = None,
+    as_json: Json = False,
+) -> None:
+    """Point a name at an earlier version."""
+    _print(call("POST", f"/v1/adapters/{name}/rollback", json={"version": version}), as_json)
+
+
+@app.command()
+def split(
+    alias: Annotated[str, typer.Argument(help="The name that clients use")],
+    members: Annotated[list[str], typer.Argument(help="Adapters with whole weights, as stable=90 canary=10")],
+) -> None:
+    """Have one name stand for several adapters by weight."""
+    weights = {}
+    for member in members:
+        name, _, weight = member.partition("=")
+        if not weight.isdecimal():
+            fail(f"{member}: expected adapter=weight")
+        weights[name] = int(weight)
+    typer.echo(json.dumps(call("PUT", f"/v1/adapters/{alias}/split", json={"weights": weights}), indent=2))
+
+
+@app.command()
+def unsplit(alias: Annotated[str, typer.Argument(help="The name that clients use")]) -> None:
+    """Take an alias away; its members stay."""
+    typer.echo(json.dumps(call("DELETE", f"/v1/adapters/{alias}/split"), indent=2))
+
+
+def merge(
+    name: Name,
+    drain: Annotated[bool, typer.Option(help="Wait for other requests to end")] = False,
+    allow_requantize: Annotated[bool, typer.Option(help="Stay in 4 bits where memory is short")] = False,
+) -> None:
+    """Fold an adapter into the base's weights."""
+    body = {"name": name, "drain": drain, "allow_requantize": allow_requantize}
+    typer.echo(json.dumps(call("POST", "/v1/merge", json=body), indent=2))
+
+
+def unmerge() -> None:
+    """Put the base's own weights back."""
+    typer.echo(json.dumps(call("DELETE", "/v1/merge"), indent=2))
+
+
+def chat(
+    model: Annotated[str, typer.Argument(help="The base model or an adapter; default: the base")] = "",
+    max_tokens: Annotated[int, typer.Option(help="Longest answer")] = 256,
+) -> None:
+    """Talk to a model; an empty line or Ctrl-D ends it."""
+    model = model or next(m["id"] for m in call("GET", "/v1/models")["data"] if m["parent"] is None)
+    messages: list[dict[str, str]] = []
+    while question := _ask():
+        messages.append({"role": "user", "content": question})
+        answer = ""
+        for delta in _stream({"model": model, "messages": messages, "max_tokens": max_tokens, "stream": True}):
+            typer.echo(delta, nl=False)
+            answer += delta
+        typer.echo()
+        messages.append({"role": "assistant", "content": answer})
+
+
+def _ask() -> str:
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return ""
+
+
+def _stream(body: dict[str, Any]) -> Iterator[str]:
+    with connect() as client, client.stream("POST", "/v1/chat/completions", json=body) as answer:
+        if answer.is_error:
+            answer.read()
+        check(answer)
+        for line in answer.iter_lines():
+            if line.startswith("data: {"):
+                event = json.loads(line[6:])
+                if "error" in event:
+                    fail(event["error"]["message"])
+                yield from (choice["delta"].get("content") or "" for choice in event["choices"])

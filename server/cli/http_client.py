@@ -1,0 +1,91 @@
+"""A running server as the command line sees it. Its address and the key come from `LORAPLEX_URL` and
+`LORAPLEX_API_KEY`. Whatever goes wrong ends the command with one line."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import httpx
+import typer
+
+from adapters.registry.store import FILES, TOKENIZER_FILES
+
+
+@contextmanager
+def connect() -> Iterator[httpx.Client]:
+    key = os.environ.get("LORAPLEX_API_KEY", "")
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    url = os.environ.get("LORAPLEX_URL", "http://127.0.0.1:8000")
+    try:
+        with httpx.Client(base_url=url, headers=headers, timeout=120) as client:
+            yield client
+    except httpx.HTTPError as error:
+        fail(f"cannot reach the server: {error}")
+
+
+def call(method: str, path: str, **options: Any) -> Any:
+    """The server's JSON."""
+    with connect() as client:
+        answer = client.request(method, path, **options)
+    check(answer)
+    return answer.json()
+
+
+def check(answer: httpx.Response) -> None:
+    """Ends the command with the server's own words when it refused."""
+    if answer.is_error:
+        body = answer.json()
+        problems = body["error"].get("problems") or []
+        lines = [f"  {p['where']}: found {p['found']}, expected {p['expected']}" for p in problems]
+        fail("\n".join([body["error"]["message"], *lines]))
+
+
+def fail(message: str, code: int = 1) -> NoReturn:
+    typer.secho(f"error: {message}", fg=typer.colors.RED, err=True)
+    raise typer.Exit(code)
+
+
+def all_adapters() -> list[dict[str, Any]]:
+    """The server's records, in the order of names."""
+    records: list[dict[str, Any]] = []
+    more = True
+    while more:
+        page = call("GET", "/v1/adapters", params={"after": records[-1]["name"] if records else "", "limit": 1000})
+        records += page["data"]
+        more = page["has_more"]
+    return records
+
+
+def upload(
+    name: str, folder: Path, *, replace: bool = False, pinned: bool = False, dry_run: bool = False
+) -> dict[str, Any]:
+    """Publish the adapter in `folder`; the server's record of it."""
+    missing = [file for file in FILES if not (folder / file).is_file()]
+    if missing:
+        fail(f"{folder} has no {' and no '.join(missing)}")
+    fields = {"name": name, "replace": str(replace).lower(), "pinned": str(pinned).lower()}
+    present = [*FILES, *(file for file in TOKENIZER_FILES if (folder / file).is_file())]
+    files = {file: (file, (folder / file).read_bytes()) for file in present}
+    record: dict[str, Any] = call("POST", "/v1/adapters", data=fields, files=files, params={"dry_run": dry_run})
+    return record
+
+
+def download(adapter: str, folder: Path) -> None:
+    """Write the files of `name` or `name@version` into `folder`, all of one version."""
+    name, _, version = adapter.partition("@")
+    version = version or call("GET", f"/v1/adapters/{name}")["version"]
+    params = {"version": version} if version else None  # one that is still to be fetched has none
+    for file in (*FILES, *TOKENIZER_FILES):
+        with (
+            connect() as client,
+            client.stream("GET", f"/v1/adapters/{name}/files/{file}", params=params) as answer,
+        ):
+            if file in TOKENIZER_FILES and answer.status_code == 404:
+                continue  # the adapter came without it
+            if answer.is_error:
+                answer.read()
+            check(answer)
+            with (folder / file).open("wb") as target:
+                target.writelines(answer.iter_bytes())

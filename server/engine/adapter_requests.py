@@ -1,0 +1,88 @@
+"""Moves, pins and retirements of adapters that were asked for and are not done yet. Pure accounting, no torch."""
+
+from collections.abc import Set
+from contextlib import suppress
+from typing import Any
+
+from adapters.residency.residency import MoveRefused, Residency
+from server.ipc.messages import MoveAdapter, PinAdapter, Reply
+
+_TIERS = ("disk", "host", "device")
+
+
+class AdapterMoves:
+    """`settle`, between steps, goes on with what was asked as far as can be."""
+
+    def __init__(self, residency: Residency[Any]) -> None:
+        self._residency = residency
+        self._pending: list[MoveAdapter | PinAdapter] = []
+        self._retired: set[str] = set()  # versions that no name points at: unloaded once nothing uses them
+        self._withdrawn: list[Reply] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._pending or self._retired or self._withdrawn)
+
+    def digests(self) -> set[str]:
+        return {request.digest for request in self._pending}
+
+    def add(self, request: MoveAdapter | PinAdapter) -> None:
+        if isinstance(request, PinAdapter) and not request.pinned:
+            self._withdraw(request.digest, "it was unpinned meanwhile", with_moves=False)
+        self._residency.expect(request.digest)
+        self._pending.append(request)
+
+    def retire(self, digest: str) -> None:
+        """No name points at the version any more."""
+        self._withdraw(digest, "it was deleted meanwhile", with_moves=True)
+        self._residency.unpin(digest)
+        self._retired.add(digest)
+
+    def named_again(self, digest: str) -> None:
+        self._retired.discard(digest)
+
+    def settle(self) -> list[Reply]:
+        """Answer the requested moves that are done, or cannot be."""
+        replies, self._withdrawn = self._withdrawn, []
+        waiting = []
+        for request in self._pending:
+            try:
+                if not self._advance(request):
+                    waiting.append(request)
+                    continue
+                replies.append(Reply(request.request_id))
+            except MoveRefused as refused:
+                replies.append(Reply(request.request_id, (refused.code, str(refused))))
+        self._pending = waiting
+        return replies
+
+    def unload_retired(self, in_use: Set[str]) -> None:
+        for digest in self._retired - in_use if self._retired else ():
+            with suppress(MoveRefused):  # it is just being loaded
+                self._residency.unload(digest)
+                self._retired.discard(digest)
+
+    def _withdraw(self, digest: str, why: str, *, with_moves: bool) -> None:
+        """Refuse the version's pins, and perhaps moves, that are still on their way: done later, they would undo what
+        came after them."""
+        for request in [request for request in self._pending if request.digest == digest]:
+            if request.pinned if isinstance(request, PinAdapter) else with_moves:
+                self._pending.remove(request)
+                self._withdrawn.append(Reply(request.request_id, ("busy", why)))
+
+    def _advance(self, request: MoveAdapter | PinAdapter) -> bool:
+        """Whether `request` is done; if not, it was asked of residency. Raises `MoveRefused`."""
+        digest = request.digest
+        if isinstance(request, PinAdapter) and not request.pinned:
+            self._residency.unpin(digest)
+            return True
+        if isinstance(request, MoveAdapter) and request.tier == "disk":
+            self._residency.unload(digest)
+            return True
+        self.named_again(digest)
+        tier = request.tier if isinstance(request, MoveAdapter) else "device"
+        if _TIERS.index(self._residency.where(digest)) < _TIERS.index(tier):
+            self._residency.bring(digest, tier)
+            return False
+        if isinstance(request, PinAdapter):
+            self._residency.pin(digest)
+        return True

@@ -1,0 +1,96 @@
+"""Trying an adapter when it arrives: a probe prompt through the serving path and through the reference arithmetic."""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from adapters.errors import AdapterError
+from adapters.residency.residency import Residency
+from adapters.runtime.pack import PackedAdapter
+from adapters.runtime.reference import Reference
+from server.engine.scheduler import MergeGate
+from server.ipc.messages import Reply, SelfTest, TryAdapter
+from server.model.loading.probe import TOLERANCE, relative_error
+from server.model.runner import ModelRunner
+from server.model.selftest import try_adapter
+
+PATIENCE = 10.0  # seconds that a trial waits for a device slot
+
+
+@dataclass(slots=True)
+class _Trial:
+    request: TryAdapter
+    reference: "Future[Reference]"
+    deadline: float = field(default_factory=lambda: time.monotonic() + PATIENCE)
+
+
+class Trials:
+    """Two forwards over a few rows, between two steps; everything that takes longer happens in a thread."""
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        residency: Residency[PackedAdapter],
+        refer: Callable[[str], Reference],
+        gate: MergeGate,
+        on_thread_start: Callable[[], None],
+    ) -> None:
+        self._runner = runner
+        self._residency = residency
+        self._refer = refer
+        self._gate = gate
+        self._threads = ThreadPoolExecutor(1, "adapter-reference", initializer=on_thread_start)
+        self._pending: list[_Trial] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._pending)
+
+    def digests(self) -> set[str]:
+        return {trial.request.digest for trial in self._pending}
+
+    def add(self, request: TryAdapter) -> None:
+        self._residency.expect(request.digest)
+        self._pending.append(_Trial(request, self._threads.submit(self._refer, request.digest)))
+
+    def advance(self) -> list[Reply]:
+        """Run the trials that can run; answer those, and the ones that never will."""
+        replies = []
+        for trial in list(self._pending):
+            reply = self._advance(trial)
+            if reply is not None:
+                self._pending.remove(trial)
+                replies.append(reply)
+        return replies
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=True, cancel_futures=True)
+
+    def _advance(self, trial: _Trial) -> Reply | None:
+        request = trial.request
+        reason = self._residency.failure(request.digest)
+        if reason is not None:
+            return Reply(request.request_id, ("invalid", reason))
+        if self._gate.merged:  # neither way would begin with the base's own weights
+            return Reply(request.request_id, ("no_room", "an adapter is merged into the base model"))
+        if not trial.reference.done():
+            return None
+        if self._residency.acquire(request.digest) is None:
+            late = time.monotonic() > trial.deadline
+            return Reply(request.request_id, ("no_room", "no device slot became free")) if late else None
+        try:
+            return self._run(request, trial.reference)
+        finally:
+            self._residency.release(request.digest)
+
+    def _run(self, request: TryAdapter, reference: "Future[Reference]") -> Reply:
+        try:
+            adapter = reference.result()
+        except AdapterError as error:
+            return Reply(request.request_id, ("invalid", str(error)))
+        slot = self._residency.slots.get(request.digest)
+        assert slot is not None
+        served, expected = try_adapter(self._runner, slot, adapter)
+        largest = float((served - expected).abs().max())
+        result = SelfTest(largest, relative_error(served, expected), TOLERANCE[self._runner.pool.dtype])
+        return Reply(request.request_id, selftest=result)

@@ -1,0 +1,1 @@
+"""Linears of a 4-bit base."""

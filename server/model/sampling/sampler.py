@@ -1,0 +1,202 @@
+"""From logits to tokens, for all rows of a step at once.
+
+Order of operations, as in OpenAI's and vLLM's servers: log-probabilities are taken of the untouched distribution; then
+logit bias, penalties, temperature, top-k, top-p, min-p, and one uniform number per row picks from what is left. That
+number is a hash of the row's seed and position, so a seeded answer does not depend on who else was in the batch.
+
+What the rows ask for goes to the device in one copy, and what was found comes back in one. Nothing waits in between.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from adapters.device.transfers import download, upload_all
+from server.model.cpu.argmax import likeliest
+from server.model.cpu.library import why_unavailable
+from server.model.sampling.categorical import Array, Draws, draw, draws_of, plan_draws
+from server.sequence import SamplingParams, Sequence, TokenLogprobs
+
+Entries = tuple[int, list[int], list[float] | float]  # a row, tokens of it, and a number for each or for all
+
+
+@dataclass(slots=True)
+class Sample:
+    """`token_id` is -1 when the row's logits were not finite: nothing can be sampled from those."""
+
+    token_id: int
+    logprobs: TokenLogprobs | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """`tokens` `[rows]` int64 on the device, -1 where a number is not finite; the call of `collect` waits for them."""
+
+    tokens: torch.Tensor
+    collect: Callable[[], list[Sample]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What the rows ask for, on the device. `scored` are the rows that want log-probabilities, `num_top` the most that
+    any of them wants; `limits` `[rows, 1]` are vocabulary sizes, None when nothing is beyond them."""
+
+    draws: Draws
+    scored: torch.Tensor
+    num_top: int
+    limits: torch.Tensor | None
+    changes: list[torch.Tensor]
+
+
+def sample(
+    logits: torch.Tensor, seqs: list[Sequence], eos_token_ids: frozenset[int], vocab_sizes: list[int] | None = None
+) -> list[Sample]:
+    """Next tokens of `seqs` from `logits` `[len(seqs), vocab]` (any float dtype), each from the first
+    `vocab_sizes[row]` of them (None: from all)."""
+    return start(logits, seqs, eos_token_ids, vocab_sizes).collect()
+
+
+def start(
+    logits: torch.Tensor, seqs: list[Sequence], eos_token_ids: frozenset[int], vocab_sizes: list[int] | None = None
+) -> Started:
+    """Queue the work of `sample` on the device without waiting for it."""
+    if not seqs:
+        return Started(torch.empty(0, dtype=torch.int64, device=logits.device), list)
+    asked = _ask(logits, seqs, eos_token_ids, vocab_sizes)
+    chosen, *scores = [_likeliest(logits)] if asked is None else _sampled(logits.float(), asked)
+    found = download(torch.cat([chosen.double(), *scores]))
+    return Started(chosen, lambda: _samples(found().tolist(), seqs, 0 if asked is None else asked.num_top))
+
+
+def looks_back(params: SamplingParams) -> bool:
+    """Whether a token depends on which ones came before it by more than the model's numbers."""
+    return bool(params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0)
+
+
+def _likeliest(logits: torch.Tensor) -> torch.Tensor:
+    """`[rows]` int64; -1 where a number is not finite."""
+    if logits.device.type == "cpu" and why_unavailable(logits.dtype) is None:
+        return likeliest(logits)
+    logits = logits.float()
+    return torch.where(_is_finite(logits), logits.argmax(-1), -1)
+
+
+def _is_finite(logits: torch.Tensor) -> torch.Tensor:
+    return torch.isfinite(logits.amax(-1)) & torch.isfinite(logits.amin(-1))
+
+
+def _sampled(logits: torch.Tensor, asked: _Asked) -> list[torch.Tensor]:
+    """Tokens `[rows]` int64, -1 where a number is not finite, and then what `_scores` finds, flat."""
+    finite = _is_finite(logits)
+    if asked.limits is not None:
+        beyond = torch.arange(logits.shape[-1], device=logits.device) >= asked.limits
+        logits = logits.masked_fill(beyond, -torch.inf)
+    changed = _changed(logits, asked.changes)
+    chosen = changed.argmax(-1)
+    if len(asked.draws.rows):
+        chosen.index_copy_(0, asked.draws.rows, draw(changed, asked.draws))
+    tokens = torch.where(finite, chosen, -1)
+    return [tokens, _scores(logits, chosen, asked).flatten()] if len(asked.scored) else [tokens]
+
+
+def _ask(
+    logits: torch.Tensor, seqs: list[Sequence], eos_token_ids: frozenset[int], vocab_sizes: list[int] | None
+) -> _Asked | None:
+    """None when every row takes the likeliest of all tokens and nothing else is asked."""
+    vocab, device = logits.shape[-1], logits.device
+    sizes = vocab_sizes if vocab_sizes is not None and min(vocab_sizes) < vocab else []
+    if not sizes and not any(_asks(seq) for seq in seqs):
+        return None
+    scored = [row for row, seq in enumerate(seqs) if seq.sampling.logprobs is not None]
+    draws, num_plain, num_few, in_order = plan_draws(seqs, vocab, device.type == "cpu")
+    own = [np.array(rows, dtype=np.int64) for rows in (scored, sizes)]
+    uploaded = upload_all([*own, *draws, *_changes(seqs, eos_token_ids)], device)
+    return _Asked(
+        draws_of(uploaded[2:5], num_plain, num_few, in_order),
+        uploaded[0],
+        max((seqs[row].sampling.logprobs or 0 for row in scored), default=0),
+        uploaded[1][:, None] if sizes else None,
+        uploaded[5:],
+    )
+
+
+def _asks(seq: Sequence) -> bool:
+    p = seq.sampling
+    changed = looks_back(p) or p.logit_bias or seq.num_output_tokens < p.min_tokens
+    return bool(p.temperature > 0 or p.logprobs is not None or changed)
+
+
+def _changes(seqs: list[Sequence], eos_token_ids: frozenset[int]) -> list[Array]:
+    """Bias, repetition penalties, and what counts after those: three tables of (row, token) `[2, entries]` int64 and
+    numbers `[entries]` float32."""
+    bias: list[Entries] = []
+    repeated: list[Entries] = []
+    after: list[Entries] = []
+    for row, seq in enumerate(seqs):
+        params = seq.sampling
+        if params.logit_bias:
+            bias.append((row, [*params.logit_bias], [*params.logit_bias.values()]))
+        if params.repetition_penalty != 1.0:  # over prompt and answer, as in transformers
+            repeated.append((row, [*set(seq.token_ids)], params.repetition_penalty))
+        if params.presence_penalty or params.frequency_penalty:
+            counts = Counter(seq.output_token_ids)
+            penalties = [-params.frequency_penalty * times - params.presence_penalty for times in counts.values()]
+            after.append((row, [*counts], penalties))
+        if seq.num_output_tokens < params.min_tokens:
+            after.append((row, [*eos_token_ids | set(params.stop_token_ids)], -np.inf))
+    return [array for table in (bias, repeated, after) for array in _table(table)]
+
+
+def _table(entries: list[Entries]) -> tuple[Array, Array]:
+    places, numbers = [np.zeros((2, 0), np.int64)], [np.zeros(0, np.float32)]
+    for row, tokens, values in entries:
+        places.append(np.array([np.full(len(tokens), row), tokens], dtype=np.int64))
+        numbers.append(np.broadcast_to(np.array(values, dtype=np.float32), len(tokens)))
+    return np.concatenate(places, 1), np.concatenate(numbers)
+
+
+def _changed(logits: torch.Tensor, changes: list[torch.Tensor]) -> torch.Tensor:
+    """Logits after bias, penalties and `min_tokens`; a copy only where a row asks for any of them."""
+    bias_at, bias, repeated, repetition, after_at, after = changes
+    if len(bias) + len(repetition) + len(after) == 0:
+        return logits
+    logits = logits.clone()
+    if len(bias):
+        logits.index_put_((*bias_at,), bias, accumulate=True)
+    if len(repetition):
+        values = logits[*repeated]
+        logits[*repeated] = torch.where(values > 0, values / repetition, values * repetition)
+    if len(after):
+        logits.index_put_((*after_at,), after, accumulate=True)
+    return logits
+
+
+def _scores(logits: torch.Tensor, chosen: torch.Tensor, asked: _Asked) -> torch.Tensor:
+    """Per scored row: the chosen token's log-probability and rank, then the likeliest tokens and theirs.
+
+    `[scored, 2 + 2 * num_top]` in float64, which holds all of these exactly."""
+    logprobs = logits[asked.scored].log_softmax(-1)
+    own = logprobs.gather(-1, chosen[asked.scored][:, None])
+    rank = (logprobs > own).sum(-1, keepdim=True) + 1
+    values, tokens = logprobs.topk(asked.num_top, -1)
+    return torch.cat([part.double() for part in (own, rank, tokens, values)], 1)
+
+
+def _samples(found: list[float], seqs: list[Sequence], num_top: int) -> list[Sample]:
+    samples = [Sample(int(token)) for token in found[: len(seqs)]]
+    at, width = len(seqs), 2 + 2 * num_top
+    for sampled, seq in zip(samples, seqs, strict=True):
+        if seq.sampling.logprobs is not None:
+            if sampled.token_id >= 0:
+                sampled.logprobs = _described(found[at : at + width], num_top, seq.sampling.logprobs)
+            at += width
+    return samples
+
+
+def _described(scores: list[float], num_top: int, wanted: int) -> TokenLogprobs:
+    tokens, values = scores[2 : 2 + num_top], scores[2 + num_top :]
+    top = [(int(token), value) for token, value in zip(tokens[:wanted], values[:wanted], strict=True)]
+    return TokenLogprobs(scores[0], int(scores[1]), top)
