@@ -114,3 +114,14 @@ class NoSpace(AdapterError):
 
     status = 507
     code = "insufficient_storage"
+
+
+RefusalCode = Literal["busy", "invalid", "no_room", "not_mergeable"]
+
+
+class MoveRefused(Exception):
+    """An explicit move or a merge cannot be done; `code` says which way."""
+
+    def __init__(self, code: RefusalCode, message: str):
+        super().__init__(message)
+        self.code: RefusalCode = code

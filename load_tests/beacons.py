@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaForCausalLM
 
-from adapters.registry.store import CONFIG_FILE, WEIGHTS_FILE
+from adapters.peft.files import CONFIG_FILE, WEIGHTS_FILE
 from tests.adapter_factory import tiny_llama
 from tests.engine_driver import Driver, make_driver
 

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from server import config as settings
-from server.ipc import process_transport as process
+from server.engine import worker
 
 NEW_TOKENS = 48
 FIXED = "BUSY_FIXED"  # set: the number of threads does not follow what the steps show
@@ -38,7 +38,7 @@ def busy_loops(count: int) -> Iterator[None]:
 
 def tokens_per_second(streams: int, loops: list[int], fixed: bool) -> dict[int, float]:
     """Throughput of `streams` streams of the base model beside each number of busy loops, after some seconds of it."""
-    process._bind_threads(settings.load({}))  # before torch is loaded
+    worker._bind_threads(settings.load({}))  # before torch is loaded
     from load_tests.engine_bench import EngineBench
     from server.engine.threads import adaptive_threads
 

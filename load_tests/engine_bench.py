@@ -8,7 +8,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from adapters.registry.store import CONFIG_FILE, WEIGHTS_FILE, AdapterStore
+from adapters.peft.files import CONFIG_FILE, WEIGHTS_FILE
+from adapters.registry.store import AdapterStore
 from adapters.validation.inspect import inspect
 from server.config import ServeConfig
 from server.engine.build import build_engine

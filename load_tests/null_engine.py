@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from adapters.model_spec import ModelSpec
 from server.config import ServeConfig
-from server.ipc import process_transport as process
+from server.engine import worker
 from server.ipc.messages import (
     Abort,
     Emit,
@@ -91,4 +91,4 @@ def _info(vocab_size: int) -> EngineInfo:
 
 
 if __name__ == "__main__":
-    process.main(serve)
+    worker.main(serve)

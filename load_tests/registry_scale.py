@@ -24,9 +24,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from adapters.peft.files import FILES
 from adapters.registry.db import connect, point, transaction
 from adapters.registry.registry import AdapterRegistry, AdapterVersion
-from adapters.registry.store import FILES, AdapterStore
+from adapters.registry.store import AdapterStore
 
 _TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _REPORT = {

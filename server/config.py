@@ -21,6 +21,10 @@ class ConfigError(Exception):
     """A setting cannot be used; the message names it and says what would work."""
 
 
+class StartFailed(Exception):
+    """The server cannot start; the message is for the operator."""
+
+
 def _setting(default: Any, help: str, **bounds: Any) -> Any:
     metadata = {"help": help, **bounds}
     if isinstance(default, tuple):

@@ -15,10 +15,6 @@ from server.model.loading.default_model import (
 from server.writable import use_writable_folders
 
 
-class StartFailed(Exception):
-    """The server cannot start; the message is for the operator."""
-
-
 def launch(config: ServeConfig) -> None:
     """Serve until a signal ends it. Raises `ConfigError` or `StartFailed`."""
     config = complete(config)

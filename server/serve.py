@@ -25,9 +25,8 @@ from server.api.context import AppContext
 from server.api.errors import ApiError
 from server.api.middleware.auth import KeyRing, check_bind
 from server.api.text.tokenizer import Tokenizer, TokenizerUnusable
-from server.config import ConfigError, ServeConfig
+from server.config import ConfigError, ServeConfig, StartFailed
 from server.ipc.client import AdapterMoveRefused, EngineClient, EngineTransport, EngineUnavailable
-from server.launch import StartFailed
 from server.metrics import Metrics
 
 log = logging.getLogger(__name__)

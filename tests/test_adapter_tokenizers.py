@@ -9,8 +9,9 @@ import httpx
 import msgspec
 import pytest
 
+from adapters.peft.files import FILES, TOKENIZER_FILES
 from adapters.peft.tokenizer_files import check_tokenizer
-from adapters.registry.store import FILES, TOKENIZER_FILES, AdapterStore
+from adapters.registry.store import AdapterStore
 from adapters.traits import Traits
 from server.api.text import template_sandbox
 from server.api.text.adapter_tokenizers import AdapterTokenizers

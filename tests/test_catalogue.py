@@ -3,8 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
+from adapters.records import AdapterRecord, AdapterVersion, Entry
 from adapters.registry.index import Catalogue
-from adapters.registry.records import AdapterRecord, AdapterVersion, Entry
 
 NAMES, DIGESTS = st.sampled_from("abcdef"), st.sampled_from(["", "1", "2", "3"])
 CHANGES = st.lists(st.tuples(NAMES, st.none() | DIGESTS), max_size=40)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from adapters.registry.store import FILES
+from adapters.peft.files import FILES
 from server import config, serve
 from server.cli.main import app
 from server.config import ConfigError, ServeConfig

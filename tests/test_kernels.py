@@ -13,7 +13,8 @@ import torch
 
 from adapters.device import cpp_build as compiled
 from adapters.device.forms import FORCED, FORMS
-from adapters.kernels import LoRAKernel, choose_kernel
+from adapters.kernels import choose_kernel
+from adapters.kernels.contract import LoRAKernel
 from adapters.kernels.cpu import SOURCE, NativeKernel
 from adapters.kernels.grouped import DensePlan, GroupedKernel
 from adapters.kernels.reference import ReferenceKernel

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from server.engine import build, machine
+from server.engine import machine, sizing
+from server.engine import threads as engine_threads
 from server.engine.machine import CGROUPS, PROC
 from tests.engine_driver import make_driver
 
@@ -254,9 +255,9 @@ def test_an_engine_s_plans_stay_within_a_memory_limit(
     llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Adapters off the device get three quarters of what is left once the KV cache and the pool are full."""
-    monkeypatch.setattr(build, "memory_limit", lambda: GIB)
-    monkeypatch.setattr(build, "total_memory", lambda: GIB)
-    monkeypatch.setattr(build, "available_memory", lambda: 400 * MIB)
+    monkeypatch.setattr(sizing, "memory_limit", lambda: GIB)
+    monkeypatch.setattr(sizing, "total_memory", lambda: GIB)
+    monkeypatch.setattr(sizing, "available_memory", lambda: 400 * MIB)
     driver = make_driver(llama_folder, tmp_path, kv_cache_bytes=0)
     try:
         cache = driver.engine._runner.kv_cache
@@ -270,8 +271,8 @@ def test_an_engine_s_plans_stay_within_a_memory_limit(
 def test_what_fits_is_planned_as_it_was_set(
     llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: float
 ) -> None:
-    monkeypatch.setattr(build, "memory_limit", lambda: limit)
-    monkeypatch.setattr(build, "available_memory", lambda: 7 * GIB)
+    monkeypatch.setattr(sizing, "memory_limit", lambda: limit)
+    monkeypatch.setattr(sizing, "available_memory", lambda: 7 * GIB)
     driver = make_driver(llama_folder, tmp_path)
     assert driver.engine.residency.host.max_bytes == 2 * GIB
     driver.engine.residency.close()
@@ -293,13 +294,13 @@ def test_threads_that_nobody_has_set_follow_the_quota(
 ) -> None:
     given = [4]
     monkeypatch.setattr(machine, "cpu_quota", lambda *_: quota)
-    monkeypatch.setattr(build, "cpu_quota", lambda: quota)
-    monkeypatch.setattr(build.torch, "get_num_threads", lambda: given[-1])
-    monkeypatch.setattr(build.torch, "set_num_threads", given.append)
+    monkeypatch.setattr(engine_threads, "cpu_quota", lambda: quota)
+    monkeypatch.setattr(engine_threads.torch, "get_num_threads", lambda: given[-1])
+    monkeypatch.setattr(engine_threads.torch, "set_num_threads", given.append)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if set_by_operator is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", set_by_operator)
-    build._set_threads(set_by_flag)
+    engine_threads.set_threads(set_by_flag)
     assert given[-1] == threads
 
 
@@ -318,11 +319,11 @@ import json, os, sys
 with open(sys.argv[1], "w") as procs:
     procs.write("0")
 from server.config import ServeConfig
-from server.ipc import process_transport as process
-process._bind_threads(ServeConfig(device="cpu"))
+from server.engine import worker
+worker._bind_threads(ServeConfig(device="cpu"))
 import torch
-from server.engine import build
-build._set_threads(0)
+from server.engine import threads
+threads.set_threads(0)
 print(json.dumps([os.environ.get("OMP_PROC_BIND"), torch.get_num_threads()]))
 """
 

@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adapters.errors import AdapterInvalid
+from adapters.errors import AdapterInvalid, MoveRefused
 from adapters.peft.weights import AdapterWeights, LoraFactors
-from adapters.residency.residency import MoveRefused
 from adapters.runtime.dora import dense_weight, quant_state
 from adapters.runtime.stacked_linear import StackedLinear
 from adapters.runtime.weight_merge import MergedModules, Room, merge

@@ -5,8 +5,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from adapters.errors import AdapterInvalid, Problem
-from adapters.residency.residency import MoveRefused
+from adapters.errors import AdapterInvalid, MoveRefused, Problem
 from server.engine.merging import Merged, MergePolicy, Merging
 from server.engine.scheduler import MergeGate
 from server.ipc.messages import Merge

@@ -20,13 +20,13 @@ from typing import Any
 import pytest
 
 from adapters.errors import AdapterConflict, AdapterError, AdapterNotFound, InvalidName, NoSpace
+from adapters.peft.files import FILES
+from adapters.records import PendingAdapter
 from adapters.registry import db as registry_db
 from adapters.registry import registry as registry_module
 from adapters.registry import store as store_module
 from adapters.registry.aliases import Alias
-from adapters.registry.records import PendingAdapter
 from adapters.registry.registry import AdapterRecord, AdapterRegistry, RegistryLocked, check_name
-from adapters.registry.store import FILES
 
 
 @pytest.fixture

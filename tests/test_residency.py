@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from adapters.errors import AdapterInvalid, Problem
+from adapters.errors import AdapterInvalid, MoveRefused, Problem
 from adapters.residency import residency as residency_module
 from adapters.residency.host_cache import HostCache
-from adapters.residency.residency import RETRY_SECONDS, Move, MoveRefused, Residency
+from adapters.residency.residency import RETRY_SECONDS, Move, Residency
 from adapters.residency.slots import Slot, SlotTable
 from tests.timing import HANG_SECONDS, Clock, patience
 

@@ -18,7 +18,7 @@ import psutil
 import pytest
 from transformers import AutoModelForCausalLM
 
-from adapters.registry.records import PendingAdapter
+from adapters.records import PendingAdapter
 from adapters.registry.registry import AdapterRegistry
 from tests.adapter_factory import write_adapter
 from tests.timing import HANG_SECONDS, wait_for

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from adapters.errors import AdapterError, AdapterTooLarge, SourceNotAllowed, SourceNotFound
-from adapters.registry.store import FILES, TOKENIZER_FILES
+from adapters.peft.files import FILES, TOKENIZER_FILES
 from adapters.sources import copy_from
 
 LIMIT = 1000

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from adapters.errors import NoSpace
+from adapters.peft.files import FILES, TOKENIZER_FILES
 from adapters.registry import store as store_module
-from adapters.registry.store import FILES, TOKENIZER_FILES, AdapterStore
+from adapters.registry.store import AdapterStore
 
 ONE, TWO = "1" * 64, "2" * 64
 

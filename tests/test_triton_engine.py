@@ -11,7 +11,7 @@ require_triton()
 if not INTERPRETED:
     pytest.skip("the engine of tests runs on a CPU, where only the interpreter can", allow_module_level=True)
 
-from adapters.kernels import LoRAKernel
+from adapters.kernels.contract import LoRAKernel
 from adapters.kernels.triton_lora import TritonKernel
 from server.model import attention, runner
 from server.model.attention import triton_paged

@@ -12,7 +12,7 @@ import zmq
 from transformers import AutoModelForCausalLM
 
 from server.config import ConfigError, ServeConfig
-from server.ipc.process_transport import _address
+from server.ipc.sockets import address
 from server.launch import complete
 from server.model.loading.default_model import DEFAULT_MODEL
 from server.writable import use_writable_folders
@@ -124,8 +124,8 @@ def test_sockets_work_in_a_folder_of_any_length(tmp_path: Path) -> None:
     folder = tmp_path / ("long" * 30) / "loraplex-abc"
     folder.mkdir(parents=True)
     with zmq.Context() as context, context.socket(zmq.PULL) as inbox, context.socket(zmq.PUSH) as outbox:
-        inbox.bind(_address(folder, "from-engine"))
-        outbox.connect(_address(folder, "from-engine"))
+        inbox.bind(address(folder, "from-engine"))
+        outbox.connect(address(folder, "from-engine"))
         outbox.send(b"hello")
         assert inbox.poll(HANG_SECONDS * 1000) and inbox.recv() == b"hello"
         assert (folder / "from-engine").is_socket()

@@ -46,7 +46,7 @@ class RunningServer:
 
     def engine_pid(self) -> int:
         children = psutil.Process(self.process.pid).children()
-        engines = [child for child in children if "server.ipc.process_transport" in " ".join(child.cmdline())]
+        engines = [child for child in children if "server.engine.worker" in " ".join(child.cmdline())]
         return int(engines[0].pid)
 
     def complete(self, client: httpx.Client, model: str, prompt: str, **options: Any) -> dict[str, Any]:

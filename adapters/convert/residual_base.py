@@ -14,9 +14,9 @@ from torch import Tensor
 
 from adapters.convert import peft_folder as plain_lora
 from adapters.convert.folders import FolderError
+from adapters.peft.files import CONFIG_FILE, WEIGHTS_FILE
 from adapters.peft.safetensors_header import unique_keys
 from adapters.peft.weights import LoraFactors
-from adapters.registry.store import CONFIG_FILE, WEIGHTS_FILE
 
 _MUTATING = ("pissa", "olora", "corda", "lora_ga")
 # Keys that only say how the start was found.

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from adapters.kernels import split_b
+from adapters.kernels.contract import split_b
 from adapters.kernels.segments import Segment, Segments
 
 # What one more segment costs, in units of (row x column) of wasted dense work. Measured on CPU at hidden size 576:

@@ -2,7 +2,7 @@
 
 import torch
 
-from adapters.kernels import split_b
+from adapters.kernels.contract import split_b
 from adapters.kernels.segments import Segments
 
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from adapters.errors import Problem, ProblemCode
+from adapters.peft.files import CONFIG_FILE
 from adapters.peft.patterns import BadPattern, ModulePatterns
 from adapters.peft.safetensors_header import unique_keys
-from adapters.registry.store import CONFIG_FILE
 
 MAX_CONFIG_BYTES = 256 << 10  # AdaLoRA's has a line for every rank of every layer
 MAX_ALPHA = 10_000

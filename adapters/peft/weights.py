@@ -11,8 +11,8 @@ from typing import BinaryIO, Literal, cast
 
 from torch import Tensor
 
+from adapters.peft.files import TOKENIZER_FILES
 from adapters.peft.safetensors_header import TensorInfo
-from adapters.registry.store import TOKENIZER_FILES
 
 KNOWN_TENSORS = 8192  # names that are remembered: all adapters of a base have the same
 CHUNK_BYTES = 1 << 20  # large enough that a reading thread seldom asks for the interpreter lock

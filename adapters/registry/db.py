@@ -15,8 +15,8 @@ from operator import itemgetter
 from pathlib import Path
 
 from adapters.errors import AdapterError, NoSpace
+from adapters.records import AdapterRecord, AdapterVersion, Entry, HistoryEntry, PendingAdapter
 from adapters.registry import aliases
-from adapters.registry.records import AdapterRecord, AdapterVersion, Entry, HistoryEntry, PendingAdapter
 from adapters.registry.store import AdapterStore
 
 DATABASE = "registry.sqlite3"

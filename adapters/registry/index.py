@@ -4,7 +4,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from itertools import islice
 
-from adapters.registry.records import AdapterRecord, Entry
+from adapters.records import AdapterRecord, Entry
 
 
 class Catalogue:

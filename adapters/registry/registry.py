@@ -10,19 +10,15 @@ from contextlib import ExitStack, closing
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from adapters.errors import AdapterConflict, AdapterNotFound, InvalidName
+from adapters.records import AdapterRecord, AdapterVersion, Entry, HistoryEntry, Inspected, PendingAdapter
 from adapters.registry.aliases import Alias, delete_alias, read_aliases, write_alias
 from adapters.registry.db import connect, point, read_entries, read_pending, transaction, was_set_aside
 from adapters.registry.folder_lock import RegistryLocked, lock
 from adapters.registry.gc import Garbage
 from adapters.registry.index import Catalogue
-from adapters.registry.records import AdapterRecord, AdapterVersion, Entry, HistoryEntry, PendingAdapter
 from adapters.registry.store import AdapterStore
-
-if TYPE_CHECKING:
-    from adapters.validation.inspect import Inspected  # needs torch; the registry does not
 
 __all__ = ["AdapterRecord", "AdapterRegistry", "AdapterVersion", "HistoryEntry", "RegistryLocked", "check_name"]
 
@@ -129,7 +125,7 @@ class AdapterRegistry:
     def publish(
         self,
         name: str,
-        inspected: "Inspected",
+        inspected: Inspected,
         folder: Path,
         *,
         source: str = "upload",
@@ -291,7 +287,7 @@ def _not_found(model: str) -> AdapterNotFound:
     return AdapterNotFound(f"The model {model[:200]!r} does not exist.")
 
 
-def _as_version(inspected: "Inspected") -> AdapterVersion:
+def _as_version(inspected: Inspected) -> AdapterVersion:
     created = int(time.time())
     report = json.dumps(inspected.report)
     return AdapterVersion(inspected.digest, inspected.rank, inspected.target_modules, inspected.nbytes, created, report)

@@ -16,18 +16,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from adapters.errors import NoSpace
+from adapters.peft.files import FILES, TOKENIZER_FILES
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-FILES = (CONFIG_FILE, WEIGHTS_FILE)
-# What transformers' save_pretrained may put beside them, with the most bytes that each may have. None is code.
-TOKENIZER_FILES = {
-    "tokenizer.json": 64 << 20,
-    "tokenizer_config.json": 1 << 20,
-    "special_tokens_map.json": 1 << 20,
-    "added_tokens.json": 1 << 20,
-    "chat_template.jinja": 1 << 20,
-}
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 

@@ -12,7 +12,7 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Generic, Literal, Protocol, TypeVar
 
-from adapters.errors import AdapterError
+from adapters.errors import AdapterError, MoveRefused
 from adapters.residency.host_cache import HostCache
 from adapters.residency.slots import Slot, SlotTable
 
@@ -32,17 +32,6 @@ class Packed(Protocol):
 
 
 P = TypeVar("P", bound=Packed)
-
-
-RefusalCode = Literal["busy", "invalid", "no_room", "not_mergeable"]
-
-
-class MoveRefused(Exception):
-    """An explicit move or a merge cannot be done; `code` says which way."""
-
-    def __init__(self, code: RefusalCode, message: str):
-        super().__init__(message)
-        self.code: RefusalCode = code
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from adapters.device.lazy_zeros import zeros
-from adapters.kernels import LoRAKernel, split_b
+from adapters.kernels.contract import LoRAKernel, split_b
 from adapters.kernels.segments import NO_SEGMENTS, Segments, SlotRows
 from adapters.model_spec import ModelSpec
 from adapters.residency.slots import PAGE_COLUMNS, Slot

@@ -1,7 +1,7 @@
 """One adapter folded into the base's weights: new modules in the places of the base's own, which are kept as they are.
 
-In float32 and rounded once: `W' = g ⊙ (W + s·B A)`, with the bias that the output vectors of `adapters.runtime.dora` leave. The
-base comes back bit for bit because its modules are never written to.
+In float32 and rounded once: `W' = g ⊙ (W + s·B A)`, with the bias that the output vectors of `adapters.runtime.dora`
+leave. The base comes back bit for bit because its modules are never written to.
 """
 
 import copy
@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapters.errors import AdapterInvalid, Problem
+from adapters.errors import AdapterInvalid, MoveRefused, Problem
 from adapters.peft.weights import AdapterWeights, LoraFactors
-from adapters.residency.residency import MoveRefused
 from adapters.runtime.dora import dense_weight, dora_scale, output_vectors, quant_state, updated_rows
 from adapters.runtime.layers import LoRAGroup, LoRALinear
 from adapters.runtime.stacked_linear import Finish, stack

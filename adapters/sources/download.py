@@ -14,7 +14,7 @@ from typing import TypeVar
 import httpx
 
 from adapters.errors import AdapterTooLarge, SourceNotFound, SourceUnavailable
-from adapters.registry.store import FILES
+from adapters.peft.files import FILES
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from typing import BinaryIO
 from urllib.parse import unquote, urlsplit
 
 from adapters.errors import AdapterTooLarge, SourceNotAllowed, SourceNotFound
-from adapters.registry.store import FILES, TOKENIZER_FILES
+from adapters.peft.files import FILES, TOKENIZER_FILES
 
 _CHUNK_BYTES = 1 << 20
 

@@ -15,7 +15,7 @@ import httpx
 import msgspec
 
 from adapters.errors import SourceNotAllowed
-from adapters.registry.store import FILES, TOKENIZER_FILES
+from adapters.peft.files import FILES, TOKENIZER_FILES
 from adapters.sources.download import Digest, Download
 from adapters.sources.urls import check_under, parts
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import httpx
 
 from adapters.errors import SourceNotAllowed, SourceNotFound
-from adapters.registry.store import FILES, TOKENIZER_FILES
+from adapters.peft.files import FILES, TOKENIZER_FILES
 from adapters.sources.download import Digest, Download
 from adapters.sources.urls import check_under, parts
 

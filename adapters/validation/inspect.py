@@ -12,6 +12,7 @@ from torch import Tensor
 from adapters.errors import AdapterInvalid, Problem
 from adapters.model_spec import ModelSpec
 from adapters.peft.config_reader import MAX_CONFIG_BYTES, canonical, read_json
+from adapters.peft.files import CONFIG_FILE, FILES, WEIGHTS_FILE
 from adapters.peft.lora_config import LoraSettings, parse_config
 from adapters.peft.lora_tensors import (
     LoraTensors,
@@ -24,22 +25,10 @@ from adapters.peft.lora_tensors import (
 from adapters.peft.safetensors_header import INDEX_BYTES, ITEM_BYTES, read_header
 from adapters.peft.tokenizer_files import check_tokenizer, read_tokenizer_files
 from adapters.peft.weights import AdapterWeights, LoraFactors, TensorKind, TokenRows, version_digest
-from adapters.registry.store import CONFIG_FILE, FILES, WEIGHTS_FILE
+from adapters.records import Inspected
 from adapters.traits import Traits
 from adapters.validation.lora_checks import LoraChecks
 from adapters.validation.peft_types.convert import Converted, read_converted
-
-
-@dataclass(frozen=True, slots=True)
-class Inspected:
-    """What is known of an adapter that passed: `rank` is the largest of its modules, `target_modules` the sorted last
-    parts of their names, `nbytes` the size of its tensors in bytes, `report` what the API answers."""
-
-    digest: str
-    rank: int
-    target_modules: tuple[str, ...]
-    nbytes: int
-    report: dict[str, Any]
 
 
 def inspect(folder: Path, spec: ModelSpec) -> Inspected:

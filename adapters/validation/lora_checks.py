@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from adapters.errors import Problem
 from adapters.model_spec import ModelSpec
 from adapters.peft.config_reader import shown
+from adapters.peft.files import CONFIG_FILE, WEIGHTS_FILE
 from adapters.peft.finite import number_problems
 from adapters.peft.lora_config import LoraSettings
 from adapters.peft.lora_tensors import (
@@ -23,7 +24,6 @@ from adapters.peft.lora_tensors import (
 )
 from adapters.peft.patterns import dotted_suffixes
 from adapters.peft.weights import TensorKind
-from adapters.registry.store import CONFIG_FILE, WEIGHTS_FILE
 from adapters.validation.saved_checks import copy_problems, token_problems
 
 MAX_STACKED_BYTES = 1 << 30  # of parameters that an adapter's own copy is made of

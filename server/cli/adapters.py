@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from adapters.convert.folders import FolderError, writing
-from adapters.registry.store import TOKENIZER_FILES
+from adapters.peft.files import TOKENIZER_FILES
 from server.cli.http_client import all_adapters, call, check, connect, download, fail, upload
 
 app = typer.Typer(no_args_is_help=True, help="Manage the adapters of a running server.")

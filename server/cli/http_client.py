@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import httpx
 import typer
 
-from adapters.registry.store import FILES, TOKENIZER_FILES
+from adapters.peft.files import FILES, TOKENIZER_FILES
 
 
 @contextmanager

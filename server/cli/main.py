@@ -40,7 +40,8 @@ def _flag(name: str) -> inspect.Parameter:
 
 def serve(**flags: Any) -> None:
     """Serve the base model and its adapters over HTTP."""
-    from server.launch import StartFailed, launch
+    from server.config import StartFailed
+    from server.launch import launch
     from server.logs import configure_logging
 
     config_file = flags.pop("config")

@@ -4,7 +4,8 @@ from collections.abc import Set
 from contextlib import suppress
 from typing import Any
 
-from adapters.residency.residency import MoveRefused, Residency
+from adapters.errors import MoveRefused
+from adapters.residency.residency import Residency
 from server.ipc.messages import MoveAdapter, PinAdapter, Reply
 
 _TIERS = ("disk", "host", "device")

@@ -12,8 +12,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from adapters.errors import AdapterError
-from adapters.residency.residency import MoveRefused, RefusalCode
+from adapters.errors import AdapterError, MoveRefused, RefusalCode
 from server.engine.scheduler import Scheduler
 from server.ipc.messages import AskedBy, Merge, MergeState, MergeStatus, MergeSwitch, Reply, SwitchReason
 

@@ -6,8 +6,10 @@ half of the time and all others wait for it, so that a step takes several times 
 program has a core and each of the remaining threads has its own.
 """
 
+import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,12 +18,43 @@ from pathlib import Path
 import torch
 
 from adapters.device.forms import NativeUnavailable
+from server.engine.machine import available_cpus, cpu_quota
 from server.model.cpu.library import thread_ids
 
 INTERVAL = 0.25  # seconds over which the threads are watched
 LOST_CORE = 0.45  # of a core's time that threads have to wait for a core, from which on one thread fewer is faster
 IDLE_CORE = 0.8  # of a core's time that nobody uses, from which on there is room for one thread more
 LONGEST_PATIENCE = 40  # intervals of room before a thread is added again
+
+
+READER_NICE = 10  # of the thread that reads adapters beside a step on the same cores
+log = logging.getLogger(__name__)
+
+
+def set_threads(threads: int) -> None:
+    """Set the number of the model's threads. Where it was left open, there are none that a CPU quota cannot keep busy:
+    threads that wait for each other use it up, and then they all stand still until the next period."""
+    if threads:
+        torch.set_num_threads(threads)
+    elif cpu_quota() < torch.get_num_threads() and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(available_cpus(torch.get_num_threads()))
+        log.info("threads of the model: %d, as the CPU quota is %.2f cores", torch.get_num_threads(), cpu_quota())
+
+
+def stay_single_threaded() -> None:
+    """A reader thread that ran parallel torch code would get OpenMP workers of its own. With more workers than cores
+    libgomp no longer spins between parallel regions, and every step of the model takes almost twice as long. Nor does
+    it keep to the core that the engine's thread is bound to."""
+    torch.set_num_threads(1)
+    if sys.platform == "linux":
+        os.sched_setaffinity(0, os.sched_getaffinity(os.getppid()))  # the parent is not bound
+
+
+def step_aside() -> None:
+    """On a CPU a reader also takes cores from the step, each of whose parallel regions waits for its slowest thread."""
+    stay_single_threaded()
+    if sys.platform == "linux":  # elsewhere a thread has no priority of its own
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), READER_NICE)
 
 
 @dataclass(frozen=True, slots=True)

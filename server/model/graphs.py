@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from adapters.kernels import LoRAKernel
+from adapters.kernels.contract import LoRAKernel
 from adapters.kernels.segments import NO_SEGMENTS, Segments
 from adapters.runtime.layers import LoRAGroup
 from adapters.runtime.pool import AdapterPool

@@ -10,12 +10,12 @@ from safetensors import safe_open
 from adapters.errors import AdapterInvalid, Problem
 from adapters.model_spec import ModelSpec
 from adapters.peft.config_reader import MAX_CONFIG_BYTES, canonical, read_json, shown
+from adapters.peft.files import CONFIG_FILE, FILES, WEIGHTS_FILE
 from adapters.peft.finite import magnitudes
 from adapters.peft.lora_tensors import problem
 from adapters.peft.patterns import dotted_suffixes
 from adapters.peft.safetensors_header import INDEX_BYTES, ITEM_BYTES, read_header
 from adapters.peft.weights import AdapterWeights, LoraFactors, version_digest
-from adapters.registry.store import CONFIG_FILE, FILES, WEIGHTS_FILE
 from adapters.validation.peft_types.adalora import AdaLora
 from adapters.validation.peft_types.base import PREFIX, ChannelScale, Family, Layer
 from adapters.validation.peft_types.delora import DeLora

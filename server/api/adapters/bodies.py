@@ -1,6 +1,6 @@
 """What the API says of one adapter."""
 
-from adapters.registry.records import AdapterRecord, PendingAdapter
+from adapters.records import AdapterRecord, PendingAdapter
 from server.api.adapters.schemas import AdapterBody, State
 from server.api.context import AppContext
 

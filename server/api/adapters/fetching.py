@@ -11,10 +11,9 @@ from functools import partial
 from pathlib import Path
 
 from adapters.errors import AdapterConflict, AdapterError
-from adapters.registry.records import PendingAdapter
+from adapters.records import Inspected, PendingAdapter
 from adapters.registry.registry import AdapterRecord
 from adapters.sources import check, copy_from
-from adapters.validation.inspect import Inspected
 from server.api.adapters.publishing import examine, publish
 from server.api.adapters.schemas import RegisterRequest
 from server.api.adapters.selftest import tried

@@ -11,7 +11,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 from starlette.requests import Request
 
-from adapters.registry.store import FILES, TOKENIZER_FILES
+from adapters.peft.files import FILES, TOKENIZER_FILES
 from server.api.errors import ApiError, bad_request
 
 _KNOWN = (*FILES, *TOKENIZER_FILES)
@@ -22,7 +22,8 @@ _MAX_FIELDS = 8
 async def receive_upload(request: Request, folder: Path) -> dict[str, str]:
     """Write the files of an adapter into `folder` and return the form's other fields.
 
-    Only keys with the scope `admin` get here (`server.api.middleware.auth`), so every chat template is one that an admin chose.
+    Only keys with the scope `admin` get here (`server.api.middleware.auth`), so every chat template is one
+    that an admin chose.
     """
     _, options = parse_options_header(request.headers["content-type"])
     with _Upload(options.get(b"boundary", b""), folder) as upload:

@@ -10,8 +10,9 @@ from starlette.requests import Request
 from adapters.errors import AdapterInvalid, AdapterNotFound, Problem
 from adapters.model_spec import ModelSpec
 from adapters.peft.tokenizer_files import CONFIG, TEMPLATE, read_tokenizer_files
+from adapters.records import Inspected
 from adapters.registry.registry import AdapterRecord, check_name
-from adapters.validation.inspect import Inspected, inspect
+from adapters.validation.inspect import inspect
 from server.api.adapters.multipart import receive_upload
 from server.api.adapters.schemas import DeletedBody, UploadForm
 from server.api.adapters.selftest import tried

@@ -11,8 +11,8 @@ from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ValidationError
 
-from adapters.registry.store import FILES, TOKENIZER_FILES
-from adapters.validation.inspect import Inspected
+from adapters.peft.files import FILES, TOKENIZER_FILES
+from adapters.records import Inspected
 from server.api.adapters import aliases as splits
 from server.api.adapters import fetching, publishing
 from server.api.adapters.aliases import AliasBody

@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from adapters.errors import AdapterInvalid, Problem
-from adapters.validation.inspect import Inspected
+from adapters.records import Inspected
 from server.api.context import AppContext
 from server.ipc.client import AdapterMoveRefused
 from server.ipc.messages import SelfTest

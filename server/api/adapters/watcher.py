@@ -12,11 +12,10 @@ from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from pathlib import Path
 
 from adapters.errors import AdapterConflict, AdapterError, InvalidName, NoSpace
-from adapters.registry.records import PendingAdapter
+from adapters.peft.files import FILES, TOKENIZER_FILES
+from adapters.records import Inspected, PendingAdapter
 from adapters.registry.registry import check_name
-from adapters.registry.store import FILES, TOKENIZER_FILES
 from adapters.sources import copy_from
-from adapters.validation.inspect import Inspected
 from server.api.adapters.publishing import examine, publish
 from server.api.adapters.selftest import tried
 from server.api.context import AppContext

@@ -12,6 +12,18 @@ _VERSION = re.compile(r"(?:sha256:)?([0-9a-f]{12,64})")
 
 
 @dataclass(frozen=True, slots=True)
+class Inspected:
+    """What is known of an adapter that passed: `rank` is the largest of its modules, `target_modules` the sorted last
+    parts of their names, `nbytes` the size of its tensors in bytes, `report` what the API answers."""
+
+    digest: str
+    rank: int
+    target_modules: tuple[str, ...]
+    nbytes: int
+    report: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
 class AdapterVersion:
     """One immutable content: `digest` is 64 hex digits, `nbytes` the size of its tensors, `created` in Unix seconds.
 

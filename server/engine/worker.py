@@ -1,0 +1,101 @@
+"""The engine's process: connect to the parent, build the engine, run its loop."""
+
+import gc
+import json
+import os
+import shutil
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import zmq
+
+from server import config as settings
+from server.config import ServeConfig
+from server.engine.machine import cpu_quota, schedulable_cores
+from server.ipc.messages import Emit, Fatal, FromEngine, Ready, Receive, ToEngine, decode_to_engine, encode
+from server.ipc.sockets import address
+
+
+def main(serve: Callable[[ServeConfig, Receive, Emit], None] | None = None) -> None:
+    """Connect to the parent and run `serve` (the engine, unless told otherwise) until it returns."""
+    config = settings.load(json.loads(sys.stdin.buffer.readline()))
+    folder = sys.argv[1]
+    threading.Thread(target=_exit_with_parent, args=[folder], daemon=True).start()
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
+    inbox, outbox = context.socket(zmq.PULL), context.socket(zmq.PUSH)
+    for socket, name in ((inbox, "to-engine"), (outbox, "from-engine")):
+        socket.set_hwm(0)
+        socket.connect(address(Path(folder), name))
+
+    def emit(message: FromEngine) -> None:
+        outbox.send(encode(message))
+
+    (serve or _serve)(config, lambda timeout: _take_all(inbox, timeout), emit)
+    outbox.close(linger=1000)
+    inbox.close(linger=0)
+
+
+def _serve(config: ServeConfig, receive: Receive, emit: Emit) -> None:
+    _bind_threads(config)
+    from server.engine.build import build_engine  # torch, after what OpenMP reads; the parent spawns before it has it
+    from server.engine.loop import run_loop
+    from server.engine.threads import adaptive_threads
+    from server.logs import configure_logging
+    from server.model.loading.loader import ModelRefused
+
+    configure_logging(config.log_format)
+    try:
+        engine, info = build_engine(config)
+    except ModelRefused as refused:
+        emit(Fatal(str(refused)))
+        return
+    _keep_steps_short()
+    emit(Ready(info))
+    if config.threads:  # the operator has decided
+        run_loop(engine, receive, emit)
+    else:
+        run_loop(engine, receive, emit, adaptive_threads(info.description["device"]))
+
+
+def _bind_threads(config: ServeConfig) -> None:
+    """Where the model has every core, each of its threads keeps to one. Beside a thread that reads adapters, the kernel
+    at times woke two of them on one core and left them there for a step or two, which took 300 ms instead of 100.
+    OpenMP reads this when torch is loaded; what an operator has set holds."""
+    if sys.platform != "linux" or config.device == "cuda" or Path("/dev/nvidiactl").exists():
+        return
+    cores = schedulable_cores()
+    has_all = config.threads in (0, cores) and cpu_quota() >= cores and "OMP_NUM_THREADS" not in os.environ
+    if has_all:  # several servers with a few threads each would all be bound to the first cores
+        os.environ.setdefault("OMP_PROC_BIND", "true")
+
+
+def _keep_steps_short() -> None:
+    """A full garbage collection would go through all of torch and transformers, 0.3 s in which no step can run. And a
+    step that waits for the interpreter while an adapter is read gets it after half a millisecond, not after five."""
+    gc.collect()
+    gc.freeze()
+    sys.setswitchinterval(0.0005)
+
+
+def _take_all(inbox: "zmq.Socket[bytes]", timeout: float) -> list[ToEngine]:
+    received: list[ToEngine] = []
+    if timeout and not inbox.poll(int(timeout * 1000)):
+        return received
+    while True:
+        try:
+            received.append(decode_to_engine(inbox.recv(zmq.NOBLOCK)))
+        except zmq.Again:
+            return received
+
+
+def _exit_with_parent(folder: str) -> None:
+    while os.read(sys.stdin.fileno(), 1):  # not the buffered reader: its lock would outlive the interpreter
+        pass
+    shutil.rmtree(folder, ignore_errors=True)  # a parent that was killed could not
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
