@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections import deque
 
 from adapters.kernels.segments import Segments, build_segments, column_runs
 from adapters.residency.residency import Residency
@@ -9,7 +10,7 @@ from adapters.residency.slots import PAGE_COLUMNS
 from adapters.runtime.pack import PackedAdapter
 from server.engine.adapter_requests import AdapterMoves
 from server.engine.merging import Merging
-from server.engine.pipeline import UNSEEN, Flight
+from server.engine.pipeline import PLACEHOLDER, InFlightStep, failed_step
 from server.engine.scheduler import Scheduler
 from server.engine.selftest import Trials
 from server.engine.stats import describe, digests_of, measure
@@ -40,8 +41,9 @@ log = logging.getLogger(__name__)
 class Engine:
     """`handle` takes in one message, `step` runs one forward pass over what is scheduled.
 
-    With `overlap` a step is launched before the tokens of the one before it are looked at: the device never waits for
-    the host. What a sequence says is the same either way; one that stops is computed once more, for nothing.
+    With `overlap`, a step is launched before the tokens of the previous one are collected, so that the device never
+    waits for the host. The output of a sequence is the same either way; a sequence that stops is computed once more,
+    for nothing.
     """
 
     def __init__(
@@ -66,12 +68,12 @@ class Engine:
         self._eos_token_ids = eos_token_ids
         self._max_model_len = max_model_len
         self._sequences: dict[str, Sequence] = {}
-        self._flight: Flight | None = None
+        self._in_flight: deque[InFlightStep] = deque()
         self._outputs: list[SequenceOutput] = []
         self._steps = 0
 
     def has_work(self) -> bool:
-        waiting = self._sequences or self._flight or self._moves or self._trials or self._outputs
+        waiting = self._sequences or self._in_flight or self._moves or self._trials or self._outputs
         return bool(waiting) or self.residency.changed or self.merging.has_work()
 
     def close(self) -> None:
@@ -101,27 +103,25 @@ class Engine:
                 self.merging.unmerge(request_id)
 
     def step(self) -> list[FromEngine]:
-        """Advance everything that can run by one forward pass; returns what there is to say, outputs first."""
+        """Run one forward pass over all schedulable sequences; return messages, outputs first."""
         started = time.perf_counter()
-        flight = self._flight
-        if flight is not None:
-            self._assume(flight)
-            if self._must_land(flight):
-                self._land(flight)
-                flight = None
+        depth = 1 if self.overlap else 0  # steps that may be in flight when this returns
+        self._collect_down_to(0 if self._needs_tokens() else depth)
         replies = self._between_steps()
         batch = self.scheduler.schedule()
-        self._flight = self._launch(batch, flight) if batch else None
-        if flight is not None and not batch:
-            self._land(flight)
-        if self._flight is not None and not self.overlap:
-            self._assume(self._flight)
-            self._land(self._flight)
-            self._flight = None
+        if batch:
+            step = self._launch(batch)
+            self._in_flight.append(step)
+            self._collect_down_to(1)
+            if step.failed:
+                depth = 0
+            else:
+                self._advance(step)
+        self._collect_down_to(depth if batch else 0)
         return [self._report(batch, time.perf_counter() - started), *replies]
 
     def _between_steps(self) -> list[Reply]:
-        """Let adapters and merges go on; returns what there is to answer."""
+        """Let loads, self-tests and merges go on; return the replies that are due."""
         self.residency.poll()
         self.merging.advance()
         replies = [*self._moves.settle(), *self._trials.advance(), *self.merging.take_replies()]
@@ -155,8 +155,8 @@ class Engine:
 
     # -- steps ---------------------------------------------------------------------------------------------------
 
-    def _launch(self, batch: ScheduledBatch, before: Flight | None) -> Flight | None:
-        """Queue one forward pass on the device, and then take in the step before it. Whatever goes wrong ends the
+    def _launch(self, batch: ScheduledBatch) -> InFlightStep:
+        """Queue one forward pass on the device. If that fails, collecting the step raises the error, which ends the
         sequences of this batch and nothing else."""
         self._steps += 1
         now = time.monotonic()
@@ -164,57 +164,57 @@ class Engine:
             if scheduled.seq.admitted is None:
                 scheduled.seq.admitted = now
                 scheduled.seq.num_cached_tokens = scheduled.start
-        flight, failure = None, None
         try:
-            flight = self._forward(batch, before)
+            return self._forward(batch)
         except Exception as error:
-            failure = error
-        if before is not None:
-            self._land(before)
-        if failure is not None:
-            self._abandon_all(batch, failure)
-        return flight
+            return failed_step(batch, error)
 
-    def _forward(self, batch: ScheduledBatch, before: Flight | None) -> Flight:
+    def _forward(self, batch: ScheduledBatch) -> InFlightStep:
         sampled = [scheduled.seq for scheduled in batch.sequences if scheduled.samples]
         self._runner.kv_cache.scrub(self.scheduler.take_suspect_blocks())
-        unseen = None if before is None else (before.unseen, before.tokens)
-        forward = build_batch(batch, self.scheduler.blocks.block_size, self._runner.device, unseen)
+        previous = self._in_flight[-1] if self._in_flight else None
+        late = None if previous is None else (previous.placeholders, previous.tokens)
+        forward = build_batch(batch, self.scheduler.blocks.block_size, self._runner.device, late)
         for scheduled in batch.sequences:
             scheduled.seq.num_launched_tokens = scheduled.end
         logits = self._runner.run(forward, *self._segments(batch))
         vocab_sizes = [self._runner.vocab_size(seq.slots) for seq in sampled]
         started = start(logits, sampled, self._eos_token_ids, vocab_sizes)
-        return Flight(batch, started.tokens, started.collect)
+        return InFlightStep(batch, started.tokens, started.collect)
 
-    def _assume(self, flight: Flight) -> None:
-        """Bring its sequences to where they are after the step, whatever its tokens turn out to be. One that they will
-        surely end has nothing left to compute."""
+    def _advance(self, step: InFlightStep) -> None:
+        """Bring the step's sequences to where they are after it, whatever its tokens turn out to be. A sequence that
+        the next token will surely end has nothing left to compute."""
         place = 0
-        for scheduled in flight.batch.sequences:
+        for scheduled in step.batch.sequences:
             seq = scheduled.seq
-            if self._is_here(seq):
+            if self._is_live(seq):
                 self.scheduler.blocks.commit(seq, scheduled.end)
                 if scheduled.samples and not self._is_full(seq, scheduled.end + 1):
-                    seq.token_ids.append(UNSEEN)
-                    flight.unseen[seq] = place
+                    seq.token_ids.append(PLACEHOLDER)
+                    step.placeholders[seq] = place
             place += scheduled.samples
 
-    def _must_land(self, flight: Flight) -> bool:
-        """Whether the next step cannot be put together without its tokens."""
-        live = (scheduled.seq for scheduled in flight.batch.sequences if self._is_here(scheduled.seq))
+    def _needs_tokens(self) -> bool:
+        """Return whether the next step cannot be put together without the tokens of those in flight."""
+        scheduled = (scheduled for step in self._in_flight for scheduled in step.batch.sequences)
+        live = (found.seq for found in scheduled if self._is_live(found.seq))
         return self.merging.has_work() or any(looks_back(seq.sampling) for seq in live)
 
-    def _land(self, flight: Flight) -> None:
-        """Wait for its tokens and give them to the sequences that are still here. It was assumed."""
+    def _collect_down_to(self, count: int) -> None:
+        while len(self._in_flight) > count:
+            self._collect(self._in_flight.popleft())
+
+    def _collect(self, step: InFlightStep) -> None:
+        """Wait for the step's tokens, and give them to the sequences that have not ended meanwhile."""
         try:
-            samples = iter(flight.collect())
-        except Exception as error:  # of the device, which says only now what went wrong
-            self._abandon_all(flight.batch, error)
+            samples = iter(step.collect())
+        except Exception as error:  # of the launch, or of the device, which reports an error only now
+            self._abandon_all(step.batch, error)
             return
-        for scheduled in flight.batch.sequences:
+        for scheduled in step.batch.sequences:
             sampled = next(samples) if scheduled.samples else None
-            if sampled is not None and self._is_here(scheduled.seq):
+            if sampled is not None and self._is_live(scheduled.seq):
                 self._take(scheduled, sampled)
 
     def _take(self, scheduled: ScheduledSequence, sampled: Sample) -> None:
@@ -227,8 +227,8 @@ class Engine:
         seq.token_ids[end:] = [sampled.token_id]
         self._finish(seq, [sampled.token_id], self._finish_reason(seq, sampled.token_id), sampled=sampled)
 
-    def _is_here(self, seq: Sequence) -> bool:
-        """Not ended while a step with it was on its way."""
+    def _is_live(self, seq: Sequence) -> bool:
+        """Return whether the sequence has not ended while a step with it was in flight."""
         return self._sequences.get(seq.seq_id) is seq
 
     def _is_full(self, seq: Sequence, num_tokens: int) -> bool:
@@ -249,7 +249,7 @@ class Engine:
         sampled: Sample | None = None,
         error: str | None = None,
     ) -> None:
-        """Say what happened to `seq`; with a reason, take it out as well."""
+        """Report what happened to `seq`; with a reason, remove it as well."""
         self._outputs.append(
             SequenceOutput(
                 seq.seq_id,
@@ -273,7 +273,7 @@ class Engine:
     def _abandon_all(self, batch: ScheduledBatch, failure: Exception) -> None:
         log.error("a step failed; its %d sequences end with an error", len(batch.sequences), exc_info=failure)
         for scheduled in batch.sequences:
-            if self._is_here(scheduled.seq):
+            if self._is_live(scheduled.seq):
                 self._abandon(scheduled.seq, "the engine failed to compute this step")
 
     # -- adapters ------------------------------------------------------------------------------------------------

@@ -9,17 +9,28 @@ import torch
 from server.model.sampling.sampler import Sample
 from server.sequence import ScheduledBatch, Sequence
 
-UNSEEN = 0  # stands for a token that is on the device only, in `token_ids`
+PLACEHOLDER = 0  # stands in `token_ids` for a token that is on the device only
 
 
 @dataclass(slots=True)
-class Flight:
-    """`tokens` `[samples]` are those of `batch`, on the device (-1: not finite); the call of `collect` waits for them.
+class InFlightStep:
+    """`tokens` `[samples]` are those of `batch`, on the device (-1: the numbers were not finite). `collect` waits for
+    them; it raises what went wrong, in the launch or on the device.
 
-    `unseen` are the sequences whose last token is one of them, by its place there.
+    `placeholders` are the sequences whose last token is one of `tokens`, by its place there.
     """
 
     batch: ScheduledBatch
     tokens: torch.Tensor
     collect: Callable[[], list[Sample]]
-    unseen: dict[Sequence, int] = field(default_factory=dict)
+    placeholders: dict[Sequence, int] = field(default_factory=dict)
+    failed: bool = False  # in the launch: nothing was computed
+
+
+def failed_step(batch: ScheduledBatch, error: Exception) -> InFlightStep:
+    """The step of a batch whose launch raised `error`."""
+
+    def collect() -> list[Sample]:
+        raise error
+
+    return InFlightStep(batch, torch.empty(0, dtype=torch.int64), collect, failed=True)
