@@ -56,7 +56,7 @@ class Adapters:
         for own, pool in zip(flat, self.pools, strict=True):
             own[named] = pool.b[named]
         b = torch.cat([own.flatten() for own in flat])
-        plan = KERNEL.plan(self.segments)
+        plan = KERNEL.plan_segments(self.segments)
         if static:
             plan = KERNEL.static_plan(len(self.x) + 3)
             assert KERNEL.refill(plan, Segments(self.segments.items[:1]))  # what is left of it must not show
@@ -163,7 +163,7 @@ def test_a_row_s_bits_do_not_depend_on_its_batch(function: str) -> None:
     adapters = Adapters(6, 576, sizes, torch.bfloat16)
     together = call(triton_fused, adapters.delta())
     kept = next(row for row, own in enumerate(adapters.uses) if len(own) > 1)
-    adapters.kernels.segments = build_segments(
+    adapters.segments = build_segments(
         ((own if row == kept else (), 1) for row, own in enumerate(adapters.uses)), adapters.pools[0].runs
     )
     alone = call(triton_fused, adapters.delta())
