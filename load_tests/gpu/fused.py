@@ -41,7 +41,7 @@ def run(report: Report, shape: Shape) -> None:
         counts = sorted({count for count in (1, 8, rows) if count <= rows})
         for count in counts:
             kernel = TritonKernel(setting.device)
-            plan = kernel.plan(segments(rows, count, setting))
+            plan = kernel.plan_segments(segments(rows, count, setting))
             lora = _Lora(kernel, plan, groups, own, side)
             for name, step in (("expand", lora.expanded), ("fused", lora.fused), ("side", lora.beside)):
                 arms[f"{name} {count}"] = captured(partial(_forward, stack, rows, step), setting.device)

@@ -105,7 +105,7 @@ def _compare(
 
 def _ours(slots: list[int], adapters: int, setting: Setting) -> Callable[[Group], Apply]:
     kernel = TritonKernel(setting.device)
-    plan = kernel.plan(segments(len(slots), adapters, setting))
+    plan = kernel.plan_segments(segments(len(slots), adapters, setting))
 
     def prepared(group: Group) -> Apply:
         a = [group.a[:, index].flatten(0, 1).contiguous() for index in range(len(group.b))]
@@ -123,7 +123,7 @@ def _ours(slots: list[int], adapters: int, setting: Setting) -> Callable[[Group]
 
 def _stacked(slots: list[int], adapters: int, setting: Setting) -> Callable[[Group], Apply]:
     kernel = TritonKernel(setting.device)
-    plan = kernel.plan(segments(len(slots), adapters, setting))
+    plan = kernel.plan_segments(segments(len(slots), adapters, setting))
 
     def prepared(group: Group) -> Apply:
         a, b, sizes = stacked_group(group)

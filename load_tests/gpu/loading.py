@@ -7,7 +7,6 @@ import time
 
 import torch
 
-from adapters.kernels.segments import NO_SEGMENTS
 from adapters.residency.slots import PAGE_COLUMNS, Slot
 from adapters.runtime.columns import RankColumns
 from adapters.runtime.copies import writer
@@ -51,7 +50,7 @@ def run(report: Report, shape: Shape, runner: ModelRunner, graphs: DecodeGraphs)
 
 def _step(graphs: DecodeGraphs, batch: ForwardBatch, setting: Setting) -> float:
     started = time.perf_counter()
-    assert graphs.run(batch, NO_SEGMENTS, NO_SEGMENTS) is not None, graphs.skipped
+    assert graphs.run(batch) is not None, graphs.skipped
     if setting.device.type == "cuda":
         torch.cuda.current_stream().synchronize()
     return time.perf_counter() - started

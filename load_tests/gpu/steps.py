@@ -32,7 +32,12 @@ def decode(report: Report, shape: Shape, runner: ModelRunner, graphs: DecodeGrap
 
 
 def _replay(graphs: DecodeGraphs, batch: ForwardBatch, segments: Segments) -> None:
-    assert graphs.run(batch, segments, segments) is not None, graphs.skipped
+    assert graphs.run(with_adapters(batch, segments, segments)) is not None, graphs.skipped
+
+
+def with_adapters(batch: ForwardBatch, tokens: Segments, head: Segments) -> ForwardBatch:
+    batch.token_segments, batch.head_segments = tokens, head
+    return batch
 
 
 def prefill(report: Report, shape: Shape, runner: ModelRunner) -> None:
@@ -42,9 +47,10 @@ def prefill(report: Report, shape: Shape, runner: ModelRunner) -> None:
         for sequences in (1, min(4, max(setting.rows))):
             batch = prefill_batch(tokens, sequences, setting)
             own = segments(sequences, sequences, setting, tokens // sequences)
+            head = segments(sequences, sequences, setting)
             arms: dict[str, Arm] = {
-                "base": partial(runner.run, batch),
-                "lora": partial(runner.run, batch, own, segments(sequences, sequences, setting)),
+                "base": lambda batch=batch: runner.run(with_adapters(batch, NO_SEGMENTS, NO_SEGMENTS)),
+                "lora": lambda batch=batch, own=own, head=head: runner.run(with_adapters(batch, own, head)),
             }
             seconds = medians(arms, setting.device, max(setting.repeats // 3, 1))
             report.add(

@@ -14,7 +14,7 @@ from server.engine.block_manager import BlockManager
 from server.engine.engine import Engine
 from server.engine.merging import Merging
 from server.engine.scheduler import Scheduler
-from server.engine.selftest import Trials
+from server.engine.selftest import SelfTests
 from server.ipc.messages import StepOutputs, Submit
 from server.model.graphs import DecodeGraphs
 from server.model.runner import ModelRunner
@@ -45,9 +45,9 @@ def _engine(runner: ModelRunner, report: Report) -> Engine:
     residency = Residency(SlotTable(slots, slots * pages), HostCache(1 << 20), lambda _: packed, runner.pool.write)
     blocks = BlockManager(len(runner.kv_cache.keys[0]), PAGE)
     scheduler = Scheduler(blocks, residency, setting.streams, max_batch_tokens=2048, max_wait_steps=256)
-    trials = Trials(runner, residency, _nobody_asks, scheduler.gate, lambda: None)
+    selftests = SelfTests(runner, residency, _nobody_asks, scheduler.gate, lambda: None)
     merging = Merging(scheduler, _nobody_asks)
-    return Engine(runner, scheduler, residency, trials, merging, frozenset(), setting.context + setting.new_tokens)
+    return Engine(runner, scheduler, residency, selftests, merging, frozenset(), setting.context + setting.new_tokens)
 
 
 def _nobody_asks(*_: object) -> NoReturn:

@@ -4,7 +4,7 @@ import logging
 import time
 from collections import deque
 
-from adapters.kernels.segments import Segments, build_segments, column_runs
+from adapters.kernels.segments import column_runs
 from adapters.residency.residency import Residency
 from adapters.residency.slots import PAGE_COLUMNS
 from adapters.runtime.pack import PackedAdapter
@@ -12,7 +12,7 @@ from server.engine.adapter_requests import AdapterMoves
 from server.engine.merging import Merging
 from server.engine.pipeline import PLACEHOLDER, InFlightStep, failed_step
 from server.engine.scheduler import Scheduler
-from server.engine.selftest import Trials
+from server.engine.selftest import SelfTests
 from server.engine.stats import describe, digests_of, measure
 from server.ipc.messages import (
     Abort,
@@ -23,16 +23,16 @@ from server.ipc.messages import (
     PinAdapter,
     Reply,
     RetireAdapter,
+    RunSelfTest,
     SequenceOutput,
     StepOutputs,
     Submit,
     ToEngine,
-    TryAdapter,
     Unmerge,
 )
-from server.model.batch import adapter_rows, build_batch, sampled_rows
+from server.model.batch import ForwardBatch, LateTokens, build_batch
 from server.model.runner import ModelRunner
-from server.model.sampling.sampler import Sample, looks_back, start
+from server.model.sampling.sampler import Sample, looks_back, start_sampling
 from server.sequence import FinishReason, ScheduledBatch, ScheduledSequence, Sequence, SequenceStatus
 
 log = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class Engine:
         runner: ModelRunner,
         scheduler: Scheduler,
         residency: Residency[PackedAdapter],
-        trials: Trials,
+        selftests: SelfTests,
         merging: Merging,
         eos_token_ids: frozenset[int],
         max_model_len: int,
@@ -63,7 +63,7 @@ class Engine:
         self.merging = merging
         self.overlap = overlap
         self._runner = runner
-        self._trials = trials
+        self._selftests = selftests
         self._moves = AdapterMoves(residency)
         self._eos_token_ids = eos_token_ids
         self._max_model_len = max_model_len
@@ -73,12 +73,12 @@ class Engine:
         self._steps = 0
 
     def has_work(self) -> bool:
-        waiting = self._sequences or self._in_flight or self._moves or self._trials or self._outputs
+        waiting = self._sequences or self._in_flight or self._moves or self._selftests or self._outputs
         return bool(waiting) or self.residency.changed or self.merging.has_work()
 
     def close(self) -> None:
         """End the threads that read adapters."""
-        self._trials.close()
+        self._selftests.close()
         self.residency.close()
 
     def handle(self, message: ToEngine) -> None:
@@ -91,8 +91,8 @@ class Engine:
                         self._finish(self._sequences[seq_id], [], FinishReason.ABORT)
             case MoveAdapter() | PinAdapter():
                 self._moves.add(message)
-            case TryAdapter():
-                self._trials.add(message)
+            case RunSelfTest():
+                self._selftests.add(message)
             case RetireAdapter(digest=digest):
                 self._moves.retire(digest)
                 self.merging.leave("retired", digest)
@@ -124,7 +124,7 @@ class Engine:
         """Let loads, self-tests and merges go on; return the replies that are due."""
         self.residency.poll()
         self.merging.advance()
-        replies = [*self._moves.settle(), *self._trials.advance(), *self.merging.take_replies()]
+        replies = [*self._moves.poll(), *self._selftests.advance(), *self.merging.take_replies()]
         self._cancel_reads()
         if self._moves:
             self._moves.unload_retired(digests_of(self._sequences.values()))
@@ -148,7 +148,7 @@ class Engine:
         )
         self._sequences[seq.seq_id] = seq
         for adapter in seq.adapters:
-            self._moves.named_again(adapter.digest)
+            self._moves.unretire(adapter.digest)
             self.residency.expect(adapter.digest)
         self.merging.arrived(seq.sole_adapter)
         self.scheduler.add(seq)
@@ -174,12 +174,12 @@ class Engine:
         self._runner.kv_cache.scrub(self.scheduler.take_suspect_blocks())
         previous = self._in_flight[-1] if self._in_flight else None
         late = None if previous is None else (previous.placeholders, previous.tokens)
-        forward = build_batch(batch, self.scheduler.blocks.block_size, self._runner.device, late)
+        forward = self._forward_batch(batch, late)
         for scheduled in batch.sequences:
             scheduled.seq.num_launched_tokens = scheduled.end
-        logits = self._runner.run(forward, *self._segments(batch))
+        logits = self._runner.run(forward)
         vocab_sizes = [self._runner.vocab_size(seq.slots) for seq in sampled]
-        started = start(logits, sampled, self._eos_token_ids, vocab_sizes)
+        started = start_sampling(logits, sampled, self._eos_token_ids, vocab_sizes)
         return InFlightStep(batch, started.tokens, started.collect)
 
     def _advance(self, step: InFlightStep) -> None:
@@ -278,17 +278,16 @@ class Engine:
 
     # -- adapters ------------------------------------------------------------------------------------------------
 
-    def _segments(self, batch: ScheduledBatch) -> tuple[Segments, Segments]:
-        """Segments over all rows of the step, and over the sampled rows alone."""
-        columns = {slot.index: column_runs(slot.pages, PAGE_COLUMNS) for slot in self.residency.slots.slots()}
-        tokens = build_segments(adapter_rows(batch.sequences), columns)
-        head = build_segments(sampled_rows(batch.sequences), columns)
-        return tokens, head
+    def _forward_batch(self, batch: ScheduledBatch, late_tokens: LateTokens | None = None) -> ForwardBatch:
+        sequences = [scheduled.seq for scheduled in batch.sequences if scheduled.seq.slots]
+        slots = [self.residency.slots.get(digest) for digest in digests_of(sequences)]
+        columns = {slot.index: column_runs(slot.pages, PAGE_COLUMNS) for slot in slots if slot}
+        return build_batch(batch, self.scheduler.blocks.block_size, self._runner.device, columns, late_tokens)
 
     def _cancel_reads(self) -> None:
         if self.residency.is_reading():
             in_use = digests_of(self._sequences.values())
-            self.residency.cancel_reads(in_use | self._moves.digests() | self._trials.digests())
+            self.residency.cancel_reads(in_use | self._moves.digests() | self._selftests.digests())
 
     # -- report --------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from adapters.device.transfers import upload
-from adapters.kernels.segments import Rows, SlotUse
+from adapters.kernels.segments import NO_SEGMENTS, Rows, Segments, SlotUse, build_segments
 from server.sequence import ScheduledBatch, ScheduledSequence
 from server.sequence import Sequence as TokenSequence
 
@@ -71,10 +71,12 @@ class SequenceRows:
 
 @dataclass
 class ForwardBatch:
-    """What the forward needs besides the weights. Rows are the flattened new tokens of all sequences, in batch order.
+    """Everything that a forward pass needs besides the weights. Rows are the flattened new tokens of all sequences, in
+    batch order.
 
     `sample_rows` are the rows whose logits are wanted: the last token of each sequence that reaches its end.
-    `attention_plan` is what the attention makes of `sequences` in the first layer and reads in the others.
+    `token_segments` are the adapter segments over all rows, `head_segments` those over the sample rows alone.
+    `attention_plan` is derived from `sequences` in the first layer and read in the others.
     """
 
     input_ids: torch.Tensor  # [rows] int64
@@ -84,6 +86,8 @@ class ForwardBatch:
     sequences: list[SequenceRows]
     block_size: int
     attention_plan: Any = None
+    token_segments: Segments = NO_SEGMENTS
+    head_segments: Segments = NO_SEGMENTS
 
     @cached_property
     def decode_groups(self) -> list[DecodeGroup]:
@@ -111,14 +115,22 @@ class ForwardBatch:
         ]
 
 
-Unseen = tuple[dict[TokenSequence, int], torch.Tensor]  # whose last token is which of these on the device
+LateTokens = tuple[dict[TokenSequence, int], torch.Tensor]  # sequences by the place of their last token on the device
+Columns = dict[int, list[tuple[int, int]]]  # the rank columns of device slots
 
 
 def build_batch(
-    batch: ScheduledBatch, block_size: int, device: torch.device, unseen: Unseen | None = None
+    batch: ScheduledBatch,
+    block_size: int,
+    device: torch.device,
+    columns: Columns | None = None,
+    late_tokens: LateTokens | None = None,
 ) -> ForwardBatch:
-    """Flatten a schedule. Every sequence's block table already covers its new tokens; the last tokens of those in
-    `unseen` are taken from there, without a word to the host (where -1 stands for a token, any will do)."""
+    """Flatten a schedule. Every sequence's block table already covers its new tokens.
+
+    `columns` has the slots of the batch's adapters; without it, all rows are the base model's. The last tokens of the
+    sequences in `late_tokens` stay on the device (-1 there stands for any token: the sequence is about to end).
+    """
     ids: list[int] = []
     positions, slots = [], []
     sample_rows: list[int] = []
@@ -132,15 +144,19 @@ def build_batch(
         slots.append(np.asarray(table)[span // block_size] * block_size + span % block_size)
         if scheduled.samples:
             sample_rows.append(len(ids) - 1)
-            if unseen and scheduled.seq in unseen[0]:
-                late.append((len(ids) - 1, unseen[0][scheduled.seq]))
+            if late_tokens and scheduled.seq in late_tokens[0]:
+                late.append((len(ids) - 1, late_tokens[0][scheduled.seq]))
         sequences.append(SequenceRows(row, len(ids), scheduled.end, table))
     packed = np.concatenate([ids, *positions, *slots, sample_rows, *zip(*late, strict=True)]).astype(np.int64)
     sizes = [len(ids), len(ids), len(ids), len(sample_rows), len(late), len(late)]
     input_ids, row_positions, slot_mapping, samples, rows, places = torch.split(upload(packed, device), sizes)
-    if unseen and late:
-        input_ids.index_copy_(0, rows, unseen[1].index_select(0, places).clamp_min(0))
-    return ForwardBatch(input_ids, row_positions, slot_mapping, samples, sequences, block_size)
+    if late_tokens and late:
+        input_ids.index_copy_(0, rows, late_tokens[1].index_select(0, places).clamp_min(0))
+    forward = ForwardBatch(input_ids, row_positions, slot_mapping, samples, sequences, block_size)
+    if columns is not None:
+        forward.token_segments = build_segments(_adapter_rows(batch.sequences), columns)
+        forward.head_segments = build_segments(_sampled_rows(batch.sequences), columns)
+    return forward
 
 
 def _decode_group(members: list[SequenceRows], block_size: int, device: torch.device) -> DecodeGroup:
@@ -157,14 +173,14 @@ def _decode_group(members: list[SequenceRows], block_size: int, device: torch.de
     )
 
 
-def adapter_rows(sequences: Iterable[ScheduledSequence]) -> Iterator[Rows]:
-    """Which adapters the step's rows take, in their order."""
+def _adapter_rows(sequences: Iterable[ScheduledSequence]) -> Iterator[Rows]:
+    """The adapters of the step's rows, in their order."""
     for scheduled in sequences:
         yield (), scheduled.num_inactive
         yield _uses(scheduled), scheduled.num_new_tokens - scheduled.num_inactive
 
 
-def sampled_rows(sequences: Iterable[ScheduledSequence]) -> Iterator[Rows]:
+def _sampled_rows(sequences: Iterable[ScheduledSequence]) -> Iterator[Rows]:
     """The same for the rows that are sampled from, the last of their sequences."""
     for scheduled in sequences:
         if scheduled.samples:

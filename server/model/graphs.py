@@ -95,23 +95,23 @@ class DecodeGraphs:
                 bucket.replays[with_adapters] = capture(partial(forward, bucket.batch))
         self._pool.set_step(NO_SEGMENTS)
 
-    def run(self, batch: ForwardBatch, tokens: Segments, head: Segments) -> torch.Tensor | None:
+    def run(self, batch: ForwardBatch) -> torch.Tensor | None:
         """Logits `[rows, vocab]`, valid until the next step."""
-        rows = len(batch.input_ids)
-        unusual = self._unusual(batch, tokens, head)
+        rows, tokens = len(batch.input_ids), batch.token_segments
+        unusual = self._unusual(batch)
         bucket = next((bucket for bucket in self._buckets if bucket.rows >= rows), None)
-        if unusual or bucket is None or not self._fill(bucket, batch, tokens):
+        if unusual or bucket is None or not self._fill(bucket, batch):
             self.skipped[unusual or "size"] += 1
             return None
         self.replayed += 1
         self._set_plans(bucket.plan if tokens else None)
         return bucket.replays[bool(tokens)]()[:rows]
 
-    def _unusual(self, batch: ForwardBatch, tokens: Segments, head: Segments) -> str:
-        """What makes the step other than plain decoding, if anything does."""
+    def _unusual(self, batch: ForwardBatch) -> str:
+        """Name what makes the step other than plain decoding; empty if nothing does."""
         if len(batch.sequences) < len(batch.input_ids):
             return "prefill"
-        if len(batch.sample_rows) < len(batch.input_ids) or head.items != tokens.items:
+        if len(batch.sample_rows) < len(batch.input_ids) or batch.head_segments.items != batch.token_segments.items:
             return "rows without a sample"
         if not (self._pool.token_plan.is_lora_alone() and self._pool.head_plan.is_lora_alone()):
             return "more than A and B"
@@ -119,9 +119,9 @@ class DecodeGraphs:
             return "other base weights"
         return ""
 
-    def _fill(self, bucket: Bucket, batch: ForwardBatch, tokens: Segments) -> bool:
-        """Copy the step into the bucket's buffers; False when its rank columns or its context are beyond them."""
-        if tokens and not self._kernel.refill(bucket.plan, tokens):
+    def _fill(self, bucket: Bucket, batch: ForwardBatch) -> bool:
+        """Copy the step into the bucket's buffers; return False when its rank columns or its context do not fit."""
+        if batch.token_segments and not self._kernel.refill(bucket.plan, batch.token_segments):
             return False
         if not triton_layout.refill(bucket.batch.attention_plan, batch.sequences, batch.block_size):
             return False
@@ -134,7 +134,7 @@ class DecodeGraphs:
 
     def _set_plans(self, plan: Any) -> None:
         for step in (self._pool.token_plan, self._pool.head_plan):
-            step.active, step.plan = plan is not None, plan
+            step.active, step.kernel_plan = plan is not None, plan
 
 
 def _weight(group: LoRAGroup) -> object:

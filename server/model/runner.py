@@ -5,7 +5,6 @@ from typing import Any
 import torch
 
 from adapters.kernels import choose_kernel
-from adapters.kernels.segments import NO_SEGMENTS, Segments
 from adapters.model_spec import ModelSpec
 from adapters.runtime.layers import LoRAGroup, attach, wrapped
 from adapters.runtime.pool import AdapterPool
@@ -52,7 +51,7 @@ class ModelRunner:
         self.fused = fuse_checked(loaded, shape, size, block_ops(loaded.device, loaded.dtype), said)
 
     def vocab_size(self, slots: tuple[int, ...]) -> int:
-        """Of the adapters in `slots`, or of the base model."""
+        """The vocabulary size of the adapters in `slots`, or of the base model."""
         return max((self.pool.vocab_size(slot) or 0 for slot in slots), default=0) or self._vocab_size
 
     def groups(self) -> list[LoRAGroup]:
@@ -75,18 +74,14 @@ class ModelRunner:
     def run(
         self,
         batch: ForwardBatch,
-        tokens: Segments = NO_SEGMENTS,
-        head: Segments = NO_SEGMENTS,
         kv_cache: KVCache | None = None,
     ) -> torch.Tensor:
-        """Logits `[samples, vocab]` of the batch's sample rows. `vocab` is the largest among them; what lies beyond a
-        row's own means nothing.
-
-        `tokens` are the adapter segments over all rows, `head` those over the sample rows alone.
-        """
+        """Compute the logits `[samples, vocab]` of the batch's sample rows. `vocab` is the largest vocabulary among
+        them; logits beyond a row's own vocabulary are meaningless."""
+        tokens, head = batch.token_segments, batch.head_segments
         self.pool.set_step(tokens, head, num_tokens=len(batch.input_ids), num_head=len(batch.sample_rows))
         if self.graphs is not None and kv_cache is None:
-            recorded = self.graphs.run(batch, tokens, head)
+            recorded = self.graphs.run(batch)
             if recorded is not None:
                 return recorded
         return self._forward(batch, kv_cache)

@@ -20,9 +20,11 @@ def try_adapter(runner: ModelRunner, slot: Slot, reference: Reference) -> tuple[
     rows = ((SlotUse(slot.index, 1.0),), TRIAL_TOKENS)
     own = build_segments([rows], {slot.index: column_runs(slot.pages, PAGE_COLUMNS)})
     # A cache of its own: the engine's blocks belong to sequences.
-    served = runner.run(batch, own, own, _scratch(runner))
+    batch.token_segments = batch.head_segments = own
+    served = runner.run(batch, _scratch(runner))
+    batch.token_segments = batch.head_segments = NO_SEGMENTS
     with torch.inference_mode(), reference.active():
-        expected = runner.run(batch, NO_SEGMENTS, NO_SEGMENTS, _scratch(runner))
+        expected = runner.run(batch, _scratch(runner))
     return served[:, :vocab_size].float(), expected[:, :vocab_size].float()
 
 
