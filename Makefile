@@ -27,7 +27,7 @@ check: .venv/.installed-dev ## what pre-commit and CI check besides the tests
 format: .venv/.installed-dev
 	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
 
-docs: .venv/.installed-dev ## write the README's tables and docs/compatibility.md's from the code
+docs: .venv/.installed-dev ## write the tables of docs/reference from the code
 	$(BIN)/python -m docs.tables && $(BIN)/python -m docs.compatibility
 
 bench-peers: .venv/.installed-dev ## beside vLLM, PEFT, transformers and llama.cpp, which it sets up; ARGS="--only Loraplex,vLLM"

@@ -1,20 +1,19 @@
-"""Writes the tables of `compatibility.md` from the tests' own case tables and the tables of keys: `make docs`."""
+"""Write the tables of `reference/compatibility.md` from the tests' case tables and the tables of keys: `make docs`."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftType
 
 from adapters.peft.config_keys import REFUSED_KEYS
 from adapters.peft.lora_config import SERVED_TYPES
-from adapters.validation.peft_types.convert import FAMILIES
-from docs.tables import Rows, render, table
+from adapters.validation.peft_types.convert import PEFT_TYPES
+from docs.tables import REFERENCE, Rows, render, table
 from tests.peft_corpus import CORPUS
 from tests.test_peft_parity import BASES, CASES, NOT_ON_NF4
 
-DOCUMENT = Path(__file__).parent / "compatibility.md"
+DOCUMENT = REFERENCE / "compatibility.md"
 ENDS = {"lm_head", "embed_tokens"}
 Settings = Mapping[str, Any]
 
@@ -67,7 +66,7 @@ FEATURES: dict[str, Callable[[Settings], bool]] = {
     "`target_parameters`: the router": names("target_parameters", "gate.weight"),
     "Conv1D (`fan_in_fan_out`)": lambda s: s["base"] == "gpt2",
     "stored in fp16 or bf16": uses("stored"),
-    **{name: is_type(name) for name in sorted(FAMILIES)},
+    **{name: is_type(name) for name in sorted(PEFT_TYPES)},
 }
 REASONS = {
     "arrow_config": "routes every token among several adapters",
@@ -128,7 +127,8 @@ def refused_keys() -> str:
 
 def refused_keys_of_types() -> str:
     rows: Rows = [
-        (f"`{name}`", ", ".join(f"`{key}`" for key in sorted(family.keys.refused))) for name, family in FAMILIES.items()
+        (f"`{name}`", ", ".join(f"`{key}`" for key in sorted(config_class.keys.refused)))
+        for name, config_class in PEFT_TYPES.items()
     ]
     return table(("type", "refused unless empty or without effect"), rows)
 
@@ -155,4 +155,4 @@ TABLES = {
 }
 
 if __name__ == "__main__":
-    DOCUMENT.write_text(render(DOCUMENT.read_text(), TABLES))
+    DOCUMENT.write_text(render(DOCUMENT.read_text(encoding="utf-8"), TABLES), encoding="utf-8")

@@ -1,27 +1,64 @@
-"""Writes the README's tables from the code: `make docs`. A test fails when they are out of date."""
+"""Write the tables of the reference pages from the code: `make docs`. A test fails when a page is out of date."""
 
+import ast
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from fastapi import FastAPI
 
-from adapters.errors import AdapterError
+from adapters.errors import AdapterError, ProblemCode
 from server import config
-from server.api import health as ops
-from server.api import models
-from server.api.adapters import aliases as splits
-from server.api.adapters import merge
-from server.api.adapters import routes as adapters
-from server.api.adapters import vllm_compat as vllm
+from server.api import health, models
+from server.api.adapters import aliases, merge, routes, vllm_compat
 from server.api.inference import chat, completions
+from server.api.middleware.auth import need_of
 from server.config import ServeConfig
 from server.metrics import METRICS
 
-README = Path(__file__).parent.parent / "README.md"
+REFERENCE = Path(__file__).parent / "reference"
+API = Path(__file__).parent.parent / "server" / "api"
 Rows = list[tuple[str, ...]]
+
+# What each code of an API error means. `api_errors` finds the codes in the sources; one that is missing here fails.
+CODES = {
+    "aborted": "The adapter was deleted or the server stopped while the request ran.",
+    "adapter_loading": "The adapter is still being fetched from its source.",
+    "conflict": "The state of the adapter, alias or merge does not allow the operation.",
+    "context_length_exceeded": "The prompt and the requested tokens do not fit into the context.",
+    "draining": "The server is shutting down.",
+    "engine_dead": "The engine is dead or hung; only the liveness probe reports this code.",
+    "engine_error": "The engine could not compute the request.",
+    "engine_unavailable": "The engine is starting, restarting or dead.",
+    "insufficient_scope": "The API key lacks the scope, or may not see or change this name.",
+    "internal_error": "An unexpected exception; the log has the details under the request's id.",
+    "invalid_api_key": "The request has no valid API key.",
+    "invalid_value": "A field of the request is missing, malformed or out of range.",
+    "length_required": "An upload needs a `Content-Length` header.",
+    "merged": "Another adapter is merged into the base model, and `--merge-others refuse` is set.",
+    "model_not_found": "The model does not exist, or the API key may not see it.",
+    "no_room": "The adapters of the request do not fit on the device beside pinned ones.",
+    "not_found": "The adapter has no such file.",
+    "queue_full": "The queue is at `--max-queue`.",
+    "rate_limit_exceeded": "A limit of the API key or the adapter is reached; `Retry-After` says when to try again.",
+    "timeout": "No byte of the request's body arrived for too long.",
+    "too_large": "The body or one of its files is too large.",
+    "unsupported": "The request uses a parameter that this server does not implement.",
+    "unsupported_media_type": "The body has a content type that the route does not read.",
+}
+# What each code in the `problems` of a refused adapter means.
+PROBLEMS: dict[ProblemCode, str] = {
+    "shape_mismatch": "A tensor is missing, or its shape does not fit the layer.",
+    "rank_too_large": "The rank exceeds `--max-adapter-rank`.",
+    "nonfinite": "A tensor contains NaN or infinity.",
+    "unsupported_feature": "The adapter uses a feature that this server does not serve.",
+    "unknown_key": "The config has a key that PEFT does not define.",
+    "base_mismatch": "The adapter names a module that the base model does not have.",
+    "no_target": "A declared target has no tensors, or a tensor belongs to no declared target.",
+    "malformed_file": "A file cannot be read, or has a data type that is not expected.",
+}
 
 
 def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
@@ -40,14 +77,14 @@ def flags() -> str:
 
 def endpoints() -> str:
     app = FastAPI()
-    for module in (chat, completions, models, adapters, splits, merge, vllm, ops):
+    for module in (chat, completions, models, routes, aliases, merge, vllm_compat, health):
         app.include_router(module.router)
     rows = []
     for path, operations in app.openapi()["paths"].items():
         for method, operation in operations.items():
             summary = operation.get("description", operation["summary"]).split("\n")[0]
-            rows.append((f"`{method.upper()} {path}`", summary))
-    return table(("route", "what it does"), rows)
+            rows.append((f"`{method.upper()} {path}`", need_of(path), summary))
+    return table(("route", "scope", "what it does"), rows)
 
 
 def metrics() -> str:
@@ -67,16 +104,48 @@ def _subclasses(kind: type[AdapterError]) -> list[type[AdapterError]]:
     return [found for child in kind.__subclasses__() for found in (child, *_subclasses(child)) if found.status != 500]
 
 
-TABLES: dict[str, Callable[[], str]] = {
-    "flags": flags,
-    "endpoints": endpoints,
-    "metrics": metrics,
-    "adapter-errors": adapter_errors,
+def problems() -> str:
+    return table(("code", "meaning"), [(f"`{code}`", PROBLEMS[code]) for code in get_args(ProblemCode)])
+
+
+def api_errors() -> str:
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in sorted(API.rglob("*.py"))]
+    calls = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    found = sorted({(status, code) for call in calls for status, code in _errors_of(call)})
+    return table(("status", "code", "meaning"), [(str(status), f"`{code}`", CODES[code]) for status, code in found])
+
+
+def _errors_of(call: ast.Call) -> Iterator[tuple[int, str]]:
+    """Yield the statuses and codes that a call of one of the makers in `server/api/errors.py` has as literals."""
+    maker = call.func.id if isinstance(call.func, ast.Name) else ""
+    keywords = {word.arg: word.value for word in call.keywords}
+    if maker == "ApiError":
+        status, code = call.args[0], keywords.get("code")
+    elif maker == "bad_request":
+        status, code = ast.Constant(400), keywords.get("code", _argument(call, 2, "invalid_value"))
+    elif maker == "unavailable":
+        status, code = ast.Constant(503), keywords.get("code", _argument(call, 1, "unavailable"))
+    else:
+        return
+    if isinstance(status, ast.Constant) and code is not None:
+        literals = (node.value for node in ast.walk(code) if isinstance(node, ast.Constant))
+        yield from ((int(str(status.value)), literal) for literal in literals if isinstance(literal, str))
+
+
+def _argument(call: ast.Call, place: int, default: str) -> ast.expr:
+    return call.args[place] if len(call.args) > place else ast.Constant(default)
+
+
+PAGES: dict[Path, Mapping[str, Callable[[], str]]] = {
+    REFERENCE / "flags.md": {"flags": flags},
+    REFERENCE / "routes.md": {"endpoints": endpoints},
+    REFERENCE / "metrics.md": {"metrics": metrics},
+    REFERENCE / "errors.md": {"api-errors": api_errors, "adapter-errors": adapter_errors, "problems": problems},
 }
 
 
-def render(text: str, tables: Mapping[str, Callable[[], str]] = TABLES) -> str:
-    """`text` with every `<!-- table: name -->` … `<!-- end -->` section made anew."""
+def render(text: str, tables: Mapping[str, Callable[[], str]]) -> str:
+    """Return `text` with every `<!-- table: name -->` … `<!-- end -->` section written anew."""
     for name, make in tables.items():
         section = re.search(rf"<!-- table: {name} -->\n(.*?)<!-- end -->", text, re.DOTALL)
         assert section is not None, f"no section for the table of {name}"
@@ -85,4 +154,5 @@ def render(text: str, tables: Mapping[str, Callable[[], str]] = TABLES) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(render(README.read_text()))
+    for page, its_tables in PAGES.items():
+        page.write_text(render(page.read_text(encoding="utf-8"), its_tables), encoding="utf-8")

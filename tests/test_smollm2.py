@@ -55,9 +55,10 @@ def test_the_three_printed_curl_lines_work_as_printed(server: RunningServer) -> 
     assert run(f"curl -X DELETE {server.url}/v1/adapters/my-pirate")["deleted"] is True
 
 
-def test_the_readme_s_curl_commands_work_in_order(server: RunningServer) -> None:
-    commands = re.findall(r"^curl .*$", (ROOT / "README.md").read_text(), re.MULTILINE)
-    assert len(commands) == 8
+@pytest.mark.parametrize(("page", "count"), [("README.md", 7), ("docs/guide.md", 1)])
+def test_the_curl_commands_of_a_page_work_in_order(server: RunningServer, page: str, count: int) -> None:
+    commands = re.findall(r"^curl .*$", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(commands) == count
     for command in commands:
         run(command.replace("http://127.0.0.1:8000", server.url))
 
