@@ -1,4 +1,4 @@
-"""Everything that can be wrong with an adapter, as one small tree; each error has the contract's code.
+"""All adapter errors in one hierarchy; each class carries the HTTP status and error code of the API contract.
 
 AdapterError
 ├── AdapterNotFound     404  model_not_found
@@ -29,7 +29,8 @@ ProblemCode = Literal[
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One reason why an adapter cannot be served: where, what was found there, what would be accepted."""
+    """One reason why an adapter cannot be served: its location, the value found there and the values that are
+    accepted."""
 
     where: str
     found: str
@@ -37,6 +38,7 @@ class Problem:
     code: ProblemCode
 
     def as_dict(self) -> dict[str, str]:
+        """Return the problem as a JSON object."""
         return asdict(self)
 
 
@@ -48,14 +50,14 @@ class AdapterError(Exception):
 
 
 class AdapterNotFound(AdapterError):
-    """No adapter has that name or version."""
+    """No adapter has the requested name or version."""
 
     status = 404
     code = "model_not_found"
 
 
 class InvalidName(AdapterError):
-    """The name cannot name an adapter (lower-case letters, digits, `.`, `_`, `-`, at most 64)."""
+    """The name is not valid for an adapter (lower-case letters, digits, `.`, `_`, `-`, at most 64 characters)."""
 
     status = 400
     code = "invalid_name"
@@ -75,28 +77,28 @@ class AdapterInvalid(AdapterError):
 
 
 class AdapterConflict(AdapterError):
-    """The name is taken, or there is nothing to roll back to."""
+    """The name is taken, or there is no version to roll back to."""
 
     status = 409
     code = "conflict"
 
 
 class SourceNotAllowed(AdapterError):
-    """The source is not under any `--allow-source`."""
+    """The source is not below any `--allow-source` entry."""
 
     status = 403
     code = "source_not_allowed"
 
 
 class SourceNotFound(AdapterError):
-    """There is nothing at the source."""
+    """The source holds no adapter."""
 
     status = 404
     code = "source_not_found"
 
 
 class SourceUnavailable(AdapterError):
-    """The source's server does not answer, or what it sends is not what it says."""
+    """The source's server does not respond, or the content it sends does not match its own description."""
 
     status = 503
     code = "source_unavailable"
@@ -120,7 +122,7 @@ RefusalCode = Literal["busy", "invalid", "no_room", "not_mergeable"]
 
 
 class MoveRefused(Exception):
-    """An explicit move or a merge cannot be done; `code` says which way."""
+    """A requested move between tiers or a merge cannot be done; `code` gives the kind of reason."""
 
     def __init__(self, code: RefusalCode, message: str):
         super().__init__(message)

@@ -1,20 +1,20 @@
-"""What the base model offers to adapters: the one thing validation needs to know of it. No torch."""
+"""Description of the base model for adapters: all that validation needs to know about the model. No torch."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-MAX_SIBLINGS = 3  # linears that are computed as one: query, key and value; gate and up
+MAX_SIBLINGS = 3  # linears that may be computed as one: query, key and value; gate and up
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """Modules go by the names that PEFT gives them (`model.layers.0.self_attn.q_proj`).
+    """The adaptable modules of a base model, by the names that PEFT gives them (`model.layers.0.self_attn.q_proj`).
 
-    `modules` are the linears that can be adapted, with `(in_features, out_features)`; `max_rank` is the largest rank
-    that is served; `biased` are those of `modules` that have a bias. `parameters` are the shapes of everything that an
-    adapter may replace, by module and in the order of definition; `transposed` those of its modules whose stacked
-    experts are `[experts, in, out]`. `tied`: the output head uses the input embedding's weight. `siblings` are those of
-    `modules` that read one and the same input, in the order of their calls.
+    `modules` maps each adaptable linear to `(in_features, out_features)`; `max_rank` is the largest rank served;
+    `biased` is the subset of `modules` that has a bias. `parameters` maps each module, in definition order, to the
+    shapes of all parameters that an adapter may replace; `transposed` is the subset of its modules whose stacked
+    experts are stored as `[experts, in, out]`. `tied` is true when the output head uses the input embedding's weight.
+    `siblings` lists groups of `modules` that read the same input, in call order.
     """
 
     modules: dict[str, tuple[int, int]]
@@ -28,13 +28,13 @@ class ModelSpec:
     siblings: tuple[tuple[str, ...], ...] = ()
 
     def groups(self) -> Iterator[tuple[str, ...]]:
-        """Every module once: siblings together, all others alone."""
+        """Yield every module exactly once: siblings together, all others alone."""
         grouped = {name for names in self.siblings for name in names}
         yield from self.siblings
         yield from ((name,) for name in self.modules if name not in grouped)
 
     @property
     def vocab_size(self) -> int | None:
-        """Rows of the input embedding; None for a spec that has none."""
+        """Number of rows of the input embedding; None for a spec without an input embedding."""
         weight = self.parameters.get(self.embedding, {}).get("weight")
         return weight[0] if weight else None

@@ -1,4 +1,4 @@
-"""What is known of an adapter: its versions, and the name that points to one of them."""
+"""Records of an adapter: its immutable versions, and the name that points to one of them."""
 
 import json
 import re
@@ -13,8 +13,9 @@ _VERSION = re.compile(r"(?:sha256:)?([0-9a-f]{12,64})")
 
 @dataclass(frozen=True, slots=True)
 class Inspected:
-    """What is known of an adapter that passed: `rank` is the largest of its modules, `target_modules` the sorted last
-    parts of their names, `nbytes` the size of its tensors in bytes, `report` what the API answers."""
+    """Metadata of an adapter that passed validation: `rank` is the largest rank of its modules, `target_modules` the
+    sorted last components of their names, `nbytes` the size of its tensors in bytes, `report` the report returned by
+    the API."""
 
     digest: str
     rank: int
@@ -25,9 +26,11 @@ class Inspected:
 
 @dataclass(frozen=True, slots=True)
 class AdapterVersion:
-    """One immutable content: `digest` is 64 hex digits, `nbytes` the size of its tensors, `created` in Unix seconds.
+    """One immutable content: `digest` is 64 hex digits, `nbytes` the size of its tensors in bytes, `created` in Unix
+    seconds.
 
-    The report stays JSON until it is asked for: as text it takes a fifth of the memory."""
+    The report is kept as JSON text, which takes a fifth of the memory of the parsed object.
+    """
 
     digest: str
     rank: int
@@ -38,6 +41,7 @@ class AdapterVersion:
 
     @property
     def report(self) -> dict[str, Any]:
+        """The validation report, parsed on every access."""
         report: dict[str, Any] = json.loads(self.report_json)
         return report
 
@@ -48,8 +52,8 @@ class AdapterVersion:
 
 @dataclass(frozen=True, slots=True)
 class AdapterRecord:
-    """A name and the version it points to; `source` is where that version came from, `created` when the name was
-    first published, in Unix seconds."""
+    """A name and the version it points to; `source` is the origin of that version, `created` the time when the name
+    was first published, in Unix seconds."""
 
     name: str
     version: AdapterVersion
@@ -60,7 +64,8 @@ class AdapterRecord:
 
 @dataclass(frozen=True, slots=True)
 class HistoryEntry:
-    """A version that a name points or pointed to; `created` is when it was published under the name."""
+    """A version that a name points or pointed to; `created` is the time when it was published under the name, in
+    Unix seconds."""
 
     digest: str
     created: int
@@ -69,8 +74,8 @@ class HistoryEntry:
 
 @dataclass(frozen=True, slots=True)
 class PendingAdapter:
-    """An adapter that is to be fetched from `source` and published; `error` says why that failed, `created` is when it
-    was asked for, in Unix seconds."""
+    """An adapter still to be fetched from `source` and published; `error` is the reason of the last failure,
+    `created` the time of the request, in Unix seconds."""
 
     name: str
     source: str
@@ -82,8 +87,8 @@ class PendingAdapter:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """All that is kept in memory of one name: `versions` are the stored ones, newest first; `damage` says why the
-    current one cannot be served."""
+    """Everything kept in memory for one name: `versions` are the stored versions, newest first; `damage` is the
+    reason why the current version cannot be served, or None."""
 
     record: AdapterRecord
     versions: tuple[AdapterRecord, ...]
@@ -91,17 +96,18 @@ class Entry:
     damage: str | None
 
     def matching(self, version: str) -> AdapterRecord | None:
-        """The stored version that `version` abbreviates, if it is exactly one."""
+        """Return the stored version whose digest starts with `version` (12 or more hex digits); None unless exactly
+        one does."""
         match = _VERSION.fullmatch(version)
         found = [record for record in self.versions if match and record.version.digest.startswith(match[1])]
         return found[0] if len(found) == 1 else None
 
     def previous(self) -> AdapterRecord | None:
-        """The newest stored version that was published before the current one."""
+        """Return the newest stored version that was published before the current one, or None."""
         stored = {record.version.digest: record for record in self.versions}
         from_current = dropwhile(lambda version: not version.current, self.history)
         return next((stored[v.digest] for v in from_current if not v.current and v.digest in stored), None)
 
     def digests(self) -> set[str]:
-        """Of the history, stored or not."""
+        """Return the digests of all versions in the history, stored or not."""
         return {version.digest for version in self.history}

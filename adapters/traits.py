@@ -1,4 +1,4 @@
-"""What the server has to know of an adapter before its weights are anywhere near. No torch."""
+"""Properties of an adapter that the server needs before its weights are loaded. No torch."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -7,13 +7,13 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Traits:
-    """Follows from an adapter's content and is kept in its report.
+    """Properties that follow from an adapter's content and are kept in its report.
 
-    `additive`: all that it does is to add `s·B A x` to outputs, so that it can be scaled and composed.
-    `mergeable`: it changes linear layers only, for every token alike.
-    `invocation_tokens`: it is active from their last occurrence in the prompt on; empty for always.
-    `vocab_size`: where it is not the base model's.
-    `tokenizer`, `chat_template`: it brings its own.
+    `additive`: its only effect is to add `s·B A x` to outputs, so that it can be scaled and composed. `mergeable`: it
+    changes linear layers only, and every token in the same way. `invocation_tokens`: it is active from the last
+    occurrence of these tokens in the prompt; empty for always active. `vocab_size`: the size of its vocabulary where it
+    differs from the base model's, else None. `tokenizer`, `chat_template`: it includes a tokenizer or a chat template
+    of its own.
     """
 
     additive: bool = True
@@ -24,12 +24,12 @@ class Traits:
     chat_template: bool = False
 
     def described(self) -> dict[str, Any]:
-        """What is out of the ordinary, for the report."""
+        """Return the traits that differ from the defaults, for the report."""
         ordinary = asdict(Traits())
         return {name: value for name, value in asdict(self).items() if value != ordinary[name]}
 
     @classmethod
     def of(cls, report: Mapping[str, Any]) -> "Traits":
-        """From a report that `described` is in under "traits"."""
+        """Build the traits from a report that holds the output of `described` under "traits"."""
         given = dict(report.get("traits", {}))
         return cls(**given | {"invocation_tokens": tuple(given.get("invocation_tokens", ()))})

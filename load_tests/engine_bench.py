@@ -51,7 +51,7 @@ class EngineBench:
             for name in (CONFIG_FILE, WEIGHTS_FILE):
                 (staged / name).write_bytes((folder / name).read_bytes())
             digest = inspect(staged, self.info.spec).digest
-            self._store.admit(staged, digest)
+            self._store.commit(staged, digest)
         return digest
 
     def bring(self, folder: Path) -> str:

@@ -1,3 +1,3 @@
-"""Loraplex: turns requests into tokens. Knows HTTP, sequences, the KV cache and the model."""
+"""The Loraplex server: the HTTP API, the engine process, and the model."""
 
 __version__ = "0.1.0"

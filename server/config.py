@@ -1,5 +1,5 @@
-"""Every setting of `loraplex serve`, declared once: flags, environment names, file keys and the README's table all
-derive from the fields of `ServeConfig`.
+"""Every setting of `loraplex serve`, declared once: flags, environment variables, file keys and the reference table
+are derived from the fields of `ServeConfig`.
 
 Precedence: flag, then environment (`LORAPLEX_…`), then `--config FILE` (TOML or YAML), then the default.
 """
@@ -18,7 +18,7 @@ GIB = 1 << 30
 
 
 class ConfigError(Exception):
-    """A setting cannot be used; the message names it and says what would work."""
+    """A setting is unusable; the message names the setting and says what would work."""
 
 
 class StartFailed(Exception):
@@ -39,65 +39,81 @@ def default_data_dir() -> Path:
 
 @dataclass(frozen=True, slots=True)
 class ServeConfig:
-    """Settings of one server. Immutable; what is derived from them lives where it was derived."""
+    """The settings of one server, immutable. Derived values are kept by the code that derives them."""
 
-    model: str = _setting("", "Folder, .gguf file or hub id of the base model; empty is the embedded SmolLM2-135M")
+    model: str = _setting("", "Folder, .gguf file or hub id of the base model; empty uses the embedded SmolLM2-135M")
     served_model_name: str = _setting("", "Name of the base model in the API; empty derives it from --model")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _setting("auto", "Precision of the base model")
-    quantization: Literal["none", "nf4"] = _setting("none", "4-bit base through bitsandbytes, double quantization")
+    quantization: Literal["none", "nf4"] = _setting("none", "Quantize the base model to 4 bits with bitsandbytes")
     nf4_policy: Literal["auto", "nf4", "bf16-copy"] = _setting(
-        "auto", "4-bit linears: kept, or dequantised once at load; auto copies on a GPU with four times the memory free"
+        "auto",
+        "How 4-bit layers are computed: from 4 bits, or from a bf16 copy; auto copies if a GPU has 4x the memory free",
     )
-    device: str = _setting("auto", "auto, cpu, cuda or cuda:N")
-    host: str = _setting("127.0.0.1", "Address to listen on; anything but loopback needs a key")
-    port: int = _setting(8000, "Port to listen on; 0 takes a free one", ge=0, le=65535)
-    data_dir: Path = _setting(Path(), "Registry, store and caches; empty is the XDG data folder")
-    api_key: str = _setting("", "One key with all scopes", secret=True)
-    keys_file: Path = _setting(Path(), "TOML file of keys with scopes and tenants")
-    adapter_slots: int = _setting(64, "Adapters that can be on the device at once", ge=1, le=4096)
+    device: str = _setting("auto", "Device of the model: auto, cpu, cuda or cuda:N")
+    host: str = _setting("127.0.0.1", "Address to listen on; an address other than loopback requires an API key")
+    port: int = _setting(8000, "Port to listen on; 0 chooses a free port", ge=0, le=65535)
+    data_dir: Path = _setting(Path(), "Folder of the registry, store and caches; empty uses the XDG data folder")
+    api_key: str = _setting("", "One API key with all scopes", secret=True)
+    keys_file: Path = _setting(Path(), "TOML file of API keys with scopes and tenants")
+    adapter_slots: int = _setting(64, "Maximum number of adapters on the device at once", ge=1, le=4096)
     adapter_device_bytes: int = _setting(
-        0, "Device memory for the ranks of adapters; 0 is room for the largest rank in 16 slots", ge=0
+        0, "Device memory for adapter weights; 0 reserves room for 16 adapters of the largest rank", ge=0
     )
-    adapter_max_concurrent: int = _setting(0, "Requests that may run for one adapter at once; 0 is no limit", ge=0)
-    adapter_rpm: int = _setting(0, "Requests per minute for one adapter; 0 is no limit", ge=0)
-    adapter_tpm: int = _setting(0, "Prompt and answer tokens per minute for one adapter; 0 is no limit", ge=0)
-    max_adapter_rank: int = _setting(64, "Largest LoRA rank that is served", ge=1, le=512)
-    adapter_host_bytes: int = _setting(2 * GIB, "Host memory for adapters that are off the device", ge=0)
-    kv_cache_bytes: int = _setting(0, "Memory of the KV cache; 0 chooses by what is free", ge=0)
-    max_num_seqs: int = _setting(64, "Sequences in one step", ge=1, le=4096)
-    max_batch_tokens: int = _setting(512, "Token budget of one step, prefill and decode together", ge=16)
-    max_model_len: int = _setting(0, "Longest prompt plus answer in tokens; 0 is the model's own limit", ge=0)
-    max_queue: int = _setting(256, "Requests that may wait before new ones get 503", ge=1)
+    adapter_max_concurrent: int = _setting(
+        0, "Maximum number of concurrent requests per adapter; 0 means no limit", ge=0
+    )
+    adapter_rpm: int = _setting(0, "Maximum number of requests per minute and adapter; 0 means no limit", ge=0)
+    adapter_tpm: int = _setting(
+        0, "Maximum number of prompt and output tokens per minute and adapter; 0 means no limit", ge=0
+    )
+    max_adapter_rank: int = _setting(64, "Largest LoRA rank that the server accepts", ge=1, le=512)
+    adapter_host_bytes: int = _setting(2 * GIB, "Host memory that caches adapters which are not on the device", ge=0)
+    kv_cache_bytes: int = _setting(0, "Memory of the KV cache; 0 chooses it by the memory that is free", ge=0)
+    max_num_seqs: int = _setting(64, "Maximum number of sequences in one step", ge=1, le=4096)
+    max_batch_tokens: int = _setting(512, "Maximum number of tokens in one step, prefill and decode together", ge=16)
+    max_model_len: int = _setting(
+        0, "Maximum number of tokens in prompt and output together; 0 uses the model's limit", ge=0
+    )
+    max_queue: int = _setting(256, "Maximum number of waiting requests; further requests get 503", ge=1)
     scheduling_policy: Literal["fair", "fcfs"] = _setting(
-        "fair", "fair serves tenants by their weights and knows priorities, fcfs is strictly by arrival"
+        "fair",
+        "fair shares the device among tenants by weight and honors priorities; fcfs runs requests in order of arrival",
     )
-    max_wait_steps: int = _setting(256, "Steps a request may be passed over before later ones are held back", ge=1)
-    max_upload_bytes: int = _setting(512 << 20, "Largest adapter upload", ge=1024)
+    max_wait_steps: int = _setting(
+        256, "Steps that a request may be passed over before later requests are held back", ge=1
+    )
+    max_upload_bytes: int = _setting(512 << 20, "Largest adapter upload in bytes", ge=1024)
     allow_source: tuple[str, ...] = _setting(
-        (), "Where adapters may be registered from: file:///folder, hf://org or s3://bucket/prefix"
+        (), "Source that adapters may be registered from: file:///folder, hf://org or s3://bucket/prefix"
     )
-    adapter: tuple[str, ...] = _setting((), "Adapter to register at start, as name=folder")
-    watch_adapters: str = _setting("", "Folder whose sub-folders are registered as adapters, also when they change")
-    merge: str = _setting("", "Adapter to merge into the base's weights at start")
+    adapter: tuple[str, ...] = _setting((), "Adapter to register at startup, as name=folder")
+    watch_adapters: str = _setting(
+        "", "Folder whose subfolders are registered as adapters, now and whenever they change"
+    )
+    merge: str = _setting("", "Adapter to merge into the base model at startup")
     merge_policy: Literal["off", "auto"] = _setting(
-        "off", "auto merges an adapter that has owned all traffic for a while"
+        "off", "auto merges an adapter that has received all traffic for a while"
     )
     merge_others: Literal["wait", "refuse"] = _setting(
-        "wait", "Requests for other models end a merge that was asked for, or get 409; one by policy always ends"
+        "wait",
+        "What happens to a manual merge when another model is requested: `wait` unmerges, `refuse` answers 409. "
+        "Automatic merges always unmerge.",
     )
     merge_window: float = _setting(
-        30.0, "Seconds that an adapter has to own all traffic to be merged by policy", ge=0.0
+        30.0, "Seconds that an adapter must receive all traffic before it is merged automatically", ge=0.0
     )
-    merge_min_requests: int = _setting(8, "Requests in those seconds without which it is not merged", ge=1)
-    merge_cooldown: float = _setting(60.0, "Seconds between the end of a merge and the next one by policy", ge=0.0)
-    hang_seconds: float = _setting(60.0, "An engine with work and no step for this long is restarted", ge=1.0)
-    drain_delay: float = _setting(0.0, "Seconds between turning unready and refusing requests at shutdown", ge=0.0)
-    drain_timeout: float = _setting(30.0, "Seconds that running requests get to finish at shutdown", ge=0.0)
+    merge_min_requests: int = _setting(8, "Minimum number of requests in the merge window for an automatic merge", ge=1)
+    merge_cooldown: float = _setting(60.0, "Seconds between the end of a merge and the next automatic merge", ge=0.0)
+    hang_seconds: float = _setting(
+        60.0, "Restart the engine if it has work but completes no step for this long.", ge=1.0
+    )
+    drain_delay: float = _setting(0.0, "Seconds at shutdown between becoming unready and refusing requests", ge=0.0)
+    drain_timeout: float = _setting(30.0, "Seconds at shutdown for running requests to finish", ge=0.0)
     log_format: Literal["text", "json"] = _setting("text", "Format of log lines")
-    threads: int = _setting(0, "CPU threads of the model; 0 takes all cores", ge=0)
-    eager: bool = _setting(False, "Run decode steps without CUDA graphs (they are used on CUDA only)")
-    in_process: bool = _setting(False, "Run the engine inside the API process (debugging)")
-    demo: bool = _setting(False, "Register the demo adapters of examples/adapters at start")
+    threads: int = _setting(0, "CPU threads of the model; 0 uses all cores", ge=0)
+    eager: bool = _setting(False, "Run decode steps without CUDA graphs, which are used on CUDA only")
+    in_process: bool = _setting(False, "Run the engine inside the API process, for debugging")
+    demo: bool = _setting(False, "Register the demo adapters of examples/adapters at startup")
 
 
 HINTS: dict[str, Any] = get_type_hints(ServeConfig)
@@ -112,7 +128,7 @@ def flag_name(name: str) -> str:
 
 
 def load(flags: Mapping[str, Any], config_file: Path | None = None) -> ServeConfig:
-    """Merge the four sources into one config. Raises `ConfigError` naming the first setting that cannot be used."""
+    """Combine the four sources into one config. Raises `ConfigError` that names the first unusable setting."""
     values: dict[str, Any] = {}
     for source, found in (("file", _from_file(config_file)), ("environment", _from_env()), ("flag", flags)):
         for name, value in found.items():
@@ -128,9 +144,9 @@ def _from_file(path: Path | None) -> dict[str, Any]:
         text = path.read_text()
         found = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text)
     except (OSError, tomllib.TOMLDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"--config {path}: {error}") from error
+        raise ConfigError(f"--config {path} cannot be read: {error}") from error
     if not isinstance(found, dict):
-        raise ConfigError(f"--config {path}: expected a table of settings")
+        raise ConfigError(f"--config {path} must contain a table of settings")
     return {str(key).replace("-", "_"): value for key, value in found.items()}
 
 
@@ -141,7 +157,7 @@ def _from_env() -> dict[str, Any]:
 
 def _convert(name: str, value: Any, source: str) -> Any:
     if name not in HINTS:
-        raise ConfigError(f"unknown setting '{name}' in the {source}")
+        raise ConfigError(f"unknown setting '{name}' in the {source}; `loraplex serve --help` lists all settings")
     try:
         converted = _as_type(HINTS[name], value)
     except (TypeError, ValueError) as error:
@@ -160,7 +176,7 @@ def _as_type(hint: Any, value: Any) -> Any:
         return value
     if hint is bool and isinstance(value, str):
         if value.lower() not in ("1", "true", "yes", "0", "false", "no"):
-            raise ValueError(f"'{value}' is not a truth value")
+            raise ValueError(f"'{value}' is not a boolean; use true or false")
         return value.lower() in ("1", "true", "yes")
     return hint(value)
 
@@ -168,9 +184,9 @@ def _as_type(hint: Any, value: Any) -> Any:
 def _check_bounds(name: str, value: Any) -> None:
     metadata = _field(name).metadata
     if "ge" in metadata and not value >= metadata["ge"]:
-        raise ConfigError(f"{flag_name(name)}: {value} is below {metadata['ge']}")
+        raise ConfigError(f"{flag_name(name)}: {value} is below the minimum of {metadata['ge']}")
     if "le" in metadata and not value <= metadata["le"]:
-        raise ConfigError(f"{flag_name(name)}: {value} is above {metadata['le']}")
+        raise ConfigError(f"{flag_name(name)}: {value} is above the maximum of {metadata['le']}")
 
 
 def _field(name: str) -> "dataclasses.Field[Any]":
@@ -178,13 +194,13 @@ def _field(name: str) -> "dataclasses.Field[Any]":
 
 
 def to_dict(config: ServeConfig) -> dict[str, Any]:
-    """Plain values that `load` turns into an equal config: how the engine process gets its settings."""
+    """Return plain values that `load` turns into an equal config; the engine process receives its settings so."""
     values = {name: getattr(config, name) for name in HINTS}
     return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
 def type_label(name: str) -> str:
-    """How the README's table writes a setting's type."""
+    """Return the type of a setting as the reference table shows it."""
     hint = HINTS[name]
     if get_origin(hint) is Literal:
         return " or ".join(map(str, get_args(hint)))

@@ -1,5 +1,5 @@
-"""The first steps of `loraplex serve`: all that it takes to start the engine's process, which then loads torch and the
-model while this one loads torch and the API."""
+"""Startup of `loraplex serve`: imports only what starting the engine process needs. The engine process then loads torch
+and the model while this process loads torch and the API."""
 
 import dataclasses
 from pathlib import Path
@@ -16,7 +16,7 @@ from server.writable import use_writable_folders
 
 
 def launch(config: ServeConfig) -> None:
-    """Serve until a signal ends it. Raises `ConfigError` or `StartFailed`."""
+    """Serve until a signal ends the server. Raises `ConfigError` or `StartFailed`."""
     config = complete(config)
     if config.in_process:
         _run(config, None)
@@ -36,10 +36,12 @@ def _run(config: ServeConfig, transport: ProcessTransport | None) -> None:
 
 
 def complete(config: ServeConfig) -> ServeConfig:
-    """Fill in what is derived: the data folder, the embedded model, the served name. From here on, there are folders
-    that can be written."""
+    """Fill in derived settings: data folder, embedded model, served name. Also ensures that temporary files and caches
+    have writable folders."""
     data_dir = (default_data_dir() if config.data_dir == Path() else config.data_dir).absolute()
-    prepared = prepared_default_model()  # before the cache moves, perhaps away from a container's image that has it
+    prepared = (
+        prepared_default_model()
+    )  # before the cache folder moves: a container image may contain the prepared model
     use_writable_folders(data_dir)
     model, name = config.model, config.served_model_name
     if not model:

@@ -1,4 +1,4 @@
-"""Log lines for people (text) or machines (one JSON object each)."""
+"""Log formats: text for people, or one JSON object per line for machines."""
 
 import json
 import logging

@@ -1,6 +1,6 @@
-"""Every Prometheus name, label and bucket, declared once; the README's table is made from `METRICS`.
+"""Every Prometheus metric name, label and bucket, declared once; the reference table is generated from `METRICS`.
 
-Counters and histograms are fed by requests and by the engine's steps; gauges are read from the engine at scrape time.
+Requests and engine steps update counters and histograms; gauges are read from the engine at scrape time.
 """
 
 import time
@@ -35,31 +35,33 @@ class MetricSpec(NamedTuple):
 
 
 METRICS: list[MetricSpec] = [
-    MetricSpec("loraplex_requests_total", "counter", ("adapter", "route", "status"), "Inference requests by answer"),
-    MetricSpec("loraplex_time_to_first_token_seconds", "histogram", ("adapter",), "Arrival to first token", _LATENCY),
-    MetricSpec("loraplex_inter_token_latency_seconds", "histogram", ("adapter",), "Between tokens", _TOKEN_GAP),
-    MetricSpec("loraplex_request_duration_seconds", "histogram", ("adapter",), "Arrival to last token", _DURATION),
-    MetricSpec("loraplex_queue_seconds", "histogram", ("adapter",), "Waiting before the first step", _LATENCY),
+    MetricSpec("loraplex_requests_total", "counter", ("adapter", "route", "status"), "Inference requests by status"),
+    MetricSpec(
+        "loraplex_time_to_first_token_seconds", "histogram", ("adapter",), "Time from arrival to first token", _LATENCY
+    ),
+    MetricSpec("loraplex_inter_token_latency_seconds", "histogram", ("adapter",), "Time between tokens", _TOKEN_GAP),
+    MetricSpec(
+        "loraplex_request_duration_seconds", "histogram", ("adapter",), "Time from arrival to last token", _DURATION
+    ),
+    MetricSpec("loraplex_queue_seconds", "histogram", ("adapter",), "Time in the queue", _LATENCY),
     MetricSpec("loraplex_prompt_tokens_total", "counter", ("adapter",), "Prompt tokens of accepted requests"),
     MetricSpec("loraplex_generated_tokens_total", "counter", ("adapter",), "Tokens generated"),
     MetricSpec("loraplex_requests_running", "gauge", (), "Sequences in the batch"),
-    MetricSpec("loraplex_requests_waiting", "gauge", (), "Sequences waiting for a place in the batch"),
-    MetricSpec("loraplex_kv_cache_usage_ratio", "gauge", (), "KV blocks held by running sequences, 0 to 1"),
+    MetricSpec("loraplex_requests_waiting", "gauge", (), "Sequences waiting to be admitted"),
+    MetricSpec("loraplex_kv_cache_usage_ratio", "gauge", (), "Share of KV blocks in use, 0 to 1"),
     MetricSpec("loraplex_prefix_cache_queries_total", "counter", (), "Prompt tokens looked up in the prefix cache"),
     MetricSpec("loraplex_prefix_cache_hits_total", "counter", (), "Prompt tokens found in the prefix cache"),
-    MetricSpec("loraplex_preemptions_total", "counter", (), "Sequences put back to be recomputed"),
-    MetricSpec("loraplex_adapters", "gauge", ("tier", "state"), "Adapter versions by where and how they are"),
-    MetricSpec("loraplex_adapter_slots", "gauge", ("state",), "Device slots: used, pinned (not in used) or free"),
-    MetricSpec("loraplex_adapter_loads_total", "counter", ("from", "to", "outcome"), "Moves of adapters upwards"),
-    MetricSpec("loraplex_adapter_load_seconds", "histogram", ("from", "to"), "Time of moves upwards", _LOAD),
-    MetricSpec("loraplex_adapter_evictions_total", "counter", ("tier",), "Adapters that left a tier"),
-    MetricSpec(
-        "loraplex_merged_adapter_info", "gauge", ("adapter", "version"), "1 while merged into the base's weights"
-    ),
-    MetricSpec("loraplex_merge_switches_total", "counter", ("direction", "reason"), "Merges and their ends"),
+    MetricSpec("loraplex_preemptions_total", "counter", (), "Sequences preempted and recomputed"),
+    MetricSpec("loraplex_adapters", "gauge", ("tier", "state"), "Adapter versions by tier and state"),
+    MetricSpec("loraplex_adapter_slots", "gauge", ("state",), "Device slots: used (not pinned), pinned or free"),
+    MetricSpec("loraplex_adapter_loads_total", "counter", ("from", "to", "outcome"), "Adapter loads by tier"),
+    MetricSpec("loraplex_adapter_load_seconds", "histogram", ("from", "to"), "Time of adapter loads", _LOAD),
+    MetricSpec("loraplex_adapter_evictions_total", "counter", ("tier",), "Adapters evicted from a tier"),
+    MetricSpec("loraplex_merged_adapter_info", "gauge", ("adapter", "version"), "1 while merged into the base model"),
+    MetricSpec("loraplex_merge_switches_total", "counter", ("direction", "reason"), "Merges and unmerges"),
     MetricSpec("loraplex_engine_step_seconds", "histogram", (), "Time of one engine step", _STEP),
-    MetricSpec("loraplex_graph_steps_total", "counter", (), "Decode steps replayed as CUDA graphs"),
-    MetricSpec("loraplex_eager_steps_total", "counter", ("reason",), "Steps that the CUDA graphs do not cover"),
+    MetricSpec("loraplex_graph_steps_total", "counter", (), "Decode steps run as CUDA graphs"),
+    MetricSpec("loraplex_eager_steps_total", "counter", ("reason",), "Steps run without CUDA graphs"),
     MetricSpec("loraplex_batch_adapters", "histogram", (), "Distinct adapters in one step", _ADAPTERS),
     MetricSpec("loraplex_batch_tokens", "histogram", (), "Tokens computed in one step", _TOKENS),
     MetricSpec(
@@ -78,14 +80,14 @@ _TIERS = ("disk", "host", "device")
 
 
 class TokenSeries(NamedTuple):
-    """What every token of an adapter goes to: looking series up by label costs more than counting."""
+    """The series that every token of an adapter updates; cached because a lookup by label costs more than a count."""
 
     generated: Counter
     gaps: Histogram
 
 
 class Metrics:
-    """One server's metrics, in a registry of their own."""
+    """The metrics of one server, in their own Prometheus registry."""
 
     def __init__(self) -> None:
         self._token_series: dict[str, TokenSeries] = {}
@@ -120,18 +122,18 @@ class Metrics:
     def watch(
         self, engine: EngineClient, names_of: Callable[[str], list[str]], digests: Callable[[], set[str]]
     ) -> None:
-        """Listen to the engine's steps, and read its gauges at each scrape. `digests` are all published versions."""
+        """Listen to the engine's steps and read its gauges at each scrape. `digests` returns all published versions."""
         engine.add_listener(self._on_step)
         self._registry.register(_EngineGauges(engine, names_of, digests, self.label))
 
-    def know(self, name: str) -> None:
-        """Give a registered adapter a label value of its own, while there is room for one."""
+    def add_adapter(self, name: str) -> None:
+        """Give a registered adapter its own label value, up to `MAX_ADAPTER_LABELS` adapters."""
         if len(self._names) < MAX_ADAPTER_LABELS:
             self._names.add(name)
 
     def label(self, name: str) -> str:
-        """The `adapter` label of a registered name ("" is the base), bounded in number whatever clients do. A request
-        for several adapters counts under `_composed`."""
+        """Return the `adapter` label of a registered name ("" is the base model). The number of labels is bounded.
+        Requests for several adapters count under `_composed`."""
         if not name:
             return BASE_LABEL
         return name if name in self._names or name == COMPOSED_LABEL else OTHER_LABEL
@@ -144,8 +146,8 @@ class Metrics:
             self._token_series[label] = series
         return series
 
-    def forget(self, name: str) -> None:
-        """Remove the series of a deleted adapter. What still comes for it counts under `_other`."""
+    def remove_adapter(self, name: str) -> None:
+        """Remove the series of a deleted adapter. Its remaining requests count under `_other`."""
         if name in self._names:
             self._names.discard(name)
             self._token_series.pop(name, None)
@@ -172,13 +174,13 @@ class Metrics:
 
 
 class RequestTimer:
-    """Times one request: first token, gaps, the end."""
+    """Measures one request: time to first token, gaps between tokens, duration."""
 
     def __init__(self, metrics: Metrics, name: str, started: float):
         self._metrics = metrics
         self._name = name
         self._started = started
-        self._last: dict[int, float] = {}  # when each choice last had a token
+        self._last: dict[int, float] = {}  # time of the latest token, by choice
         self._ended = False
 
     def submitted(self, prompt_tokens: int) -> None:
@@ -206,7 +208,7 @@ class RequestTimer:
 
 
 class _EngineGauges:
-    """What the engine last said, as gauges; a collector, so that nothing has to be kept up to date between scrapes."""
+    """The engine's latest state as gauges, collected at scrape time, so that nothing is updated between scrapes."""
 
     def __init__(
         self,
@@ -225,7 +227,7 @@ class _EngineGauges:
         yield from self._adapters()
 
     def describe(self) -> Iterator[Metric]:
-        """Nothing to say at registration: the registry of adapters may not be open yet."""
+        """Describe nothing at registration, because the adapter registry may not be open yet."""
         return iter(())
 
     def _load(self) -> Iterator[Metric]:

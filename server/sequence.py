@@ -1,4 +1,4 @@
-"""The data every part of the server shares: what was asked, and how far it has come. No torch in here."""
+"""Sequences and their sampling parameters, shared by every part of the server. Does not import torch."""
 
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum, auto
@@ -8,14 +8,14 @@ import msgspec
 
 
 class ScaledAdapter(NamedTuple):
-    """An adapter version's part in an answer: its delta counts `scale` times."""
+    """An adapter version of a request, with the factor `scale` on its delta."""
 
     digest: str
     scale: float = 1.0
 
 
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What the caller asked of the sampler. Bounds are the API's business; the engine trusts these."""
+    """Sampling parameters of a request. The API validates them; the engine does not check them again."""
 
     max_tokens: int
     min_tokens: int = 0
@@ -30,15 +30,15 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     seed: int | None = None
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
-    logprobs: int | None = None  # None: none; n: the chosen token's and those of the n likeliest
+    logprobs: int | None = None  # None: off; n: of the sampled token and the n most probable ones
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
-    """Log-probabilities of one sampled position, from the unmodified model distribution."""
+    """Log-probabilities at one sampled position, of the unmodified model distribution."""
 
     logprob: float
-    rank: int  # of the sampled token, 1 is the likeliest
-    top: list[tuple[int, float]]  # the n likeliest, best first
+    rank: int  # of the sampled token; 1 is the most probable
+    top: list[tuple[int, float]]  # the n most probable tokens, best first
 
 
 class FinishReason(StrEnum):
@@ -56,36 +56,36 @@ class SequenceStatus(Enum):
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One stream of tokens. `num_computed_tokens` chases `num_tokens`: prefill, chunked prefill, decode, prefix
-    hits and recompute after preemption are all that one chase.
+    """One stream of tokens. `num_computed_tokens` advances towards `num_tokens`; prefill, chunked prefill, decode,
+    prefix hits and recomputation after preemption differ only in how far it advances.
 
     Invariant: `block_table` covers at least `num_computed_tokens` slots of the KV cache while RUNNING and is empty
-    otherwise; `adapters` and `active_from` never change, so an answer cannot mix two versions.
+    otherwise; `adapters` and `active_from` never change, so an output cannot mix two versions.
     """
 
     seq_id: str
     token_ids: list[int]
     sampling: SamplingParams
-    adapters: tuple[ScaledAdapter, ...] = ()  # none is the base model
+    adapters: tuple[ScaledAdapter, ...] = ()  # empty: the base model
     cache_salt: str = ""  # prefix-cache hits stay within one salt (the tenant)
     arrival: float = 0.0
-    active_from: int = 0  # the first token that the adapters see; those before are the base model's
+    active_from: int = 0  # the first token that the adapters apply to; earlier tokens use the base model
     priority: int = 0  # within its tenant; lower is more urgent
-    weight: float = 1.0  # of its tenant: a larger share is proportional to it
-    number: int = 0  # in order of arrival; the scheduler's
+    weight: float = 1.0  # of its tenant, whose share of the device is proportional to it
+    number: int = 0  # in order of arrival, assigned by the scheduler
     num_prompt_tokens: int = 0
     num_computed_tokens: int = 0
-    num_launched_tokens: int = 0  # of which keys and values are in the cache, or on their way there
-    num_verified_tokens: int = 0  # of the computed ones: finite logits have come of their keys and values
-    num_cached_tokens: int = 0  # of the prompt, found in the prefix cache at first admission
+    num_launched_tokens: int = 0  # tokens whose keys and values are in the cache or being written
+    num_verified_tokens: int = 0  # computed tokens whose keys and values led to finite logits
+    num_cached_tokens: int = 0  # prompt tokens found in the prefix cache at first admission
     status: SequenceStatus = SequenceStatus.WAITING
     block_table: list[int] = field(default_factory=list)
-    block_hashes: list[bytes] = field(default_factory=list)  # of the full blocks of token_ids, computed lazily
+    block_hashes: list[bytes] = field(default_factory=list)  # of the full blocks in token_ids, computed lazily
     slots: tuple[int, ...] = ()  # device slots of `adapters` while RUNNING, unless they are merged into the base
-    waited_steps: int = 0  # in which it was passed over
-    overdue: bool = False  # that was as often as may be
-    preempted: bool = False  # it was running once
-    admitted: float | None = None  # when it first ran
+    waited_steps: int = 0  # steps in which it was passed over
+    overdue: bool = False  # it was passed over more than max_wait_steps times
+    preempted: bool = False  # it was running before
+    admitted: float | None = None  # time of its first step
 
     def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.token_ids)
@@ -96,7 +96,7 @@ class Sequence:
 
     @property
     def sole_adapter(self) -> str | None:
-        """The version that makes the whole answer, alone and as it is; None for the base and for compositions."""
+        """The only version, if it is unscaled; None for the base model, compositions and scaled adapters."""
         return self.adapters[0].digest if len(self.adapters) == 1 and self.adapters[0].scale == 1 else None
 
     @property
@@ -114,10 +114,10 @@ class Sequence:
 
 @dataclass(slots=True)
 class ScheduledSequence:
-    """A sequence's share of one step: tokens `[start, start + num_new_tokens)` of it are computed. It stays as it is,
-    however far the sequence comes.
+    """A sequence's part of one step, which computes its tokens `[start, end)`. Does not change when the sequence
+    advances.
 
-    `samples`: this step reaches the sequence's last token, so that the next one can be sampled.
+    `samples`: this step reaches the sequence's last token, so the next token can be sampled.
     """
 
     seq: Sequence
@@ -133,13 +133,13 @@ class ScheduledSequence:
 
     @property
     def num_inactive(self) -> int:
-        """How many of the new tokens, the first ones, come before the adapters."""
+        """Number of leading new tokens that come before `active_from`."""
         return min(max(self.seq.active_from - self.start, 0), self.num_new_tokens)
 
 
 @dataclass(slots=True)
 class ScheduledBatch:
-    """One step's work, ordered by adapter slots so that each adapter's rows are one segment (base rows first)."""
+    """The work of one step, ordered by adapter slots so that each adapter's rows form one segment (base rows first)."""
 
     sequences: list[ScheduledSequence]
 

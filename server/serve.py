@@ -1,4 +1,4 @@
-"""Composition root of `loraplex serve`: config → engine, registry, app → uvicorn. Nothing else constructs these."""
+"""Composition root of `loraplex serve`: config → engine, registry, app → uvicorn. No other module constructs these."""
 
 import asyncio
 import gc
@@ -15,7 +15,7 @@ from rich.console import Console
 
 from adapters.errors import AdapterError, SourceNotAllowed
 from adapters.registry.registry import AdapterRegistry
-from adapters.sources import check_allowed, copy_from
+from adapters.sources import check_allow_source, copy_from
 from server.api.adapters import fetching
 from server.api.adapters.merge import merge
 from server.api.adapters.publishing import examine
@@ -36,9 +36,9 @@ MAX_HEADER_BYTES = 64 << 10
 
 
 def run(config: ServeConfig, transport: EngineTransport | None = None) -> None:
-    """Serve until a signal ends it, with the engine behind `transport`; without one, in a thread of this process.
+    """Serve until a signal ends the server. The engine is behind `transport`; without one, it runs in a thread.
 
-    `config` is complete. Raises `ConfigError` or `StartFailed`.
+    `config` comes from `launch.complete`. Raises `ConfigError` or `StartFailed`.
     """
     _check_sources(config)
     keys = KeyRing.load(config)
@@ -49,7 +49,7 @@ def run(config: ServeConfig, transport: EngineTransport | None = None) -> None:
     except AdapterError as error:
         raise StartFailed(str(error)) from error
     if transport is not None:
-        torch.set_num_threads(1)  # checking uploads must not take the cores from the engine
+        torch.set_num_threads(1)  # validating uploads must not take cores from the engine
     try:
         asyncio.run(_serve(config, keys, registry, transport or _thread_transport(config)))
     finally:
@@ -59,11 +59,11 @@ def run(config: ServeConfig, transport: EngineTransport | None = None) -> None:
 def _check_sources(config: ServeConfig) -> None:
     for entry in config.allow_source:
         try:
-            check_allowed(entry)
+            check_allow_source(entry)
         except SourceNotAllowed as error:
-            raise ConfigError(f"--allow-source {entry}: {error}") from error
+            raise ConfigError(f"--allow-source {entry} is not usable: {error}") from error
     if config.watch_adapters and not Path(config.watch_adapters).is_dir():
-        raise ConfigError(f"--watch-adapters {config.watch_adapters}: there is no such folder")
+        raise ConfigError(f"--watch-adapters {config.watch_adapters} does not exist or is not a folder")
 
 
 async def _serve(config: ServeConfig, keys: KeyRing, registry: AdapterRegistry, transport: EngineTransport) -> None:
@@ -98,7 +98,7 @@ def _load_tokenizer(model: str) -> Tokenizer:
     try:
         return Tokenizer.load(model)
     except (OSError, ValueError, TokenizerUnusable) as error:
-        raise StartFailed(f"cannot load the tokenizer of '{model}': {error}") from error
+        raise StartFailed(f"the tokenizer of '{model}' cannot be loaded: {error}") from error
 
 
 def _thread_transport(config: ServeConfig) -> EngineTransport:
@@ -109,7 +109,7 @@ def _thread_transport(config: ServeConfig) -> EngineTransport:
 
 
 class Server(uvicorn.Server):
-    """uvicorn with our shutdown: unready first, then drained, then gone. A second signal skips the wait."""
+    """uvicorn with a graceful shutdown: become unready, drain, exit. A second signal skips the wait."""
 
     def __init__(self, context: AppContext) -> None:
         config = context.config
@@ -118,7 +118,7 @@ class Server(uvicorn.Server):
                 create_app(context),
                 host=config.host,
                 port=config.port,
-                http="h11",  # it bounds headers, which httptools does not
+                http="h11",  # h11 limits the size of headers; httptools does not
                 h11_max_incomplete_event_size=MAX_HEADER_BYTES,
                 lifespan="off",
                 log_config=None,
@@ -136,8 +136,8 @@ class Server(uvicorn.Server):
         return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """What is there by now stays: a full collection would go through all of torch and transformers again, and
-        every stream would wait."""
+        """Exclude the objects that exist now from garbage collection: a full collection would scan all of torch and
+        transformers and delay every stream."""
         gc.collect()
         gc.freeze()
         await super().startup(sockets)
@@ -157,7 +157,7 @@ class Server(uvicorn.Server):
 
 
 async def _bring_up(context: AppContext, starting: "asyncio.Task[None]", server: Server) -> None:
-    """Once the engine is there: adapters that the command line names, pins of the last run, and a word to the user."""
+    """Wait for the engine, register the adapters of the command line, restore pins, and print the startup message."""
     try:
         await starting
         for name, folder in _named_adapters(context.config):
@@ -171,10 +171,10 @@ async def _bring_up(context: AppContext, starting: "asyncio.Task[None]", server:
         raise StartFailed(str(error)) from error
     except (AdapterError, ConfigError) as error:
         server.should_exit = True
-        raise StartFailed(f"an adapter cannot be registered or merged: {error}") from error
+        raise StartFailed(f"an adapter of the command line cannot be registered or merged: {error}") from error
     except (ApiError, AdapterMoveRefused) as error:
         server.should_exit = True
-        raise StartFailed(f"--merge {context.config.merge}: {error}") from error
+        raise StartFailed(f"--merge {context.config.merge} failed: {error}") from error
     while not server.started:
         await asyncio.sleep(0.01)
     _greet(context, server.url)
@@ -187,7 +187,7 @@ def _named_adapters(config: ServeConfig) -> list[tuple[str, Path]]:
     for entry in config.adapter:
         name, _, folder = entry.partition("=")
         if not folder:
-            raise ConfigError(f"--adapter {entry}: expected name=folder")
+            raise ConfigError(f"--adapter {entry} must have the form name=folder")
         named.append((name, Path(folder).absolute()))
     if config.demo:
         named += sorted((folder.name, folder) for folder in DEMO_ADAPTERS.iterdir())
@@ -195,7 +195,7 @@ def _named_adapters(config: ServeConfig) -> list[tuple[str, Path]]:
 
 
 async def _register(context: AppContext, name: str, folder: Path) -> None:
-    """Publish an adapter that the operator named; the same bytes as last time change nothing."""
+    """Publish an adapter of the command line. Unchanged bytes change nothing."""
     source = folder.resolve().as_uri()
     with context.registry.store.stage() as staged:
         await asyncio.to_thread(copy_from, source, [source], staged, max_bytes=context.config.max_upload_bytes)
@@ -205,12 +205,12 @@ async def _register(context: AppContext, name: str, folder: Path) -> None:
 
 async def _restore(context: AppContext) -> None:
     for record in context.registry.walk():
-        context.metrics.know(record.name)
+        context.metrics.add_adapter(record.name)
         if record.pinned:
             try:
                 await context.engine.pin_adapter(record.version.digest, True)
             except AdapterMoveRefused as refused:
-                log.warning("adapter %s stays unpinned: %s", record.name, refused)
+                log.warning("adapter %s could not be pinned again: %s", record.name, refused)
     for name, reason in context.registry.damaged.items():
         log.warning("adapter %s cannot be served: %s", name, reason)
 
@@ -231,7 +231,7 @@ def _greet(context: AppContext, url: str) -> None:
         lines.append(_chat_line(context, url, records[-1].name, _DEMO_QUESTIONS.get(records[-1].name, "Hello!")))
     if context.config.demo:
         lines.append(_upload_line(context, url))
-    lines.append("Stop it with Ctrl-C.")
+    lines.append("Stop the server with Ctrl-C.")
     Console(soft_wrap=True, highlight=False).print("\n".join(lines))
 
 

@@ -1,5 +1,5 @@
-"""Folders for what a server writes besides its data: temporary files and caches. Where the usual ones cannot be
-written, as in a container with a read-only root, they are made in the data folder."""
+"""Folders for temporary files and caches. Where the usual folders are read-only, as in a container with a read-only
+root, folders in the data folder replace them."""
 
 import logging
 import os
@@ -12,9 +12,9 @@ log = logging.getLogger(__name__)
 
 
 def use_writable_folders(data_dir: Path) -> None:
-    """Move temporary files and caches that cannot be written to `data_dir`, for this process and those that it starts.
-    Libraries read the variables when they are imported. Raises `ConfigError` when `data_dir` cannot be written either.
-    """
+    """Move temporary files and caches to `data_dir` where their usual folders are read-only, for this process and its
+    children. Call it before importing libraries, which read the variables on import. Raises `ConfigError` if `data_dir`
+    is read-only as well."""
     moved = {**_moved_temporary_files(data_dir / "tmp"), **_moved_caches(data_dir / "cache")}
     if not moved:
         return
@@ -22,14 +22,16 @@ def use_writable_folders(data_dir: Path) -> None:
         _make(folder, data_dir)
     _keep_hub_models(moved)
     os.environ.update({name: str(folder) for name, folder in moved.items()})
-    tempfile.tempdir = None  # Python chooses anew
-    log.info("the usual folders cannot be written: %s", ", ".join(f"{name} is now {moved[name]}" for name in moved))
+    tempfile.tempdir = None  # makes Python choose again
+    log.info("the usual folders are read-only: %s", ", ".join(f"{name} is now {moved[name]}" for name in moved))
 
 
 def _moved_temporary_files(folder: Path) -> dict[str, Path]:
     try:
         found = tempfile.gettempdir()
-        has_one = found == os.environ.get("TMPDIR") or found != os.getcwd()  # which is Python's last resort
+        has_one = (
+            found == os.environ.get("TMPDIR") or found != os.getcwd()
+        )  # the working directory is Python's last resort
     except FileNotFoundError:
         has_one = False
     return {} if has_one else {"TMPDIR": folder}
@@ -45,7 +47,7 @@ def _moved_caches(folder: Path) -> dict[str, Path]:
 
 
 def _keep_hub_models(moved: dict[str, Path]) -> None:
-    """Models that were downloaded into a container's image can be read where they are."""
+    """Keep reading hub models from the usual cache, because a container image may contain them."""
     hub = _usual_cache() / "huggingface"
     if "XDG_CACHE_HOME" in moved and os.path.isdir(hub / "hub"):
         os.environ.setdefault("HF_HOME", str(hub))
@@ -60,7 +62,7 @@ def _usual(variable: str, place: str) -> Path:
 
 
 def _is_writable(folder: Path) -> bool:
-    """Tell whether `folder` can be written, or made. For a user without a home, "~" stands for itself."""
+    """Return whether `folder` can be written or created. For a user without a home, "~" is not expanded."""
     nearest = next((path for path in (folder, *folder.parents) if os.path.exists(path)), folder)
     return folder.is_absolute() and os.access(nearest, os.W_OK | os.X_OK)
 
@@ -70,4 +72,7 @@ def _make(folder: Path, data_dir: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise ConfigError(f"--data-dir {data_dir}: {error}; nor can the usual temporary folders be written") from error
+        raise ConfigError(
+            f"--data-dir {data_dir} is not writable ({error}), and neither are the usual temporary folders; "
+            "give a writable --data-dir"
+        ) from error

@@ -78,7 +78,7 @@ def write_adapter(
     return folder
 
 
-def write_family(
+def write_peft_adapter(
     model: nn.Module,
     folder: Path,
     config: PeftConfig,

@@ -48,7 +48,7 @@ def lora(dtype: torch.dtype) -> None:
     for rows, in_features in ((1, 4096), (64, 14336)):
         x, y = torch.zeros(rows, in_features, dtype=dtype), torch.zeros(rows, 4096, dtype=dtype)
         a, b = torch.zeros(32, in_features, dtype=dtype), torch.zeros(32, 4096, dtype=dtype)
-        plan = kernel.plan(Segments((Segment(0, rows, 0, 32),)))
+        plan = kernel.plan_segments(Segments((Segment(0, rows, 0, 32),)))
         kernel.add_lora(y, x, a[None], b, (4096,), plan)
         kernel.add_lora(y, x, torch.stack([a, a, a]), b, (2048, 1024, 1024), plan)
 
@@ -83,7 +83,7 @@ def fused(dtype: torch.dtype) -> None:
 
     kernel = TritonKernel(CPU)
     rows, hidden, size, heads, head_dim = 8, 4096, 14336, 8, 128
-    plan = kernel.plan(Segments(tuple(Segment(row, row + 1, 0, 32) for row in range(rows))))
+    plan = kernel.plan_segments(Segments(tuple(Segment(row, row + 1, 0, 32) for row in range(rows))))
 
     def delta(in_features: int, *sizes: int) -> Any:
         a, b = torch.zeros(len(sizes), 32, in_features, dtype=dtype), torch.zeros(32 * sum(sizes), dtype=dtype)

@@ -37,7 +37,7 @@ class Driver:
             for name in ("adapter_config.json", "adapter_model.safetensors"):
                 (staged / name).write_bytes((folder / name).read_bytes())
             digest = inspect(staged, self.info.spec).digest
-            self.store.admit(staged, digest)
+            self.store.commit(staged, digest)
         return digest
 
     def submit(

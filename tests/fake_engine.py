@@ -20,13 +20,13 @@ from server.ipc.messages import (
     Reply,
     Residency,
     RetireAdapter,
+    RunSelfTest,
     SelfTest,
     SequenceOutput,
     StepOutputs,
     Submit,
     Tier,
     ToEngine,
-    TryAdapter,
     Unmerge,
 )
 from server.sequence import TokenLogprobs
@@ -50,7 +50,7 @@ class FakeTransport:
         self.failure: str | None = None
         self.comes_back = True  # after it died
         self.refuse: dict[str, Refusal] = {}  # digest to the error of its moves
-        self.trial_error: Refusal | None = None
+        self.selftest_error: Refusal | None = None
         self.selftest = SelfTest(2e-6, 1e-6, 1e-3)
         self.submitted: list[Submit] = []
         self.aborted: list[str] = []
@@ -90,8 +90,8 @@ class FakeTransport:
                 asyncio.get_running_loop().call_soon(self._emit, StepOutputs(ended, self._stats()))
             case MoveAdapter() | PinAdapter():
                 asyncio.get_running_loop().call_soon(self._move, message)
-            case TryAdapter(request_id=request_id):
-                reply = Reply(request_id, self.trial_error, None if self.trial_error else self.selftest)
+            case RunSelfTest(request_id=request_id):
+                reply = Reply(request_id, self.selftest_error, None if self.selftest_error else self.selftest)
                 asyncio.get_running_loop().call_soon(self._emit, reply)
             case RetireAdapter(digest=digest):
                 self.pinned.discard(digest)

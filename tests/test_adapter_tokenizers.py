@@ -253,7 +253,7 @@ async def test_files_of_a_tokenizer_have_sizes(tmp_path: Path) -> None:
 
 @pytest.mark.smollm2
 async def test_the_default_model_s_own_files_change_nothing(tmp_path: Path) -> None:
-    """Shipped with an adapter, they make the same tokens as transformers does with the base model."""
+    """As an adapter's files, they give the same tokens as transformers with the base model."""
     base, store = Tokenizer.load(str(prepare_default_model())), AdapterStore(tmp_path / "store")
     with store.stage() as folder:
         for name in FILES:
@@ -262,7 +262,7 @@ async def test_the_default_model_s_own_files_change_nothing(tmp_path: Path) -> N
             if path.name in TOKENIZER_FILES:
                 (folder / path.name).write_bytes(path.read_bytes())
         assert check_tokenizer(folder, 49152) == []
-        store.admit(folder, "1" * 64)
+        store.commit(folder, "1" * 64)
     sandbox = TemplateSandbox()
     own = await AdapterTokenizers(base, store, sandbox).of("1" * 64, Traits(tokenizer=True, chat_template=True))
     assert own.backend is not base.backend and own.special_tokens == base.special_tokens

@@ -1,4 +1,4 @@
-"""Which member of an alias answers."""
+"""The choice of an alias's member for a request."""
 
 import random
 from collections import Counter

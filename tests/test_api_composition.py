@@ -190,7 +190,7 @@ async def test_every_adapter_must_be_known_and_visible(tmp_path: Path) -> None:
     ("traits", "why"),
     [
         (Traits(additive=False), "does more than add"),
-        (Traits(additive=False, invocation_tokens=(1, 2)), "sees a part of the prompt only"),
+        (Traits(additive=False, invocation_tokens=(1, 2)), "applies to a part of the prompt only"),
     ],
 )
 async def test_what_does_more_than_add_is_not_scaled_or_composed(

@@ -133,7 +133,7 @@ async def test_stopping_ends_what_runs(llama_folder: Path, tmp_path: Path) -> No
 
 
 async def test_a_model_that_cannot_be_loaded_is_reported_by_start(tmp_path: Path) -> None:
-    with pytest.raises(EngineUnavailable, match="cannot load"):
+    with pytest.raises(EngineUnavailable, match="cannot be loaded"):
         async with client_over(tmp_path / "nothing here", tmp_path):
             raise AssertionError("it started")
 
@@ -258,7 +258,7 @@ async def merged(transport: FakeTransport, client: EngineClient, digest: str) ->
     await asyncio.sleep(0)
     sent = transport.sent[-1]
     assert isinstance(sent, Merge) and (sent.digest, sent.drain, sent.allow_requantize) == (digest, False, True)
-    assert client.asked_to_merge == digest
+    assert client.requested_merge == digest
     switches = [MergeSwitch(digest, "merge", "request")]
     transport.say(StepOutputs([], EngineStats(), merge=MergeStatus("merged", digest, "request"), switches=switches))
     transport.say(Reply(sent.request_id))
@@ -271,7 +271,7 @@ async def test_a_merge_outlives_a_restart_and_then_waits_for_others(
     await merged(transport, client, "a")
     assert client.merge_status.state == "merged"
     transport.die("killed")
-    assert client.merge_status == MergeStatus() and client.asked_to_merge == "a"
+    assert client.merge_status == MergeStatus() and client.requested_merge == "a"
     await eventually(lambda: isinstance(transport.sent[-1], Merge) and transport.sent[-1].drain)
     transport.die("killed")  # before it was answered
     transport.sent.clear()
@@ -279,7 +279,7 @@ async def test_a_merge_outlives_a_restart_and_then_waits_for_others(
     again = transport.sent[-1]
     assert isinstance(again, Merge) and again.digest == "a" and again.drain and again.allow_requantize
     transport.say(Reply(again.request_id, ("no_room", "the memory is gone")))
-    await eventually(lambda: client.asked_to_merge is None)
+    await eventually(lambda: client.requested_merge is None)
 
 
 async def test_a_merge_that_gave_way_or_was_retired_or_refused_is_not_asked_for_again(
@@ -287,10 +287,10 @@ async def test_a_merge_that_gave_way_or_was_retired_or_refused_is_not_asked_for_
 ) -> None:
     await merged(transport, client, "a")
     transport.say(StepOutputs([], EngineStats(), merge=MergeStatus(), switches=[MergeSwitch("a", "unmerge", "others")]))
-    assert client.asked_to_merge is None
+    assert client.requested_merge is None
     await merged(transport, client, "a")
     client.retire_adapter("a")
-    assert client.asked_to_merge is None
+    assert client.requested_merge is None
     call = asyncio.create_task(client.merge("b", drain=False, allow_requantize=False))
     await asyncio.sleep(0)
     sent = transport.sent[-1]
@@ -298,7 +298,7 @@ async def test_a_merge_that_gave_way_or_was_retired_or_refused_is_not_asked_for_
     transport.say(Reply(sent.request_id, ("busy", "others are in flight")))
     with pytest.raises(AdapterMoveRefused, match="in flight"):
         await call
-    assert client.asked_to_merge is None
+    assert client.requested_merge is None
 
 
 async def test_an_engine_that_stops_stepping_is_replaced(

@@ -1,4 +1,4 @@
-"""An adapter crosses to the device in one piece, and arrives as it was."""
+"""An adapter is transferred to the device in one copy, unchanged."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def filled(own: AdapterPool) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     return {name: (a.cpu(), b.cpu()) for name, (a, b) in own.buffers.items()}
 
 
-def test_the_views_of_the_one_piece_cover_it_without_overlap() -> None:
+def test_the_views_of_the_flat_tensor_cover_it_without_overlap() -> None:
     columns = RankColumns.zeros(32, SPEC.modules, torch.bfloat16)
     for number, tensor in enumerate(tensor for pair in columns.views().values() for tensor in pair):
         assert tensor.is_contiguous() and not tensor.any()
@@ -41,7 +41,7 @@ def test_the_views_of_the_one_piece_cover_it_without_overlap() -> None:
     }
 
 
-def test_what_crosses_is_the_one_piece() -> None:
+def test_the_whole_tensor_is_transferred_in_one_copy() -> None:
     crossed = packed().columns.to(torch.device("meta"))
     assert crossed.flat.device.type == "meta"
     for pair in crossed.views().values():

@@ -11,7 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 from server.model.attention import paged
 from server.model.batch import ForwardBatch, SequenceRows
 from server.model.cpu import attention
-from server.model.cpu.argmax import likeliest
+from server.model.cpu.argmax import argmax
 from server.model.cpu.block_ops import NativeBlockOps
 from server.model.cpu.linear import NativeLinear
 from server.model.kv_cache import CacheShape, KVCache
@@ -101,8 +101,8 @@ def test_the_likeliest_token_is_the_first_of_the_largest(dtype: torch.dtype, voc
     logits[5, -1], logits[6, -1], logits[7, 0], logits[8, vocab // 2] = torch.nan, torch.inf, -torch.inf, torch.nan
     logits[9, -1], logits[10, 0] = 99, 99
     finite = torch.tensor([row not in (5, 6, 7, 8) for row in range(12)])
-    assert torch.equal(likeliest(logits), torch.where(finite, logits.float().argmax(-1), -1))
-    assert torch.equal(likeliest(logits[9:10]), torch.tensor([vocab - 1]))
+    assert torch.equal(argmax(logits), torch.where(finite, logits.float().argmax(-1), -1))
+    assert torch.equal(argmax(logits[9:10]), torch.tensor([vocab - 1]))
 
 
 SEQUENCES = [(1, 1), (1, 17), (5, 5), (1, 64), (21, 21), (7, 40), (1, 200), (16, 48)]  # new tokens, context

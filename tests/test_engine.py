@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from adapters.residency import residency
 from adapters.runtime.pool import page_bytes
 from server.ipc.messages import Abort, MoveAdapter, PinAdapter, RetireAdapter, Submit
-from server.model.batch import build_batch
 from server.model.loading.loader import ModelRefused
 from server.sequence import SamplingParams, Sequence
 from tests.adapter_factory import tiny_llama, with_peft, write_adapter
@@ -106,8 +105,7 @@ def next_logits(driver: Driver) -> dict[str, torch.Tensor]:
     """Logits of the batch that would run next, by sequence; the batch is not run."""
     batch = driver.engine.scheduler.schedule()
     runner = driver.engine._runner
-    forward = build_batch(batch, driver.info.block_size, runner.device)
-    logits = runner.run(forward, *driver.engine._segments(batch))
+    logits = runner.run(driver.engine._forward_batch(batch))
     return {scheduled.seq.seq_id: row for scheduled, row in zip(batch.sequences, logits, strict=True)}
 
 
@@ -487,7 +485,7 @@ def test_device_memory_is_taken_by_native_rank(drivers: Drivers, adapters: dict[
 
 def test_a_budget_without_room_for_the_largest_rank_is_refused(drivers: Drivers) -> None:
     page = page_bytes(drivers.make().info.spec, torch.float32)
-    with pytest.raises(ModelRefused, match=f"--adapter-device-bytes {4 * page};"):
+    with pytest.raises(ModelRefused, match=f"--adapter-device-bytes {4 * page - 1}; raise it to {4 * page} "):
         drivers.make(adapter_device_bytes=4 * page - 1)
     assert drivers.make(adapter_device_bytes=4 * page).info.adapter_pages == 4
     assert drivers.make(adapter_device_bytes=10**12, adapter_slots=3).info.adapter_pages == 12

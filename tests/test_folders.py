@@ -18,7 +18,7 @@ def test_files_appear_together_when_the_body_ends(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("there", [False, True])
-def test_an_error_leaves_what_was_there(there: bool, tmp_path: Path) -> None:
+def test_an_error_leaves_existing_files(there: bool, tmp_path: Path) -> None:
     if there:
         (tmp_path / "new").mkdir()
         (tmp_path / "new" / "a").write_text("old")
@@ -29,7 +29,7 @@ def test_an_error_leaves_what_was_there(there: bool, tmp_path: Path) -> None:
     assert not there or files(tmp_path / "new") == {"a": "old"}
 
 
-def test_what_is_there_is_replaced_on_demand_only(tmp_path: Path) -> None:
+def test_existing_files_are_replaced_on_demand_only(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("old")
     (tmp_path / "b").write_text("other")
     with pytest.raises(FolderError, match="exists already"), writing(tmp_path):

@@ -178,7 +178,7 @@ def test_refuses_unknown_keys_with_a_value(value: Any) -> None:
         ("target_modules", {"q_proj": 1}),
     ],
 )
-def test_refuses_values_that_mean_nothing(key: str, value: Any) -> None:
+def test_refuses_meaningless_values(key: str, value: Any) -> None:
     _, problems = parse(**{key: value})
     (problem,) = problems
     assert problem.code == "malformed_file"
@@ -223,7 +223,7 @@ def test_lists_every_problem_of_a_config() -> None:
     ]
 
 
-def test_a_strangers_text_is_made_safe() -> None:
+def test_untrusted_text_is_escaped() -> None:
     _, problems = parse_config(b'{"peft_type": "LORA", "a\\r\\n\\ud800": "' + b"x" * 1000 + b'"}')
     (problem,) = problems
     assert problem.where.isprintable() and problem.where.isascii()
@@ -282,7 +282,7 @@ def test_expressions_match_as_pefts_do(first: int, module: str) -> None:
     assert ModulePatterns(numbers).get(module, -1.0) == numbers.get(get_pattern_key(patterns, module), -1.0)
 
 
-def test_a_hostile_expression_costs_no_more_than_the_name_is_long() -> None:
+def test_a_hostile_expression_costs_time_linear_in_the_name() -> None:
     hostile = settings_of(rank_pattern={"(a|a)*" * 20 + f"{i}": 1 for i in range(60)}, alpha_pattern={"(a*)*b": 4})
 
     def cost(length: int) -> float:
@@ -362,7 +362,7 @@ def test_tensor_names(name: str, expected: tuple[str, str] | None) -> None:
 
 
 @pytest.mark.parametrize("filler", [".lora_A", "lora_A.", ".", "a.b"])
-def test_a_long_name_costs_no_more_than_it_is_long(filler: str) -> None:
+def test_a_long_name_costs_time_linear_in_its_length(filler: str) -> None:
     parse = parse_tensor_name.__wrapped__  # which remembers nothing
 
     def cost(length: int) -> float:

@@ -22,7 +22,7 @@ ARM_COMPILER = "aarch64-linux-gnu-g++"
 
 @pytest.fixture(autouse=True)
 def choosing_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A compiler that takes everything, nothing forced, and nothing remembered of other tests."""
+    """Set up a compiler that accepts everything, with no forced form and empty caches."""
     monkeypatch.delenv(FORCED, raising=False)
     monkeypatch.setattr(forms, "_accepts", lambda *_: True)
     monkeypatch.setattr(forms, "compiler", lambda: "/usr/bin/c++")
@@ -115,7 +115,7 @@ def test_native_code_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_form_needs_all_that_a_lesser_one_needs() -> None:
-    """So that the table's order is one from more to less."""
+    """The table is therefore ordered by decreasing requirements."""
     on_x86 = [form for form in FORMS if form.machine == "x86_64"]
     for better, lesser in itertools.pairwise(on_x86):
         assert set(better.needs) > set(lesser.needs)

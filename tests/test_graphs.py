@@ -29,7 +29,7 @@ class Kernel:
     name = "fake"
     room = 2
 
-    def plan(self, segments: Segments) -> Any:
+    def plan_segments(self, segments: Segments) -> Any:
         return "the step's own"
 
     def add_lora(self, *_: Any) -> None: ...
@@ -59,12 +59,13 @@ class Recorded:
     def run(self, batch: ForwardBatch, tokens: Segments = NO_SEGMENTS, head: Segments | None = None) -> Any:
         head = tokens if head is None else head
         self.pool.set_step(tokens, head, num_tokens=len(batch.input_ids), num_head=len(batch.sample_rows))
-        return self.graphs.run(batch, tokens, head)
+        batch.token_segments, batch.head_segments = tokens, head
+        return self.graphs.run(batch)
 
     def _forward(self, batch: ForwardBatch) -> torch.Tensor:
         plan = self.pool.token_plan
-        assert (self.pool.head_plan.plan, plan.active) == (plan.plan, plan.plan is not None)
-        self.seen = batch.slot_mapping.tolist(), plan.plan and list(plan.plan)
+        assert (self.pool.head_plan.kernel_plan, plan.active) == (plan.kernel_plan, plan.kernel_plan is not None)
+        self.seen = batch.slot_mapping.tolist(), plan.kernel_plan and list(plan.kernel_plan)
         return torch.stack([batch.input_ids, batch.positions], 1)
 
     def _capture(self, forward: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
@@ -154,7 +155,7 @@ def test_weights_that_were_put_in_the_base_s_place_are_not_in_the_graphs() -> No
 EXTRAS: dict[str, dict[str, Any]] = {
     "output vectors": {"vectors": {"m": torch.ones(2, 4)}},
     "input vectors": {"input_vectors": {"m": torch.ones(2, 4)}},
-    "overlays": {"overlays": {"m": (torch.nn.Identity(),)}},
+    "module overrides": {"module_overrides": {"m": (torch.nn.Identity(),)}},
 }
 
 

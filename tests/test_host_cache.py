@@ -1,4 +1,4 @@
-"""The host tier: bounded by bytes, least recently used out first."""
+"""The host tier: bounded in bytes, with eviction of the least recently used entries."""
 
 import random
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Repositories of a hub, from a server that speaks its protocol."""
+"""Sources on a hub, served by a test server with its protocol."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ from huggingface_hub import constants
 
 from adapters.errors import AdapterError, AdapterTooLarge, SourceNotAllowed, SourceNotFound, SourceUnavailable
 from adapters.registry import store
-from adapters.sources import check, copy_from, download, hub
+from adapters.sources import check_source, copy_from, download, hub
 from tests import remote_servers
 from tests.remote_servers import COMMIT, Remote
 
@@ -82,7 +82,7 @@ def test_a_passing_failure_is_tried_again_a_few_times(
     assert "127.0.0.1" not in str(caught.value) and "10.0.0.1" not in str(caught.value)
 
 
-def test_a_hub_that_is_away(remote: Remote, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_hub(remote: Remote, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
     with pytest.raises(SourceUnavailable) as caught:
         fetch(tmp_path)
@@ -94,7 +94,9 @@ def test_a_hub_that_is_away(remote: Remote, tmp_path: Path, monkeypatch: pytest.
 
 @pytest.mark.parametrize("status", [401, 403, 404])
 @pytest.mark.parametrize("what", ["main", WEIGHTS])
-def test_what_is_not_there_for_us_is_not_found_at_once(remote: Remote, tmp_path: Path, what: str, status: int) -> None:
+def test_absent_or_hidden_repositories_are_not_found_at_once(
+    remote: Remote, tmp_path: Path, what: str, status: int
+) -> None:
     remote.faults = {what: [status]}
     with pytest.raises(SourceNotFound):
         fetch(tmp_path)
@@ -110,7 +112,7 @@ def test_a_repository_without_the_files(remote: Remote, tmp_path: Path) -> None:
     assert found(tmp_path) == {}
 
 
-def test_sizes_are_judged_before_and_while_files_arrive(remote: Remote, tmp_path: Path) -> None:
+def test_sizes_are_checked_before_and_during_the_download(remote: Remote, tmp_path: Path) -> None:
     size = sum(map(len, FILES.values()))
     fetch(tmp_path, max_bytes=size)
     remote.requests = []
@@ -123,14 +125,12 @@ def test_sizes_are_judged_before_and_while_files_arrive(remote: Remote, tmp_path
     assert (tmp_path / CONFIG).stat().st_size <= LIMIT
 
 
-def test_the_description_has_an_end_and_makes_sense(
-    remote: Remote, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_description_is_bounded_and_valid(remote: Remote, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     remote.faults = {"main": ["endless"]}
     with pytest.raises(SourceUnavailable):
         fetch(tmp_path)
     remote.faults = {"main": ["corrupt"]}
-    with pytest.raises(SourceUnavailable, match="cannot be read"):
+    with pytest.raises(SourceUnavailable, match="cannot be parsed"):
         fetch(tmp_path)
 
 
@@ -154,7 +154,7 @@ def test_the_token_reaches_the_hub_and_no_other_host(
 
 
 def test_the_environment_says_where_the_hub_is(remote: Remote, tmp_path: Path) -> None:
-    """As huggingface_hub reads it, in a process of its own."""
+    """The hub's address as huggingface_hub reads it, in a process of its own."""
     remote.token = "hf_secret"
     script = (
         "import sys; from pathlib import Path; from adapters.sources import copy_from\n"
@@ -207,10 +207,10 @@ def test_a_revision_is_never_a_path(remote: Remote, tmp_path: Path, revision: st
 
 
 def test_one_repository_may_be_all_that_is_allowed() -> None:
-    check("hf://org/repo@main", ["hf://org/repo"])
+    check_source("hf://org/repo@main", ["hf://org/repo"])
     for source in ("hf://org/repo2@main", "hf://org/rep@main"):
         with pytest.raises(SourceNotAllowed):
-            check(source, ["hf://org/repo"])
+            check_source(source, ["hf://org/repo"])
 
 
 @pytest.mark.parametrize("entry", ["hf://", "hf://org/repo@main", "hf://org/repo/folder", "hf:org"])
@@ -219,7 +219,7 @@ def test_entries_that_allow_nothing_are_refused(entry: str) -> None:
         hub.roots([entry])
 
 
-def test_whoever_stops_waiting_ends_the_work(remote: Remote, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stopping_ends_the_download(remote: Remote, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(download, "WAITS_SECONDS", (3600.0,))
     stop = threading.Event()
     stop.set()

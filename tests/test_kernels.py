@@ -1,5 +1,5 @@
 """Every LoRA kernel against a float64 computation from the stored values: any mix of ranks, any popularity of adapters,
-odd sizes, scattered pages; and base rows keep their bits."""
+odd sizes, scattered pages; and base rows are bit-identical."""
 
 import ctypes
 import random
@@ -34,9 +34,9 @@ SIZES = ((64, 200), (200, 576), (576, 64), (64, 64))
 
 
 class DenseKernel(GroupedKernel):
-    """The dense form, whatever it costs."""
+    """Always the dense method, whatever its cost."""
 
-    def plan(self, segments: Segments) -> DensePlan | Segments:
+    def plan_segments(self, segments: Segments) -> DensePlan | Segments:
         items = segments.items
         start, end = min(s.start for s in items), max(s.end for s in items)
         lo, hi = min(s.lo for s in items), max(s.hi for s in items)
@@ -44,9 +44,9 @@ class DenseKernel(GroupedKernel):
 
 
 class SegmentKernel(GroupedKernel):
-    """The form of two matmuls per segment, whatever it costs."""
+    """Always two matmuls per segment, whatever their cost."""
 
-    def plan(self, segments: Segments) -> DensePlan | Segments:
+    def plan_segments(self, segments: Segments) -> DensePlan | Segments:
         return segments
 
 
@@ -67,7 +67,7 @@ def native_kernel(form: str) -> LoRAKernel:
 
 @dataclass
 class Pool:
-    """Rank columns of one adapter per rank, on pages that lie anywhere; `columns[slot]` are its real ones."""
+    """Rank columns of one adapter per rank, on scattered pages; `columns[slot]` are its real columns."""
 
     a: torch.Tensor
     b: torch.Tensor
@@ -136,7 +136,7 @@ POPULARITIES = (
 
 
 def exact(y: torch.Tensor, x: torch.Tensor, pool: Pool, rows: list[Uses]) -> torch.Tensor:
-    """Row by row in float64, from the real columns of the row's adapters alone."""
+    """Compute the output row by row in float64, from the real columns of the row's adapters alone."""
     out = y.double()
     for row, uses in enumerate(rows):
         for slot, scale in uses:
@@ -149,12 +149,12 @@ def apply(kernel: LoRAKernel, y: torch.Tensor, x: torch.Tensor, pool: Pool, rows
     segments = build_segments(((uses, 1) for uses in rows), pool.runs)
     out = y.clone()
     if segments:  # as the linears do: a step without adapters does not reach the kernel
-        kernel.add_lora(out, x, pool.a[None], pool.b.flatten(), (y.shape[1],), kernel.plan(segments))
+        kernel.add_lora(out, x, pool.a[None], pool.b.flatten(), (y.shape[1],), kernel.plan_segments(segments))
     return out
 
 
 def cases(num_rows: int) -> Iterator[tuple[str, int, int, int]]:
-    """Every popularity, each with one of the sizes; which one changes with the number of rows."""
+    """Every popularity, each with one of the sizes, which depends on the number of rows."""
     for index, popularity in enumerate(POPULARITIES):
         yield popularity, *SIZES[(index + num_rows) % len(SIZES)], index + num_rows
 
@@ -198,12 +198,12 @@ def test_siblings_get_the_bits_of_one_call_for_each(name: str, dtype: torch.dtyp
     ]
     a, b = torch.stack([pool.a for pool in pools]), torch.cat([pool.b.flatten() for pool in pools])
     segments = build_segments(((uses, 1) for uses in rows), pools[0].runs)
-    kernel.add_lora(y, x, a, b, sizes, kernel.plan(segments))
+    kernel.add_lora(y, x, a, b, sizes, kernel.plan_segments(segments))
     assert torch.equal(y, torch.cat(parts, 1))
 
 
 def test_the_deltas_are_large_enough_to_be_missed() -> None:
-    """The tolerances above would not hide a delta that is left out or taken from the neighbour."""
+    """The tolerances above would not hide a delta that is missing or belongs to another row."""
     pool = make_pool(0, 64, 200, torch.float32)
     x, y = torch.randn(14, 64, generator=torch.Generator().manual_seed(0)), torch.zeros(14, 200)
     slots = slots_of_rows("distinct", 14, 0)
@@ -252,19 +252,19 @@ def test_a_bad_row_does_not_spoil_its_neighbours(name: str, bad: float) -> None:
     torch.testing.assert_close(got[others].double(), before[others], atol=2e-5, rtol=2e-5)
 
 
-def test_many_small_segments_take_the_dense_form_and_long_ones_do_not() -> None:
+def test_many_small_segments_use_the_dense_method_and_long_ones_do_not() -> None:
     kernel = GroupedKernel(CPU)
     runs = {slot: [(16 * slot, 16 * slot + 16)] for slot in range(8)}
-    decode = kernel.plan(build_segments((((SlotUse(slot),), 1) for slot in range(8)), runs))
+    decode = kernel.plan_segments(build_segments((((SlotUse(slot),), 1) for slot in range(8)), runs))
     assert isinstance(decode, DensePlan)
-    prefill = kernel.plan(build_segments((((SlotUse(slot),), 500) for slot in range(8)), runs))
+    prefill = kernel.plan_segments(build_segments((((SlotUse(slot),), 500) for slot in range(8)), runs))
     assert isinstance(prefill, Segments)
-    alone = kernel.plan(build_segments([((SlotUse(3),), 1)], runs))
+    alone = kernel.plan_segments(build_segments([((SlotUse(3),), 1)], runs))
     assert isinstance(alone, Segments)
 
 
-def test_pages_that_change_hands_keep_nothing_of_their_last_owner() -> None:
-    """The next owner does not touch the module: not even an overflow through the old A may reach its rows."""
+def test_reused_pages_keep_nothing_of_their_previous_adapter() -> None:
+    """The next adapter does not change the module: not even an overflow through the old A may reach its rows."""
     pool = AdapterPool(ModelSpec({"m": (8, 8)}, 16), 1, torch.float32, CPU, KERNELS["chosen"]())
     slot = Slot(0, "", [0])
     last = RankColumns.zeros(16, {"m": (8, 8)}, torch.float32)
@@ -273,7 +273,7 @@ def test_pages_that_change_hands_keep_nothing_of_their_last_owner() -> None:
     pool.write(slot, PackedAdapter(1, last, nbytes=0))
     pool.write(slot, PackedAdapter(1, RankColumns.zeros(16, {}, torch.float32), nbytes=0))
     x, y = torch.ones(2, 8), torch.ones(2, 8)
-    plan = pool.kernel.plan(build_segments([((SlotUse(0),), 2)], {0: [(0, 16)]}))
+    plan = pool.kernel.plan_segments(build_segments([((SlotUse(0),), 2)], {0: [(0, 16)]}))
     pool.kernel.add_lora(y, x, *pool.stacked(("m",)), plan)
     assert torch.equal(y, torch.ones(2, 8))
 
@@ -289,7 +289,7 @@ def test_the_native_kernel_is_compiled_once(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == [library.name]
 
 
-def test_a_compiler_of_c_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_c_compiler_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = shutil.which("gcc")
     if found is None:
         pytest.skip("there is no gcc")
@@ -298,7 +298,7 @@ def test_a_compiler_of_c_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("compiler", ["/nowhere/g++", "false"])
-def test_without_a_working_compiler_torch_does_it(
+def test_without_a_working_compiler_torch_is_used(
     compiler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CXX", compiler)
@@ -313,7 +313,7 @@ def test_without_a_working_compiler_torch_does_it(
     assert not list(tmp_path.rglob("*.so"))
 
 
-def test_a_dtype_that_the_native_kernel_does_not_know_goes_to_torch() -> None:
+def test_a_dtype_without_a_native_kernel_uses_torch() -> None:
     kernel, reason = choose_kernel(CPU, torch.float16)
     assert kernel.name == "grouped" and "float16" in reason
 
@@ -325,7 +325,7 @@ def test_a_dtype_that_the_native_kernel_does_not_know_goes_to_torch() -> None:
 def test_a_row_has_the_same_bits_in_any_batch(
     form: str, dtype: torch.dtype, in_features: int, sizes: tuple[int, ...], lo: int, hi: int
 ) -> None:
-    """The native kernel takes rows by twos and fours; whoever the neighbours are, the order of additions is one."""
+    """The native kernel takes two or four rows at once; the order of additions is the same for any other rows."""
     kernel, generator = native_kernel(form), torch.Generator().manual_seed(0)
 
     def drawn(*shape: int) -> torch.Tensor:
@@ -339,8 +339,10 @@ def test_a_row_has_the_same_bits_in_any_batch(
         drawn(64 * sum(sizes)),
     )
     together = y.clone()
-    kernel.add_lora(together, x, a, b, sizes, kernel.plan(Segments((Segment(0, rows, lo, hi),))))
+    kernel.add_lora(together, x, a, b, sizes, kernel.plan_segments(Segments((Segment(0, rows, lo, hi),))))
     for start, end in [(0, 1), (1, 3), (3, 6), (6, 10), (2, 7), (10, 11), (5, 270)]:
         part = y[start:end].clone()
-        kernel.add_lora(part, x[start:end], a, b, sizes, kernel.plan(Segments((Segment(0, end - start, lo, hi),))))
+        kernel.add_lora(
+            part, x[start:end], a, b, sizes, kernel.plan_segments(Segments((Segment(0, end - start, lo, hi),)))
+        )
         assert torch.equal(part, together[start:end])

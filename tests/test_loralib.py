@@ -1,4 +1,4 @@
-"""Checkpoints of loralib. What its layers compute is written out here: the library itself is not needed."""
+"""Checkpoints of loralib. The formulas of its layers are written out here: the library itself is not needed."""
 
 import warnings
 from pathlib import Path
@@ -44,7 +44,7 @@ def converted(state: dict[str, Tensor], folder: Path, layers: Layers, alpha: flo
 
 
 def delta(folder: Path, module: str) -> Tensor:
-    """What the server adds to a module's weight."""
+    """Return the delta that the server adds to a module's weight."""
     factors = plain_lora.read(folder)[module]
     return factors.scaling * factors.b @ factors.a
 
@@ -123,7 +123,7 @@ GOOD = {A: torch.ones(2, 6), B: torch.ones(6, 2)}
         ({A: torch.ones(2, 6, dtype=torch.float64)}, Layers(), "x.q.lora_A is torch.float64"),
     ],
 )
-def test_what_cannot_be_converted_is_named(changes: dict[str, Tensor], layers: Layers, says: str) -> None:
+def test_unconvertible_tensors_are_named(changes: dict[str, Tensor], layers: Layers, says: str) -> None:
     convert(GOOD, ALPHA, Layers())
     with pytest.raises(FolderError, match=says):
         convert(GOOD | changes, ALPHA, layers)

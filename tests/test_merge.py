@@ -1,4 +1,4 @@
-"""A version folded into the base's weights is what PEFT's merge makes of it, rounded once; the base stays as it was."""
+"""A version merged into the base weights equals PEFT's merge, rounded once; the base is unchanged."""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -13,7 +13,7 @@ from adapters.errors import AdapterInvalid, MoveRefused
 from adapters.peft.weights import AdapterWeights, LoraFactors
 from adapters.runtime.dora import dense_weight, quant_state
 from adapters.runtime.stacked_linear import StackedLinear
-from adapters.runtime.weight_merge import MergedModules, Room, merge
+from adapters.runtime.weight_merge import FreeMemory, MergedModules, merge
 from adapters.validation.inspect import load
 from server.model.cpu.linear import NativeLinear
 from server.model.packed_linear import PackedLinear, packed
@@ -21,7 +21,7 @@ from tests.adapter_factory import with_peft, write_adapter
 from tests.engine_driver import Driver, make_driver
 from tests.test_peft_parity import GPT2_CASES, LLAMA_CASES, build
 
-PLENTY = Room(1 << 40)
+PLENTY = FreeMemory(1 << 40)
 LINEAR = ["plain", "rslora", "patterns", "expressions", "lora_bias", "bias lora_only", "bias all", "lora_bias and bias"]
 DORA = ["dora", "dora, rslora", "dora, bias all", "dora on lm_head", "dora, bias"]
 CASES = [(kind, case) for kind, cases in (("llama", LLAMA_CASES), ("gpt2", GPT2_CASES)) for case in cases]
@@ -60,12 +60,12 @@ def load_weights(driver: Driver, digest: str) -> AdapterWeights:
     return load(driver.store.path(digest), driver.info.spec, digest)
 
 
-def merged(driver: Driver, weights: AdapterWeights, room: Room = PLENTY, **options: Any) -> MergedModules:
+def merged(driver: Driver, weights: AdapterWeights, room: FreeMemory = PLENTY, **options: Any) -> MergedModules:
     return merge(weights, driver.engine._runner.layers, room, packed, **options)
 
 
 def weights_digest(model: nn.Module) -> str:
-    """Of every bit that the model computes with."""
+    """Hash all bits that the model computes with."""
     digest = hashlib.sha256()
     for name, module in sorted(model.named_modules()):
         state = quant_state(module) if "weight" in module._parameters else None
@@ -80,7 +80,7 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def assert_merged(driver: Driver, reference: nn.Module, steps: float, atol: float) -> None:
-    """Weights and biases under the engine are those of `reference`, within so many relative steps."""
+    """Check that the engine's weights and biases equal those of `reference`, up to a number of relative steps."""
     for name, layer in driver.engine._runner.layers.items():
         expected = reference.get_submodule(name)
         weight = expected.weight.T if type(expected).__name__ == "Conv1D" else expected.weight
@@ -140,10 +140,10 @@ def test_a_4_bit_layer_is_quantised_anew_when_memory_is_short_and_only_if_that_i
     layers = driver.engine._runner.layers
     needed = sum(dense_weight(layers[name].base).nbytes for name in weights.factors)
     with pytest.raises(MoveRefused, match="allow_requantize") as refused:
-        merged(driver, weights, Room(needed - 1))
+        merged(driver, weights, FreeMemory(needed - 1))
     assert refused.value.code == "no_room"
-    assert not merged(driver, weights, Room(needed), allow_requantize=True).requantized
-    modules = merged(driver, weights, Room(needed - 1), allow_requantize=True)
+    assert not merged(driver, weights, FreeMemory(needed), allow_requantize=True).requantized
+    modules = merged(driver, weights, FreeMemory(needed - 1), allow_requantize=True)
     modules.install()
     assert modules.requantized
     for name in weights.factors:
@@ -155,17 +155,17 @@ def test_a_4_bit_layer_is_quantised_anew_when_memory_is_short_and_only_if_that_i
             error = dense_weight(layers[name].base) - expected
             assert error.norm() < 0.12 * expected.norm()  # NF4's own rounding of random weights
     with pytest.raises(MoveRefused):
-        merged(driver, weights, Room(0), allow_requantize=True)
+        merged(driver, weights, FreeMemory(0), allow_requantize=True)
 
 
 @torch.inference_mode()
-def test_without_room_for_both_a_plain_base_is_refused_on_one_memory_and_exchanged_over_two(make: Make) -> None:
+def test_without_memory_for_both_a_plain_base_is_refused_on_one_memory_and_swapped_with_two(make: Make) -> None:
     driver, weights, reference = make("llama", "plain")
     with pytest.raises(MoveRefused, match="more than is free") as refused:
-        merged(driver, weights, Room(0))
+        merged(driver, weights, FreeMemory(0))
     assert refused.value.code == "no_room" and "requantize" not in str(refused.value)
     before = weights_digest(driver.engine._runner._model)
-    modules = merged(driver, weights, Room(0, host=1 << 40))
+    modules = merged(driver, weights, FreeMemory(0, host=1 << 40))
     modules.install()
     assert_merged(driver, reference, 1e-5, 1e-5)
     modules.restore()

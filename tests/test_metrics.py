@@ -97,12 +97,12 @@ async def test_a_deleted_adapter_leaves_no_series(tmp_path: Path) -> None:
 def test_labels_are_bounded() -> None:
     metrics = Metrics()
     for i in range(MAX_ADAPTER_LABELS + 10):
-        metrics.know(f"a{i}")
+        metrics.add_adapter(f"a{i}")
     assert metrics.label("") == "_base" and metrics.label("a0") == "a0"
     assert metrics.label(f"a{MAX_ADAPTER_LABELS}") == "_other"
-    metrics.forget("a0")
+    metrics.remove_adapter("a0")
     assert metrics.label("a0") == "_other"
-    metrics.know("late")
+    metrics.add_adapter("late")
     assert metrics.label("late") == "late"
 
 

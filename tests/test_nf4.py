@@ -41,7 +41,7 @@ def test_a_copy_has_the_dequantised_weights_and_is_the_same_model_to_everyone(fo
         assert type(linear) is nn.Linear and linear.weight.dtype is torch.bfloat16
         assert torch.equal(linear.weight, dense_weight(kept.model.get_submodule(name)).bfloat16())
     assert (copied.linears, copied.head) == (kept.linears, kept.head)
-    assert kept.nf4 == "nf4: asked for" and copied.nf4 == "bf16-copy: asked for"
+    assert kept.nf4 == "nf4: configured" and copied.nf4 == "bf16-copy: configured"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -66,7 +66,7 @@ def test_answers_do_not_depend_on_the_policy(folder: Path, tmp_path: Path) -> No
 def test_auto_copies_on_a_gpu_that_has_four_times_the_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (400 << 20, 1 << 40))
     gpu = torch.device("cuda")
-    assert nf4._chosen(100 << 20, gpu) == ("bf16-copy", "the copy takes 100 of 400 MiB that are free")
+    assert nf4._chosen(100 << 20, gpu) == ("bf16-copy", "the copy takes 100 of 400 MiB of free memory")
     assert nf4._chosen(101 << 20, gpu)[0] == "nf4"
     assert nf4._chosen(1, CPU)[0] == "nf4"
 

@@ -12,7 +12,7 @@ import torch
 
 from server.engine import engine as engine_module
 from server.ipc.messages import Abort
-from server.model.sampling.sampler import Started, start
+from server.model.sampling.sampler import Started, start_sampling
 from tests.engine_driver import Driver, make_driver
 from tests.test_engine import BLOCK_BYTES, assert_the_cache_is_finite, prompt_of
 
@@ -78,10 +78,10 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def observed(*asked: Any) -> Started:
         number = sum(event.startswith("launch") for event in seen)
         seen.append(f"launch {number}")
-        started = start(*asked)
+        started = start_sampling(*asked)
         return Started(started.tokens, lambda: (seen.append(f"collect {number}"), started.collect())[1])
 
-    monkeypatch.setattr(engine_module, "start", observed)
+    monkeypatch.setattr(engine_module, "start_sampling", observed)
     return seen
 
 

@@ -17,7 +17,7 @@ from transformers import LlamaForSequenceClassification, LlamaForTokenClassifica
 from adapters.errors import AdapterInvalid
 from adapters.traits import Traits
 from adapters.validation.inspect import inspect
-from tests.adapter_factory import resized, tiny_llama, with_peft, write_adapter, write_family
+from tests.adapter_factory import resized, tiny_llama, with_peft, write_adapter, write_peft_adapter
 from tests.engine_driver import Driver, make_driver
 from tests.peft_corpus import CORPUS, INVOCATION, LORA, Entry
 from tests.test_peft_parity import NEW_TOKENS, build, logits_on, recorded
@@ -43,7 +43,7 @@ def write(entry: Entry, folder: Path) -> None:
     """As PEFT saves it, with all that is trained moved away from where it starts."""
     config = entry.config if isinstance(entry.config, PeftConfig) else LoraConfig(**{**LORA, **entry.config})
     base = resized(copy.deepcopy(model_of(entry.made_on or entry.base)), entry.vocab_size)
-    write_family(base, folder, config, save_embedding_layers=entry.save_embedding_layers)
+    write_peft_adapter(base, folder, config, save_embedding_layers=entry.save_embedding_layers)
     if entry.dtype != torch.float32:
         path = folder / "adapter_model.safetensors"
         save_file({name: tensor.to(entry.dtype) for name, tensor in load_file(path).items()}, path)

@@ -39,9 +39,8 @@ from adapters.kernels.reference import ReferenceKernel
 from adapters.peft.weights import LoraFactors
 from adapters.residency.slots import PAGE_COLUMNS
 from adapters.runtime.dora import dora_scale
-from server.ipc.messages import Abort, TryAdapter
-from server.model.batch import build_batch
-from tests.adapter_factory import tiny_llama, with_peft, write_adapter, write_family
+from server.ipc.messages import Abort, RunSelfTest
+from tests.adapter_factory import tiny_llama, with_peft, write_adapter, write_peft_adapter
 from tests.engine_driver import Driver, make_driver
 
 ALL = {"target_modules": "all-linear", "r": 4, "lora_alpha": 6, "scale": 0.2}
@@ -127,7 +126,7 @@ GPT2_CASES: dict[str, dict[str, Any]] = {
 # A copy of a quantised weight means nothing to PEFT, nor to us.
 NOT_ON_NF4 = {"saved embedding and linear", "saved projection"}
 EVERY = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-LLAMA_FAMILIES: dict[str, dict[str, Any] | PeftConfig] = {
+LLAMA_PEFT_TYPES: dict[str, dict[str, Any] | PeftConfig] = {
     "plain": ALL,
     "ia3": IA3Config(feedforward_modules=[], **EVERY),
     "ia3, feedforward": IA3Config(
@@ -161,7 +160,7 @@ LLAMA_FAMILIES: dict[str, dict[str, Any] | PeftConfig] = {
         },
     ),
 }
-GPT2_FAMILIES: dict[str, dict[str, Any] | PeftConfig] = {
+GPT2_PEFT_TYPES: dict[str, dict[str, Any] | PeftConfig] = {
     "plain": GPT2,
     "ia3": IA3Config(target_modules=["c_attn", "mlp.c_proj"], feedforward_modules=["mlp.c_proj"], fan_in_fan_out=True),
     "vera": VeraConfig(r=12, fan_in_fan_out=True, **EVERY),
@@ -173,8 +172,8 @@ CASES: dict[str, Mapping[str, dict[str, Any] | PeftConfig]] = {
     "gpt2": GPT2_CASES,
     "tied": TIED_CASES,
     "mixtral": MIXTRAL_CASES,
-    "llama families": LLAMA_FAMILIES,
-    "gpt2 families": GPT2_FAMILIES,
+    "llama PEFT types": LLAMA_PEFT_TYPES,
+    "gpt2 PEFT types": GPT2_PEFT_TYPES,
 }
 KERNELS: dict[str, Any] = {
     "chosen": choose_kernel,
@@ -232,7 +231,7 @@ class World:
                 bnb_4bit_compute_dtype=dtype,
             )
         model = AutoModelForCausalLM.from_pretrained(self.folder / "model", dtype=dtype, **options).eval()
-        if self.base == "nf4" and self.kind.endswith("families"):
+        if self.base == "nf4" and self.kind.endswith("PEFT types"):
             model = model.dequantize()  # PEFT has not every type on quantised linears
         return model if case is None else with_peft(model, self.folder / case, own_vocabulary(self.kind, case))
 
@@ -264,22 +263,22 @@ def own_vocabulary(kind: str, case: str) -> int | None:
 def recorded(driver: Driver) -> dict[str, list[Tensor]]:
     """The logits that every sequence was sampled from, as they come."""
     engine, logits = driver.engine, defaultdict(list)
-    run, segments = engine._runner.run, engine._segments
+    run, forward_batch = engine._runner.run, engine._forward_batch
     sampled: list[str] = []
 
-    def note(batch: Any) -> Any:
+    def note(batch: Any, *more: Any) -> Any:
         sampled[:] = [s.seq.seq_id for s in batch.sequences if s.samples]
-        return segments(batch)
+        return forward_batch(batch, *more)
 
     def observed(*args: Any) -> Tensor:
         rows = run(*args)
-        if len(args) > 3:  # a self-test, in a cache of its own
+        if len(args) > 1:  # a self-test, in a cache of its own
             return rows
         for seq_id, row in zip(sampled, rows, strict=True):
             logits[seq_id].append(row.clone())
         return rows
 
-    engine._segments, engine._runner.run = note, observed  # type: ignore[method-assign]
+    engine._forward_batch, engine._runner.run = note, observed  # type: ignore[method-assign]
     return logits
 
 
@@ -298,7 +297,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str, s
         model.save_pretrained(path / "model")  # type: ignore[operator]
         for seed, (case, settings) in enumerate(CASES[kind].items()):
             if isinstance(settings, PeftConfig):
-                write_family(model, path / case, settings, seed=seed)
+                write_peft_adapter(model, path / case, settings, seed=seed)
             else:
                 write_adapter(model, path / case, seed=seed, **settings)
         return path
@@ -405,7 +404,7 @@ def test_beside_others(kind: str, case: str, base: str, world: Callable[[str, st
 def test_the_self_test_agrees(kind: str, case: str, base: str, world: Callable[[str, str], World]) -> None:
     """What an upload is tried against says the same as the serving path, which says the same as PEFT."""
     driver = world(kind, base).driver
-    driver.engine.handle(TryAdapter(1, world(kind, base).digests[case]))
+    driver.engine.handle(RunSelfTest(1, world(kind, base).digests[case]))
     driver.run()
     result = driver.replies.pop(1).selftest
     assert result is not None
@@ -422,7 +421,7 @@ def test_the_self_test_sees_a_wrong_number(world: Callable[[str, str], World]) -
     row = slot.pages[0] * PAGE_COLUMNS
     before, b[row] = b[row].clone(), 0
     try:
-        here.driver.engine.handle(TryAdapter(1, here.digests["plain"]))
+        here.driver.engine.handle(RunSelfTest(1, here.digests["plain"]))
         here.driver.run()
     finally:
         b[row] = before
@@ -437,8 +436,8 @@ def test_the_self_test_sees_a_wrong_number(world: Callable[[str, str], World]) -
         ("llama", "dora"),
         ("llama", "bias all"),
         ("llama", "lora_bias"),
-        ("llama families", "ia3"),
-        ("llama families", "ia3, feedforward"),
+        ("llama PEFT types", "ia3"),
+        ("llama PEFT types", "ia3, feedforward"),
         ("llama", "embedding"),
         ("llama", "saved head and norms"),
         ("llama", "tokens at both ends"),
@@ -456,12 +455,11 @@ def test_others_keep_their_bits_beside_vectors(
         prompt = list(range(5 + index, 40 - index))
         here.driver.submit(f"bits{index}", prompt, name and here.digests[name], max_tokens=1)
     batch = engine.scheduler.schedule()
-    forward = build_batch(batch, here.driver.info.block_size, engine._runner.device)
     neighbour = batch.sequences[[s.seq.seq_id for s in batch.sequences].index("bits2")]
-    beside = engine._runner.run(forward, *engine._segments(batch))
+    beside = engine._runner.run(engine._forward_batch(batch))
     held = neighbour.seq.slots, neighbour.seq.adapters
     neighbour.seq.slots, neighbour.seq.adapters = (), ()
-    alone = engine._runner.run(forward, *engine._segments(batch))
+    alone = engine._runner.run(engine._forward_batch(batch))
     neighbour.seq.slots, neighbour.seq.adapters = held
     # A neighbour's own vocabulary makes the rows wider.
     changed = [not torch.equal(a[:97], b) for a, b in zip(beside, alone, strict=True)]
@@ -478,7 +476,7 @@ def test_a_feature_is_more_than_its_factors(world: Callable[[str, str], World]) 
         assert (adapted - base).abs().max() > 0.1, case
 
 
-@pytest.mark.parametrize("kind", ["llama families", "gpt2 families"])
+@pytest.mark.parametrize("kind", ["llama PEFT types", "gpt2 PEFT types"])
 def test_every_adapter_does_something(kind: str, world: Callable[[str, str], World]) -> None:
     for case in CASES[kind]:
         adapted, base = (logits for _, _, logits in world(kind, "fp32").run(case, None, seed=3))
@@ -494,21 +492,21 @@ def test_a_slot_that_changes_hands_keeps_nothing(world: Callable[[str, str], Wor
     for case in order:
         (result,) = here.run(case, seed=4)
         assert_peft_agrees(here, case, *result)
-    assert not driver.engine._runner.pool.affine._tables  # a plain adapter needs none
+    assert not driver.engine._runner.pool.scale_shift._tables  # a plain adapter needs none
     driver.engine.residency.close()
 
 
 def test_a_slot_keeps_nothing_of_scales_either(world: Callable[[str, str], World], tmp_path: Path) -> None:
-    folder = world("llama families", "fp32").folder
+    folder = world("llama PEFT types", "fp32").folder
     driver = make_driver(folder / "model", tmp_path, adapter_slots=1)
-    digests = {case: driver.add_adapter(folder / case) for case in LLAMA_FAMILIES}
-    here = World("llama families", "fp32", folder, driver, digests, recorded(driver))
+    digests = {case: driver.add_adapter(folder / case) for case in LLAMA_PEFT_TYPES}
+    here = World("llama PEFT types", "fp32", folder, driver, digests, recorded(driver))
     pool = driver.engine._runner.pool
     for case in ["ia3", "plain", "ia3, feedforward", "loha", "ia3, inputs by a pattern", "ia3, feedforward", "plain"]:
         (result,) = here.run(case, seed=4)
         assert_peft_agrees(here, case, *result)
-        assert bool(pool.input_affine._tables) == (case in ("ia3, feedforward", "ia3, inputs by a pattern"))
-    assert not pool.affine._tables
+        assert bool(pool.input_scale_shift._tables) == (case in ("ia3, feedforward", "ia3, inputs by a pattern"))
+    assert not pool.scale_shift._tables
     driver.engine.residency.close()
 
 

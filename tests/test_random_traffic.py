@@ -16,9 +16,9 @@ from server.ipc.messages import (
     MoveAdapter,
     PinAdapter,
     RetireAdapter,
+    RunSelfTest,
     Submit,
     ToEngine,
-    TryAdapter,
     Unmerge,
 )
 from server.sequence import SamplingParams, ScaledAdapter
@@ -113,7 +113,7 @@ def disturbance(chance: random.Random, digests: list[str], ids: Iterator[int], m
     if kind == 4:
         return [RetireAdapter(digest)]
     if kind == 5:
-        return [TryAdapter(next(ids), digest)]
+        return [RunSelfTest(next(ids), digest)]
     if kind == 6 and merges:
         return [Merge(next(ids), digest, drain=True, allow_requantize=False)]
     return [Unmerge(next(ids))] if kind == 7 and merges else []

@@ -31,13 +31,13 @@ async def standing_still(folder: Path, **settings: Any) -> AsyncIterator[Api]:
 
 
 def begin(rates: RateLimits, limits: Limits, *adapters: str, tokens: int = 1, key: str = "k") -> Lease:
-    return rates.admit(key, limits, adapters, tokens)
+    return rates.begin_request(key, limits, adapters, tokens)
 
 
 def refused(rates: RateLimits, limits: Limits, *adapters: str, tokens: int = 1, key: str = "k") -> tuple[int, str]:
     """The seconds of `Retry-After` and the message."""
     with pytest.raises(ApiError) as error:
-        rates.admit(key, limits, adapters, tokens)
+        rates.begin_request(key, limits, adapters, tokens)
     assert error.value.status_code == 429 and error.value.code == "rate_limit_exceeded"
     assert error.value.headers is not None
     return int(error.value.headers["retry-after"]), str(error.value.detail)
@@ -73,7 +73,7 @@ def test_requests_at_once(clock: Clock) -> None:
     rates, limits = RateLimits(Limits(), clock), Limits(max_concurrent=2)
     first, _ = begin(rates, limits), begin(rates, limits)
     seconds, message = refused(rates, limits)
-    assert seconds == 1 and "2 requests at once" in message and "this key" in message
+    assert seconds == 1 and "2 concurrent requests" in message and "this key" in message
     first.close()
     first.close()
     begin(rates, limits)

@@ -1,4 +1,4 @@
-"""Names and versions: across restarts, kills, damage, threads and a second server."""
+"""Names and versions across restarts, kills, damage, threads and a second server."""
 
 import hashlib
 import os
@@ -46,7 +46,7 @@ def digest_of(content: str) -> str:
 
 
 def publish(registry: AdapterRegistry, name: str, content: str, **options: Any) -> tuple[AdapterRecord, bool]:
-    """Publish a folder whose digest is that of `content`; the registry asks no more of an adapter."""
+    """Publish a folder whose digest is that of `content`; the registry needs nothing else of an adapter."""
     inspected: Any = SimpleNamespace(
         digest=digest_of(content), rank=8, target_modules=("q_proj",), nbytes=100, report={"features": []}
     )
@@ -110,7 +110,7 @@ def test_the_bases_name_is_taken(registry: AdapterRegistry) -> None:
     assert len(registry) == 0 and folders(registry) == set()
 
 
-def test_replacing_keeps_the_pin_and_the_birthday(registry: AdapterRegistry) -> None:
+def test_replacing_keeps_the_pin_and_the_creation_time(registry: AdapterRegistry) -> None:
     first, _ = publish(registry, "one", "v1", pinned=True)
     second, _ = publish(registry, "one", "v2", replace=True)
     assert second.pinned and second.created == first.created
@@ -131,7 +131,7 @@ NAMES += ["a\r\nb", "\u0430dapter", "é", "_base", "_unknown", "a@b", "a\\b", "a
 
 
 class Watch:
-    """Notes every file that Python opens while it is on. An audit hook cannot be taken out, so there is one."""
+    """Record every file that Python opens while enabled. An audit hook cannot be removed, so there is only one."""
 
     def __init__(self) -> None:
         self.on = False
@@ -149,7 +149,7 @@ def watch() -> Watch:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_names_that_could_be_paths_never_get_in(name: str, registry: AdapterRegistry, watch: Watch) -> None:
+def test_names_that_could_be_paths_are_refused(name: str, registry: AdapterRegistry, watch: Watch) -> None:
     watch.on = True
     with pytest.raises(InvalidName):
         check_name(name)
@@ -201,7 +201,7 @@ def test_everything_unknown_gets_the_same_message(registry: AdapterRegistry) -> 
         assert str(caught.value) == f"The model {model!r} does not exist."
 
 
-def test_a_strangers_model_name_is_made_safe(registry: AdapterRegistry) -> None:
+def test_an_untrusted_model_name_is_escaped(registry: AdapterRegistry) -> None:
     with pytest.raises(AdapterNotFound) as caught:
         registry.resolve("a\r\nFAKE\ud800" + "x" * 10_000)
     assert str(caught.value).isprintable() and len(str(caught.value)) < 300
@@ -307,7 +307,7 @@ def test_a_restart_changes_nothing(registry: AdapterRegistry, data_dir: Path) ->
     again.close()
 
 
-def test_a_restart_sweeps_what_nobody_names(registry: AdapterRegistry, data_dir: Path) -> None:
+def test_a_restart_removes_unreferenced_files(registry: AdapterRegistry, data_dir: Path) -> None:
     publish(registry, "one", "v1")
     orphan = registry.store.path("f" * 64)
     orphan.mkdir(parents=True)
@@ -438,7 +438,7 @@ sys.stdin.read()
 
 
 def test_a_second_opener_is_refused_at_once(registry: AdapterRegistry, data_dir: Path) -> None:
-    """Whoever waited for the lock would wait for ever."""
+    """A process that waited for the lock would wait forever."""
     with pytest.raises(RegistryLocked, match=f"process {os.getpid()}"):
         AdapterRegistry(data_dir)
     registry.close()
@@ -504,14 +504,14 @@ def test_kill_at_any_moment_leaves_adapters_absent_or_complete(data_dir: Path) -
 
 
 class Crash(BaseException):
-    """The process ends here: nothing of ours may catch it and put things right."""
+    """End of the process: no handler of the registry may catch it and clean up."""
 
 
 @pytest.mark.parametrize("step", range(7))
 def test_a_crash_at_each_step_leaves_the_old_version(
     step: int, registry: AdapterRegistry, data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Steps 0 to 2 are the syncs before the rename, 3 and 4 those after it, 5 and 6 lie around the database's rows."""
+    """Steps 0 to 2 are the syncs before the rename, 3 and 4 those after it, 5 and 6 around the database's rows."""
     before, _ = publish(registry, "one", "v1")
     steps = iter(range(7))
 
@@ -544,7 +544,7 @@ def test_a_crash_at_each_step_leaves_the_old_version(
 
 
 def test_sixteen_threads(registry: AdapterRegistry, data_dir: Path) -> None:
-    """Readers never see a half-done write; the registry, its database and the disk agree afterwards."""
+    """Readers never see a partial write; the registry, its database and the disk agree afterwards."""
 
     def work(number: int) -> None:
         choose = random.Random(number)
@@ -593,7 +593,7 @@ def test_one_of_many_first_publishers_wins(registry: AdapterRegistry) -> None:
 
 
 def add_names(data_dir: Path, digest: str, count: int) -> None:
-    """Names that point to `digest`, in the tables alone. The registry must be closed."""
+    """Return the names that point to `digest` according to the tables. The registry must be closed."""
     db = sqlite3.connect(data_dir / registry_db.DATABASE)
     with db:
         db.executemany("INSERT INTO names VALUES (?, 0, 1)", [(f"n{i}",) for i in range(count)])
@@ -620,7 +620,7 @@ def test_ten_thousand_names_resolve_without_the_database(registry: AdapterRegist
 
 
 class Work:
-    """What a registry does: instructions of SQLite, and questions to the file system."""
+    """The registry's work: SQLite instructions and file system calls."""
 
     def __init__(self, registry: AdapterRegistry, monkeypatch: pytest.MonkeyPatch) -> None:
         self.done: Counter[str] = Counter()
@@ -637,7 +637,7 @@ class Work:
         return counted
 
 
-def test_what_a_change_costs_does_not_grow_with_the_adapters(
+def test_the_cost_of_a_change_does_not_grow_with_the_adapters(
     registry: AdapterRegistry, data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish(registry, "one", "v1")
@@ -688,7 +688,7 @@ def test_an_alias_is_durable_and_is_no_adapter(registry: AdapterRegistry, data_d
     again.close()
 
 
-def test_what_cannot_be_an_alias(registry: AdapterRegistry) -> None:
+def test_names_that_cannot_be_aliases(registry: AdapterRegistry) -> None:
     for name in ("a", "b"):
         publish(registry, name, name)
     registry.split("other", {"a": 1})
@@ -746,7 +746,7 @@ def test_files_of_a_lost_database_stay_when_an_upload_of_them_fails(registry: Ad
             for file in FILES:
                 (folder / file).write_text(content)
             again.hold(digest_of(content), folder)
-        again.let_go(digest_of(content))
+        again.release(digest_of(content))
     assert again.collect_garbage() == [digest_of("v2")]
     assert folders(again) == {digest_of("v1")}
     again.close()
@@ -759,7 +759,7 @@ def pending(name: str, **fields: Any) -> PendingAdapter:
     return PendingAdapter(name, **{"source": "hf://org/a", "replacing": False, "pinned": True, "created": 7} | fields)
 
 
-def test_what_is_pending_stays_across_restarts(registry: AdapterRegistry, data_dir: Path) -> None:
+def test_pending_adapters_stay_across_restarts(registry: AdapterRegistry, data_dir: Path) -> None:
     failed = pending("two", error="gone", replacing=True, pinned=False)
     registry.remember(pending("two"))
     registry.remember(pending("one"))
@@ -774,7 +774,7 @@ def test_what_is_pending_stays_across_restarts(registry: AdapterRegistry, data_d
     last.close()
 
 
-def test_what_is_published_is_not_pending_any_more(registry: AdapterRegistry, data_dir: Path) -> None:
+def test_a_published_adapter_is_no_longer_pending(registry: AdapterRegistry, data_dir: Path) -> None:
     for content in ("v1", "v1", "v2"):
         registry.remember(pending("one"))
         publish(registry, "one", content, replace=True)
@@ -787,7 +787,7 @@ def test_what_is_published_is_not_pending_any_more(registry: AdapterRegistry, da
     again.close()
 
 
-def test_only_what_could_be_published_can_be_pending(registry: AdapterRegistry) -> None:
+def test_only_publishable_names_can_be_pending(registry: AdapterRegistry) -> None:
     for name, error in (("base", AdapterConflict), ("../x", InvalidName)):
         with pytest.raises(error):
             registry.remember(pending(name))

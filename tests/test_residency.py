@@ -1,4 +1,4 @@
-"""Where a version's bytes are: the moves between disk, host and device, and what becomes of those that fail."""
+"""Moves of versions between disk, host and device, and the handling of failed moves."""
 
 import random
 import resource
@@ -28,7 +28,7 @@ class Weights:
 
 @dataclass
 class Tiers:
-    """Disk and device of a test: what is there, what is held up, what breaks, and how often each was touched."""
+    """Disk and device of a test: their content, blocked and failing operations, and the number of accesses."""
 
     sizes: dict[str, int] = field(default_factory=dict)  # pages; one byte each
     read_errors: dict[str, BaseException] = field(default_factory=dict)
@@ -106,7 +106,7 @@ def wait_until(residency: Residency[Weights], condition: Callable[[], object]) -
 
 
 def acquire(residency: Residency[Weights], digest: str) -> int:
-    """Ask on every step, as the scheduler does, until the version is there."""
+    """Request the version on every step, as the scheduler does, until it is there."""
     got: list[int] = []
 
     def ask() -> bool:
@@ -123,7 +123,7 @@ def moves(residency: Residency[Weights]) -> list[tuple[str, str, str, str]]:
     return [(move.digest, move.source, move.target, move.outcome) for move in residency.take_moves()]
 
 
-def test_a_version_is_asked_for_and_arrives_over_the_host(residency: Residency[Weights], tiers: Tiers) -> None:
+def test_a_requested_version_is_loaded_through_the_host(residency: Residency[Weights], tiers: Tiers) -> None:
     assert residency.where("a") == "disk"
     assert residency.acquire("a") is None
     slot = acquire(residency, "a")
@@ -182,7 +182,7 @@ def test_a_slot_is_ready_only_after_its_copy_arrived(residency: Residency[Weight
     assert residency.loading() == []
 
 
-def test_a_slow_version_does_not_hold_up_another(residency: Residency[Weights], tiers: Tiers) -> None:
+def test_a_slow_version_does_not_delay_another(residency: Residency[Weights], tiers: Tiers) -> None:
     tiers.hold("read slow")
     residency.acquire("slow")
     acquire(residency, "quick")
@@ -190,11 +190,11 @@ def test_a_slow_version_does_not_hold_up_another(residency: Residency[Weights], 
 
 
 def times_waited() -> int:
-    """How often this thread has given its core away to wait for something, as Linux counts it; elsewhere 0."""
+    """Number of voluntary context switches of this thread, as counted by Linux; 0 elsewhere."""
     return resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw if sys.platform == "linux" else 0
 
 
-def test_polling_and_asking_return_at_once_while_a_read_hangs(residency: Residency[Weights], tiers: Tiers) -> None:
+def test_polling_and_requests_return_at_once_while_a_read_hangs(residency: Residency[Weights], tiers: Tiers) -> None:
     tiers.hold("read a")
     residency.acquire("a")
     wait_until(residency, lambda: "read a" in tiers.begun)
@@ -216,7 +216,7 @@ def test_prefetching_stops_at_the_host(residency: Residency[Weights], tiers: Tie
     assert tiers.reads["a"] == 1
 
 
-def test_an_idle_version_makes_room_and_its_eviction_is_reported(residency: Residency[Weights]) -> None:
+def test_an_idle_version_is_evicted_and_its_eviction_is_reported(residency: Residency[Weights]) -> None:
     for digest in "abc":
         acquire(residency, digest)
         residency.release(digest)
@@ -261,10 +261,10 @@ def test_while_every_slot_is_in_use_a_version_waits_on_the_host(single: Residenc
     assert single.where("a") == "host"
 
 
-def test_a_version_that_has_just_arrived_is_not_pushed_out_by_another_that_waits(
+def test_a_version_just_loaded_is_not_evicted_by_another_that_waits(
     single: Residency[Weights],
 ) -> None:
-    """Two sequences ask for two versions on every step, and there is one slot: the first one is served."""
+    """Two sequences request two versions on every step, and there is one slot: the first version is served."""
     order = ["a", "b"]
     for _ in patience("serving both"):
         single.poll()
@@ -277,8 +277,8 @@ def test_a_version_that_has_just_arrived_is_not_pushed_out_by_another_that_waits
         time.sleep(0.0005)
 
 
-def test_nobody_waits_for_what_was_asked_for_and_given_up(single: Residency[Weights]) -> None:
-    """A version that an aborted sequence had asked for does not take the slot of one that is used."""
+def test_a_version_requested_and_given_up_blocks_no_other(single: Residency[Weights]) -> None:
+    """A version requested by an aborted sequence does not take the slot of a version in use."""
     acquire(single, "a")
     single.acquire("b")
     wait_until(single, lambda: single.where("b") == "host")
@@ -375,7 +375,7 @@ def test_unloading_is_refused_while_the_version_loads(residency: Residency[Weigh
 
 
 def test_unloading_is_refused_while_the_version_is_pinned(residency: Residency[Weights]) -> None:
-    """The API asks by name, and another name may have pinned the same version."""
+    """The API unloads by name, and another name may have pinned the same version."""
     acquire(residency, "a")
     residency.release("a")
     residency.pin("a")
@@ -438,7 +438,7 @@ def test_a_version_that_can_never_fit_is_refused(residency: Residency[Weights], 
     assert residency.host.digests() == [] and residency.where("huge") == "disk"
 
 
-def test_an_explicit_load_is_asked_again_until_it_is_done(residency: Residency[Weights]) -> None:
+def test_an_explicit_load_is_repeated_until_it_is_done(residency: Residency[Weights]) -> None:
     for tier in ("host", "device"):
         wait_until(residency, lambda tier=tier: residency.bring("a", tier) or residency.where("a") == tier)
     assert [target for _, _, target, _ in moves(residency)] == ["host", "device"]
@@ -485,7 +485,7 @@ def test_every_change_is_announced(residency: Residency[Weights]) -> None:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_after_any_operations_the_books_balance_and_nothing_is_stuck(
+def test_after_any_operations_the_accounting_is_right_and_nothing_is_stuck(
     residency: Residency[Weights], tiers: Tiers, seed: int
 ) -> None:
     chance = random.Random(seed)

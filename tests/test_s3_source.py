@@ -1,4 +1,4 @@
-"""Buckets, from a server that speaks S3's protocol and verifies its signatures."""
+"""Sources in buckets, served by a test server with S3's protocol that verifies signatures."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 
 from adapters.errors import AdapterTooLarge, SourceNotAllowed, SourceNotFound, SourceUnavailable
 from adapters.registry import store
-from adapters.sources import check, copy_from, download, s3
+from adapters.sources import check_source, copy_from, download, s3
 from tests import remote_servers
 from tests.remote_servers import KEY_ID, REGION, SECRET, Remote
 
@@ -65,7 +65,7 @@ def test_a_public_bucket_needs_no_key(tmp_path: Path, monkeypatch: pytest.Monkey
     assert found(tmp_path) == FILES
 
 
-def test_a_wrong_key_finds_nothing_and_is_not_told(
+def test_a_wrong_key_finds_nothing_and_is_not_revealed(
     remote: Remote, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another-secret")
@@ -120,7 +120,7 @@ def test_a_prefix_without_the_files(remote: Remote, tmp_path: Path, missing: str
         fetch(tmp_path)
 
 
-def test_a_store_that_is_away(remote: Remote, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_store(remote: Remote, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     with pytest.raises(SourceUnavailable) as caught:
         fetch(tmp_path)
@@ -135,7 +135,7 @@ def test_it_is_not_sent_elsewhere(remote: Remote, tmp_path: Path) -> None:
         assert elsewhere.requests == []
 
 
-def test_sizes_are_judged_before_and_while_files_arrive(remote: Remote, tmp_path: Path) -> None:
+def test_sizes_are_checked_before_and_during_the_download(remote: Remote, tmp_path: Path) -> None:
     size = sum(map(len, FILES.values()))
     fetch(tmp_path, max_bytes=size)
     (tmp_path / WEIGHTS).unlink()
@@ -174,8 +174,8 @@ def test_nothing_else_is_allowed(remote: Remote, tmp_path: Path, source: str) ->
 
 
 def test_a_bucket_may_be_allowed_as_a_whole() -> None:
-    check("s3://bucket/a", ["s3://bucket"])
-    check("s3://bucket/a", ["s3://bucket/"])
+    check_source("s3://bucket/a", ["s3://bucket"])
+    check_source("s3://bucket/a", ["s3://bucket/"])
 
 
 def test_optional_files_come_along(remote: Remote, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The header reader meets hostile files: it accepts what safetensors accepts, or raises `AdapterInvalid`."""
+"""The header reader against hostile files: it accepts only what safetensors accepts, else raises `AdapterInvalid`."""
 
 import json
 import struct
@@ -202,7 +202,7 @@ headers = st.dictionaries(st.text(max_size=5) | st.just("__metadata__"), entries
 
 
 def check(scratch: Path, data: bytes) -> None:
-    """Refused as `AdapterInvalid`, or accepted with the meaning that safetensors gives it."""
+    """Check that the file is refused as `AdapterInvalid`, or read as safetensors reads it."""
     scratch.write_bytes(data)
     try:
         found = read_header(scratch)

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from adapters.device import transfers as upload
-from server.model.sampling import categorical as drawing
-from server.model.sampling import sampler
-from server.model.sampling.categorical import FEW, draws_of, plan_draws
+from server.model.sampling import categorical, sampler
+from server.model.sampling.categorical import FEW, categorical_params, plan_categorical
 from server.model.sampling.sampler import Sample, sample
 from server.sequence import SamplingParams, Sequence
 
@@ -238,8 +237,12 @@ def test_each_way_of_drawing_gives_the_token_that_sorting_the_vocabulary_gives()
         seqs = [make_seq(**params, seed=seed) for seed in range(200)]
         drawn = []
         for on_cpu in (True, False):
-            arrays, *counts = plan_draws(seqs, 4 * FEW, on_cpu)
-            drawn.append(drawing.draw(logits, draws_of([torch.from_numpy(array) for array in arrays], *counts)))
+            arrays, *counts = plan_categorical(seqs, 4 * FEW, on_cpu)
+            drawn.append(
+                categorical.sample_categorical(
+                    logits, categorical_params([torch.from_numpy(array) for array in arrays], *counts)
+                )
+            )
         assert torch.equal(*drawn), params
 
 

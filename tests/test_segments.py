@@ -1,4 +1,4 @@
-"""Which rows of a step take which rank columns."""
+"""Assignment of a step's rows to rank columns."""
 
 import random
 
@@ -40,7 +40,7 @@ def test_a_composition_has_the_segments_of_all_its_adapters_over_the_same_rows()
     )
 
 
-def test_what_is_taken_zero_times_is_left_out() -> None:
+def test_an_adapter_with_scale_zero_is_left_out() -> None:
     columns = {0: [(0, 16)], 2: [(16, 32)]}
     assert build_segments([((SlotUse(0, 0.0),), 3)], columns) == NO_SEGMENTS
     assert build_segments([((SlotUse(0, 0.0), B), 3)], columns) == build_segments([((B,), 3)], columns)

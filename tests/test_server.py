@@ -297,7 +297,7 @@ def test_json_logs_are_one_object_a_line(tiny: Path, tmp_path: Path) -> None:
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     for line in process.stdout:
-        if line.startswith("Stop it"):
+        if line.startswith("Stop the server"):
             break
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=HANG_SECONDS)

@@ -1,4 +1,4 @@
-"""Which version sits in which device slot, on which pages."""
+"""Assignment of versions to device slots and pages."""
 
 import random
 
@@ -8,7 +8,7 @@ from adapters.residency.slots import PAGE_COLUMNS, SlotTable
 
 
 def fill(table: SlotTable, digest: str, num_pages: int = 1) -> list[str]:
-    """Reserve a slot and make it ready; returns what was evicted."""
+    """Reserve a slot and mark it ready; return the evicted digests."""
     slot, evicted = table.reserve(digest, num_pages)
     assert slot is not None
     slot.ready = True
@@ -48,7 +48,7 @@ def test_only_as_many_are_evicted_as_are_needed() -> None:
 
 
 @pytest.mark.parametrize("state", ["in use", "pinned", "still loading"])
-def test_what_is_in_use_pinned_or_loading_stays(state: str) -> None:
+def test_versions_in_use_pinned_or_loading_are_not_evicted(state: str) -> None:
     table = SlotTable(num_slots=2, num_pages=2)
     fill(table, "a")
     fill(table, "b")

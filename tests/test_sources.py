@@ -1,4 +1,4 @@
-"""What an operator allowed can be copied, and nothing else is even looked at."""
+"""Sources that the operator allowed can be copied; no other path is accessed."""
 
 import os
 from pathlib import Path
@@ -14,7 +14,7 @@ LIMIT = 1000
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """An allowed folder with one adapter in it, beside a secret one."""
+    """An allowed folder with one adapter in it, beside a secret folder."""
     for folder in (tmp_path / "allowed" / "one", tmp_path / "secret" / "two", tmp_path / "into"):
         folder.mkdir(parents=True)
         if folder.name != "into":
@@ -159,7 +159,7 @@ def test_nothing_is_allowed_by_default(root: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["absent", "one%00", "loop", "x" * 300, "partial", "unreadable", "pipe", "folder"])
-def test_what_is_not_there_is_not_found(root: Path, name: str) -> None:
+def test_absent_files_are_not_found(root: Path, name: str) -> None:
     allowed = root / "allowed"
     (allowed / "loop").symlink_to(allowed / "loop")
     (allowed / "partial").mkdir()

@@ -1,4 +1,4 @@
-"""Linears over one input are found in the running model and computed as one; by name they stay what they were."""
+"""Linears over one input are found in the running model and computed as one; by name they are unchanged."""
 
 from pathlib import Path
 
@@ -43,7 +43,7 @@ def attached(model: nn.Module) -> dict[str, nn.Module]:
 
 
 @torch.inference_mode()
-def test_a_stack_says_what_its_linears_said() -> None:
+def test_a_stack_computes_the_outputs_of_its_linears() -> None:
     model = Siblings()
     x, other = torch.randn(3, 8), torch.randn(3, 8)
     own = {name: (linear.weight.clone(), linear.bias) for name, linear in model.named_children()}
@@ -74,7 +74,7 @@ def test_the_product_is_computed_once_for_all() -> None:
 
 
 @torch.inference_mode()
-def test_a_hook_on_one_of_them_is_heard() -> None:
+def test_a_hook_on_one_of_them_runs() -> None:
     model = Siblings()
     bases = attached(model)
     x = torch.randn(3, 8)

@@ -1,4 +1,4 @@
-"""The store's folders: absent or complete, whatever happens between."""
+"""The store's folders are absent or complete, whatever happens during a write."""
 
 import errno
 import os
@@ -25,14 +25,14 @@ def put(store: AdapterStore, digest: str, content: bytes = b"x", beside: Iterabl
     with store.stage() as folder:
         for name in (*FILES, *beside):
             (folder / name).write_bytes(content)
-        return store.admit(folder, digest)
+        return store.commit(folder, digest)
 
 
 def staged(store: AdapterStore) -> list[Path]:
     return list((store.path(ONE).parents[1] / ".staging").iterdir())
 
 
-def test_admits_to_a_place_made_of_the_digest(store: AdapterStore, tmp_path: Path) -> None:
+def test_commits_to_a_place_made_of_the_digest(store: AdapterStore, tmp_path: Path) -> None:
     assert ONE not in store
     place = put(store, ONE)
     assert place == store.path(ONE) == tmp_path / "store" / "11" / ONE
@@ -65,10 +65,10 @@ def test_a_tokenizer_is_kept_with_its_adapter(store: AdapterStore) -> None:
     assert (place / "tokenizer.json").exists()
 
 
-def test_an_incomplete_folder_is_not_admitted(store: AdapterStore) -> None:
+def test_an_incomplete_folder_is_not_committed(store: AdapterStore) -> None:
     with store.stage() as folder, pytest.raises(FileNotFoundError):
         (folder / FILES[0]).write_bytes(b"x")
-        store.admit(folder, ONE)
+        store.commit(folder, ONE)
     assert ONE not in store and staged(store) == []
 
 
@@ -79,7 +79,7 @@ def test_staging_is_removed_also_after_an_error(store: AdapterStore) -> None:
     assert staged(store) == []
 
 
-def test_sweep_removes_what_a_dead_process_left(store: AdapterStore, tmp_path: Path) -> None:
+def test_sweep_removes_folders_of_an_earlier_process(store: AdapterStore, tmp_path: Path) -> None:
     left = tmp_path / "store" / ".staging" / "abc"
     left.mkdir()
     (left / FILES[0]).write_bytes(b"x")
@@ -127,7 +127,7 @@ def test_a_full_disk_is_no_space(store: AdapterStore, number: int, monkeypatch: 
     assert ONE in store
 
 
-def test_another_disk_error_stays_itself(store: AdapterStore) -> None:
+def test_another_disk_error_is_raised_unchanged(store: AdapterStore) -> None:
     with pytest.raises(OSError, match="Input/output"), store.stage():
         raise OSError(errno.EIO, os.strerror(errno.EIO))
     assert staged(store) == []

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from adapters.validation.inspect import digest_of
 from server.cli.main import app
 from tests import remote_servers
-from tests.adapter_factory import tiny_llama, write_adapter, write_family
+from tests.adapter_factory import tiny_llama, write_adapter, write_peft_adapter
 from tests.api_server import LiveServer, listening
 from tests.remote_servers import COMMIT, Remote
 from tests.timing import HANG_SECONDS, wait_for
@@ -113,7 +113,7 @@ def test_unchanged_folders_are_not_uploaded(
 
 
 def test_every_kind_of_folder_is_recognised(adapters: Path, server: LiveServer) -> None:
-    write_family(tiny_llama(), adapters / "ia3", IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
+    write_peft_adapter(tiny_llama(), adapters / "ia3", IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
     write_adapter(tiny_llama(), adapters / "with-template")
     (adapters / "with-template" / "chat_template.jinja").write_text("{{ messages[0].content }}")
     file = write(adapters, *({"name": name, "source": name} for name in ("ia3", "with-template")))

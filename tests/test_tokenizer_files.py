@@ -1,4 +1,4 @@
-"""What an adapter's tokenizer files say, and why they may be refused."""
+"""An adapter's tokenizer files: their content, and the reasons to refuse them."""
 
 import json
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ LETTER, END, TOOL = 64, 256, 258  # "a" of the 256 bytes, <|end|>, and after <|s
 
 
 def write(folder: Path, files: Mapping[str, Any]) -> Path:
-    """Objects as JSON, the rest as it is."""
+    """Write objects as JSON, and everything else unchanged."""
     for name, content in files.items():
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
         (folder / name).write_bytes(data)
@@ -40,12 +40,12 @@ def test_reads_what_transformers_saves(tmp_path: Path) -> None:
     assert found.build().encode("a<tool>").ids[-1] == TOOL
 
 
-def test_an_empty_folder_says_nothing(tmp_path: Path) -> None:
+def test_an_empty_folder_declares_nothing(tmp_path: Path) -> None:
     assert problems(tmp_path, {}) == []
     assert read_tokenizer_files(tmp_path) == TokenizerFiles() and TokenizerFiles().features == ()
 
 
-def test_the_report_tells_of_them(tmp_path: Path) -> None:
+def test_the_report_lists_them(tmp_path: Path) -> None:
     model = tiny_llama(vocab_size=300)
     write_adapter(model, tmp_path)
     plain = inspect(tmp_path, spec_of(model))
@@ -120,7 +120,7 @@ def test_ids_stay_within_the_vocabulary(tmp_path: Path) -> None:
 
 
 def around(token_id: int, **changes: Any) -> dict[str, Any]:
-    """A tokenizer that begins every text with a token that need not exist."""
+    """A tokenizer that begins every text with a token that may not exist."""
     special = {"Q": {"id": "Q", "ids": [token_id], "tokens": ["Q"]}}
     single = [{"SpecialToken": {"id": "Q", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
     processor = {"type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": special, **changes}

@@ -1,11 +1,11 @@
-"""What the server knows of an adapter before its weights are loaded."""
+"""Properties of an adapter that the server knows before its weights are loaded."""
 
 import json
 
 from adapters.traits import Traits
 
 
-def test_the_ordinary_adapter_needs_no_words() -> None:
+def test_default_traits_are_not_described() -> None:
     assert Traits().described() == {}
     assert Traits.of({"applied": {}, "features": []}) == Traits()
 

@@ -174,5 +174,5 @@ def test_a_row_s_bits_do_not_depend_on_its_batch(function: str) -> None:
 def test_the_choice_says_what_it_took_and_why() -> None:
     from server.model import fused
 
-    assert fused.choose("cpu") == (reference, "plain torch: there is no faster one for cpu")
+    assert fused.choose("cpu") == (reference, "plain torch: there is no faster implementation for cpu")
     assert fused.choose("cuda") == (triton_fused, "Triton kernels")

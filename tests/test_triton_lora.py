@@ -32,7 +32,12 @@ def added(
 ) -> torch.Tensor:
     out = y.clone().to(DEVICE)
     KERNEL.add_lora(
-        out, x.to(DEVICE), a[None].to(DEVICE), b.flatten().to(DEVICE), (b.shape[1],), plan or KERNEL.plan(segments)
+        out,
+        x.to(DEVICE),
+        a[None].to(DEVICE),
+        b.flatten().to(DEVICE),
+        (b.shape[1],),
+        plan or KERNEL.plan_segments(segments),
     )
     return out.cpu()
 
@@ -143,7 +148,7 @@ def test_rows_of_a_wider_tensor() -> None:
     x, y = inputs(3, (64, 200), torch.float32, 0)
     wide_x, wide_y = torch.full((3, 100), torch.nan, device=DEVICE), torch.full((3, 300), 7.0, device=DEVICE)
     wide_x[:, :64], wide_y[:, :200] = x.to(DEVICE), y.to(DEVICE)
-    plan = KERNEL.plan(segments_of(uses, pool))
+    plan = KERNEL.plan_segments(segments_of(uses, pool))
     a, b = pool.a[None].to(DEVICE), pool.b.flatten().to(DEVICE)
     KERNEL.add_lora(wide_y[:, :200], wide_x[:, :64], a, b, (200,), plan)
     torch.testing.assert_close(wide_y[:, :200].cpu().double(), exact(y, x, pool, uses), atol=2e-5, rtol=2e-5)
@@ -161,7 +166,7 @@ def test_sibling_linears_share_their_launches(sizes: tuple[int, ...]) -> None:
     stacked_a = torch.stack([pool.a for pool in pools]).to(DEVICE)
     stacked_b = torch.cat([pool.b.flatten() for pool in pools]).to(DEVICE)
     got = y.clone().to(DEVICE)
-    KERNEL.add_lora(got, x.to(DEVICE), stacked_a, stacked_b, sizes, KERNEL.plan(segments))
+    KERNEL.add_lora(got, x.to(DEVICE), stacked_a, stacked_b, sizes, KERNEL.plan_segments(segments))
     assert torch.equal(got.cpu(), torch.cat(parts, 1))
 
 
@@ -191,15 +196,15 @@ def test_a_step_beyond_a_static_plan_is_refused_and_leaves_it_as_it_was() -> Non
 
 def test_the_same_segments_are_planned_and_copied_once() -> None:
     kernel = TritonKernel(DEVICE)
-    first = kernel.plan(Segments((Segment(0, 1, 0, 16), Segment(1, 2, 32, 48))))
-    assert kernel.plan(Segments((Segment(0, 1, 0, 16), Segment(1, 2, 32, 48)))) is first
-    assert kernel.plan(Segments((Segment(0, 1, 0, 16),))) is not first
+    first = kernel.plan_segments(Segments((Segment(0, 1, 0, 16), Segment(1, 2, 32, 48))))
+    assert kernel.plan_segments(Segments((Segment(0, 1, 0, 16), Segment(1, 2, 32, 48)))) is first
+    assert kernel.plan_segments(Segments((Segment(0, 1, 0, 16),))) is not first
 
 
 def test_decode_steps_take_low_tiles_and_prefill_steps_high_ones() -> None:
-    decode = KERNEL.plan(Segments(tuple(Segment(row, row + 1, 0, 16) for row in range(40))))
+    decode = KERNEL.plan_segments(Segments(tuple(Segment(row, row + 1, 0, 16) for row in range(40))))
     assert (decode.tile_rows, decode.num_tiles) == (DECODE_ROWS, 40)
-    prefill = KERNEL.plan(Segments((Segment(0, 130, 0, 32), Segment(130, 131, 32, 48))))
+    prefill = KERNEL.plan_segments(Segments((Segment(0, 130, 0, 32), Segment(130, 131, 32, 48))))
     assert (prefill.tile_rows, prefill.num_tiles, prefill.num_blocks) == (PREFILL_ROWS, 4, 7)
 
 

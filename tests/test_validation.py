@@ -44,7 +44,7 @@ def plain(model: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture
 def folder(plain: Path, tmp_path: Path) -> Path:
-    """A copy of a good adapter, to be spoilt."""
+    """A copy of a valid adapter, for a test to corrupt."""
     return Path(shutil.copytree(plain, tmp_path / "adapter"))
 
 
@@ -72,7 +72,7 @@ def drop(name: str) -> Callable[[dict[str, Tensor]], object]:
 
 
 def refused(folder: Path, spec: ModelSpec) -> list[Problem]:
-    """The problems, which `inspect` and `load` agree on."""
+    """Return the problems, which are the same for `inspect` and `load`."""
     with pytest.raises(AdapterInvalid) as inspected:
         inspect(folder, spec)
     with pytest.raises(AdapterInvalid) as loaded:
@@ -171,7 +171,7 @@ def test_odd_but_finite_numbers_are_served(folder: Path, spec: ModelSpec) -> Non
 
 @pytest.fixture(scope="module")
 def biased() -> LlamaForCausalLM:
-    """Biases at the projections of its attention and at no other linear."""
+    """A base with biases at its attention's projections and at no other linear."""
     return tiny_llama(attention_bias=True)
 
 
@@ -266,7 +266,7 @@ def test_refuses_vectors_of_a_layer_without_factors(name: str, folder: Path, spe
 
 
 def test_refuses_the_biases_of_norms(tmp_path: Path) -> None:
-    """GPT-2's LayerNorms have biases, so what PEFT saves of them with bias="all" cannot be served."""
+    """GPT-2's LayerNorms have biases, and those that PEFT saves with bias="all" cannot be served."""
     config = GPT2Config(n_embd=64, n_layer=1, n_head=4, vocab_size=97, bos_token_id=1, eos_token_id=2)
     model = GPT2LMHeadModel(config)
     folder = write_adapter(model, tmp_path, target_modules=["c_attn"], fan_in_fan_out=True, bias="all")
@@ -422,7 +422,9 @@ def test_refuses_layers_that_are_no_numbers(layers: Any, folder: Path, spec: Mod
 
 
 @pytest.mark.parametrize(("layers", "layers_pattern"), [([0, 1], None), ([], None), ([1], "(h|layer)s?"), (None, None)])
-def test_serves_the_layers_that_are_meant(layers: Any, layers_pattern: Any, folder: Path, spec: ModelSpec) -> None:
+def test_serves_the_layers_of_layers_to_transform(
+    layers: Any, layers_pattern: Any, folder: Path, spec: ModelSpec
+) -> None:
     change_config(folder, layers_to_transform=layers, layers_pattern=layers_pattern)
     assert inspect(folder, spec).report["applied"]["modules"] == 4
 
@@ -496,13 +498,13 @@ def test_collects_everything_at_once(folder: Path, spec: ModelSpec) -> None:
     )
 
 
-def test_tensors_are_judged_also_beside_a_broken_config(folder: Path, spec: ModelSpec) -> None:
+def test_tensors_are_checked_also_beside_a_broken_config(folder: Path, spec: ModelSpec) -> None:
     (folder / CONFIG).write_text("{")
     change_tensors(folder, set_item("lora_A", 0, math.nan))
     assert sorted(problem.code for problem in refused(folder, spec)) == ["malformed_file", "nonfinite"]
 
 
-def test_a_config_is_judged_also_beside_a_broken_file(folder: Path, spec: ModelSpec) -> None:
+def test_a_config_is_checked_also_beside_a_broken_file(folder: Path, spec: ModelSpec) -> None:
     change_config(folder, use_bdlora={"nblocks": 2})
     (folder / WEIGHTS).write_bytes(b"PK\x03\x04")
     assert [problem.code for problem in refused(folder, spec)] == ["unsupported_feature", "malformed_file"]

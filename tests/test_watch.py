@@ -15,7 +15,7 @@ from server import serve
 from server.api.adapters import watcher as watch
 from server.api.adapters.watcher import FolderWatcher
 from server.ipc.client import EngineUnavailable
-from server.ipc.messages import ToEngine, TryAdapter
+from server.ipc.messages import RunSelfTest, ToEngine
 from tests.api_server import BASE, Api, adapter_files, assert_error, serving
 from tests.test_api_composition import digest
 from tests.timing import eventually
@@ -45,13 +45,13 @@ async def record(api: Api, name: str) -> dict[str, Any]:
     return found
 
 
-def trials(api: Api, monkeypatch: pytest.MonkeyPatch) -> list[TryAdapter]:
+def selftest_requests(api: Api, monkeypatch: pytest.MonkeyPatch) -> list[RunSelfTest]:
     """The self-tests from now on."""
-    found: list[TryAdapter] = []
+    found: list[RunSelfTest] = []
     send = api.engine.send
 
     def noting(message: ToEngine) -> None:
-        if isinstance(message, TryAdapter):
+        if isinstance(message, RunSelfTest):
             found.append(message)
         send(message)
 
@@ -119,12 +119,12 @@ async def test_a_folder_that_changes_while_it_is_read_waits(
 
 async def test_an_unchanged_folder_is_read_once(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with serving(tmp_path) as api:
-        watcher, tried = FolderWatcher(api.context, root), trials(api, monkeypatch)
+        watcher, selftests = FolderWatcher(api.context, root), selftest_requests(api, monkeypatch)
         put(root / "acme")
         await polls(watcher, 6)
-        assert len(tried) == 1
+        assert len(selftests) == 1
         await polls(FolderWatcher(api.context, root), 3)  # as after a restart
-        assert len(tried) == 1 and len(api.context.registry.history("acme")) == 1
+        assert len(selftests) == 1 and len(api.context.registry.history("acme")) == 1
 
 
 async def test_a_folder_that_goes_away_changes_nothing(tmp_path: Path, root: Path) -> None:
@@ -181,7 +181,7 @@ async def test_names_of_others_are_left_alone(tmp_path: Path, root: Path) -> Non
         await polls(FolderWatcher(api.context, root))
         assert [r.name for r in api.context.registry.walk()] == ["acme"]
         assert await digest(api, "acme") == version
-        assert "did not come from the watched folder" in (await record(api, "acme"))["error"]
+        assert "from another source" in (await record(api, "acme"))["error"]
 
 
 async def test_what_was_rolled_back_stays_so_after_a_restart(tmp_path: Path, root: Path) -> None:

@@ -90,7 +90,7 @@ def _wait_until_ready(process: "subprocess.Popen[str]") -> tuple[str, "subproces
     lines: list[str] = []
     for line in process.stdout:
         lines.append(line)
-        if line.startswith("Stop it with Ctrl-C"):
+        if line.startswith("Stop the server with Ctrl-C"):
             break
     else:
         raise RuntimeError(f"the server ended with status {process.wait()}")

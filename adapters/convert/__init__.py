@@ -1,1 +1,1 @@
-"""Tools that turn other formats into PEFT folders and combine adapters."""
+"""Tools that convert other formats to PEFT folders and combine adapters."""

@@ -1,6 +1,6 @@
-"""Several plain adapters as one, computed by PEFT's `add_weighted_adapter`.
+"""Combination of several plain adapters into one, computed by PEFT's `add_weighted_adapter`.
 
-PEFT gets no config and no name of a stranger's: a skeleton of numbered linears without weights, and a new config.
+PEFT receives no untrusted config or name: only a skeleton of numbered linears without weights, and a new config.
 """
 
 from collections.abc import Sequence
@@ -28,14 +28,15 @@ Method = Literal[
     "magnitude_prune_svd",
 ]
 METHODS: tuple[Method, ...] = get_args(Method)
-_SUM = "sum"  # adapters have numbers
+_SUM = "sum"  # PEFT's name for the result; the parts have numbers
 Factors = dict[str, LoraFactors]
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """`density` is the share of values that ties, dare and magnitude_prune keep, `rank` that of the result by svd
-    (default: the largest of the parts), `seed` that of dare's choice. Raises `FolderError`."""
+    """Options of a combination: `density` is the share of values that ties, dare and magnitude_prune keep, `rank`
+    the rank of the result of the svd methods (default: the largest of the parts), `seed` the seed of dare's random
+    choice. Raises `FolderError` for options that the method does not take."""
 
     method: Method
     density: float | None = None
@@ -55,10 +56,10 @@ class Recipe:
 def combine(
     parts: Sequence[Factors], weights: Sequence[float], recipe: Recipe
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Config and tensors, in float32, of the parts' weighted combination. Raises `FolderError` where the method does
-    not apply to these parts."""
+    """Return the config and the tensors, in float32, of the parts' weighted combination. Raises `FolderError` where
+    the method does not apply to these parts."""
     if len(parts) < 2 and recipe.method not in ("linear", "cat"):
-        raise FolderError(f"{recipe.method} needs two parts or more")  # PEFT would take linear without a word
+        raise FolderError(f"{recipe.method} needs two parts or more")  # PEFT would silently use linear
     sizes = _sizes(parts)
     if recipe.method != "cat" and not recipe.method.endswith("svd"):
         _check_ranks(parts)
@@ -72,7 +73,7 @@ def combine(
 
 
 def _sizes(parts: Sequence[Factors]) -> dict[str, tuple[int, int]]:
-    """The inputs and outputs of every module of any part."""
+    """Return in_features and out_features of every module of any part."""
     sizes: dict[str, tuple[int, int]] = {}
     for part in parts:
         for module, factors in part.items():
@@ -83,7 +84,8 @@ def _sizes(parts: Sequence[Factors]) -> dict[str, tuple[int, int]]:
 
 
 def _check_ranks(parts: Sequence[Factors]) -> None:
-    """PEFT asks for one largest rank, but it is each module that these methods add up."""
+    """Check that each module has one rank in all parts. PEFT only compares the parts' largest ranks, but these
+    methods add up module by module."""
     ranks: dict[str, int] = {}
     for part in parts:
         for module, factors in part.items():
@@ -95,7 +97,7 @@ def _check_ranks(parts: Sequence[Factors]) -> None:
 def _combined_by_peft(
     parts: Sequence[Factors], weights: Sequence[float], recipe: Recipe, sizes: dict[str, tuple[int, int]]
 ) -> list[Any]:
-    """PEFT's layers, one for each of `sizes`, with the combination under the name `_SUM`."""
+    """Return PEFT's layers, one for each of `sizes`, with the combination under the name `_SUM`."""
     with torch.random.fork_rng(devices=[]):
         skeleton = nn.ModuleDict({_key(index): _weightless(*size) for index, size in enumerate(sizes.values())})
         model = _with_parts(skeleton, parts, list(sizes))
@@ -116,7 +118,7 @@ def _combined_by_peft(
 
 
 def _with_parts(skeleton: nn.ModuleDict, parts: Sequence[Factors], modules: list[str]) -> Any:
-    """PEFT's model of the skeleton, with the parts under their numbers."""
+    """Return PEFT's model of the skeleton, with the parts as adapters named by their numbers."""
     from peft import PeftModel
 
     model = PeftModel(skeleton, _peft_config(parts[0], modules), adapter_name="0")
@@ -132,7 +134,8 @@ def _key(index: int) -> str:
 
 
 def _weightless(inputs: int, outputs: int) -> nn.Linear:
-    """One number in memory. Not on the meta device, to which PEFT would move the factors as well."""
+    """Return a linear whose weight is one number in memory. It is not on the meta device, to which PEFT would move
+    the factors as well."""
     linear = nn.Linear(inputs, outputs, bias=False, device="meta")
     linear.weight = nn.Parameter(torch.zeros(()).expand(outputs, inputs), requires_grad=False)
     return linear
@@ -151,4 +154,4 @@ def _fill(skeleton: nn.ModuleDict, name: str, part: Factors, modules: list[str])
             layer: Any = skeleton[_key(index)]
             layer.lora_A[name].weight.data = part[module].a.float()
             layer.lora_B[name].weight.data = part[module].b.float()
-            layer.scaling[name] = part[module].scaling  # rslora's too, which PEFT would carry over to the sum
+            layer.scaling[name] = part[module].scaling  # also for rslora, which PEFT would carry over to the result

@@ -1,4 +1,4 @@
-"""New adapter folders on the client's side: written whole or not at all. No torch."""
+"""Atomic creation of adapter folders on the client's side: written completely or not at all. No torch."""
 
 import tempfile
 from collections.abc import Iterator
@@ -7,15 +7,15 @@ from pathlib import Path
 
 
 class FolderError(Exception):
-    """A folder or file cannot be turned into what was asked for; `str(error)` is one line for the user."""
+    """A folder or file cannot be read or converted; `str(error)` is one line for the user."""
 
 
 @contextmanager
 def writing(folder: Path, *, replace: bool = False) -> Iterator[Path]:
-    """A temporary folder, whose files move into `folder` when the body ends well; otherwise `folder` stays as it was.
+    """Yield a temporary folder, whose files move into `folder` if the body succeeds; otherwise `folder` is unchanged.
 
-    Raises `FolderError` when `folder` holds anything already, unless `replace` allows to write over its files, and
-    when there is no place for it.
+    Raises `FolderError` if `folder` is not empty, unless `replace` allows its files to be overwritten, and if its
+    parent is not a folder.
     """
     if folder.exists() and not (folder.is_dir() and (replace or not any(folder.iterdir()))):
         raise FolderError(f"{folder} exists already")

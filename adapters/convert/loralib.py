@@ -1,9 +1,9 @@
-"""Checkpoints of loralib, Microsoft's LoRA library, as PEFT adapters.
+"""Conversion of checkpoints of loralib, Microsoft's LoRA library, to PEFT adapters.
 
-Its `Linear` and `Embedding` hold A `[r, in]` and B `[out, r]`. `MergedLinear`, a layer that is several in one (GPT-2's
-q, k and v), has an A of its own for each enabled part, one upon the other `[parts * r, in]`, and the B of each
-`[parts * out / all parts, r]`; a grouped convolution multiplies them. That is one LoRA of rank `parts * r` whose B is
-zero off its blocks. The scaling alpha / r is not stored.
+loralib's `Linear` and `Embedding` hold A `[r, in]` and B `[out, r]`. `MergedLinear`, one layer for several projections
+(GPT-2's q, k and v), has a separate A for each enabled part, stacked as `[parts * r, in]`, and their B as `[parts * out
+/ all parts, r]`; a grouped convolution multiplies them. This equals one LoRA of rank `parts * r` whose B is zero
+outside its blocks. The scaling alpha / r is not stored.
 """
 
 from collections.abc import Collection, Mapping
@@ -26,10 +26,10 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True, slots=True)
 class Layers:
-    """What a checkpoint does not say of its modules.
+    """Properties of the modules that a checkpoint does not store.
 
-    `enabled` has a MergedLinear's `enable_lora`; its keys and `embeddings` are dotted endings of module names as they
-    are in the checkpoint. `renames` are beginnings of names to those of transformers; the first that fits counts.
+    `enabled` has the `enable_lora` of each MergedLinear; its keys and `embeddings` are dotted endings of module names
+    in the checkpoint. `renames` maps prefixes of names to those of transformers; the first match counts.
     """
 
     enabled: Mapping[str, tuple[bool, ...]] = field(default_factory=dict)
@@ -37,18 +37,21 @@ class Layers:
     renames: Mapping[str, str] = field(default_factory=dict)
 
     def mask(self, module: str) -> tuple[bool, ...] | None:
+        """Return the `enable_lora` of `module`; None if it is no MergedLinear."""
         return next((self.enabled[name] for name in dotted_suffixes(module) if name in self.enabled), None)
 
     def is_embedding(self, module: str) -> bool:
+        """Return True if `module` is an embedding."""
         return not set(self.embeddings).isdisjoint(dotted_suffixes(module))
 
     def renamed(self, module: str) -> str:
+        """Return the name of `module` in transformers."""
         fitting = (old for old in self.renames if module.startswith(old))
         return next((self.renames[old] + module.removeprefix(old) for old in fitting), module)
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """The tensors of a `.safetensors` file or of one that `torch.save` wrote. Raises `FolderError`."""
+    """Return the tensors of a `.safetensors` file or of a file written by `torch.save`. Raises `FolderError`."""
     if not path.is_file():
         raise FolderError(f"{path} is no file")
     if path.suffix == ".safetensors":
@@ -60,18 +63,21 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
         return tensors
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the reader fails in its own ways over bytes that it does not expect
+    except Exception as error:  # the errors of `torch.load` on malformed bytes have no common base class
         raise FolderError(f"{path} cannot be read as tensors alone ({type(error).__name__})") from None
     if isinstance(found, dict):
-        found = found.get("model_state_dict", found)  # loralib's own examples save it under that name
+        found = found.get("model_state_dict", found)  # the key that loralib's own examples use
     if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
         raise FolderError(f"{path} is no state dict")
     return {str(name): tensor for name, tensor in found.items()}
 
 
 def convert(state: Mapping[str, Tensor], alpha: float, layers: Layers) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Config and tensors of the PEFT adapter that is the same function. Raises `FolderError` for a tensor that has no
-    place in one, and for shapes that do not fit."""
+    """Return the config and tensors of the PEFT adapter that computes the same function; `alpha` is that of the
+    training.
+
+    Raises `FolderError` for a tensor that a PEFT adapter cannot hold, and for shapes that do not fit.
+    """
     if odd := next((name for name, tensor in state.items() if tensor.dtype not in _DTYPES), None):
         raise FolderError(f"{odd} is {state[odd].dtype}, not float32, float16 or bfloat16")
     modules, biases = _grouped(state)
@@ -93,7 +99,7 @@ def convert(state: Mapping[str, Tensor], alpha: float, layers: Layers) -> tuple[
 
 
 def _grouped(state: Mapping[str, Tensor]) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
-    """A and B by module, and the biases of these modules."""
+    """Return A and B by module, and the biases of these modules."""
     modules = {name.removesuffix(".lora_A") for name in state if name.endswith(".lora_A")}
     known = {f"{module}.{kind}" for module in modules for kind in ("lora_A", "lora_B", "bias")}
     if strange := next((name for name in state if name not in known), None):
@@ -117,7 +123,7 @@ def _check_shapes(module: str, a: Tensor, b: Tensor, mask: tuple[bool, ...] | No
 
 
 def _blocks(b: Tensor, mask: tuple[bool, ...] | None) -> Tensor:
-    """B `[out, parts * r]` with each enabled part's rows over its own columns."""
+    """Return B `[out, parts * r]` with each enabled part's rows in its own columns."""
     if mask is None:
         return b
     rows, r = len(b) // sum(mask), b.shape[1]

@@ -1,4 +1,4 @@
-"""PEFT folders of plain LoRA, read and written without a base model: the tensors tell the sizes of its modules."""
+"""PEFT folders of plain LoRA, read and written without a base model: the tensors give the sizes of its modules."""
 
 import json
 from collections import Counter
@@ -22,8 +22,10 @@ from adapters.validation.inspect import load
 
 
 def read(folder: Path, origin: Path | None = None) -> dict[str, LoraFactors]:
-    """The factors of every module, checked as the server checks them. Raises `FolderError`, which speaks of `origin`,
-    where the folder holds no adapter, one that is broken, or one that is more than A and B."""
+    """Return the factors of every module, validated as the server validates them; messages name `origin` as the folder.
+
+    Raises `FolderError` if the folder holds no adapter, a malformed one, or one with more than A and B.
+    """
     origin = origin or folder
     missing = [name for name in FILES if not (folder / name).is_file()]
     if missing:
@@ -41,7 +43,7 @@ def read(folder: Path, origin: Path | None = None) -> dict[str, LoraFactors]:
 
 
 def _own_spec(weights: Path) -> ModelSpec:
-    """A base model that has just the modules of the adapter itself."""
+    """Return the spec of a base model that has exactly the adapter's own modules."""
     sizes: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, info in read_header(weights).items():
         if parsed := parse_tensor_name(name):
@@ -51,7 +53,7 @@ def _own_spec(weights: Path) -> ModelSpec:
 
 
 def config_of(scales: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
-    """An `adapter_config.json` for modules with these ranks and alphas."""
+    """Return an `adapter_config.json` for modules with these ranks and alphas."""
     r, alpha = Counter(scales.values()).most_common(1)[0][0]
     return {
         "peft_type": "LORA",
@@ -66,7 +68,7 @@ def config_of(scales: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
 
 
 def pair_names(module: str) -> tuple[str, str]:
-    """PEFT's names for A and B of a linear layer."""
+    """Return PEFT's names for A and B of a linear layer."""
     return f"base_model.model.{module}.lora_A.weight", f"base_model.model.{module}.lora_B.weight"
 
 

@@ -1,7 +1,6 @@
-"""Adapters that were trained beside a changed base: PiSSA, OLoRA, CorDA and LoRA-GA begin with factors A0 and B0 that
-are not zero and take them out of the base, `W_res = W − s·B0 A0`. Beside the unchanged W the same model is
-`s·(B A − B0 A0) = s·[B, −B0] [A; A0]`: plain LoRA of twice the rank. Source: PEFT, `LoraModel.subtract_mutated_init`.
-"""
+"""Conversion of adapters trained on a residual base: PiSSA, OLoRA, CorDA and LoRA-GA start with factors A0 and B0
+that are not zero and subtract them from the base, `W_res = W − s·B0 A0`. On the unmodified W the same model is `s·(B
+A − B0 A0) = s·[B, −B0] [A; A0]`: plain LoRA of twice the rank. Source: PEFT, `LoraModel.subtract_mutated_init`."""
 
 import json
 import math
@@ -18,13 +17,14 @@ from adapters.peft.files import CONFIG_FILE, WEIGHTS_FILE
 from adapters.peft.safetensors_header import unique_keys
 from adapters.peft.weights import LoraFactors
 
-_MUTATING = ("pissa", "olora", "corda", "lora_ga")
-# Keys that only say how the start was found.
-_OF_THE_START = ("corda_config", "lora_ga_config")
+_RESIDUAL_INITS = ("pissa", "olora", "corda", "lora_ga")
+# Keys that only configure the initialisation.
+_INIT_KEYS = ("corda_config", "lora_ga_config")
 
 
 def convert(trained: Path, initial: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Config and tensors of the plain adapter that does to the unchanged base what `trained` does to its own.
+    """Return the config and tensors of the plain adapter that has the same effect on the unmodified base as `trained`
+    has on its residual base.
 
     `initial` is the adapter as it was saved before training. Raises `FolderError`.
     """
@@ -45,18 +45,18 @@ def _form(factors: LoraFactors) -> tuple[torch.Size, torch.Size, float]:
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, LoraFactors]]:
-    """The config as that of a plain adapter, and the factors."""
+    """Return the config, changed to that of a plain adapter, and the factors."""
     try:
         config = json.loads((folder / CONFIG_FILE).read_text(), object_pairs_hook=unique_keys)
         start = config.get("init_lora_weights", True)
     except (ValueError, AttributeError):
         raise FolderError(f"{folder / CONFIG_FILE} is no JSON object") from None
-    if start is not True and not str(start).startswith(_MUTATING):
-        # LoftQ's base is a quantised one besides, from which no sum of factors leads back.
+    if start is not True and not str(start).startswith(_RESIDUAL_INITS):
+        # LoftQ's base is also quantised, which no sum of factors can undo.
         raise FolderError(
-            f"{folder} was initialised by {start!r}, which cannot be converted: {', '.join(_MUTATING)} can"
+            f"{folder} was initialised by {start!r}, which cannot be converted: {', '.join(_RESIDUAL_INITS)} can"
         )
-    plain = config | {"init_lora_weights": True} | {key: None for key in _OF_THE_START}
+    plain = config | {"init_lora_weights": True} | {key: None for key in _INIT_KEYS}
     with tempfile.TemporaryDirectory() as temporary:
         (Path(temporary) / CONFIG_FILE).write_text(json.dumps(plain))
         (Path(temporary) / WEIGHTS_FILE).symlink_to((folder / WEIGHTS_FILE).resolve())
@@ -64,7 +64,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, LoraFactors]]:
 
 
 def _doubled(config: dict[str, Any]) -> dict[str, Any]:
-    """Twice the ranks at the same scaling, which is alpha / √rank with rslora."""
+    """Double the ranks at the same scaling, which is alpha / √rank with rslora."""
     factor = math.sqrt(2) if config.get("use_rslora") else 2
     patterns = {"rank_pattern": 2, "alpha_pattern": factor}
     return config | {

@@ -1,1 +1,1 @@
-"""What concerns the processor or the device, and is shared by the LoRA kernels and the base model."""
+"""Processor and device code shared by the LoRA kernels and the base model."""

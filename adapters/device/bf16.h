@@ -1,4 +1,4 @@
-// bf16 as the kernels hold it: the upper half of a float's bits.
+// The kernels' representation of bf16: the upper half of a float's bits.
 #pragma once
 #include <cstdint>
 #include <cstring>

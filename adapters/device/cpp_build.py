@@ -1,8 +1,8 @@
-"""C++ beside the Python that calls it: compiled on first use for the form that was chosen (forms.py), and kept in the
+"""C++ sources beside the Python that calls them: compiled on first use for the chosen form (forms.py), and kept in the
 cache folder.
 
-The sources have a plain C interface that is called through ctypes. Their OpenMP is the one that torch has loaded, so
-there is no second pool of threads.
+The sources have a plain C interface that is called through ctypes. They use the OpenMP that torch has loaded, so there
+is no second thread pool.
 """
 
 import ctypes
@@ -16,23 +16,24 @@ from typing import Any
 
 from adapters.device.forms import Form, NativeUnavailable, chosen_form, compiler
 
-SHARED = Path(__file__).parent  # whose headers every source may include, besides those beside it
+SHARED = Path(__file__).parent  # every source may include its headers, besides those in the source's own folder
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-Wno-psabi", "-fopenmp", "-shared", "-fPIC")
-LIBRARIES = ("-lstdc++",)  # CXX may name a compiler of C, which does not link it by itself
+LIBRARIES = ("-lstdc++",)  # CXX may name a C compiler, which does not link it by itself
 
 
 @cache
 def load(source: Path) -> ctypes.CDLL:
-    """The compiled `source`, in the form that this process uses. Raises `NativeUnavailable`."""
+    """Load the compiled `source` in the form that this process uses, compiling it if needed. Raises
+    `NativeUnavailable`."""
     library = build(source, chosen_form().form)
     try:
         return ctypes.CDLL(str(library))
-    except OSError as error:  # for one, a cache folder from which nothing may be executed
+    except OSError as error:  # for example, a cache folder mounted with noexec
         raise NativeUnavailable(f"{library} cannot be loaded: {error}") from error
 
 
 def build(source: Path, form: Form, cache: Path | None = None) -> Path:
-    """Path of `source` compiled for `form`, compiling it when that was not yet done. Raises `NativeUnavailable`."""
+    """Return the path of `source` compiled for `form`, compiling it if needed. Raises `NativeUnavailable`."""
     found = compiler()
     if found is None:
         raise NativeUnavailable("no C++ compiler was found")
@@ -44,7 +45,7 @@ def build(source: Path, form: Form, cache: Path | None = None) -> Path:
 
 
 def declared(library: ctypes.CDLL, name: str, argtypes: list[Any]) -> "ctypes._NamedFuncPointer":
-    """The function `name`, which returns nothing."""
+    """Return the library's function `name` with its argument types declared; it returns nothing."""
     function: ctypes._NamedFuncPointer = library[name]
     function.argtypes, function.restype = argtypes, None
     return function
@@ -63,8 +64,9 @@ def _identity(source: Path, compiler: str, form: Form) -> str:
 
 
 def _compile(compiler: str, source: Path, library: Path, form: Form) -> None:
-    """The library appears by one rename, so that two processes may build it at once. The compiler's temporary files are
-    megabytes: they go beside the library, not to a temporary folder that may be tiny."""
+    """Compile the library and rename it into place, so that two processes may build it at once. The compiler's
+    temporary files are megabytes in size: they are written beside the library, not to a temporary folder that may be
+    tiny."""
     try:
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
@@ -74,7 +76,7 @@ def _compile(compiler: str, source: Path, library: Path, form: Form) -> None:
             subprocess.run(command, check=True, capture_output=True, timeout=600, env=environment)
             built.rename(library)
     except subprocess.CalledProcessError as error:
-        said = error.stderr.decode(errors="replace").strip()
-        raise NativeUnavailable(f"{compiler} does not build {source.name}: {said[:2000]}") from error
+        output = error.stderr.decode(errors="replace").strip()
+        raise NativeUnavailable(f"{compiler} does not build {source.name}: {output[:2000]}") from error
     except (OSError, subprocess.SubprocessError) as error:
         raise NativeUnavailable(f"{compiler} does not build {source.name}: {error}") from error

@@ -1,8 +1,9 @@
-"""The forms of the native code: one source, compiled for the instructions that a processor has.
+"""Forms of the native code: one source, compiled for different instruction sets of a processor.
 
-`FORMS` is the whole choice, best form first. Every form gives a row of a batch the same bits whatever is computed
-beside it; two forms may differ in their last bits. `LORAPLEX_NATIVE` forces a form by its name, or `none` for torch
-without any native code, for debugging."""
+`FORMS` lists all forms, best first. In every form a row's result is bit-identical whatever else is in the batch; two
+forms may differ in their last bits. The environment variable `LORAPLEX_NATIVE` forces a form by its name, or `none` for
+torch without any native code, for debugging.
+"""
 
 import ctypes
 import os
@@ -28,15 +29,15 @@ class NativeUnavailable(Exception):
 
 
 class FormRefused(Exception):
-    """`LORAPLEX_NATIVE` asks for a form that this machine cannot use; the message gives the reason."""
+    """`LORAPLEX_NATIVE` names a form that this machine cannot use; the message gives the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Form:
     """One way to compile the native code.
 
-    `needs` are the processor's features as /proc/cpuinfo spells them; on x86 they are also what the compiler is told to
-    use. `machine` is what `platform.machine()` gives, or empty for any.
+    `needs` are processor features in the spelling of /proc/cpuinfo; on x86 they are also passed to the compiler.
+    `machine` is the required value of `platform.machine()`, or empty for any.
     """
 
     name: str
@@ -65,6 +66,8 @@ FORMS = (
 
 @dataclass(frozen=True, slots=True)
 class Choice:
+    """A form and the reason for its choice."""
+
     form: Form
     reason: str
 
@@ -74,10 +77,10 @@ class Choice:
 
 @cache
 def chosen_form() -> Choice:
-    """The form that this process uses, and the reason in words for the log.
+    """Return the form that this process uses, and the reason in words for the log.
 
-    Raises `NativeUnavailable` when there is no compiler or `LORAPLEX_NATIVE` is `none`, and `FormRefused` when it asks
-    for a form that this machine cannot use.
+    Raises `NativeUnavailable` when there is no compiler or `LORAPLEX_NATIVE` is `none`, and `FormRefused` when it names
+    a form that this machine cannot use.
     """
     forced = os.environ.get(FORCED, "")
     if forced:
@@ -92,7 +95,7 @@ def chosen_form() -> Choice:
 
 
 def described_choice() -> str:
-    """The form that this process uses, or none, with the reason. Raises `FormRefused`."""
+    """Describe the form that this process uses, or none, with the reason. Raises `FormRefused`."""
     try:
         return str(chosen_form())
     except NativeUnavailable as unavailable:
@@ -112,11 +115,12 @@ def _forced_form(name: str) -> Form:
 
 
 def why_not(form: Form) -> str | None:
-    """The reason why this machine cannot compile and run `form`; None when it can."""
+    """Return the reason why this machine cannot compile and run `form`; None when it can."""
     return why_not_run(form) or why_not_compiled(form)
 
 
 def why_not_run(form: Form) -> str | None:
+    """Return the reason why this machine cannot run `form`; None when it can."""
     if form.machine not in ("", platform.machine()):
         return f"it is for {form.machine}"
     missing = [feature for feature in form.needs if feature not in processor_features()]
@@ -128,13 +132,14 @@ def why_not_run(form: Form) -> str | None:
 
 
 def why_not_compiled(form: Form) -> str | None:
+    """Return the reason why this machine cannot compile `form`; None when it can."""
     if (found := compiler()) is None:
         return "no C++ compiler was found"
     return None if _accepts(found, form.flags) else f"{found} refuses to compile for it"
 
 
 def compiler() -> str | None:
-    """The C++ compiler: the one that `CXX` names, or the first that is found."""
+    """Return the C++ compiler: the one that `CXX` names, else the first one found; None if there is none."""
     return os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
 
 
@@ -149,7 +154,7 @@ def _accepts(compiler: str, flags: Sequence[str]) -> bool:
 
 @cache
 def processor_features() -> frozenset[str]:
-    """The processor's features as the kernel names them; none where there is no /proc/cpuinfo to say."""
+    """Return the processor's features in the kernel's spelling; empty where /proc/cpuinfo does not exist."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -160,6 +165,6 @@ def processor_features() -> frozenset[str]:
 
 @cache
 def _may_use_tiles() -> bool:
-    """Ask the kernel for the tile registers, which a process has to do once. It may refuse."""
+    """Request the tile registers from the kernel, which a process has to do once. The kernel may refuse."""
     arch_prctl, request, tile_data = 158, 0x1023, 18  # SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
     return bool(ctypes.CDLL(None).syscall(arch_prctl, request, tile_data) == 0)

@@ -1,4 +1,4 @@
-"""Large tensors that are filled bit by bit."""
+"""Large zeroed tensors whose memory is allocated as they are filled."""
 
 import math
 
@@ -9,8 +9,8 @@ _ALIGNMENT = 64  # a cache line
 
 
 def zeros(*size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """As `torch.zeros`, which writes every page; on a CPU, memory is taken when something is first stored in it, since
-    the kernel hands out zeroed pages."""
+    """Return a zeroed tensor of `size`. `torch.zeros` writes every page; here, on a CPU, memory is taken only when
+    something is first stored in a page, because the kernel hands out zeroed pages."""
     if device.type != "cpu":
         return torch.zeros(size, dtype=dtype, device=device)
     nbytes = math.prod(size) * dtype.itemsize

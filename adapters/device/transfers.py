@@ -1,4 +1,4 @@
-"""How a step's metadata gets to the device, and how its results come back: one copy each way."""
+"""Transfers of a step's metadata to the device and of its results back: one copy each way."""
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate
@@ -8,20 +8,21 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-ALIGNMENT = 16  # bytes, of each of several arrays in one copy
+ALIGNMENT = 16  # of each array in a combined copy, in bytes
 
 
 def upload(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
-    """One copy; to a GPU from pinned memory, so that it does not wait for the work before it. On a CPU the tensor
-    shares the array's memory."""
+    """Copy an array to the device once; to a GPU from pinned memory, so that the copy does not wait for earlier
+    work. On a CPU the tensor shares the array's memory."""
     tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def upload_all(arrays: Sequence[npt.NDArray[Any]], device: torch.device) -> list[torch.Tensor]:
-    """Arrays of numbers of any kinds, in one copy."""
+    """Copy several arrays of any numeric dtypes to the device in one copy."""
     kinds = [torch.from_numpy(array[:0]).dtype for array in arrays]
-    sizes = [(array.nbytes // ALIGNMENT + 1) * ALIGNMENT for array in arrays]  # torch cannot reinterpret nothing at all
+    # Never 0, because torch cannot reinterpret an empty tensor.
+    sizes = [(array.nbytes // ALIGNMENT + 1) * ALIGNMENT for array in arrays]
     packed = np.zeros(sum(sizes), dtype=np.uint8)
     for array, end, size in zip(arrays, accumulate(sizes), sizes, strict=True):
         packed[end - size :][: array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
@@ -33,7 +34,8 @@ def upload_all(arrays: Sequence[npt.NDArray[Any]], device: torch.device) -> list
 
 
 def download(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """Begin the copy of `tensor` to the host; the call waits for that copy, not for work that was queued after it."""
+    """Start the copy of `tensor` to the host. The returned function waits for that copy, not for work queued after
+    it, and returns the host tensor."""
     if tensor.device.type != "cuda":
         return lambda: tensor
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)

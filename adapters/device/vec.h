@@ -1,8 +1,8 @@
-// Vectors of the compiler's (16 floats with AVX-512, 8 with AVX2, 4 elsewhere), loaded from and stored to fp32 or bf16.
+// Compiler vectors (16 floats with AVX-512, 8 with AVX2, 4 elsewhere), loaded from and stored to fp32 or bf16.
 //
-// Sources are compiled without contraction (-ffp-contract=off): products and sums are fused where `fused` says so and
-// nowhere else. Left to the compiler they would be one instruction here and two there, and a row's bits would depend on
-// how many rows are computed beside it.
+// Sources are compiled without contraction (-ffp-contract=off): products and sums are fused where `fused` is called and
+// nowhere else. The compiler would fuse some of them and not others, and a row's bits would depend on the number of
+// rows computed together.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -30,7 +30,7 @@ inline vec load(const float* from) {
     std::memcpy(&out, from, sizeof out);
     return out;
 }
-// Compilers do not find the best instructions for these two.
+// Intrinsics, because compilers do not find the best instructions for these two functions.
 #if defined(__AVX512F__)
 inline vec all(float value) { return (vec)_mm512_set1_ps(value); }
 inline vec load(const bf16* from) {
@@ -71,12 +71,12 @@ inline float sum(vec v) {
     return (parts[0][0] + parts[0][2]) + (parts[0][1] + parts[0][3]);
 }
 
-constexpr int LINE = 32;     // bf16 in a line of the caches
-constexpr int AHEAD = 4096;  // bf16 that are asked for before they are used, where much is read once and in order
-// Into the second level: past the caches (prefetchnta) comes only a third as much a second on Intel's processors.
+constexpr int LINE = 32;     // bf16 values in a cache line
+constexpr int AHEAD = 4096;  // prefetch distance in bf16 values, for large data read once and in order
+// Into the second-level cache: prefetchnta, which bypasses it, has a third of the bandwidth on Intel processors.
 inline void prefetch(const void* from) { __builtin_prefetch(from, 0, 2); }
 
-// exp to within some 2 ulp: 2^n by the exponent's bits, 2^f by a polynomial (Cephes' expf).
+// exp with an error of about 2 ulp: 2^n by the exponent's bits, 2^f by a polynomial (Cephes' expf).
 inline vec exp_of(vec x) {
     x = x < all(-87.0f) ? all(-87.0f) : x;
     x = x > all(88.0f) ? all(88.0f) : x;
@@ -97,7 +97,7 @@ inline vec exp_of(vec x) {
 }
 
 using ::store;
-inline vec load(const float* from, int64_t width) {  // the first `width` <= W of them, zeros beyond
+inline vec load(const float* from, int64_t width) {  // the first `width` <= W floats, then zeros
     if (width == W) return load(from);
     float lanes[W] = {};
     std::memcpy(lanes, from, size_t(width) * sizeof(float));
@@ -110,12 +110,12 @@ inline vec load(const bf16* from, int64_t width) {
     return load(lanes);
 }
 template <typename V, typename T>
-inline void keep(T* to, const V& lanes, int64_t width) {  // a copy whose size is known is one instruction
+inline void keep(T* to, const V& lanes, int64_t width) {  // a copy of constant size compiles to one instruction
     if (width == W) std::memcpy(to, &lanes, W * sizeof(T));
     else std::memcpy(to, &lanes, size_t(width) * sizeof(T));
 }
 inline void store(float* to, vec value, int64_t width) { keep(to, value, width); }
-inline void store(bf16* to, vec value, int64_t width) {  // as `store` of bf16.h
+inline void store(bf16* to, vec value, int64_t width) {  // rounds as `store` of bf16.h does
     typedef uint32_t uvec __attribute__((vector_size(W * 4)));
     typedef uint16_t hvec __attribute__((vector_size(W * 2)));
     uvec wide;
@@ -123,7 +123,7 @@ inline void store(bf16* to, vec value, int64_t width) {  // as `store` of bf16.h
     uvec rounded = (wide + 0x7fffu + ((wide >> 16) & 1u)) >> 16, finite = (uvec)(value == value);
     keep(to, __builtin_convertvector((rounded & finite) | (~finite & 0x7fc0u), hvec), width);
 }
-// As `store`, where numbers too small for a normal bf16 may become 0.
+// Like `store`, but numbers too small for a normal bf16 may become 0.
 inline void store_product(bf16* to, vec value, int64_t width) {
 #ifdef __AVX512BF16__
     keep(to, _mm512_cvtneps_pbh((__m512)value), width);
@@ -139,7 +139,7 @@ inline vec rounded(vec value) {  // to T and back
     return load(lanes);
 }
 
-// What one instruction multiplies of a row of T: two bf16 a lane where the processor can.
+// The values of a row of T that one instruction multiplies: two bf16 per lane where the processor supports it.
 template <typename T>
 struct Factors {
     static constexpr int SIZE = W;

@@ -10,7 +10,7 @@ from adapters.kernels.grouped import GroupedKernel
 
 
 def choose_kernel(device: torch.device, dtype: torch.dtype) -> tuple[LoRAKernel, str]:
-    """The fastest kernel for `device`, and the reason for the choice in words for the log."""
+    """Return the fastest kernel for `device` and `dtype`, and the reason for the choice in words for the log."""
 
     if device.type == "cuda":
         return _for_cuda(device)

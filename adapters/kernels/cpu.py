@@ -1,7 +1,7 @@
 """The LoRA product in C++, for segments of any length.
 
-The source beside this file is compiled on first use (see compiled.py). No sum depends on how many rows a segment has,
-so that a prompt has the same bits however it is cut into steps.
+The source beside this file is compiled on first use (see `adapters.device.cpp_build`). No sum depends on the number of
+rows of a segment, so the result for a prompt is bit-identical however the prompt is split into steps.
 """
 
 import ctypes
@@ -26,22 +26,25 @@ _STEPS = ("lora_prepare_bf16", "lora_shrink_bf16", "lora_expand_bf16")
 
 @dataclass(frozen=True, slots=True)
 class NativePlan:
-    """`segments` is an int64 `[count, 4]` tensor of (start, end, lo, hi), read by the C++ side; `scales` are theirs, in
-    float32, None when all are 1."""
+    """`segments` is an int64 `[count, 4]` tensor of (start, end, lo, hi), read by the C++ side; `scales` are the
+    segments' scales in float32, None when all are 1."""
 
     segments: torch.Tensor
     scales: torch.Tensor | None
 
 
 class NativeKernel:
+    """The compiled kernel, for bfloat16 and float32."""
+
     name = "native"
     DTYPES: ClassVar = {torch.bfloat16: "lora_add_bf16", torch.float32: "lora_add_f32"}
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._functions = {dtype: declared(library, name, _ARGUMENTS) for dtype, name in self.DTYPES.items()}
-        self.steps = [ctypes.cast(library[name], _POINTER).value for name in _STEPS]  # of bf16, for C++ that calls them
+        # Addresses of the bf16 functions, for C++ callers.
+        self.steps = [ctypes.cast(library[name], _POINTER).value for name in _STEPS]
 
-    def plan(self, segments: Segments) -> NativePlan:
+    def plan_segments(self, segments: Segments) -> NativePlan:
         items = segments.items
         return NativePlan(
             torch.tensor([(s.start, s.end, s.lo, s.hi) for s in items], dtype=torch.int64).reshape(-1, 4),

@@ -1,12 +1,12 @@
 """The LoRA product in plain torch matmuls, for any device.
 
-Two forms, chosen per step by the work they would do:
+Two methods, chosen per step by the work that they would do:
 
   per segment   two small matmuls for each segment: no wasted arithmetic, but a fixed cost per segment and linear
   dense         one pair of matmuls over every column from the lowest in use to the highest, with the columns of other
                 adapters masked out in between: wasted arithmetic, but a fixed cost per linear only
 
-Decode batches of many adapters take the dense form, prefill chunks the other.
+Decode batches of many adapters use the dense method, prefill chunks the other one.
 """
 
 from collections.abc import Iterable
@@ -17,15 +17,15 @@ import torch
 from adapters.kernels.contract import split_b
 from adapters.kernels.segments import Segment, Segments
 
-# What one more segment costs, in units of (row x column) of wasted dense work. Measured on CPU at hidden size 576:
-# a segment's two matmuls cost about 40 us of fixed time, in which the dense form does some 4,000 row-columns.
+# Cost of one more segment, in units of (row x column) of wasted dense work. Measured on a CPU at hidden size 576: a
+# segment's two matmuls have a fixed cost of about 40 us, in which the dense method computes some 4,000 row-columns.
 SEGMENT_COST = 4096
 
 
 @dataclass(frozen=True, slots=True)
 class DensePlan:
-    """Rows `[start, end)` against columns `[lo, hi)`; `foreign[row, column]` marks other adapters' columns. `scales`
-    has the same shape, in float32; None when all are 1."""
+    """Rows `[start, end)` against columns `[lo, hi)`; `foreign[row, column]` marks the columns of other adapters.
+    `scales` has the same shape, in float32; None when all are 1."""
 
     start: int
     end: int
@@ -36,12 +36,14 @@ class DensePlan:
 
 
 class GroupedKernel:
+    """Torch matmuls, per segment or dense."""
+
     name = "grouped"
 
     def __init__(self, device: torch.device):
         self._device = device
 
-    def plan(self, segments: Segments) -> DensePlan | Segments:
+    def plan_segments(self, segments: Segments) -> DensePlan | Segments:
         items = segments.items
         if len(items) < 2:
             return segments
@@ -83,7 +85,8 @@ class GroupedKernel:
 def add_segments(
     y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, segments: Iterable[Segment]
 ) -> None:
-    """Two matmuls for each; `a` and `b` `[columns, features]` are one linear's."""
+    """Add each segment's delta to `y` in place, with two matmuls for each; `a` and `b`, both `[columns, features]`,
+    belong to one linear."""
     for s in segments:
         y[s.start : s.end].addmm_(x[s.start : s.end] @ a[s.lo : s.hi].T, b[s.lo : s.hi], alpha=s.scale)
 

@@ -3,8 +3,8 @@
 //
 // Plain C interface. Sums are fp32 throughout, and y is rounded once per row range. An item is up to ROWS rows of one
 // segment, so that every rank column is read once for all of them. Items are shrunk in chunks of columns and expanded
-// in tiles of outputs, both shared out among the OpenMP threads, so that one row keeps all of them busy. No sum depends
-// on how the rows are cut or on the number of threads.
+// in tiles of outputs, both distributed over the OpenMP threads, so that one row keeps all threads busy. No sum depends
+// on the split of the rows or on the number of threads.
 #include <algorithm>
 #include <cstdint>
 #include <type_traits>
@@ -17,7 +17,7 @@ namespace {
 constexpr int ROWS = 4;
 constexpr int MAX_LINEARS = 3;
 constexpr int CHUNK = 8;   // rank columns
-constexpr int TILE = 192;  // outputs at most, whose fp32 sums stay in the first-level cache
+constexpr int TILE = 192;  // maximum outputs of a tile, whose fp32 sums stay in the first-level cache
 
 struct Segment { int64_t start, end, lo, hi; };
 struct Item {
@@ -25,7 +25,7 @@ struct Item {
     float scale;
     int64_t row;
     int rows;
-    int64_t place;  // of its products with A, [linears, rows, columns], among those of all items
+    int64_t place;  // offset of its products with A, [linears, rows, columns], in the buffer of all items
 
     int64_t columns() const { return segment->hi - segment->lo; }
     float* sums(float* all, int64_t linear) const { return all + place + linear * rows * columns(); }
@@ -41,7 +41,7 @@ struct Linear {  // one of the siblings: its columns of y, its rank columns
     int64_t in, out;
 };
 
-// v[row][column] = x[row] . a[column], for R rows and C columns, and `next` is asked for, which comes after a
+// v[row][column] = x[row] . a[column], for R rows and C columns, and prefetch `next`, which follows a
 template <typename T, int R, int C>
 void shrink(const T* x, int64_t ldx, const T* a, int64_t in, float* v, int64_t columns, const T* next) {
     constexpr int SIZE = Factors<T>::SIZE;
@@ -62,7 +62,7 @@ void shrink(const T* x, int64_t ldx, const T* a, int64_t in, float* v, int64_t c
         for (int c = 0; c < C; c++) v[r * columns + c] = sum(sums[r][c]);
 }
 
-// f(row, how many) for all rows of an item, as many at once as there are registers for
+// Calls f(row, count) for all rows of an item, with as many rows at once as the registers hold
 template <typename F>
 void for_rows(const Item& item, F f) {
     constexpr int MOST = W == 16 ? 4 : 2;
@@ -122,7 +122,7 @@ void expand(float* sums, const Item& item, const T* b, int64_t out, int64_t widt
     });
 }
 
-// What a call does, cut up for the threads.
+// The work of a call, divided into parts for the threads.
 struct Cuts {
     std::vector<Item> items;
     std::vector<Group> groups;
@@ -156,7 +156,7 @@ void expand_tile(Cuts& cuts, const Linear<T>& l, const Part& tile, const T* next
             store_product(y + r * l.ldy + n, load(sums + r * TILE + n), std::min<int64_t>(W, width - n));
 }
 
-// Items of one row range follow each other: a group is expanded by one thread.
+// Items of one row range are adjacent, and one thread expands a tile of their group.
 void cut(Cuts& cuts, const Segment* segments, const float* scales, int64_t count, const int64_t* sizes,
          int64_t linears) {
     cuts.items.clear(), cuts.groups.clear(), cuts.chunks.clear(), cuts.tiles.clear();
@@ -176,7 +176,7 @@ void cut(Cuts& cuts, const Segment* segments, const float* scales, int64_t count
         }
     }
     int64_t groups = int64_t(cuts.groups.size());
-    cuts.tile = groups > 1 ? TILE : TILE / 2;  // one group has so few tiles that a thread could get twice another's
+    cuts.tile = groups > 1 ? TILE : TILE / 2;  // with one group, a thread could get twice another's work
     for (int64_t group = 0; group < groups; group++)
         for (int64_t l = 0; l < linears; l++)
             for (int64_t n = 0; n < sizes[l]; n += cuts.tile) cuts.tiles.push_back({group, l, n});
@@ -186,19 +186,19 @@ void cut(Cuts& cuts, const Segment* segments, const float* scales, int64_t count
 template <typename T>
 struct Call {
     Linear<T> linears[MAX_LINEARS];
-    Cuts cuts;  // kept for the next call's use of its memory
+    Cuts cuts;  // kept so that the next call reuses its memory
 
     const T* columns_of(const Part& chunk) const {
         const Linear<T>& l = linears[chunk.linear];
         return l.a + (cuts.items[chunk.of].segment->lo + chunk.from) * l.in;
     }
-    const T* outputs_of(const Part& tile) const {  // of its group's first item
+    const T* outputs_of(const Part& tile) const {  // outputs of the first item of the tile's group
         const Linear<T>& l = linears[tile.linear];
         return l.b + cuts.items[cuts.groups[tile.of].first].segment->lo * l.out + tile.from;
     }
 };
 
-// By the thread that is alone; its next call takes the place of this one.
+// Called by one thread; the same thread's next call overwrites the result.
 template <typename T>
 Call<T>& prepared(T* y, int64_t ldy, const T* x, int64_t ldx, const T* a, const T* b, int64_t in, int64_t columns,
                   const int64_t* sizes, int64_t num_linears, const Segment* segments, const float* scales,
@@ -213,7 +213,7 @@ Call<T>& prepared(T* y, int64_t ldy, const T* x, int64_t ldx, const T* a, const 
     return call;
 }
 
-// The two halves, by all threads of a parallel region, with a barrier between them.
+// The two halves, each called by all threads of a parallel region, with a barrier between them.
 template <typename T>
 void shrink_all(Call<T>& call) {
     Cuts& cuts = call.cuts;
@@ -251,8 +251,8 @@ void run(Call<T>& call, int threads) {
 }  // namespace
 
 // x [rows, in] and y [rows, sum of sizes] with row strides ldx and ldy, a [linears, columns, in], b the linears'
-// [columns, size] one after the other, all of one type. `scales` are one to a segment, or null: all 1. Segments of the
-// same rows are neighbours.
+// [columns, size] one after the other, all of one type. `scales` has one scale per segment; null means all 1. Segments
+// of the same rows are adjacent.
 #define PARAMETERS                                                                                                   \
     void *y, int64_t ldy, const void *x, int64_t ldx, const void *a, const void *b, int64_t in, int64_t columns,     \
         const int64_t *sizes, int64_t linears, const void *segments, const float *scales, int64_t count
@@ -264,8 +264,8 @@ extern "C" {
 void lora_add_bf16(PARAMETERS, int threads) { run(PREPARED(bf16), threads); }
 void lora_add_f32(PARAMETERS, int threads) { run(PREPARED(float), threads); }
 
-// The same in steps, for C++ that has something to do in between: one thread prepares, then all threads of a parallel
-// region shrink, wait for each other, and expand.
+// The same in separate steps, for C++ callers with other work in between: one thread prepares, then all threads of a
+// parallel region shrink, wait at a barrier, and expand.
 void* lora_prepare_bf16(PARAMETERS) { return &PREPARED(bf16); }
 void lora_shrink_bf16(void* call) { shrink_all(*(Call<bf16>*)call); }
 void lora_expand_bf16(void* call) { expand_all(*(Call<bf16>*)call); }

@@ -1,4 +1,4 @@
-"""The specification: every kernel is tested against this."""
+"""The reference implementation of the LoRA product, against which every kernel is tested."""
 
 import torch
 
@@ -7,9 +7,11 @@ from adapters.kernels.segments import Segments
 
 
 class ReferenceKernel:
+    """The contract in float32, segment by segment."""
+
     name = "reference"
 
-    def plan(self, segments: Segments) -> Segments:
+    def plan_segments(self, segments: Segments) -> Segments:
         return segments
 
     def add_lora(

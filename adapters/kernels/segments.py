@@ -1,4 +1,4 @@
-"""Which rows of a step belong to which adapter: built once per step, read by every layer. No torch."""
+"""Assignment of a step's rows to adapters: built once per step, read by every layer. No torch."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Rows `[start, end)` of the batch take the rank columns `[lo, hi)` of the pool, `scale` times."""
+    """Rows `[start, end)` of the batch use the rank columns `[lo, hi)` of the pool, multiplied by `scale`."""
 
     start: int
     end: int
@@ -19,13 +19,13 @@ class Segment:
 
 
 class SlotUse(NamedTuple):
-    """A row takes the adapter in `slot`, `scale` times."""
+    """A row's use of the adapter in `slot`, multiplied by `scale`."""
 
     slot: int
     scale: float = 1.0
 
 
-Rows = tuple[tuple[SlotUse, ...], int]  # what so many neighbouring rows take: nothing is the base model
+Rows = tuple[tuple[SlotUse, ...], int]  # the adapters of that many adjacent rows; none for the base model
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +39,8 @@ class SlotRows:
 
 @dataclass(frozen=True, slots=True)
 class Segments:
-    """Rows of base requests are in no segment. A row range has a segment per adapter and run of adjacent pages of it,
-    one after the other; their deltas add up. `rows` has the same rows by slot."""
+    """The segments of a step. Rows of base requests are in no segment. A range of rows has one segment per adapter
+    and run of its adjacent pages, in sequence; their deltas add up. `rows` has the same rows by slot."""
 
     items: tuple[Segment, ...]
     rows: tuple[SlotRows, ...] = ()
@@ -53,7 +53,7 @@ NO_SEGMENTS = Segments(())
 
 
 def column_runs(pages: Iterable[int], page_columns: int) -> list[tuple[int, int]]:
-    """Merge adjacent pages into runs of columns: pages [3, 4, 7] of 16 are columns [48, 80) and [112, 128)."""
+    """Combine adjacent pages into runs of columns: pages [3, 4, 7] of 16 are columns [48, 80) and [112, 128)."""
     runs: list[tuple[int, int]] = []
     for page in sorted(pages):
         lo, hi = page * page_columns, (page + 1) * page_columns
@@ -65,8 +65,8 @@ def column_runs(pages: Iterable[int], page_columns: int) -> list[tuple[int, int]
 
 
 def build_segments(rows: Iterable[Rows], columns_of_slot: dict[int, list[tuple[int, int]]]) -> Segments:
-    """Segments of a batch from its rows in order. Neighbours that take the same become one segment; what is taken zero
-    times is left out, so that it cannot even overflow."""
+    """Build the segments of a batch from its rows in order. Adjacent rows with the same adapters become one segment;
+    an adapter with scale 0 is omitted, so that it cannot overflow."""
     items: list[Segment] = []
     owned: list[SlotRows] = []
     end = 0

@@ -3,10 +3,10 @@
     shrink   one program per (block, part of in_features, linear): v = x[rows of the block] @ A[columns of the block].T
     expand   one program per (tile, part of out_features, linear): y += sum over the tile's blocks of scale * v @ B
 
-Sums are float32 throughout; parts of in_features are separate planes of v that expand adds up in order, so nothing is
-atomic and nothing is zeroed first. What a part is depends on in_features alone, hence a row's result does not depend on
-its batch. Pages that no segment names are never read. Grids are the capacities of the plan: what is beyond the step's
-tiles has no rows and leaves at once, so a captured graph serves any step that fits its plan.
+Sums are float32 throughout; each part of in_features has its own plane of v, and expand adds the planes up in order, so
+nothing is atomic and nothing is zeroed first. The parts depend on in_features alone, hence a row's result does not
+depend on its batch. Pages that no segment names are never read. The grids have the capacity of the plan: programs
+beyond the step's tiles have no rows and return immediately, so a captured graph serves any step that fits its plan.
 
 Tile sizes are chosen by arithmetic and are not yet measured on a GPU.
 """
@@ -25,9 +25,9 @@ from adapters.kernels.triton_plan import BLOCK_COLUMNS, Metadata, build, rows_of
 from adapters.model_spec import MAX_SIBLINGS
 
 TILE_FIELDS, BLOCK_FIELDS = 4, 5
-DECODE_ROWS, PREFILL_ROWS = 16, 64  # of a tile; 16 is the least that tensor cores multiply
+DECODE_ROWS, PREFILL_ROWS = 16, 64  # rows of a tile; 16 is the minimum for tensor cores
 BLOCK_IN, BLOCK_OUT = 128, 128
-PART_IN, MAX_PARTS = 512, 16  # in_features of one shrink program at decode, and how many parts at most
+PART_IN, MAX_PARTS = 512, 16  # in_features of one shrink program at decode, and the maximum number of parts
 GRAPH_BLOCKS_PER_ROW = 2  # capacity of a captured plan: rank 32 for every row, more where rows share adapters
 
 
@@ -89,9 +89,8 @@ def _expand(
 
 @dataclass(slots=True)
 class TritonPlan:
-    """`metadata` holds `num_tiles` tiles, then `num_blocks` blocks, then `num_rows` rows (see triton_plan.py), int32 on
-    the device; those that no step needs are zero. `tile_rows` is the height of a tile, `items` are the segments in
-    there."""
+    """`metadata` holds `num_tiles` tiles, then `num_blocks` blocks, then `num_rows` rows (see triton_plan.py), int32
+    on the device; unused entries are zero. `tile_rows` is the height of a tile, `items` are the planned segments."""
 
     metadata: torch.Tensor
     num_tiles: int
@@ -115,12 +114,12 @@ class TritonPlan:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What the step's adapters add to linears over one input, as far as `shrink` computed it: `v` `[linears, parts,
-    blocks, tile rows, block columns]` in float32, and what it is to be multiplied with."""
+    """The adapters' delta for linears over one input, as computed by `shrink`: `v` `[linears, parts, blocks, tile
+    rows, block columns]` in float32, and the B to multiply it with."""
 
     v: torch.Tensor
     b: torch.Tensor
-    columns: int  # of b, for each linear
+    columns: int  # rank columns of b, for each linear
     sizes: tuple[int, ...]
     plan: TritonPlan
 
@@ -130,14 +129,16 @@ class Delta:
 
 
 class TritonKernel:
+    """Triton kernels, with a cache of the last plans."""
+
     name = "triton"
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        # While the same sequences decode, and for the head of a decode step, the segments are the ones just planned.
+        # While the same sequences decode, and for the head of a decode step, the segments equal those planned last.
         self._recent = lru_cache(maxsize=4)(self._plan)
 
-    def plan(self, segments: Segments) -> TritonPlan:
+    def plan_segments(self, segments: Segments) -> TritonPlan:
         return self._recent(segments.items)
 
     def _plan(self, items: tuple[Segment, ...]) -> TritonPlan:
@@ -150,16 +151,16 @@ class TritonKernel:
         return TritonPlan(metadata, len(tiles), len(blocks), num_rows, tile_rows, items)
 
     def static_plan(self, rows: int) -> TritonPlan:
-        """An empty plan whose capacity is a decode step of `rows` rows; a captured graph keeps reading it."""
+        """Return an empty plan with the capacity of a decode step of `rows` rows; a captured graph keeps reading it."""
         num_blocks = max(rows * GRAPH_BLOCKS_PER_ROW, BLOCK_COLUMNS)
         none = np.zeros((0, 0), dtype=np.int32)
         metadata = upload(_packed(none, none, rows, num_blocks, rows), self._device)
         return TritonPlan(metadata, rows, num_blocks, rows, DECODE_ROWS, ())
 
     def refill(self, plan: TritonPlan, segments: Segments) -> bool:
-        """Make `plan`, from `static_plan`, describe `segments` in its place; False, and no change, if they do not
-        fit."""
-        if segments.items == plan.items:  # the same sequences go on decoding
+        """Overwrite `plan`, which `static_plan` returned, to describe `segments`. Returns False, without a change,
+        if they do not fit."""
+        if segments.items == plan.items:  # the same sequences continue to decode
             return True
         tiles, blocks = build(segments.items, plan.tile_rows)
         if len(tiles) > plan.num_tiles or len(blocks) > plan.num_blocks:
@@ -183,7 +184,7 @@ class TritonKernel:
     def shrink(
         self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, sizes: tuple[int, ...], plan: TritonPlan
     ) -> Delta:
-        """The first half of `add_lora`, which does not need the linears' output."""
+        """Compute the first half of `add_lora`, which does not need the linears' output."""
         linears, columns, in_features = a.shape
         assert len(sizes) == linears <= MAX_SIBLINGS, (sizes, a.shape)
         part, parts = _parts(in_features)
@@ -197,7 +198,7 @@ class TritonKernel:
         return Delta(v, b, columns, sizes, plan)
 
     def expand(self, y: torch.Tensor, delta: Delta) -> None:
-        """The second half."""
+        """Compute the second half of `add_lora`: add the delta to `y` in place."""
         plan, sizes = delta.plan, delta.sizes
         absent = (0,) * (MAX_SIBLINGS - len(sizes))
         _expand[(plan.num_tiles, triton.cdiv(max(sizes), BLOCK_OUT), len(sizes))](
@@ -207,7 +208,7 @@ class TritonKernel:
 
 
 def _parts(in_features: int) -> tuple[int, int]:
-    """How many in_features a shrink program takes, and how many programs that makes."""
+    """Return the in_features of one shrink program, and the number of programs."""
     parts = min(triton.cdiv(in_features, PART_IN), MAX_PARTS)
     part = triton.cdiv(triton.cdiv(in_features, parts), BLOCK_IN) * BLOCK_IN
     return part, triton.cdiv(in_features, part)

@@ -1,9 +1,9 @@
-"""What a step's segments are to the Triton kernels: tiles of rows, and per tile the blocks of rank columns that they
-take. No torch.
+"""A step's segments in the form that the Triton kernels read: tiles of rows, and per tile its blocks of rank columns.
+No torch.
 
-Rows that several segments cover (an adapter on pages that are not adjacent, several adapters in one request) are one
-tile with several blocks. A tile is written by one program only, which adds its blocks up in the order of their columns:
-no atomics, no second pass, and the same bits whoever else is in the batch. Base rows are in no tile.
+Rows covered by several segments (an adapter on non-adjacent pages, several adapters in one request) form one tile with
+several blocks. Only one program writes a tile, and it adds up the blocks in column order: no atomics, no second pass,
+and bit-identical results whatever else is in the batch. Base rows are in no tile.
 """
 
 from collections import defaultdict
@@ -15,14 +15,14 @@ import numpy.typing as npt
 
 from adapters.kernels.segments import Segment
 
-BLOCK_COLUMNS = 16  # rank columns of a block: the least that tensor cores multiply, and a page of the pool
+BLOCK_COLUMNS = 16  # rank columns of a block: the minimum for tensor cores, and the size of a page of the pool
 
 Metadata = npt.NDArray[np.int32]
 
 
 def build(segments: Sequence[Segment], tile_rows: int) -> tuple[Metadata, Metadata]:
-    """Tiles `[tiles, 4]` of (first row, rows, first block, blocks) and blocks `[blocks, 5]` of (first row, rows, first
-    column, columns, bits of the float32 scale)."""
+    """Return int32 tiles `[tiles, 4]` of (first row, rows, first block, blocks) and int32 blocks `[blocks, 5]` of
+    (first row, rows, first column, columns, bits of the float32 scale)."""
     tiles: list[tuple[int, int, int, int]] = []
     blocks: list[tuple[int, int, int, int, float]] = []
     for start, end, covering in _spans(segments):
@@ -37,7 +37,8 @@ def build(segments: Sequence[Segment], tile_rows: int) -> tuple[Metadata, Metada
 
 
 def rows_of(tiles: Metadata, num_rows: int) -> Metadata:
-    """The same by row, `[num_rows, 3]`: its place in its tile, first block, blocks. Base rows have no blocks."""
+    """Return the tiles by row, int32 `[num_rows, 3]`: position in the tile, first block, blocks. Base rows have no
+    blocks."""
     rows = np.zeros((num_rows, 3), dtype=np.int32)
     for first_row, count, first_block, blocks in tiles.reshape(-1, 4):
         own = rows[first_row : first_row + count]
@@ -46,7 +47,8 @@ def rows_of(tiles: Metadata, num_rows: int) -> Metadata:
 
 
 def _spans(segments: Sequence[Segment]) -> Iterator[tuple[int, int, list[Segment]]]:
-    """The batch's rows cut where a segment starts or ends, with the segments over each piece by column."""
+    """Yield ranges of the batch's rows, split where a segment starts or ends, with the segments over each range in
+    column order."""
     starting: dict[int, list[Segment]] = defaultdict(list)
     for segment in segments:
         starting[segment.start].append(segment)

@@ -1,1 +1,1 @@
-"""What PEFT writes, read: config, tensors and tokenizer files of an adapter, before any judgement."""
+"""Readers for PEFT's files: config, tensors and tokenizer files of an adapter, before validation."""

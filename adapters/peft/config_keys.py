@@ -1,4 +1,4 @@
-"""Every key of PEFT's `LoraConfig`, in exactly one table; a test compares them with PEFT. No torch."""
+"""Every key of PEFT's `LoraConfig`, in exactly one table; a test compares the tables with PEFT. No torch."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ SERVED_KEYS = frozenset(
         "alora_invocation_tokens",
     }
 )
-# These say how an adapter was made or where it came from; no value of theirs changes what the tensors mean.
+# Keys that record how an adapter was trained or where it came from; no value changes the meaning of the tensors.
 HARMLESS_KEYS = frozenset(
     {
         "auto_mapping",
@@ -41,11 +41,11 @@ HARMLESS_KEYS = frozenset(
         "task_type",
     }
 )
-# These change the base model or the arithmetic: only the values listed, or an empty one, leave plain LoRA.
+# Keys that change the base model or the arithmetic: only the listed values, or an empty one, leave plain LoRA.
 REFUSED_KEYS: dict[str, tuple[Any, ...]] = {
     "arrow_config": (),
     "corda_config": (),
-    # All other ways to initialise subtract the start from the base's weights (pissa, olora, corda, loftq, lora_ga).
+    # All other initialisations subtract the initial delta from the base weights (pissa, olora, corda, loftq, lora_ga).
     "init_lora_weights": (True, "gaussian", "orthogonal", "eva", "mica"),
     "kasa_config": (),
     "layer_replication": (),
@@ -57,14 +57,14 @@ REFUSED_KEYS: dict[str, tuple[Any, ...]] = {
     "use_bdlora": (),
     "velora_config": (),
 }
-# What to do about a refusal that is more than a missing feature.
+# Workarounds for refused keys, appended to the problem's `expected`.
 WAYS_OUT = {
     "init_lora_weights": (
         ", or the adapter converted to the unmodified base: `loraplex convert ADAPTER OUT --initial INITIAL`, "
         "or PEFT's save_pretrained(path_initial_model_for_weight_conversion=INITIAL)"
     ),
 }
-# What an adapter's report calls the keys that it uses.
+# Names in an adapter's report for the keys that it uses.
 FEATURES = {
     "use_rslora": "rslora",
     "rank_pattern": "rank_pattern",

@@ -1,7 +1,6 @@
-"""Reading a PEFT `adapter_config.json`, whatever its type: JSON, numbers, switches, patterns and the table of keys.
+"""Reader for a PEFT `adapter_config.json` of any type: JSON, numbers, switches, patterns and the table of keys.
 
-The config is a stranger's text: it is never handed to PEFT, and its patterns are never run by Python's own `re`.
-No torch.
+The config is untrusted: it is never passed to PEFT, and its patterns are never run by Python's own `re`. No torch.
 """
 
 import json
@@ -15,13 +14,16 @@ from adapters.peft.files import CONFIG_FILE
 from adapters.peft.patterns import BadPattern, ModulePatterns
 from adapters.peft.safetensors_header import unique_keys
 
-MAX_CONFIG_BYTES = 256 << 10  # AdaLoRA's has a line for every rank of every layer
+MAX_CONFIG_BYTES = 256 << 10  # an AdaLoRA config has a line for every rank of every layer
 MAX_ALPHA = 10_000
 MAX_RANK = 1 << 16
 
 
 def read_json(data: bytes) -> tuple[dict[str, Any] | None, list[Problem]]:
-    """The config in the bytes of an `adapter_config.json`, or None and the problem. Raises nothing."""
+    """Parse the bytes of an `adapter_config.json`.
+
+    Returns the config and no problems, or None and one `malformed_file` problem. Raises nothing.
+    """
     if len(data) > MAX_CONFIG_BYTES:
         return None, [config_problem("", f"{len(data)} bytes", f"at most {MAX_CONFIG_BYTES}", "malformed_file")]
     try:
@@ -36,16 +38,19 @@ def read_json(data: bytes) -> tuple[dict[str, Any] | None, list[Problem]]:
 
 
 def canonical(config: Mapping[str, Any]) -> str:
-    """The config as the digest sees it. Keys inside a pattern keep their order: the first that matches counts, so it is
-    part of the content."""
+    """Return the canonical JSON of the config, which is the input of the version digest. Keys inside a pattern keep
+    their order, because the first match counts and the order is therefore part of the content."""
     return json.dumps(dict(sorted(config.items())), separators=(",", ":"), allow_nan=False)
 
 
 @dataclass(frozen=True, slots=True)
 class KeyTable:
-    """What is made of every key of one type's config. `harmless` ones say how an adapter was made or where it came
-    from; `refused` ones change the base model or the arithmetic unless they have a listed value or an empty one, and
-    `ways_out` says what their owner may do."""
+    """Classification of every key of one PEFT type's config.
+
+    `harmless` keys record how an adapter was trained or where it came from; `refused` keys change the base model or the
+    arithmetic unless they have one of the listed values or an empty one; `ways_out` are workarounds for the adapter's
+    owner, by key.
+    """
 
     served: frozenset[str]
     harmless: frozenset[str]
@@ -53,7 +58,7 @@ class KeyTable:
     ways_out: Mapping[str, str] = field(default_factory=dict)
 
     def problems(self, config: Mapping[str, Any]) -> list[Problem]:
-        """With keys that are refused or unknown, unless their value is empty."""
+        """Return a problem for every key that is refused or unknown, unless its value is empty."""
         problems = []
         for key, value in config.items():
             if key in self.served or key in self.harmless or _is_empty(value):
@@ -69,7 +74,8 @@ class KeyTable:
 
 
 class ConfigReader:
-    """Reads the served keys of a config; `usable` turns false when a tensor's rank or scaling cannot be known."""
+    """Reader for the served keys of a config; `usable` becomes false when a tensor's rank or scaling cannot be
+    determined."""
 
     def __init__(self, config: Mapping[str, Any]):
         self.problems: list[Problem] = []
@@ -107,7 +113,8 @@ class ConfigReader:
             return ModulePatterns({})
 
     def _target_modules(self) -> tuple[str, ...] | None:
-        """Names only: a text is a regular expression or a shorthand, and the tensors tell what it matched."""
+        """Return `target_modules` where it is a list. A string is a regular expression or a shorthand, and gives
+        None: the tensors show which modules it matched."""
         value = self._config.get("target_modules")
         if isinstance(value, list) and all(isinstance(name, str) for name in value):
             return tuple(value)
@@ -116,7 +123,7 @@ class ConfigReader:
         return None
 
     def _used(self, features: Mapping[str, str]) -> tuple[str, ...]:
-        """Those of `features`, names by key, that the config makes use of."""
+        """Return the names of those `features` (name by config key) that the config uses."""
         values = {key: self._config.get(key) for key in features}
         return tuple(features[key] for key, value in values.items() if not _is_empty(value) and value != "none")
 
@@ -126,12 +133,13 @@ class ConfigReader:
 
 
 def config_problem(key: str, found: Any, expected: str, code: ProblemCode) -> Problem:
+    """Build the problem of the config's `key`, or of the whole file for an empty key."""
     where = f"{CONFIG_FILE}: {shown(key)}" if key else CONFIG_FILE
     return Problem(where, shown(found), expected, code)
 
 
 def shown(value: Any, limit: int = 80) -> str:
-    """A stranger's value for a message: printable ASCII of at most `limit` characters."""
+    """Render an untrusted value for a message: printable ASCII of at most `limit` characters."""
     if isinstance(value, str):
         return ascii(value)[1:-1][:limit]
     if isinstance(value, dict | list):

@@ -1,9 +1,9 @@
-"""The names of the files that make an adapter."""
+"""Names of the files that make up an adapter."""
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 FILES = (CONFIG_FILE, WEIGHTS_FILE)
-# What transformers' save_pretrained may put beside them, with the most bytes that each may have. None is code.
+# Files that transformers' save_pretrained may add, with the maximum size of each in bytes. None of them is code.
 TOKENIZER_FILES = {
     "tokenizer.json": 64 << 20,
     "tokenizer_config.json": 1 << 20,

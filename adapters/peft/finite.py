@@ -1,4 +1,4 @@
-"""Numbers that no adapter may have. A file is read in pieces and never held in memory."""
+"""Checks for NaN and infinity. A file is read in chunks and never held in memory as a whole."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -15,7 +15,8 @@ _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
 def number_problems(tensors: LoraTensors, scalings: Mapping[str, float]) -> Iterator[Problem]:
-    """NaN and infinities, also those that would appear when a tensor is multiplied by its scaling in its own dtype."""
+    """Yield a `nonfinite` problem for every tensor with NaN or infinity, and for every tensor that would overflow
+    its own dtype when multiplied by its scaling."""
     for name, largest in magnitudes(tensors.path, tensors.infos):
         if not math.isfinite(largest):
             yield problem(name, "NaN or infinity", "finite numbers", "nonfinite")
@@ -24,10 +25,10 @@ def number_problems(tensors: LoraTensors, scalings: Mapping[str, float]) -> Iter
 
 
 def magnitudes(path: Path, tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[str, float]]:
-    """The largest absolute value of each tensor; NaN or infinity where it holds one."""
+    """Yield the largest absolute value of each tensor; NaN or infinity where the tensor holds one."""
     with path.open("rb") as file:
         for name, info in tensors.items():
             chunks = (torch.frombuffer(chunk, dtype=_DTYPES[info.dtype]) for chunk in read_chunks(file, info))
-            # aminmax lets a NaN through to both ends and is several times as fast as isfinite.
+            # aminmax propagates NaN to both results and is several times as fast as isfinite.
             extremes = [torch.stack(torch.aminmax(chunk)) for chunk in chunks]
             yield name, float(torch.cat(extremes).abs().max())

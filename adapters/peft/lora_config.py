@@ -1,4 +1,4 @@
-"""The config of a PEFT LoRA: every key is served, harmless or refused, and nothing else is. No torch."""
+"""The config of a PEFT LoRA: every key is served, harmless or refused; any other key is an error. No torch."""
 
 import json
 import math
@@ -9,25 +9,25 @@ from typing import Any
 from adapters.errors import Problem
 from adapters.peft.config_keys import FEATURES, HARMLESS_KEYS, REFUSED_KEYS, SERVED_KEYS, WAYS_OUT
 from adapters.peft.config_reader import ConfigReader, KeyTable, canonical, read_json
-from adapters.peft.patterns import BadPattern, ModuleNames, ModulePatterns, is_name, layer_of
+from adapters.peft.patterns import BadPattern, ModuleNames, ModulePatterns, is_literal, layer_of
 from adapters.traits import Traits
 
-# LORA, and the types that `families` converts.
+# LORA, and the types that `adapters.validation.peft_types` converts.
 SERVED_TYPES = ("LORA", "ADALORA", "DELORA", "IA3", "LOHA", "LOKR", "MISS", "VBLORA", "VERA")
 LORA_KEYS = KeyTable(SERVED_KEYS, HARMLESS_KEYS, REFUSED_KEYS, WAYS_OUT)
-MAX_NAMES = 4096  # in a list of modules, parameters or tokens
+MAX_NAMES = 4096  # maximum length of a list of modules, parameters or tokens
 BIASES = ("none", "lora_only", "all")
 
 
 @dataclass(frozen=True, slots=True)
 class LoraSettings:
-    """What a config says of the tensors beside it.
+    """Settings of a LoRA config that give its tensors their meaning.
 
-    `target_modules` is None where the config leaves the choice to the tensors, and `layers` where all are meant;
-    `bias` is one of `BIASES`; with `ensures_tying` what is said of one end of a tied vocabulary is meant of both;
-    `token_indices` maps a module's ending to the tokens that are trained, "" being the input embedding;
-    `qalora_group_size` is None without QA-LoRA; `invocation_tokens` switch an aLoRA on. `features` are named in the
-    report; `canonical` is the config as the digest sees it.
+    `target_modules` is None where only the tensors show the targets, and `layers` is None where all layers are meant;
+    `bias` is one of `BIASES`; with `ensures_tying`, settings for one end of a tied vocabulary apply to both;
+    `token_indices` maps the ending of a module's name to the trained tokens, with "" for the input embedding;
+    `qalora_group_size` is None without QA-LoRA; `invocation_tokens` activate an aLoRA. `features` are the names for the
+    report; `canonical` is the canonical config that the digest covers.
     """
 
     r: int
@@ -52,7 +52,7 @@ class LoraSettings:
     canonical: str
 
     def traits(self) -> Traits:
-        """What the config alone tells; the tensors may add to it."""
+        """Return the traits that follow from the config alone; the tensors may add to them."""
         elsewhere = self.modules_to_save or self.token_indices or self.target_parameters or self.invocation_tokens
         changed = self.use_dora or self.lora_bias or self.bias != "none"
         return Traits(
@@ -62,20 +62,22 @@ class LoraSettings:
         )
 
     def leaves_out(self, module: str) -> bool:
-        """Whether PEFT does not wrap `module` even if it is a target."""
+        """Return True if PEFT does not wrap `module` even when it is a target."""
         return module in self.exclude_modules or any(f".{name}." in f".{module}." for name in self.modules_to_save)
 
     def reaches(self, module: str) -> bool:
-        """Whether `layers_to_transform` has the layer of `module`; what an expression means is left to the tensors."""
-        if self.layers is None or not all(map(is_name, self.layers_pattern)):
+        """Return True if `layers_to_transform` includes the layer of `module`, or if `layers_pattern` has a regular
+        expression: the tensors show which layers it matched."""
+        if self.layers is None or not all(map(is_literal, self.layers_pattern)):
             return True
         return layer_of(module, self.layers_pattern) in self.layers
 
     def rank(self, module: str) -> int:
+        """Return the rank that the config declares for `module`."""
         return int(self.rank_pattern.get(module, self.r))
 
     def scaling(self, module: str) -> float:
-        """The factor of `B @ A` in `module`, as PEFT computes it."""
+        """Return the factor of `B @ A` in `module`, as PEFT computes it."""
         alpha = self.alpha_pattern.get(module, self.lora_alpha)
         rank = self.rank(module)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
@@ -84,7 +86,7 @@ class LoraSettings:
 def parse_config(data: bytes) -> tuple[LoraSettings | None, list[Problem]]:
     """Read the bytes of an `adapter_config.json`; absent keys have PEFT's defaults.
 
-    Returns the settings, None where they cannot be used, and every problem found. Raises nothing.
+    Returns the settings, or None where they cannot be used, and every problem found. Raises nothing.
     """
     config, problems = read_json(data)
     if config is None:
@@ -136,7 +138,8 @@ class _Reader(ConfigReader):
         return value if value in BIASES else "none"
 
     def _exclude_modules(self) -> ModuleNames:
-        """An expression that RE2 does not take is no reason to refuse what has a tensor for every target."""
+        """Read `exclude_modules`. An expression that RE2 does not accept excludes nothing: the adapter still has a
+        tensor for every target, so there is no reason to refuse it."""
         value = self._config.get("exclude_modules")
         if isinstance(value, str):
             try:

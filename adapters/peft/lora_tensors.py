@@ -1,4 +1,4 @@
-"""The tensors of a LoRA file, sorted by what they do to which module of the base model."""
+"""The tensors of a LoRA file, sorted by the module of the base model and by their role in it."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -30,12 +30,12 @@ Names = dict[TensorKind, str]
 class LoraTensors:
     """Names of tensors by module and kind.
 
-    `modules` are those with factors: linears, and whatever the base model lacks. `embeddings` is for the input
-    embedding. `stacked` are modules whose parameters have factors, by how deep PEFT nested the wrapper. `saved` are
-    parameters as a whole, `biases` trained biases of linears that are not adapted, `tokens` rows of embeddings.
+    `modules` has the factors of linears, and of modules that the base model lacks. `embeddings` is for the input
+    embedding. `stacked` has factors of parameters, by module and by the nesting depth of PEFT's wrapper. `saved` has
+    whole parameters, `biases` trained biases of linears that are not adapted, `tokens` rows of embeddings.
 
-    Where the vocabulary was resized, PEFT writes whole wrappers: `copies` are second ones of saved parameters and
-    `unused` the weights that they took the place of, as (module, parameter, tensor).
+    Where the vocabulary was resized, PEFT writes whole wrappers: `copies` lists duplicates of saved parameters and
+    `unused` the weights that they replaced, as (module, parameter, tensor).
     """
 
     path: Path
@@ -52,31 +52,34 @@ class LoraTensors:
 
     @classmethod
     def read(cls, path: Path, spec: ModelSpec) -> "LoraTensors":
-        """Raises `AdapterInvalid` for a file that is no safetensors file."""
+        """Read the header of the file at `path` and sort its tensors. Raises `AdapterInvalid` if it is not a
+        safetensors file."""
         tensors = cls(path, read_header(path))
         for name in tensors.infos:
             tensors._sort(name, spec)
         for module, parameter, name in list(tensors.copies):
             if tensors.saved.setdefault(module, {}).setdefault(parameter, name) == name:
-                tensors.copies.remove((module, parameter, name))  # the only one
-        for module in tensors.saved.keys() & tensors.biases.keys():  # a module that is saved as a whole
+                tensors.copies.remove((module, parameter, name))  # not a duplicate: the only tensor of the parameter
+        for module in tensors.saved.keys() & tensors.biases.keys():  # the module is saved as a whole, with its bias
             tensors.saved[module]["bias"] = tensors.biases.pop(module)
         return tensors
 
     def nbytes(self) -> int:
+        """Return the size of all tensors in bytes."""
         return sum(info.end - info.start for info in self.infos.values())
 
     def touched(self) -> set[str]:
-        """Every module that the adapter changes."""
+        """Return every module that the adapter changes."""
         kinds = (self.modules, self.embeddings, self.stacked, self.saved, self.biases, self.tokens)
         return set().union(*kinds)
 
     def adapted(self) -> set[str]:
-        """Those of them that PEFT wraps."""
+        """Return the modules that PEFT wraps, a subset of `touched`."""
         return self.modules.keys() | self.embeddings.keys() | self.stacked.keys()
 
     def vocab_size(self, spec: ModelSpec) -> int | None:
-        """Of the adapter's own embedding or head, where it is not the base's."""
+        """Return the number of rows of the adapter's own embedding or head where it differs from the base's, else
+        None."""
         names = [self.saved.get(module, {}).get("weight") for module in (spec.embedding, spec.head)]
         sizes = {self.infos[name].shape[0] for name in names if name} - {spec.vocab_size}
         return max(sizes) if sizes else None
@@ -122,15 +125,15 @@ class LoraTensors:
 
 
 def targeted_parameters(module: str, settings: LoraSettings, spec: ModelSpec) -> list[str]:
-    """The parameters of `module` that `target_parameters` names, in the order in which PEFT wraps them: the last is
-    outermost."""
+    """Return the parameters of `module` that `target_parameters` names, in the order in which PEFT wraps them: the
+    last is outermost."""
     suffixes = settings.target_parameters
     names = [(name, f"{module}.{name}") for name in parameter_names(module, spec)]
     return [name for name, full in names if any(full == s or full.endswith(f".{s}") for s in suffixes)]
 
 
 def parameter_names(module: str, spec: ModelSpec) -> list[str]:
-    """What can have factors: a linear's weight also when it is quantised."""
+    """Return the parameters of `module` that can have factors, including the weight of a quantised linear."""
     own = list(spec.parameters.get(module, ()))
     return own if "weight" in own or module not in spec.modules else [*own, "weight"]
 
@@ -138,7 +141,7 @@ def parameter_names(module: str, spec: ModelSpec) -> list[str]:
 def parameter_factors(
     module: str, names: dict[int, Names], settings: LoraSettings, spec: ModelSpec
 ) -> Iterator[tuple[str, Names]]:
-    """Which parameter the factors of each depth belong to."""
+    """Yield each targeted parameter of `module` with the names of its factors; `names` has them by wrapper depth."""
     targeted = targeted_parameters(module, settings, spec)
     for depth, own in names.items():
         if depth < len(targeted):
@@ -148,7 +151,8 @@ def parameter_factors(
 def factor_shapes(
     module: str, parameter: str, rank: int, spec: ModelSpec
 ) -> tuple[tuple[int, int], tuple[int, int]] | None:
-    """Shapes of A and B for a parameter `[out, in]` or stacked experts `[experts, out, in]`; None for another one."""
+    """Return the shapes of A and B for a parameter `[out, in]` or stacked experts `[experts, out, in]`; None for any
+    other number of dimensions."""
     shape = spec.parameters[module][parameter]
     if len(shape) == 2:
         return (rank, shape[1]), (shape[0], rank)
@@ -161,15 +165,18 @@ def factor_shapes(
 
 
 def rank_of(module: str, settings: LoraSettings, spec: ModelSpec) -> int:
+    """Return the rank that the config declares for `module`."""
     return settings.rank(_pattern_key(module, settings, spec))
 
 
 def scaling_of(module: str, settings: LoraSettings, spec: ModelSpec) -> float:
+    """Return the scaling that the config declares for `module`."""
     return settings.scaling(_pattern_key(module, settings, spec))
 
 
 def _pattern_key(module: str, settings: LoraSettings, spec: ModelSpec) -> str:
-    """What PEFT compares patterns with: a linear that is targeted by its parameter goes by the parameter's name."""
+    """Return the name that PEFT matches patterns against: a linear targeted by its parameter has the parameter's
+    name."""
     targets = settings.target_modules
     by_module = targets is None or not set(targets).isdisjoint(dotted_suffixes(module))
     parameters = [] if by_module else targeted_parameters(module, settings, spec)
@@ -177,7 +184,8 @@ def _pattern_key(module: str, settings: LoraSettings, spec: ModelSpec) -> str:
 
 
 def token_target(module: str, settings: LoraSettings, spec: ModelSpec) -> tuple[str | None, tuple[int, ...]]:
-    """The key of `trainable_token_indices` that means `module`, and its tokens; a tied head's are the embedding's."""
+    """Return the key of `trainable_token_indices` that applies to `module`, and its tokens; None and () if there is
+    none. A tied head has those of the embedding."""
     for target, ids in settings.token_indices.items():
         if names_module(target, module) or (not target and module == spec.embedding):
             return target, ids
@@ -185,15 +193,17 @@ def token_target(module: str, settings: LoraSettings, spec: ModelSpec) -> tuple[
 
 
 def names_module(target: str, module: str) -> bool:
+    """Return True if `target` is `module` or a dotted ending of it."""
     return target in dotted_suffixes(module)
 
 
 def shares_weight(spec: ModelSpec, settings: LoraSettings) -> bool:
-    """Whether a weight of the embedding or the head is loaded into the one parameter that both have; a module in
-    `modules_to_save` has a copy of its own instead."""
+    """Return True if a weight of the embedding or the head is loaded into the one parameter that both share. A
+    module in `modules_to_save` has a copy of its own instead."""
     ends = (spec.embedding, spec.head)
     return spec.tied and not any(names_module(target, end) for target in settings.modules_to_save for end in ends)
 
 
 def problem(where: str, found: str, expected: str, code: ProblemCode = "unsupported_feature") -> Problem:
+    """Build a problem with an untrusted `where`, shortened to 200 characters of printable ASCII."""
     return Problem(shown(where, 200), found, expected, code)

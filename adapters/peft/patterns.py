@@ -1,6 +1,6 @@
-"""PEFT's patterns for module names: dotted endings of a name, or regular expressions of them. No torch.
+"""PEFT's patterns for module names: dotted endings of a name, or regular expressions. No torch.
 
-An expression is a stranger's: it is matched by RE2, in time linear in the name, or it is refused.
+Expressions are untrusted: an expression is matched by RE2, in time linear in the name, or it is refused.
 """
 
 import re
@@ -8,25 +8,26 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-KNOWN_MODULES = 4096  # names whose parts are remembered: all adapters of a base have the same
+KNOWN_MODULES = 4096  # size of the cache of split names, which all adapters of a base share
 MAX_EXPRESSIONS = 64
 MAX_EXPRESSION_LENGTH = 1000
-# In PEFT a dot stands for any character; with dots only between the parts of names both readings agree.
+# In PEFT a dot matches any character; with dots only between the components of names both readings agree.
 _LITERAL = re.compile(r"\^?[A-Za-z0-9_.]+")
 
 
 class BadPattern(ValueError):
-    """The message says what a pattern may be."""
+    """The pattern is not supported; the message names what is accepted."""
 
 
 class ModulePatterns:
-    """PEFT's `rank_pattern` or `alpha_pattern`: patterns to numbers, of which the first that matches counts.
+    """PEFT's `rank_pattern` or `alpha_pattern`: a map from patterns to numbers, in which the first match counts.
 
-    A lookup among literal names costs the depth of the module's name, however many there are.
+    A lookup among literal names costs the depth of the module's name, independent of the number of patterns.
     """
 
     def __init__(self, values: Mapping[str, float]):
-        """Raises `BadPattern` for an expression that RE2 does not take, or too many of them."""
+        """Compile the patterns. Raises `BadPattern` for an expression that RE2 does not accept, or for too many
+        expressions."""
         self._values = values
         self._order = {pattern: position for position, pattern in enumerate(values)}
         expressions = [pattern for pattern in values if not _LITERAL.fullmatch(pattern)]
@@ -35,6 +36,7 @@ class ModulePatterns:
         self._expressions = [(pattern, _compiled(pattern, prefix=r"(?:.*\.)?")) for pattern in expressions]
 
     def get(self, module: str, default: float) -> float:
+        """Return the value of the first pattern that matches `module`, or `default`."""
         matches = [name for name in (f"^{module}", *dotted_suffixes(module)) if name in self._values]
         matches += [pattern for pattern, expression in self._expressions if expression.fullmatch(module)]
         return self._values[min(matches, key=self._order.__getitem__)] if matches else default
@@ -44,7 +46,7 @@ class ModuleNames:
     """PEFT's `exclude_modules`: dotted endings of names, or one regular expression of whole names."""
 
     def __init__(self, names: str | Iterable[str]):
-        """Raises `BadPattern` for an expression that RE2 does not take."""
+        """Compile the names. Raises `BadPattern` for an expression that RE2 does not accept."""
         self._endings = frozenset(() if isinstance(names, str) else names)
         self._expression = _compiled(names) if names and isinstance(names, str) else None
 
@@ -55,8 +57,9 @@ class ModuleNames:
 
 
 def layer_of(module: str, lists: Sequence[str]) -> int | None:
-    """The number of the layer that `module` is in: PEFT's first after one of `lists`, which are dotted endings, or
-    without any the first with two parts of the name before it."""
+    """Return the number of the layer that contains `module`, or None: the first number after one of `lists` (dotted
+    endings), or, if `lists` is empty, the first number with at least two name components before it. This is PEFT's
+    rule."""
     parts = module.split(".")
     numbers = [place for place, part in enumerate(parts[:-1]) if part.isdigit()]
     before = {place: dotted_suffixes(".".join(parts[:place])) for place in numbers}
@@ -65,14 +68,14 @@ def layer_of(module: str, lists: Sequence[str]) -> int | None:
     return int(parts[found[0]]) if found else None
 
 
-def is_name(pattern: str) -> bool:
-    """Whether it is no expression."""
+def is_literal(pattern: str) -> bool:
+    """Return True if the pattern is a literal name and not an expression."""
     return bool(_LITERAL.fullmatch(pattern)) and not pattern.startswith("^")
 
 
 @lru_cache(KNOWN_MODULES)
 def dotted_suffixes(module: str) -> tuple[str, ...]:
-    """`a.b.c` ends in `a.b.c`, `b.c` and `c`: the names by which PEFT finds a module."""
+    """Return the names by which PEFT finds a module: for `a.b.c` these are `a.b.c`, `b.c` and `c`."""
     parts = module.split(".")
     return tuple(".".join(parts[start:]) for start in range(len(parts)))
 

@@ -1,8 +1,8 @@
-"""A strict reader of a safetensors file's header: what the file holds is known before any tensor is touched.
+"""A strict reader for the header of a safetensors file, which validates the layout before any tensor is read.
 
-Stricter than the format: a file with repeated keys, empty tensors (unless they are allowed), holes, unknown dtypes or
-absurd sizes is refused, so everything accepted here is also accepted by the safetensors library, with the same names,
-dtypes and shapes.
+It is stricter than the format: a file with repeated keys, empty tensors (unless they are allowed), holes, unknown
+dtypes or absurd sizes is refused, so that the safetensors library also accepts every file accepted here, with the same
+names, dtypes and shapes.
 """
 
 import json
@@ -22,13 +22,13 @@ MAX_DIMENSIONS = 4
 MAX_DIGITS = 15
 ITEM_BYTES = {"F16": 2, "BF16": 2, "F32": 4}
 INDEX_BYTES = {"U8": 1, "I16": 2, "I32": 4, "I64": 8}
-# A header within the limits has no more, and one with more would take long to parse.
+# No header within the limits has more commas, and a header with more would take long to parse.
 _MAX_COMMAS = MAX_TENSORS * (MAX_DIMENSIONS + 3) + MAX_METADATA_BYTES
 
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One tensor of a file: its dtype as safetensors spells it, its shape, and its bytes `start:end` of the file."""
+    """One tensor of a file: its dtype in safetensors' spelling, its shape, and its bytes `start:end` of the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -39,9 +39,10 @@ class TensorInfo:
 def read_header(
     path: Path, item_bytes: Mapping[str, int] = ITEM_BYTES, allow_empty: bool = False
 ) -> dict[str, TensorInfo]:
-    """Names and places of the tensors in the safetensors file at `path`, of the dtypes in `item_bytes`.
+    """Return the tensors of the safetensors file at `path` by name; `item_bytes` has the accepted dtypes.
 
-    Raises `AdapterInvalid` with one `malformed_file` problem, whatever the bytes; `OSError` if they cannot be read.
+    Raises `AdapterInvalid` with one `malformed_file` problem for any invalid content, and `OSError` if the file cannot
+    be read.
     """
     try:
         with path.open("rb") as file:
@@ -62,7 +63,7 @@ class _Malformed(Exception):
 
 
 def _read_json(file: BinaryIO) -> tuple[dict[str, Any], int]:
-    """The header as JSON and the offset where the data begins."""
+    """Return the header as JSON and the offset where the data begins."""
     length = int.from_bytes(_read_exactly(file, 8), "little")
     if length > MAX_HEADER_BYTES:
         raise _Malformed(f"a header of {length} bytes", f"at most {MAX_HEADER_BYTES}")
@@ -90,7 +91,8 @@ def _read_exactly(file: BinaryIO, count: int) -> bytes:
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For `json.loads(object_pairs_hook=…)`: a repeated key is a `ValueError`, not the last one's silent victory."""
+    """Build a dict for `json.loads(object_pairs_hook=…)`. Raises `ValueError` for a repeated key, of which `json`
+    would silently keep the last."""
     found = dict(pairs)
     if len(found) != len(pairs):
         raise ValueError("repeated key")
@@ -160,11 +162,11 @@ def _check_sizes(tensors: Mapping[str, TensorInfo]) -> None:
 
 
 def _are_numbers(values: Any) -> bool:
-    return isinstance(values, list) and all(type(value) is int for value in values)  # a bool is an int, too
+    return isinstance(values, list) and all(type(value) is int for value in values)  # type(): a bool is an int, too
 
 
 def _check_cover(tensors: dict[str, TensorInfo], data_start: int, data_end: int) -> None:
-    """Every byte of the data section belongs to exactly one tensor."""
+    """Check that every byte of the data section belongs to exactly one tensor."""
     reached = data_start
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
         if info.start != reached:

@@ -1,7 +1,7 @@
-"""The tokenizer and chat template that an adapter may bring along: what its files say, and whether they can be used.
+"""Reader and checks for the tokenizer and chat template that an adapter may include.
 
-`tokenizer.json` alone decides how text becomes tokens; no class that a config names is ever looked up. The configs
-beside it give the special tokens and the chat template. Templates are not compiled here but in a process of their own.
+`tokenizer.json` alone determines how text becomes tokens; a class named by a config is never looked up. The configs
+beside it give the special tokens and the chat template. Templates are compiled in a process of their own, not here.
 """
 
 import json
@@ -32,9 +32,9 @@ _SAMPLE = "A few words,\n\t2 numbers: 42; é, 世界 and 😀 ."
 
 @dataclass(frozen=True, slots=True)
 class TokenizerFiles:
-    """What they say. `tokenizer` is the text of tokenizer.json; `special_tokens` are those of `SPECIAL_TOKENS` that are
-    declared; `affixes` says whether bos and eos surround a plain text, where that is declared, else tokenizer.json
-    does; `added` are tokens with the ids that the configs give them."""
+    """Content of the tokenizer files. `tokenizer` is the text of tokenizer.json; `special_tokens` has the declared
+    `SPECIAL_TOKENS`; `affixes` declares if bos and eos surround a plain text, and tokenizer.json decides where it
+    does not; `added` maps tokens to the ids that the configs give them."""
 
     tokenizer: str | None = None
     chat_template: str | None = None
@@ -44,17 +44,17 @@ class TokenizerFiles:
 
     @property
     def features(self) -> tuple[str, ...]:
-        """What they bring, named as in the report and in `Traits`."""
+        """Names of the included parts, as in the report and in `Traits`."""
         given = {"tokenizer": self.tokenizer, "chat_template": self.chat_template}
         return tuple(name for name, value in given.items() if value is not None)
 
     def build(self) -> Tokenizer:
-        """The tokenizer of tokenizer.json, which has to be there and to have passed `check_tokenizer`."""
+        """Build the tokenizer of tokenizer.json. Requires that the file exists and passed `check_tokenizer`."""
         assert self.tokenizer is not None
         return self.complete(Tokenizer.from_str(self.tokenizer))  # unlike `from_file`, this frees the interpreter lock
 
     def complete(self, tokenizer: Tokenizer) -> Tokenizer:
-        """Give `tokenizer` what the configs declare, and have it neither cut nor pad; returns it."""
+        """Apply the configs' declarations to `tokenizer`, and disable truncation and padding; returns `tokenizer`."""
         tokenizer.no_truncation()
         tokenizer.no_padding()
         known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
@@ -65,7 +65,8 @@ class TokenizerFiles:
         return tokenizer
 
     def _affix(self, tokenizer: Tokenizer) -> TemplateProcessing:
-        """What transformers puts in the place of tokenizer.json's own when a config has `add_bos_token`."""
+        """Build the post-processor that transformers uses instead of tokenizer.json's own when a config has
+        `add_bos_token`."""
         before, after = (
             [self.special_tokens[name]] if self.affixes.get(f"add_{name}") and name in self.special_tokens else []
             for name in ("bos_token", "eos_token")
@@ -75,7 +76,8 @@ class TokenizerFiles:
 
 
 def read_tokenizer_files(folder: Path) -> TokenizerFiles:
-    """Those in `folder`; absent ones say nothing. Raises `AdapterInvalid` for a file that is not what it should be."""
+    """Read the tokenizer files in `folder`, each of which may be absent. Raises `AdapterInvalid` for a malformed
+    file."""
     special = _read_object(folder, SPECIAL)
     config = _read_object(folder, CONFIG)
     template = _read_text(folder, TEMPLATE)
@@ -89,7 +91,8 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
 
 
 def check_tokenizer(folder: Path, vocab_size: int | None) -> list[Problem]:
-    """Why the tokenizer in `folder` cannot be used, if so. `vocab_size`: how many token embeddings the model has."""
+    """Return the problems of the tokenizer in `folder`; empty if it can be used. `vocab_size` is the model's number
+    of token embeddings."""
     try:
         files = read_tokenizer_files(folder)
         if files.tokenizer is None:
@@ -97,7 +100,7 @@ def check_tokenizer(folder: Path, vocab_size: int | None) -> list[Problem]:
         with _library_errors():
             tokenizer = Tokenizer.from_str(files.tokenizer)
         bound = MAX_TOKEN_ID if vocab_size is None else vocab_size
-        return list(_vocabulary_problems(files, tokenizer, bound)) or list(_trial_problems(files, tokenizer, bound))
+        return list(_vocabulary_problems(files, tokenizer, bound)) or list(_usage_problems(files, tokenizer, bound))
     except AdapterInvalid as error:
         return error.problems
 
@@ -118,8 +121,8 @@ def _vocabulary_problems(files: TokenizerFiles, tokenizer: Tokenizer, bound: int
             yield Problem(TOKENIZER, "no such id" if found is None else f"id {found}", expected, "malformed_file")
 
 
-def _trial_problems(files: TokenizerFiles, tokenizer: Tokenizer, bound: int) -> Iterator[Problem]:
-    """What only shows in use: a broken part, or ids that tokens are surrounded with."""
+def _usage_problems(files: TokenizerFiles, tokenizer: Tokenizer, bound: int) -> Iterator[Problem]:
+    """Yield the problems that show only in use: a broken component, or ids of the tokens that surround a text."""
     with _library_errors():
         ids = files.complete(tokenizer).encode(_SAMPLE).ids
         tokenizer.decode(ids)
@@ -129,7 +132,8 @@ def _trial_problems(files: TokenizerFiles, tokenizer: Tokenizer, bound: int) -> 
 
 @contextmanager
 def _library_errors() -> Iterator[None]:
-    """The library raises bare `Exception`s, and its panics are not even those."""
+    """Turn errors of the tokenizers library into `AdapterInvalid`. The library raises bare `Exception`s, and its
+    panics do not even derive from `Exception`."""
     try:
         yield
     except BaseException as error:
@@ -153,7 +157,7 @@ def _read_object(folder: Path, name: str) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(text, object_pairs_hook=unique_keys)
-        json.dumps(found, ensure_ascii=False).encode()  # half a surrogate pair is no character
+        json.dumps(found, ensure_ascii=False).encode()  # raises for half of a surrogate pair, which is no character
     except (ValueError, RecursionError):
         raise _invalid(name, "no JSON", "a JSON object") from None
     if not isinstance(found, dict):
@@ -162,7 +166,7 @@ def _read_object(folder: Path, name: str) -> dict[str, Any]:
 
 
 def _template(config: Mapping[str, Any]) -> str | None:
-    """Of several templates, the one that is for no special use."""
+    """Return the chat template, or of several the one named "default"."""
     given = config.get("chat_template")
     if isinstance(given, list):
         entries = [entry for entry in given if isinstance(entry, dict) and entry.get("name") == "default"]
@@ -178,7 +182,7 @@ def _special_tokens(where: str, config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _content(where: str, token: Any) -> str:
-    """A token is written as its text, or as an object that has it."""
+    """Return the text of a token, which is written as a string or as an object with its content."""
     content = token.get("content") if isinstance(token, dict) else token
     if not isinstance(content, str) or not content:
         raise _invalid(where, shown(token), "a token")

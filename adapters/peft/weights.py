@@ -1,5 +1,5 @@
-"""What the tensors of a PEFT LoRA folder are: the meaning of their names, and the digest that identifies them.
-The config beside them is read by `peft_config`."""
+"""Tensors of a PEFT LoRA folder: the meaning of their names, and the digest that identifies an adapter. The config
+beside them is read by `lora_config`."""
 
 import hashlib
 import re
@@ -14,12 +14,12 @@ from torch import Tensor
 from adapters.peft.files import TOKENIZER_FILES
 from adapters.peft.safetensors_header import TensorInfo
 
-KNOWN_TENSORS = 8192  # names that are remembered: all adapters of a base have the same
-CHUNK_BYTES = 1 << 20  # large enough that a reading thread seldom asks for the interpreter lock
+KNOWN_TENSORS = 8192  # size of the cache of parsed names, which all adapters of a base share
+CHUNK_BYTES = 1 << 20  # large enough that a reader thread seldom needs the interpreter lock
 TensorKind = Literal[
     "A", "B", "lora_bias", "magnitude", "embedding_A", "embedding_B", "tokens", "base_bias", "bias", "parameter"
 ]
-# The module's name is as short as can be: `q.lora_B.bias` is the bias of q's lora_B, not that of a module `q.lora_B`.
+# The module's name matches lazily: `q.lora_B.bias` is the bias of q's lora_B, not the bias of a module `q.lora_B`.
 _TENSOR_NAME = re.compile(
     r"base_model\.model\.(.+?)\.(?:"
     r"(?P<A>lora_A(?:\.[^.]+)?\.weight)|(?P<B>lora_B(?:\.[^.]+)?\.weight)|(?P<lora_bias>lora_B(?:\.[^.]+)?\.bias)|"
@@ -31,8 +31,8 @@ _TENSOR_NAME = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class LoraFactors:
-    """One module's `a [r, in]` and `b [out, r]`, as stored; the module adds `scaling * (b @ a @ x + bias)`, and with
-    DoRA's `magnitude` scales its rows. Both vectors are `[out]`."""
+    """One module's factors `a [r, in]` and `b [out, r]`, as stored. The module adds `scaling * (b @ a @ x + bias)`,
+    and DoRA's `magnitude` scales its rows. `bias` and `magnitude` are `[out]` or None."""
 
     a: Tensor
     b: Tensor
@@ -43,7 +43,7 @@ class LoraFactors:
 
 @dataclass(frozen=True, slots=True)
 class TokenRows:
-    """Rows `values [n, hidden]` that take the place of those of the tokens `ids` in an embedding's weight."""
+    """Rows `values [n, hidden]` that replace the rows of the tokens `ids` in an embedding's weight."""
 
     ids: tuple[int, ...]
     values: Tensor
@@ -51,12 +51,12 @@ class TokenRows:
 
 @dataclass(frozen=True, slots=True)
 class AdapterWeights:
-    """An adapter in memory: `rank` is the largest of its modules, `nbytes` the size of all tensors in bytes.
+    """An adapter in host memory: `rank` is the largest rank of its modules, `nbytes` the size of all tensors in bytes.
 
-    `factors` are those of linears and `biases` take the place of their own; `embeddings` are factors with
-    `a [r, vocab]` and `b [hidden, r]`. `parameters` are factors of whatever a module computes with, `a [experts·r, in]`
-    and `b [out, r·experts]`. `replaced` are parameters as a whole, and `tokens` rows of the embedding or the head. A
-    linear's inputs, or its outputs with their bias, are multiplied by its scales.
+    `factors` are those of linears, and `biases` replace the linears' own; `embeddings` are factors with `a [r, vocab]`
+    and `b [hidden, r]`. `parameters` are factors of any module's parameters, `a [experts·r, in]` and `b [out,
+    r·experts]`. `replaced` has whole parameters, and `tokens` rows of the embedding or the head. `input_scales`
+    multiply a linear's inputs, `output_scales` its outputs with their bias.
     """
 
     digest: str
@@ -75,17 +75,17 @@ class AdapterWeights:
 
 @lru_cache(KNOWN_TENSORS)
 def parse_tensor_name(name: str) -> tuple[str, TensorKind] | None:
-    """The base model's module and what the tensor is to it; None where it can be nothing.
+    """Return the base model's module and the tensor's kind; None if no LoRA tensor can have the name.
 
     A trained bias is a `base_bias` where PEFT wrapped the layer and a `bias` where it did not. A `parameter` is one of
-    the module's own, by the last part of the name.
+    the module's own, by the last component of the name.
     """
     match = _TENSOR_NAME.fullmatch(name)
     return (match[1], cast(TensorKind, match.lastgroup)) if match else None
 
 
 def read_chunks(file: BinaryIO, info: TensorInfo) -> Iterator[bytearray]:
-    """The bytes of one tensor in pieces of at most `CHUNK_BYTES`, a whole number of items each."""
+    """Yield the bytes of one tensor in chunks of at most `CHUNK_BYTES`, each a whole number of items."""
     file.seek(info.start)
     for start in range(info.start, info.end, CHUNK_BYTES):
         chunk = bytearray(min(CHUNK_BYTES, info.end - start))
@@ -94,11 +94,11 @@ def read_chunks(file: BinaryIO, info: TensorInfo) -> Iterator[bytearray]:
 
 
 def version_digest(canonical: str, tensors: Mapping[str, TensorInfo], path: Path) -> str:
-    """The identity of an adapter, as 64 hex digits: sha256 over its canonical config, its tensors by name and the bytes
-    of the tokenizer files beside the weights file `path`.
+    """Return the identity of an adapter, as 64 hex digits: sha256 over its canonical config, its tensors by name and
+    the bytes of the tokenizer files beside the weights file `path`.
 
-    Every field is tagged and preceded by its length, so no two different adapters share a byte stream. The order of
-    tensors in the file, its metadata and the config's whitespace do not count.
+    Every field is tagged and preceded by its length, so that no two different adapters share a byte stream. The order
+    of tensors in the file, its metadata and the config's whitespace do not count.
     """
     digest = hashlib.sha256(_field(b"config", canonical.encode()))
     with path.open("rb") as file:

@@ -1,1 +1,1 @@
-"""Names, versions and the store of their bytes."""
+"""Adapter names, versions and the store of their files."""

@@ -1,6 +1,6 @@
 """The registry's tables in SQLite, and how records are read from them.
 
-A row that makes no sense damages the adapter it belongs to and nothing else; a file that is no database is set aside.
+An invalid row damages only the adapter that it belongs to; a file that is not a sound database is set aside.
 """
 
 import json
@@ -35,7 +35,7 @@ CREATE TABLE IF NOT EXISTS names (
     pinned INTEGER NOT NULL,
     created INTEGER NOT NULL
 ) STRICT;
-CREATE TABLE IF NOT EXISTS history (  -- what each name has pointed to; the highest id was published last
+CREATE TABLE IF NOT EXISTS history (  -- versions that each name has pointed to; the highest id is the latest
     id INTEGER PRIMARY KEY AUTOINCREMENT,
     name TEXT NOT NULL,
     digest TEXT NOT NULL,
@@ -45,7 +45,7 @@ CREATE TABLE IF NOT EXISTS history (  -- what each name has pointed to; the high
     UNIQUE (name, digest)
 ) STRICT;
 CREATE INDEX IF NOT EXISTS history_digest ON history (digest);
-CREATE TABLE IF NOT EXISTS pending (  -- what was asked for and is not fetched yet, or could not be
+CREATE TABLE IF NOT EXISTS pending (  -- adapters that are requested and not fetched yet, or failed to be
     name TEXT PRIMARY KEY,
     source TEXT NOT NULL,
     replacing INTEGER NOT NULL,
@@ -65,13 +65,13 @@ FROM names LEFT JOIN history ON history.name = names.name LEFT JOIN versions ON 
 
 
 def connect(data_dir: Path, store: AdapterStore) -> sqlite3.Connection:
-    """Open or create the registry's database; a file that is no sound database is renamed to `….damaged-<time>`.
+    """Open or create the registry's database; a file that is not a sound database is renamed to `….damaged-<time>`.
 
     Raises `AdapterError` when a newer server wrote it.
     """
     path = data_dir / DATABASE
     if path.exists() and path.stat().st_size == 0 and store.digests():
-        _set_aside(data_dir)  # SQLite would take a file that was cut to nothing for a new one
+        _set_aside(data_dir)  # SQLite would treat a truncated, empty file as a new database
     try:
         return _open(path)
     except sqlite3.DatabaseError as error:
@@ -89,7 +89,7 @@ def _set_aside(data_dir: Path) -> None:
 
 
 def was_set_aside(data_dir: Path) -> bool:
-    """Whether a damaged database lies beside the live one, which may be all that names some stored adapters."""
+    """Return True if a damaged database lies beside the live one; it may be the only record of some stored adapters."""
     return any(data_dir.glob(f"{DATABASE}.damaged-*"))
 
 
@@ -123,12 +123,13 @@ def _check_sound(db: sqlite3.Connection) -> None:
 
 
 def _code(error: sqlite3.Error) -> int | None:
-    return getattr(error, "sqlite_errorcode", None)  # absent where Python's module, not SQLite, raised
+    return getattr(error, "sqlite_errorcode", None)  # absent if Python's module, not SQLite, raised the error
 
 
 @contextmanager
 def transaction(db: sqlite3.Connection) -> Iterator[None]:
-    """All or nothing, on disk when it returns. Raises `NoSpace` when the disk is full."""
+    """Run the body as one transaction, durable on exit; an exception rolls it back. Raises `NoSpace` when the disk
+    is full."""
     try:
         with db:
             yield
@@ -139,7 +140,8 @@ def transaction(db: sqlite3.Connection) -> Iterator[None]:
 
 
 def point(db: sqlite3.Connection, name: str, version: AdapterVersion, source: str, pinned: bool, retain: int) -> None:
-    """Make `version` the newest and current one of `name`, which keeps its `retain` newest. Call in a transaction."""
+    """Make `version` the newest and current version of `name`, which keeps its `retain` newest versions. Call in a
+    transaction."""
     db.execute(
         "INSERT INTO versions VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (digest) DO UPDATE SET rank = excluded.rank, "
         "target_modules = excluded.target_modules, nbytes = excluded.nbytes, report = excluded.report",
@@ -157,7 +159,7 @@ def point(db: sqlite3.Connection, name: str, version: AdapterVersion, source: st
         (name, pinned, version.created),
     )
     db.execute("UPDATE history SET current = 0 WHERE name = ?", (name,))
-    # A version that returns takes a new row and loses its old one.
+    # A version published again under the name gets a new row in place of its old one.
     db.execute(
         "INSERT OR REPLACE INTO history (name, digest, source, created, current) VALUES (?, ?, ?, ?, 1)",
         (name, version.digest, source, version.created),
@@ -170,13 +172,14 @@ def point(db: sqlite3.Connection, name: str, version: AdapterVersion, source: st
 
 
 def read_entries(db: sqlite3.Connection, store: AdapterStore, name: str | None = None) -> dict[str, Entry]:
-    """The entry of `name`, if there is one, or all entries."""
+    """Read the entry of `name`, if there is one, or all entries, by name."""
     query = _ROWS.format(where="WHERE names.name = ?" if name else "")
     with closing(db.execute(query, (name,) if name else ())) as cursor:
         return {key: _entry(list(rows), store) for key, rows in groupby(cursor, key=itemgetter("name"))}
 
 
 def read_pending(db: sqlite3.Connection) -> dict[str, PendingAdapter]:
+    """Read all pending adapters by name, oldest first."""
     rows = db.execute("SELECT name, source, replacing, pinned, created, error FROM pending ORDER BY created, name")
     return {
         row["name"]: PendingAdapter(
@@ -207,7 +210,7 @@ def _entry(rows: list[sqlite3.Row], store: AdapterStore) -> Entry:
 
 
 class _Damaged(Exception):
-    """Why one version of an adapter cannot be served."""
+    """The reason why one version of an adapter cannot be served."""
 
 
 def _stored_version(row: sqlite3.Row, store: AdapterStore) -> AdapterVersion:
@@ -225,7 +228,7 @@ def _stored_version(row: sqlite3.Row, store: AdapterStore) -> AdapterVersion:
 
 @lru_cache(maxsize=256)
 def _targets(text: str) -> tuple[str, ...]:
-    """Few lists of modules serve thousands of adapters, which share them."""
+    """Parse a list of modules. Thousands of adapters share few such lists, hence the cache."""
     return tuple(json.loads(text))
 
 

@@ -1,4 +1,4 @@
-"""One process per data folder."""
+"""Lock that gives a data folder to one process at a time."""
 
 import fcntl
 import os
@@ -14,7 +14,8 @@ class RegistryLocked(AdapterError):
 
 
 def lock(path: Path) -> int:
-    """Take the exclusive lock on `path`, which the kernel releases when this process ends; returns its handle.
+    """Take the exclusive lock on `path` and return the file descriptor; the kernel releases the lock when this process
+    ends.
 
     Raises `RegistryLocked`.
     """

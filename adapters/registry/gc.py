@@ -1,4 +1,4 @@
-"""Which stored versions nobody needs any more, without looking at all that are needed."""
+"""Garbage collection of stored versions, at a cost independent of the number of versions in use."""
 
 import sqlite3
 from collections import Counter
@@ -9,51 +9,55 @@ from adapters.registry.db import transaction
 from adapters.registry.store import AdapterStore
 
 
-class Garbage:
-    """Versions are loose from when they are stored, or leave a name's history, until a history has them.
+class GarbageCollector:
+    """Deletes stored versions that no name's history references.
 
-    One caller at a time. Only loose versions are ever looked at, so what a collection costs does not depend on how
-    many adapters there are.
+    A version becomes a candidate when it is stored and when it leaves a name's history; a version in a history is
+    dropped from the candidates at the next collection. Only candidates are examined, so the cost of a collection does
+    not depend on the number of adapters. One caller at a time.
     """
 
     def __init__(self, db: sqlite3.Connection, store: AdapterStore, *, keep_orphans: bool):
-        """Files that no row knows are left by a crash. With `keep_orphans` they may be all that is left of what a
-        damaged database named, and are not touched."""
+        """Take all unreferenced rows as candidates, and files without a row, which a crash leaves behind. With
+        `keep_orphans` such files are not candidates: they may be all that remains of the adapters of a damaged
+        database."""
         self._db = db
         self._store = store
         self._held: Counter[str] = Counter()
         rows = {row["digest"] for row in db.execute("SELECT digest FROM versions")}
         named = {row["digest"] for row in db.execute("SELECT digest FROM history")}
-        self._loose = (rows if keep_orphans else rows.union(store.digests())) - named
+        self._candidates = (rows if keep_orphans else rows.union(store.digests())) - named
 
-    def admit(self, folder: Path, digest: str) -> None:
-        """Store the staged `folder`, loose for now; what is there already stays what it is. Raises `NoSpace`."""
+    def commit(self, folder: Path, digest: str) -> None:
+        """Store the staged `folder` as a candidate, unless it is stored already. Raises `NoSpace`."""
         if digest not in self._store:
-            self._loose.add(digest)
-        self._store.admit(folder, digest)
+            self._candidates.add(digest)
+        self._store.commit(folder, digest)
 
     def hold(self, digest: str) -> None:
-        """Keep `digest` until `let_go`, loose or not."""
+        """Protect `digest` from collection until `release`."""
         self._held[digest] += 1
 
-    def let_go(self, digest: str) -> None:
+    def release(self, digest: str) -> None:
+        """End one `hold` of `digest`."""
         self._held[digest] -= 1
 
-    def left(self, digests: Collection[str]) -> None:
-        """A name's history lost these."""
-        self._loose.update(digests)
+    def add_candidates(self, digests: Collection[str]) -> None:
+        """Add digests that left a name's history to the candidates."""
+        self._candidates.update(digests)
 
     def collect(self, in_use: Collection[str]) -> list[str]:
-        """Delete what is loose and neither held nor `in_use`; returns their digests, sorted. Raises `NoSpace`."""
-        self._held = +self._held  # without those that nobody holds any more
-        self._loose = {digest for digest in self._loose if not self._is_named(digest)}
-        garbage = sorted(self._loose.difference(in_use, self._held))
+        """Delete all candidates that are unreferenced, not held and not `in_use`; returns their digests, sorted.
+        Raises `NoSpace`."""
+        self._held = +self._held  # drops digests whose count is 0
+        self._candidates = {digest for digest in self._candidates if not self._is_named(digest)}
+        garbage = sorted(self._candidates.difference(in_use, self._held))
         if garbage:
             with transaction(self._db):
                 self._db.executemany("DELETE FROM versions WHERE digest = ?", [(digest,) for digest in garbage])
         for digest in garbage:
             self._store.delete(digest)
-        self._loose.difference_update(garbage)
+        self._candidates.difference_update(garbage)
         return garbage
 
     def _is_named(self, digest: str) -> bool:

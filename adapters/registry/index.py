@@ -1,4 +1,5 @@
-"""The registry's names in memory: looked up by name, walked in order, found by the version that they point to."""
+"""In-memory index of the registry: lookup by name, iteration in name order, lookup by the version that names point
+to."""
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
@@ -7,11 +8,11 @@ from itertools import islice
 from adapters.records import AdapterRecord, Entry
 
 
-class Catalogue:
-    """Entries by name. One writer at a time; readers take no lock and see each `put` whole or not at all.
+class RegistryIndex:
+    """Entries by name. One writer at a time; readers take no lock and see each `put` completely or not at all.
 
-    That rests on two things: a dictionary's item is replaced in one step, and what readers iterate over (the list of
-    names, the tuples of `names_of`) is replaced and never changed.
+    This rests on two invariants: a dictionary's item is replaced in one step, and every object that readers iterate
+    over (the list of names, the tuples of `names_of`) is replaced and never modified.
     """
 
     def __init__(self, entries: dict[str, Entry]):
@@ -26,10 +27,12 @@ class Catalogue:
         return len(self._entries)
 
     def get(self, name: str) -> Entry | None:
+        """Return the entry of `name`, or None."""
         return self._entries.get(name)
 
     def walk(self, after: str) -> Iterator[AdapterRecord]:
-        """The records in the order of names past `after`. What is published meanwhile may be missing."""
+        """Iterate over the records in name order after the name `after`. Adapters published meanwhile may be
+        missing."""
         names = self._names
         for name in islice(names, bisect_right(names, after), None):
             entry = self._entries.get(name)
@@ -37,16 +40,16 @@ class Catalogue:
                 yield entry.record
 
     def names_of(self, digest: str) -> tuple[str, ...]:
-        """The names that point to `digest`, sorted."""
+        """Return the names that point to `digest`, sorted."""
         return self._pointing.get(digest, ())
 
     def digests(self) -> set[str]:
-        """Of all versions that a name points to."""
+        """Return the digests of all versions that a name points to."""
         return set(self._pointing)
 
     def put(self, name: str, entry: Entry | None) -> Entry | None:
-        """Replace or (None) remove the entry of `name`; returns the one it had. A version is known under its new name
-        before it loses the old one, so that nobody takes it for unused."""
+        """Replace or (None) remove the entry of `name`; returns the previous entry. A version is listed under its
+        new name before it is removed from the old one, so that it never appears to be unused."""
         old = self._entries.get(name)
         moved = old is None or entry is None or _digest(old) != _digest(entry)
         if entry is not None:

@@ -1,4 +1,4 @@
-"""Which adapters there are: names that point to immutable versions, durable in SQLite, looked up without a lock."""
+"""Registry of adapters: names that point to immutable versions, durable in SQLite, looked up without a lock."""
 
 import json
 import os
@@ -16,8 +16,8 @@ from adapters.records import AdapterRecord, AdapterVersion, Entry, HistoryEntry,
 from adapters.registry.aliases import Alias, delete_alias, read_aliases, write_alias
 from adapters.registry.db import connect, point, read_entries, read_pending, transaction, was_set_aside
 from adapters.registry.folder_lock import RegistryLocked, lock
-from adapters.registry.gc import Garbage
-from adapters.registry.index import Catalogue
+from adapters.registry.gc import GarbageCollector
+from adapters.registry.index import RegistryIndex
 from adapters.registry.store import AdapterStore
 
 __all__ = ["AdapterRecord", "AdapterRegistry", "AdapterVersion", "HistoryEntry", "RegistryLocked", "check_name"]
@@ -27,7 +27,7 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
 def check_name(name: str) -> None:
-    """Raise `InvalidName` unless `name` may name an adapter."""
+    """Raise `InvalidName` unless `name` is a valid adapter name."""
     if not _NAME.fullmatch(name) or ".." in name:
         raise InvalidName(
             "An adapter's name has 1 to 64 characters of a-z, 0-9, '.', '_' and '-', begins with a letter or digit, "
@@ -36,12 +36,12 @@ def check_name(name: str) -> None:
 
 
 class AdapterRegistry:
-    """All adapters of one data folder, of which one process is the owner.
+    """All adapters of one data folder, which only one process may open.
 
-    Methods may be called from any thread. Readers see the state of the last finished write and wait for nobody. What a
-    change costs does not depend on how many adapters there are. `damaged` says by name why an adapter is not served,
-    `pending` has by name what is still to be fetched or could not be, and `aliases` stand for several adapters: dicts
-    that writers replace.
+    Methods may be called from any thread. Readers see the state of the last finished write and never wait. The cost of
+    a change does not depend on the number of adapters. `damaged` has by name the reason why an adapter is not served,
+    `pending` has by name the adapters still to be fetched or that failed to be, and `aliases` distribute requests over
+    several adapters; writers replace `pending` and `aliases` as a whole.
     """
 
     store: AdapterStore
@@ -57,38 +57,38 @@ class AdapterRegistry:
         data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._reserved = frozenset(reserved)
         self._writing = threading.Lock()
-        with ExitStack() as undo:  # gives back what was taken when a later step fails
+        with ExitStack() as undo:  # releases the lock and the database when a later step fails
             undo.callback(os.close, lock(data_dir / "lock"))
             self.store = AdapterStore(data_dir / "store")
             self.store.sweep()
             self._db = undo.enter_context(closing(connect(data_dir, self.store)))
-            self._garbage = Garbage(self._db, self.store, keep_orphans=was_set_aside(data_dir))
+            self._collector = GarbageCollector(self._db, self.store, keep_orphans=was_set_aside(data_dir))
             self.collect_garbage()
             entries = read_entries(self._db, self.store)
-            self._catalogue = Catalogue(entries)
+            self._index = RegistryIndex(entries)
             self.damaged = {name: entry.damage for name, entry in entries.items() if entry.damage}
             self.aliases = read_aliases(self._db)
             self.pending = read_pending(self._db)
             self._held = undo.pop_all()
 
     def close(self) -> None:
-        """Close the database and give the data folder back. Only `close` may follow."""
+        """Close the database and release the data folder's lock. No other method may be called afterwards."""
         with self._writing:
             self._held.close()
 
     def __len__(self) -> int:
-        return len(self._catalogue)
+        return len(self._index)
 
     def __contains__(self, name: str) -> bool:
-        return self._catalogue.get(name) is not None
+        return self._index.get(name) is not None
 
     def resolve(self, model: str) -> AdapterRecord:
-        """What `name` points to now, or the stored version meant by `name@<12 or more hex digits>`.
+        """Return the record that `name` points to now, or the stored version for `name@<12 or more hex digits>`.
 
         Raises `AdapterNotFound`, with one message for everything that cannot be served.
         """
         name, at, version = model.partition("@")
-        entry = self._catalogue.get(name)
+        entry = self._index.get(name)
         if entry is not None and at:
             record = entry.matching(version)
             if record is not None:
@@ -98,29 +98,30 @@ class AdapterRegistry:
         raise _not_found(model)
 
     def record(self, name: str) -> AdapterRecord:
-        """The record of `name`, damaged or not. Raises `AdapterNotFound`."""
+        """Return the record of `name`, damaged or not. Raises `AdapterNotFound`."""
         return self._entry(name).record
 
     def records(self, *, limit: int = 100, after: str = "") -> tuple[list[AdapterRecord], bool]:
-        """Up to `limit` records in the order of names past `after`, damaged ones included; and whether more follow."""
+        """Return up to `limit` records in name order after the name `after`, damaged ones included; and True if more
+        follow."""
         found = list(islice(self.walk(after), limit + 1))
         return found[:limit], len(found) > limit
 
     def walk(self, after: str = "") -> Iterator[AdapterRecord]:
-        """All records in the order of names past `after`, damaged ones included."""
-        return self._catalogue.walk(after)
+        """Iterate over all records in name order after the name `after`, damaged ones included."""
+        return self._index.walk(after)
 
     def history(self, name: str) -> list[HistoryEntry]:
-        """The retained versions of `name`, newest first. Raises `AdapterNotFound`."""
+        """Return the retained versions of `name`, newest first. Raises `AdapterNotFound`."""
         return list(self._entry(name).history)
 
     def names_of(self, digest: str) -> list[str]:
-        """The names that point to `digest` now, sorted."""
-        return list(self._catalogue.names_of(digest))
+        """Return the names that point to `digest` now, sorted."""
+        return list(self._index.names_of(digest))
 
     def digests(self) -> set[str]:
-        """Of all versions that a name points to now."""
-        return self._catalogue.digests()
+        """Return the digests of all versions that a name points to now."""
+        return self._index.digests()
 
     def publish(
         self,
@@ -132,19 +133,19 @@ class AdapterRegistry:
         replace: bool = False,
         pinned: bool = False,
     ) -> tuple[AdapterRecord, bool]:
-        """Store the staged `folder` and point `name` at it, both or neither, also across a crash.
+        """Store the staged `folder` and point `name` at it: both or neither, also across a crash.
 
-        Returns the record, and False when `name` pointed to this content already. `pinned` pins; it never unpins.
-        Nothing is pending under `name` any more.
-        Raises `InvalidName`, `AdapterConflict` (reserved, an alias, or taken and not `replace`) or `NoSpace`.
+        Returns the record, and False when `name` pointed to this content already. `pinned` pins the adapter; it never
+        unpins. A pending adapter of this name is removed from `pending`. Raises `InvalidName`, `AdapterConflict`
+        (reserved, an alias, or taken and not `replace`) or `NoSpace`.
         """
         with self._writing:
             self._check_free(name)
-            known = self._catalogue.get(name)
+            known = self._index.get(name)
             same = known is not None and known.record.version.digest == inspected.digest
             if known is not None and not same and not replace:
                 raise AdapterConflict(f"The adapter '{name}' exists; publish with replace to give it a new version.")
-            self._garbage.admit(folder, inspected.digest)
+            self._collector.commit(folder, inspected.digest)
             with transaction(self._db):
                 if known is None or known.damage or not same:
                     point(self._db, name, _as_version(inspected), source, pinned, RETAINED_VERSIONS)
@@ -154,20 +155,21 @@ class AdapterRegistry:
             return self._entry(name).record, not same
 
     def hold(self, digest: str, folder: Path) -> None:
-        """Store the staged `folder` before any name points at it, until `let_go`. Raises `NoSpace`."""
+        """Store the staged `folder` before any name points at it, and keep it until `release`. Raises `NoSpace`."""
         with self._writing:
-            self._garbage.admit(folder, digest)
-            self._garbage.hold(digest)
+            self._collector.commit(folder, digest)
+            self._collector.hold(digest)
 
-    def let_go(self, digest: str) -> None:
-        """End a `hold`; the next `collect_garbage` takes the files unless a name points at them by then."""
+    def release(self, digest: str) -> None:
+        """End a `hold`; the next `collect_garbage` deletes the files unless a name points at them by then."""
         with self._writing:
-            self._garbage.let_go(digest)
+            self._collector.release(digest)
 
     def rollback(self, name: str, version: str | None) -> AdapterRecord:
-        """Point `name` at an earlier version: the one before the current, or the one that begins with `version`.
+        """Point `name` at an earlier version: the one before the current version, or the one whose digest starts with
+        `version`.
 
-        Raises `AdapterNotFound` (no such name or version) or `AdapterConflict` (nothing before the current one).
+        Raises `AdapterNotFound` (no such name or version) or `AdapterConflict` (no version before the current one).
         """
         with self._writing:
             entry = self._entry(name)
@@ -183,7 +185,7 @@ class AdapterRegistry:
             return self._entry(name).record
 
     def set_pinned(self, name: str, pinned: bool) -> AdapterRecord:
-        """Raises `AdapterNotFound`."""
+        """Pin or unpin the adapter and return its record. Raises `AdapterNotFound`."""
         with self._writing:
             self._entry(name)
             with transaction(self._db):
@@ -192,9 +194,10 @@ class AdapterRegistry:
             return self._entry(name).record
 
     def retire(self, name: str) -> AdapterRecord:
-        """Forget `name` and its history; its last record is returned, its files wait for `collect_garbage`.
+        """Remove `name` and its history, and return its last record. The files stay until `collect_garbage`.
 
-        Raises `AdapterNotFound`, and `AdapterConflict` for a member of an alias: what it was given would go to others.
+        Raises `AdapterNotFound`, and `AdapterConflict` for a member of an alias, whose requests would go to other
+        members.
         """
         with self._writing:
             record = self._entry(name).record
@@ -207,7 +210,7 @@ class AdapterRegistry:
             return record
 
     def remember(self, pending: PendingAdapter) -> None:
-        """Have it among `pending`, also after a restart, in place of what was pending under its name.
+        """Add to `pending`, durably, replacing any pending adapter of the same name.
 
         Raises `InvalidName`, `AdapterConflict` (reserved or an alias) or `NoSpace`.
         """
@@ -219,14 +222,14 @@ class AdapterRegistry:
             self.pending = {**self.pending, pending.name: pending}
 
     def forget(self, name: str) -> None:
-        """Take `name` out of `pending`; nothing happens when it is not there."""
+        """Remove `name` from `pending`, if it is there."""
         with self._writing:
             with transaction(self._db):
                 self._db.execute("DELETE FROM pending WHERE name = ?", (name,))
             self.pending = {key: value for key, value in self.pending.items() if key != name}
 
     def split(self, name: str, weights: Mapping[str, int]) -> Alias:
-        """Have the alias `name` stand for the adapters in `weights`, in place of what it stood for.
+        """Create or replace the alias `name` for the adapters in `weights`.
 
         Raises `InvalidName`, `AdapterConflict` (the name is the base model's or an adapter's), `AdapterNotFound` (a
         member) or `NoSpace`.
@@ -246,7 +249,7 @@ class AdapterRegistry:
             return alias
 
     def unsplit(self, name: str) -> None:
-        """Forget an alias. Raises `AdapterNotFound`."""
+        """Remove an alias. Raises `AdapterNotFound`."""
         with self._writing:
             if name not in self.aliases:
                 raise _not_found(name)
@@ -255,9 +258,10 @@ class AdapterRegistry:
             self.aliases = {key: value for key, value in self.aliases.items() if key != name}
 
     def collect_garbage(self, in_use: Collection[str] = ()) -> list[str]:
-        """Delete the stored versions that no name's history holds and that are not `in_use`; returns their digests."""
+        """Delete the stored versions that are in no name's history and not `in_use`; returns their digests. Raises
+        `NoSpace`."""
         with self._writing:
-            return self._garbage.collect(in_use)
+            return self._collector.collect(in_use)
 
     def _check_free(self, name: str) -> None:
         check_name(name)
@@ -267,17 +271,17 @@ class AdapterRegistry:
             raise AdapterConflict(f"The name '{name}' is an alias; remove its split first.")
 
     def _entry(self, name: str) -> Entry:
-        entry = self._catalogue.get(name)
+        entry = self._index.get(name)
         if entry is None:
             raise _not_found(name)
         return entry
 
     def _refresh(self, name: str) -> None:
-        """Read `name` again."""
+        """Update the entry of `name` in memory from the database."""
         fresh = read_entries(self._db, self.store, name).get(name)
-        old = self._catalogue.put(name, fresh)
+        old = self._index.put(name, fresh)
         if old is not None:
-            self._garbage.left(old.digests() - (fresh.digests() if fresh else set()))
+            self._collector.add_candidates(old.digests() - (fresh.digests() if fresh else set()))
         self.damaged.pop(name, None)
         if fresh is not None and fresh.damage:
             self.damaged[name] = fresh.damage

@@ -1,8 +1,8 @@
-"""Adapter files on disk, keyed by the digest of their content: written once, never changed, shared by all names.
+"""Content-addressed store of adapter files on disk, keyed by digest: written once, never changed, shared by all names.
 
 `<root>/<digest[:2]>/<digest>/` holds `adapter_config.json`, `adapter_model.safetensors` and those of `TOKENIZER_FILES`
-that the adapter came with, and nothing else. A folder appears there by one rename after its bytes are on disk, so at
-any moment a digest is absent or complete.
+that the adapter includes, and nothing else. A folder appears there by one rename after its bytes are on disk, so at any
+moment a digest is absent or complete.
 """
 
 import errno
@@ -27,15 +27,15 @@ class AdapterStore:
     def __init__(self, root: Path):
         self._root = root
         self._staging = root / ".staging"
-        self._places = threading.Lock()  # held while a folder appears at its place or leaves it
+        self._places = threading.Lock()  # held while a digest's folder is renamed into or out of its place
         self._staging.mkdir(parents=True, exist_ok=True, mode=0o700)
         _fsync(root.parent)
 
     @contextmanager
     def stage(self) -> Iterator[Path]:
-        """A fresh folder to write an adapter into, gone on exit unless it was admitted.
+        """Yield a new folder to write an adapter into; it is removed on exit unless it was committed.
 
-        Raises `NoSpace` when the disk fills up, also from the body of the `with`.
+        Raises `NoSpace` when the disk is full, also for writes in the body of the `with`.
         """
         with _no_space():
             folder = Path(tempfile.mkdtemp(dir=self._staging))
@@ -44,11 +44,11 @@ class AdapterStore:
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def admit(self, folder: Path, digest: str) -> Path:
+    def commit(self, folder: Path, digest: str) -> Path:
         """Make the staged `folder`, an adapter's files, durable and move it to its place; returns that place.
 
-        The same content may be there already: then the staged copy is left for `stage` to remove. Raises `NoSpace`,
-        and `FileNotFoundError` when one of the two that every adapter has is missing.
+        If the same content is stored already, the staged copy is left for `stage` to remove. Raises `NoSpace`, and
+        `FileNotFoundError` when one of the two files that every adapter has is missing.
         """
         place = self.path(digest)
         names = (*FILES, *(name for name in TOKENIZER_FILES if (folder / name).exists()))
@@ -61,37 +61,37 @@ class AdapterStore:
                 if all((place / name).is_file() for name in names):
                     return place
                 place.parent.mkdir(exist_ok=True)
-                shutil.rmtree(place, ignore_errors=True)  # it lost a file behind our back
+                shutil.rmtree(place, ignore_errors=True)  # an incomplete folder: something else deleted a file
                 folder.rename(place)
             _fsync(place.parent)
             _fsync(self._root)
         return place
 
     def path(self, digest: str) -> Path:
-        """Where `digest` is, or would be. Raises `ValueError` for anything but 64 hex digits."""
+        """Return the folder of `digest`, stored or not. Raises `ValueError` for anything but 64 hex digits."""
         if not _DIGEST.fullmatch(digest):
             raise ValueError("a digest is 64 lowercase hex digits")
         return self._root / digest[:2] / digest
 
     def __contains__(self, digest: str) -> bool:
         place = self.path(digest)
-        return all(os.path.isfile(f"{place}/{name}") for name in FILES)  # a start asks for thousands
+        return all(os.path.isfile(f"{place}/{name}") for name in FILES)  # faster than Path: thousands of calls at start
 
     def delete(self, digest: str) -> None:
-        """Remove `digest`; nothing happens when it is not there."""
+        """Remove `digest`, if it is there."""
         place = self.path(digest)
         doomed = Path(tempfile.mkdtemp(dir=self._staging))
         with self._places, suppress(FileNotFoundError):
-            # Renamed away before removal: a half-removed folder is never at an adapter's place.
+            # Renamed before removal, so that a partly removed folder is never at an adapter's place.
             place.rename(doomed / digest)
         shutil.rmtree(doomed, ignore_errors=True)
 
     def digests(self) -> list[str]:
-        """Every digest that has a folder, complete or not."""
+        """Return every digest that has a folder, complete or not, sorted."""
         return sorted(path.name for path in self._root.glob("??/*") if _DIGEST.fullmatch(path.name))
 
     def sweep(self) -> None:
-        """Remove what an earlier process left in staging. Call before the first `stage`."""
+        """Remove staging folders left by an earlier process. Call before the first `stage`."""
         for folder in self._staging.iterdir():
             shutil.rmtree(folder, ignore_errors=True)
 

@@ -1,1 +1,1 @@
-"""Where adapters are, and the moves between disk, host memory and device slots; no torch."""
+"""Location of adapters, and the moves between disk, host memory and device slots; no torch."""

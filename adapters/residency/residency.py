@@ -1,7 +1,7 @@
-"""Where the bytes of a version are, and the moves between the tiers: disk, host, device. No torch in here.
+"""Location of each version, and the moves between the tiers disk, host and device. No torch in here.
 
-All methods run on the engine's thread and return at once. Reading, checking and copying happen in reader threads; their
-results come back through a queue that `poll` empties. A slot is marked ready last, after its copy has arrived.
+All methods run on the engine's thread and return at once. Reading, validating and copying happen in reader threads;
+their results return through a queue that `poll` empties. A slot is marked ready last, after its copy has completed.
 """
 
 import logging
@@ -20,10 +20,12 @@ log = logging.getLogger(__name__)
 
 Tier = Literal["disk", "host", "device"]
 
-RETRY_SECONDS = 1.0  # a version that failed to load is tried again no sooner
+RETRY_SECONDS = 1.0  # minimum time between two attempts to load a version that failed
 
 
 class Packed(Protocol):
+    """A packed version: its number of pages, and its size in bytes."""
+
     @property
     def num_pages(self) -> int: ...
 
@@ -36,6 +38,8 @@ P = TypeVar("P", bound=Packed)
 
 @dataclass(frozen=True, slots=True)
 class Move:
+    """A completed or failed move of a version between two tiers."""
+
     digest: str
     source: Tier
     target: Tier
@@ -46,7 +50,7 @@ class Move:
 
 @dataclass(slots=True)
 class _Done(Generic[P]):
-    """What a reader thread reports: a version read into host memory, or a slot filled."""
+    """Report of a reader thread: a version read into host memory, or a slot filled."""
 
     digest: str
     started: float
@@ -56,11 +60,11 @@ class _Done(Generic[P]):
 
 
 class Residency(Generic[P]):
-    """Keeps versions where they are needed.
+    """Moves versions to the tiers where they are needed.
 
-    `read(digest)` reads, checks and packs a version; `write(slot, packed)` copies it into the slot's pages. Both run in
-    reader threads, or where `executor` runs them, and may raise `AdapterError`. `max_pages` are those of the largest
-    version that is served: pins leave room for one.
+    `read(digest)` reads, validates and packs a version; `write(slot, packed)` copies it into the slot's pages. Both run
+    in reader threads, or in `executor`, and may raise `AdapterError`. `max_pages` is the number of pages of the largest
+    version served: pins always leave room for one such version.
     """
 
     def __init__(
@@ -84,12 +88,13 @@ class Residency(Generic[P]):
         self._reading: dict[str, Future[None]] = {}
         self._failed: dict[str, tuple[str, float]] = {}
         self._moves: list[Move] = []
-        self.changed = False  # set with every change of what `where` and `loading` tell; the reader clears it
+        self.changed = False  # set when the result of `where` or `loading` changes; the reader clears it
 
-    # -- what the scheduler asks ---------------------------------------------------------------------------------
+    # -- for the scheduler ---------------------------------------------------------------------------------------
 
     def acquire(self, digest: str) -> int | None:
-        """Take a reference on the version's slot; None when it is not there yet, which requests it."""
+        """Take a reference on the version's slot and return the slot's index; if the version is not on the device
+        yet, request it and return None."""
         slot = self.slots.get(digest)
         if slot is None or not slot.ready:
             self.request(digest)
@@ -99,28 +104,30 @@ class Residency(Generic[P]):
         return slot.index
 
     def release(self, digest: str) -> None:
+        """Give back a reference taken by `acquire`."""
         slot = self.slots.get(digest)
         assert slot is not None and slot.ref_count > 0, digest
         slot.ref_count -= 1
 
     def fit(self, digests: Iterable[str]) -> bool:
-        """Whether these versions can be on the device together, beside the pinned ones."""
+        """Return True if these versions fit on the device together, beside the pinned ones."""
         return self._have_room({**self.pinned(), **{digest: self._num_pages(digest) for digest in digests}})
 
     def _have_room(self, pages: Mapping[str, int]) -> bool:
         return len(pages) <= self.slots.num_slots and sum(pages.values()) <= self.slots.num_pages
 
     def _num_pages(self, digest: str) -> int:
-        """Of a version that is in memory; of others, the least it can be."""
+        """Return the pages of a version in memory; 1, the minimum, for any other."""
         slot, packed = self.slots.get(digest), self.host.peek(digest)
         return len(slot.pages) if slot is not None else packed.num_pages if packed is not None else 1
 
     def failure(self, digest: str) -> str | None:
+        """Return the reason why the version failed to load, or None."""
         failed = self._failed.get(digest)
         return failed[0] if failed else None
 
     def prefetch(self, digest: str) -> None:
-        """Bring a version into host memory ahead of its use, while nothing has to go for it."""
+        """Read a version into host memory ahead of its use, as long as nothing has to be evicted for it."""
         if not self.host.is_full():
             self._read_to_host(digest)
 
@@ -131,10 +138,12 @@ class Residency(Generic[P]):
         self.changed = True
 
     def is_reading(self) -> bool:
+        """Return True while versions are being read."""
         return bool(self._reading)
 
     def cancel_reads(self, wanted: Container[str]) -> None:
-        """Drop the reads of all other versions, except those that began: what they read stays in host memory."""
+        """Cancel the reads of all versions that are not `wanted`. A read that has begun completes, and its result
+        stays in host memory."""
         for digest, read in list(self._reading.items()):
             if digest not in wanted and read.cancel():
                 del self._reading[digest]
@@ -143,7 +152,7 @@ class Residency(Generic[P]):
     # -- moves ---------------------------------------------------------------------------------------------------
 
     def request(self, digest: str) -> None:
-        """Bring a version to the device, over host memory, when a slot can be had. Asked again until it is there."""
+        """Move a version to the device, through host memory, when a slot is available. Call again until it is there."""
         if digest in self._failed or self.slots.get(digest) is not None:
             return
         packed = self.host.get(digest)
@@ -158,7 +167,7 @@ class Residency(Generic[P]):
             self._threads.submit(self._write_job, slot, packed)
 
     def bring(self, digest: str, tier: Tier) -> None:
-        """An explicit load, asked again on every step until it is done. Raises `MoveRefused`."""
+        """Carry out an explicit load; call on every step until it is done. Raises `MoveRefused`."""
         failed = self._failed.pop(digest, None)
         if failed is not None:
             raise MoveRefused("invalid", failed[0])
@@ -167,10 +176,11 @@ class Residency(Generic[P]):
             return
         self.request(digest)
         if digest in self.host and self.slots.get(digest) is None:
-            raise MoveRefused("no_room", "every slot is pinned or in use")
+            raise MoveRefused("no_room", "every device slot is pinned or in use")
 
     def expect(self, digest: str) -> None:
-        """A new request for the version: if it failed to load, try again, unless that was just now."""
+        """Note a new request for the version: if it failed to load more than `RETRY_SECONDS` ago, allow another
+        attempt."""
         failed = self._failed.get(digest)
         if failed is not None and time.monotonic() - failed[1] > RETRY_SECONDS:
             del self._failed[digest]
@@ -179,9 +189,9 @@ class Residency(Generic[P]):
         """Free device and host memory. Raises `MoveRefused` while the version is in use, loading or pinned."""
         slot = self.slots.get(digest)
         if slot is not None and slot.pinned:
-            raise MoveRefused("busy", "the adapter is pinned")
+            raise MoveRefused("busy", "the adapter is pinned; unpin it first")
         if (slot is not None and (slot.ref_count > 0 or not slot.ready)) or digest in self._reading:
-            raise MoveRefused("busy", "the adapter is in use")
+            raise MoveRefused("busy", "the adapter is in use or being loaded")
         self._failed.pop(digest, None)
         if slot is not None:
             self.slots.drop(digest)
@@ -191,49 +201,55 @@ class Residency(Generic[P]):
         self.host.drop(digest)
 
     def pin(self, digest: str) -> None:
-        """Protect a resident version from eviction. Raises `MoveRefused` when no room would be left for others."""
+        """Protect a resident version from eviction. Raises `MoveRefused` when no room would be left for other
+        versions."""
         slot = self.slots.get(digest)
         assert slot is not None, digest
         beside = {**self.pinned(), digest: len(slot.pages), "another": self._max_pages}
         if not slot.pinned and not self._have_room(beside):
-            raise MoveRefused("no_room", "no room would be left for other adapters")
+            raise MoveRefused("no_room", "pinning it would leave no room for other adapters on the device")
         slot.pinned = True
         self.changed = True
 
     def unpin(self, digest: str) -> None:
+        """Allow eviction of the version again."""
         slot = self.slots.get(digest)
         if slot is not None:
             slot.pinned = False
             self.changed = True
 
     def pinned(self) -> dict[str, int]:
-        """Pages of the pinned versions."""
+        """Return the number of pages of each pinned version."""
         return {slot.digest: len(slot.pages) for slot in self.slots.slots() if slot.pinned}
 
     def where(self, digest: str) -> Tier:
+        """Return the fastest tier that holds the version."""
         slot = self.slots.get(digest)
         if slot is not None and slot.ready:
             return "device"
         return "host" if digest in self.host else "disk"
 
     def loading(self) -> list[str]:
+        """Return the digests of the versions being read or copied, sorted."""
         return sorted(self._reading.keys() | {slot.digest for slot in self.slots.slots() if not slot.ready})
 
     def take_moves(self) -> list[Move]:
-        """What moved since the last call."""
+        """Return the moves since the last call."""
         moves, self._moves = self._moves, []
         return moves
 
     def failures(self) -> dict[str, str]:
+        """Return the reason of failure of each version that failed to load."""
         return {digest: reason for digest, (reason, _) in self._failed.items()}
 
     def poll(self) -> None:
-        """Take in what the reader threads finished. Who wants a version asks again, in the order of the queue: were it
-        moved on from here, two versions that wait for one slot would push each other out before either is used."""
+        """Take over the results of the reader threads. Callers that want a version request it again, in queue order:
+        if `poll` moved it on, two versions that wait for one slot would evict each other before either is used."""
         while not self._done.empty():
             self._finish(self._done.get())
 
     def close(self) -> None:
+        """Wait for the reader threads to end; pending reads are cancelled."""
         self._threads.shutdown(wait=True, cancel_futures=True)
 
     # -- reader threads ------------------------------------------------------------------------------------------
@@ -244,13 +260,13 @@ class Residency(Generic[P]):
             done.packed = self._read(digest)
             if done.packed.num_pages > self.slots.num_pages:
                 done.error = (
-                    f"it takes {done.packed.num_pages} pages of ranks and the device has {self.slots.num_pages}"
+                    f"it needs {done.packed.num_pages} pages of rank columns, and the device has {self.slots.num_pages}"
                 )
         except AdapterError as error:
             done.error = str(error)
-        except Exception:  # a thread that ended without a report would leave its sequences waiting for ever
+        except Exception:  # without a report, sequences would wait for the version forever
             log.exception("reading adapter %s failed", digest)
-            done.error = "reading it failed"
+            done.error = "reading it failed; the server's log has the reason"
         self._done.put(done)
 
     def _write_job(self, slot: Slot, packed: P) -> None:
@@ -259,7 +275,7 @@ class Residency(Generic[P]):
             self._write(slot, packed)
         except Exception:
             log.exception("copying adapter %s to the device failed", slot.digest)
-            done.error = "copying it to the device failed"
+            done.error = "copying it to the device failed; the server's log has the reason"
         self._done.put(done)
 
     def _finish(self, done: _Done[P]) -> None:

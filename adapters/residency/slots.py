@@ -1,8 +1,8 @@
-"""Which version sits in which device slot, on which pages. Pure accounting: the tensors live in pool.py.
+"""Assignment of versions to device slots and pages. Only accounting: the tensors are in `adapters.runtime.pool`.
 
-A slot is what a batch row refers to; its pages are the rank columns that hold the version's weights, 16 to a page, by
-native rank: a rank-16 adapter takes one page where a rank-64 one takes four. Pages are handed out lowest first, so
-that what is in use stays together at the front of the pool.
+A batch row refers to a slot; the slot's pages are the rank columns that hold the version's weights, 16 to a page, by
+native rank: a rank-16 adapter takes one page where a rank-64 one takes four. Pages are allocated lowest first, so that
+the pages in use stay together at the front of the pool.
 """
 
 import heapq
@@ -13,16 +13,19 @@ PAGE_COLUMNS = 16
 
 
 def pages_of(rank: int) -> int:
+    """Return the number of pages for `rank`."""
     return max(1, -(-rank // PAGE_COLUMNS))
 
 
 @dataclass(slots=True)
 class Slot:
+    """A device slot and the version in it."""
+
     index: int
     digest: str
     pages: list[int]
-    ready: bool = False  # set last, when every copy has arrived
-    ref_count: int = 0  # running sequences
+    ready: bool = False  # set last, when every copy has completed
+    ref_count: int = 0  # number of running sequences that use the slot
     pinned: bool = False
 
     @property
@@ -48,17 +51,18 @@ class SlotTable:
         return self._slots.get(digest)
 
     def slots(self) -> list[Slot]:
-        """Least recently used first."""
+        """Return the slots, least recently used first."""
         return list(self._slots.values())
 
     def touch(self, digest: str) -> None:
+        """Mark the version's slot as the most recently used one."""
         self._slots.move_to_end(digest)
 
     def reserve(self, digest: str, num_pages: int) -> tuple[Slot | None, list[str]]:
-        """A slot (not yet ready) with `num_pages` pages, evicting idle versions, least recently used first.
+        """Reserve a slot (not yet ready) with `num_pages` pages, evicting idle versions, least recently used first.
 
-        Returns the slot, or None when even evicting every idle version would not do, and the digests evicted for it
-        (none in that case).
+        Returns the slot and the digests evicted for it; None and no digests when evicting every idle version would not
+        be enough.
         """
         victims = self._victims(num_pages)
         if victims is None:
@@ -81,6 +85,7 @@ class SlotTable:
         return victims if slots >= 1 and pages >= num_pages else None
 
     def drop(self, digest: str) -> None:
+        """Free the version's slot and pages. The slot must not be in use."""
         slot = self._slots.pop(digest)
         assert slot.ref_count == 0, f"slot {slot.index} is in use"
         heapq.heappush(self._free_slots, slot.index)
@@ -88,7 +93,7 @@ class SlotTable:
             heapq.heappush(self._free_pages, page)
 
     def check_integrity(self, references: dict[str, int]) -> None:
-        """Raise AssertionError unless slots and pages add up and refcounts equal `references` (by digest)."""
+        """Raise AssertionError unless slots and pages add up and reference counts equal `references` (by digest)."""
         slots = self._free_slots + [slot.index for slot in self._slots.values()]
         pages = self._free_pages + [page for slot in self._slots.values() for page in slot.pages]
         assert sorted(slots) == list(range(self.num_slots)), slots

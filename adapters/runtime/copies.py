@@ -1,8 +1,8 @@
-"""How adapters get from host memory to the device's pool.
+"""Copies from host memory to the device's pool.
 
-To a GPU: the rank columns of a version are read into pinned memory, in one piece. They cross in one transfer on a
-stream of their own and are then dealt out to the slot's pages by copies on the device, while steps run on theirs. The
-reader thread, and not the step, waits for the event behind all that; only then does it report the slot as filled.
+To a GPU: the rank columns of a version are read into pinned memory, in one piece. They are transferred once, on a
+separate stream, and then distributed to the slot's pages by copies on the device while steps run on their own stream.
+The reader thread, not the step, waits for the event after the last copy; only then does it report the slot as filled.
 """
 
 from collections.abc import Callable
@@ -16,11 +16,11 @@ from adapters.residency.slots import Slot
 from adapters.runtime.pack import PackedAdapter
 from adapters.runtime.pool import AdapterPool
 
-Write = Callable[[Slot, PackedAdapter], None]  # fills the slot; when it returns, any stream may read it
+Write = Callable[[Slot, PackedAdapter], None]  # writes the slot; after it returns, any stream may read the slot
 
 
 class CudaCopies:
-    """Not yet run on a GPU."""
+    """Copies on a stream of their own. Not yet run on a GPU."""
 
     def __init__(self, pool: AdapterPool, device: torch.device) -> None:
         self._pool = pool
@@ -28,7 +28,8 @@ class CudaCopies:
         self._stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def write(self, slot: Slot, packed: PackedAdapter) -> None:
-        # A step on its way may still read what one of its sequences has let go of.
+        """Write the adapter into the slot, and return after the last copy."""
+        # A step in flight may still read the pages of a sequence that has released them.
         self._stream.wait_stream(torch.cuda.default_stream(self._device))
         with self._own_stream():
             self._pool.write(slot, replace(packed, columns=packed.columns.to(self._device)))
@@ -37,11 +38,11 @@ class CudaCopies:
         arrived.synchronize()
 
     def _own_stream(self) -> AbstractContextManager[Any]:
-        """Of this thread alone: what others queue stays on their streams."""
+        """Return the stream's context. It is local to this thread: other threads' work stays on their streams."""
         stream: AbstractContextManager[Any] = torch.cuda.stream(self._stream)
         return stream
 
 
 def writer(pool: AdapterPool, device: torch.device) -> Write:
-    """Called in reader threads."""
+    """Return the function that writes a slot on `device`. It is called in reader threads."""
     return CudaCopies(pool, device).write if device.type == "cuda" else pool.write

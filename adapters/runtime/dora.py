@@ -1,8 +1,8 @@
-"""DoRA and trained biases, folded at load into what a step can apply cheaply.
+"""DoRA and trained biases, reduced at load to a scaled B and one scale and shift per output.
 
 PEFT computes `y = b + g ⊙ (W x + s·B A x) + s·c` with `g = magnitude / ‖W + s·B A‖` by rows (1 without DoRA), `b` the
-trained bias or else the base's, `c` the bias of lora_B or else 0. Here g goes into B, and over the base's own output
-there remains `y ← g ⊙ y + shift`, the output vectors of a module.
+trained bias or else the base's, `c` the bias of lora_B or else 0. Here g is folded into B, and the base's own output
+needs `y ← g ⊙ y + shift`, the output vectors of a module.
 """
 
 import copy
@@ -15,11 +15,11 @@ from transformers.pytorch_utils import Conv1D
 
 from adapters.peft.weights import LoraFactors
 
-_ROWS = 1024  # of a weight, taken to float32 at a time
+_ROWS = 1024  # rows of a weight that are converted to float32 at a time
 
 
 def dora_scale(base: nn.Module, factors: LoraFactors) -> Tensor | None:
-    """g, `[out]` in float32; None for a module without DoRA."""
+    """Return g, `[out]` in float32 on the host; None for a module without DoRA."""
     if factors.magnitude is None:
         return None
     norms = [torch.linalg.vector_norm(rows, dim=1) for rows in updated_rows(dense_weight(base), factors)]
@@ -27,7 +27,7 @@ def dora_scale(base: nn.Module, factors: LoraFactors) -> Tensor | None:
 
 
 def updated_rows(weight: Tensor, factors: LoraFactors) -> Iterator[Tensor]:
-    """W + s·B A in float32, some rows at a time."""
+    """Yield the rows of W + s·B A in float32, up to 1024 at a time, on the device of `weight`."""
     a = factors.a.to(weight.device, torch.float32)
     b = factors.b.to(weight.device, torch.float32) * factors.scaling
     for rows, b_rows in zip(torch.split(weight, _ROWS), torch.split(b, _ROWS), strict=True):
@@ -37,7 +37,7 @@ def updated_rows(weight: Tensor, factors: LoraFactors) -> Iterator[Tensor]:
 def output_vectors(
     base: nn.Module, scale: Tensor | None, factors: LoraFactors | None, bias: Tensor | None
 ) -> Tensor | None:
-    """g and shift, `[2, out]` in float32; None where the base's output stays as it is."""
+    """Return g and shift, `[2, out]` in float32; None where the base's output is unchanged."""
     lora_bias = None if factors is None else factors.bias
     given = [vector for vector in (scale, lora_bias, bias) if vector is not None]
     if not given:
@@ -52,7 +52,8 @@ def output_vectors(
 
 
 def dense_weight(base: nn.Module) -> Tensor:
-    """The weight `[out, in]`, whichever way the layer holds it: quantised, or transposed as GPT-2's Conv1D does."""
+    """Return the weight `[out, in]` of a layer that stores it dense, quantised, or transposed as GPT-2's Conv1D
+    does."""
     weight: Tensor = base.weight.data  # type: ignore[assignment]
     if isinstance(base, Conv1D):
         return weight.T
@@ -61,7 +62,7 @@ def dense_weight(base: nn.Module) -> Tensor:
 
 
 def quant_state(base: nn.Module) -> Any:
-    """bitsandbytes' description of a 4-bit weight; None for any other."""
+    """Return bitsandbytes' description of a 4-bit weight; None for any other weight."""
     return getattr(base.weight, "quant_state", None)
 
 
@@ -75,11 +76,12 @@ def _dequantised(weight: Tensor, quant_state: Any) -> Tensor:
 
 
 def _unpacked(weight: Tensor, quant_state: Any) -> tuple[Tensor, Any]:
-    """bitsandbytes reorders a weight for its bf16 CPU kernel on first use, and its dequantisation does not look."""
+    """Undo the reordering that bitsandbytes applies to a weight for its bf16 CPU kernel on first use, which its
+    dequantisation does not handle."""
     from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
 
-    state = copy.copy(quant_state)  # the inverse changes the state that it is given
-    state.original_nested = False  # nor shall it quantise the block scales a second time
+    state = copy.copy(quant_state)  # the inverse modifies the state passed to it
+    state.original_nested = False  # otherwise it would quantise the block scales a second time
     weight, state = _convert_weight_packed_for_cpu_inverse(weight, state)
     state.absmax = state.absmax.T.reshape(-1).float()
     return weight, state

@@ -1,7 +1,9 @@
-"""What an adapter does to a module beyond A and B on linears: parameters of its own, rows of tokens, embeddings.
+"""Module overrides: an adapter's changes beyond A and B on linears, such as whole parameters, rows of tokens,
+embeddings.
 
-An overlay takes the rows of the module's output that belong to its adapter, and the same rows of the module's inputs,
-and returns what these rows should be. It runs after the base, whose other rows keep their bits.
+An override is a module. It takes the rows of the base module's output that belong to its adapter, and the same rows of
+the base module's inputs, and returns the new output for these rows. It runs after the base, whose other rows are
+bit-identical.
 """
 
 import copy
@@ -20,7 +22,7 @@ Output = Tensor | tuple[Tensor, ...]
 
 
 class Replaced(nn.Module):
-    """The module with parameters of the adapter's own, in place of the base's output."""
+    """A module with the adapter's own parameters, whose output replaces the base's."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -32,7 +34,8 @@ class Replaced(nn.Module):
 
 
 class LowRank(nn.Module):
-    """`y + (x aᵀ) bᵀ` for a head whose size is not the base's, `a [r, in]`, `b [out, r]` with the scaling inside."""
+    """`y + (x aᵀ) bᵀ` for a head whose size differs from the base's: `a [r, in]`, `b [out, r]` with the scaling
+    folded in."""
 
     a: Tensor
     b: Tensor
@@ -47,8 +50,9 @@ class LowRank(nn.Module):
 
 
 class EmbeddingDelta(nn.Module):
-    """`g ⊙ y + a[ids] b` for an input embedding, `a [vocab, r]`, `b [r, hidden]` with scaling and g inside; g is DoRA's
-    scale `[hidden]` or 1. `scale` is what the base multiplies its rows with (Gemma)."""
+    """`g ⊙ y + a[ids] b` for an input embedding: `a [vocab, r]`, `b [r, hidden]` with scaling and g folded in; g is
+    DoRA's scale `[hidden]`, or None for 1. `scale` is the factor by which the base multiplies its rows (Gemma), or
+    None."""
 
     a: Tensor
     b: Tensor
@@ -68,7 +72,7 @@ class EmbeddingDelta(nn.Module):
 
 
 class TokenEmbedding(nn.Module):
-    """Rows of an input embedding that are the adapter's own: `values [n, hidden]` for the tokens `ids [n]`."""
+    """The adapter's own rows of an input embedding: `values [n, hidden]` for the tokens `ids [n]`."""
 
     ids: Tensor
     values: Tensor
@@ -85,7 +89,7 @@ class TokenEmbedding(nn.Module):
 
 
 class TokenLogits(nn.Module):
-    """The same rows in the output head: logits of the tokens `ids [n]` come from `values [n, hidden]`."""
+    """The adapter's own rows of the output head: the logits of the tokens `ids [n]` come from `values [n, hidden]`."""
 
     ids: Tensor
     values: Tensor
@@ -100,14 +104,14 @@ class TokenLogits(nn.Module):
 
 
 def replaced(base: nn.Module, parameters: Mapping[str, Tensor], dtype: torch.dtype) -> Replaced:
-    """`base` with these parameters in place of its own; it shares everything else with it."""
+    """Return `base` with these parameters instead of its own; everything else is shared with `base`."""
     own = {name: nn.Parameter(tensor.to(dtype), requires_grad=False) for name, tensor in parameters.items()}
-    if hasattr(base, "in_features") and "weight" in own:  # a linear, whichever way the base's is stored
+    if hasattr(base, "in_features") and "weight" in own:  # a plain linear, even for a quantised or transposed base
         return Replaced(_linear(own["weight"], own.get("bias", getattr(base, "bias", None))))
     clone = copy.copy(base)
     clone._parameters = {**base._parameters, **own}
-    clone._forward_hooks, clone._forward_pre_hooks = OrderedDict(), OrderedDict()  # the base's call overlays
-    vars(clone).pop("forward", None)  # one that was put in the class's place reads the base's own parameters
+    clone._forward_hooks, clone._forward_pre_hooks = OrderedDict(), OrderedDict()  # the base's hooks apply overrides
+    vars(clone).pop("forward", None)  # an instance's own forward would read the base's parameters
     return Replaced(clone)
 
 
@@ -119,27 +123,28 @@ def _linear(weight: nn.Parameter, bias: Any) -> nn.Linear:
     return layer
 
 
-def nbytes(overlays: Iterable[nn.Module]) -> int:
-    """Of what belongs to the adapter, in bytes; parameters shared with the base count too."""
-    tensors = {id(t): t for overlay in overlays for t in (*overlay.parameters(), *overlay.buffers())}
+def nbytes(module_overrides: Iterable[nn.Module]) -> int:
+    """Return the size of the adapter's tensors in bytes; parameters shared with the base count too."""
+    tensors = {id(t): t for override in module_overrides for t in (*override.parameters(), *override.buffers())}
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
 @dataclass(frozen=True, slots=True)
-class OverlayPlan:
-    """The adapters of a step that have overlays: whose rows, and by module which. `num_rows` are those of the step."""
+class ModuleOverridePlan:
+    """The adapters of a step that have overrides: their rows, and their overrides by module. `num_rows` is the
+    number of rows of the step."""
 
     owners: tuple[tuple[SlotRows, Mapping[str, tuple[nn.Module, ...]]], ...]
     num_rows: int
 
     def apply(self, name: str, inputs: tuple[Any, ...], output: Output) -> Output:
-        """The output of module `name` with the owners' rows as their overlays have them."""
-        for rows, overlays in self.owners:
-            if name in overlays:
+        """Return the output of module `name` with the owners' rows replaced by the results of their overrides."""
+        for rows, module_overrides in self.owners:
+            if name in module_overrides:
                 own = self._rows(output, rows)
                 given = [self._rows(x, rows) for x in inputs]
-                for overlay in overlays[name]:
-                    own = overlay(own, *given)
+                for override in module_overrides[name]:
+                    own = override(own, *given)
                 output = self._put(output, rows, own)
         return output
 
@@ -159,37 +164,38 @@ class OverlayPlan:
         return output
 
     def _is_batched(self, x: Tensor) -> bool:
-        """Modules see the step as `[1, rows, …]` or as `[rows, …]`."""
+        """Return True for a tensor `[1, rows, …]`, False for `[rows, …]`: modules see a step in either shape."""
         return x.shape[:2] == (1, self.num_rows)
 
 
-class OverlayTable:
-    """Overlays by slot. Writing goes to slots that no running sequence refers to, so it may happen in another thread;
-    hooks are installed between two steps, for modules that have overlays, and stay."""
+class ModuleOverrideTable:
+    """Overrides by slot. Writes go to slots that no running sequence refers to, so they may happen in another
+    thread. Hooks are installed between two steps, for modules that have overrides, and are never removed."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._by_slot: dict[int, Mapping[str, tuple[nn.Module, ...]]] = {}
         self._hooked: set[str] = set()
 
-    def write(self, slot: int, overlays: Mapping[str, tuple[nn.Module, ...]]) -> None:
-        if overlays:
-            self._by_slot[slot] = {name: tuple(map(self._on_device, own)) for name, own in overlays.items()}
+    def write(self, slot: int, module_overrides: Mapping[str, tuple[nn.Module, ...]]) -> None:
+        if module_overrides:
+            self._by_slot[slot] = {name: tuple(map(self._on_device, own)) for name, own in module_overrides.items()}
         else:
             self._by_slot.pop(slot, None)
 
-    def _on_device(self, overlay: nn.Module) -> nn.Module:
-        """What is in host memory stays there: a module moves in place."""
-        return overlay if self._device.type == "cpu" else copy.deepcopy(overlay).to(self._device)
+    def _on_device(self, override: nn.Module) -> nn.Module:
+        """Return the override on the device. The host's copy stays in host memory, because `Module.to` moves in
+        place."""
+        return override if self._device.type == "cpu" else copy.deepcopy(override).to(self._device)
 
-    def plan(self, rows: Iterable[SlotRows], num_rows: int) -> OverlayPlan | None:
-        """None when no adapter of the step has overlays."""
+    def plan_rows(self, rows: Iterable[SlotRows], num_rows: int) -> ModuleOverridePlan | None:
+        """Return the plan of a step's rows; None when no adapter of the step has overrides."""
         owners = tuple((r, self._by_slot[r.slot]) for r in rows if r.slot in self._by_slot)
-        return OverlayPlan(owners, num_rows) if owners else None
+        return ModuleOverridePlan(owners, num_rows) if owners else None
 
-    def hook(self, plan: OverlayPlan, install: Callable[[str], None]) -> None:
-        """Install the hooks that `plan` needs and that are not there yet."""
-        for _, overlays in plan.owners:
-            for name in overlays.keys() - self._hooked:
+    def hook(self, plan: ModuleOverridePlan, install: Callable[[str], None]) -> None:
+        """Install the hooks that `plan` needs and that are not installed yet."""
+        for _, module_overrides in plan.owners:
+            for name in module_overrides.keys() - self._hooked:
                 install(name)
                 self._hooked.add(name)

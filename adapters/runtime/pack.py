@@ -1,4 +1,4 @@
-"""From checked weights to the form in which they are applied, for one base model. Runs in a reader thread."""
+"""Conversion of validated weights to the pool's layout, for one base model. Runs in a reader thread."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -24,66 +24,74 @@ from adapters.runtime.module_overrides import (
 
 @dataclass(frozen=True, slots=True)
 class PackedAdapter:
-    """A version in the pool's own layout and dtype: the scaling (and DoRA's) is folded into the B of `columns` before
-    rounding, and they are zero-padded to whole pages. `vectors` are the output vectors of the modules that have some,
-    `input_vectors` the same for their inputs, `overlays` what else the adapter does to a module, in this order."""
+    """A version in the pool's layout and dtype: the scaling (and DoRA's) is folded into the B of `columns` before
+    rounding, and the columns are zero-padded to whole pages. `vectors` are output vectors by module, `input_vectors`
+    the same for inputs, `module_overrides` all other changes to a module, in order of application. `nbytes` is the
+    size in bytes."""
 
     num_pages: int
     columns: RankColumns
     nbytes: int
     vectors: dict[str, Tensor] = field(default_factory=dict)
     input_vectors: dict[str, Tensor] = field(default_factory=dict)
-    overlays: dict[str, tuple[nn.Module, ...]] = field(default_factory=dict)
+    module_overrides: dict[str, tuple[nn.Module, ...]] = field(default_factory=dict)
     vocab_size: int | None = None
 
 
 def pack(
     weights: AdapterWeights, dtype: torch.dtype, bases: Mapping[str, nn.Module], *, pinned: bool = False
 ) -> PackedAdapter:
-    """Convert checked weights for the modules in `bases` to the pool's layout and dtype, in pinned memory if asked.
+    """Convert validated weights for the modules in `bases` to the pool's layout and dtype; `pinned` selects pinned
+    memory.
 
     Raises `AdapterInvalid` when a weight is finite in its own dtype but not in `dtype`.
     """
     num_pages = pages_of(weights.rank)
     columns = RankColumns.zeros(num_pages * PAGE_COLUMNS, _widths(weights, bases), dtype, pinned=pinned)
     modules = columns.views()
-    overlays = {name: tuple(own) for name in _overlaid(weights) if (own := [*_overlays(name, weights, dtype, bases)])}
+    module_overrides = {
+        name: tuple(own)
+        for name in _overridden_modules(weights)
+        if (own := [*_module_overrides(name, weights, dtype, bases)])
+    }
     vectors = {}
     for name in weights.factors.keys() | weights.biases.keys():
         factors = weights.factors.get(name)
         if _is_resized(factors, bases[name]):
-            continue  # an overlay
-        base = _effective(bases[name], overlays.get(name, ()))
+            continue  # applied as a module override
+        base = _effective(bases[name], module_overrides.get(name, ()))
         scale = None if factors is None else dora_scale(base, factors)
         if factors is not None:
             _fill(*modules[name], factors, scale)
-        affine = output_vectors(base, scale, factors, weights.biases.get(name))
-        if affine is not None:
-            vectors[name] = affine
-            _check_finite(name, dtype, [affine])
-    if not columns.flat.sum(dtype=torch.float32).isfinite():  # a sum over one that is not finite is not, either
+        scale_shift = output_vectors(base, scale, factors, weights.biases.get(name))
+        if scale_shift is not None:
+            vectors[name] = scale_shift
+            _check_finite(name, dtype, [scale_shift])
+    if not columns.flat.sum(dtype=torch.float32).isfinite():  # a sum over a non-finite number is not finite
         for name, pair in modules.items():
             _check_finite(name, dtype, [*pair])
-    for name, stack in overlays.items():
-        _check_finite(name, dtype, [t for overlay in stack for t in (*overlay.parameters(), *overlay.buffers())])
+    for name, stack in module_overrides.items():
+        _check_finite(name, dtype, [t for override in stack for t in (*override.parameters(), *override.buffers())])
     vectors |= _scaling_vectors(weights.output_scales)
     input_vectors = _scaling_vectors(weights.input_scales)
     tensors = [columns.flat, *vectors.values(), *input_vectors.values()]
-    size = sum(t.numel() * t.element_size() for t in tensors) + nbytes(o for stack in overlays.values() for o in stack)
-    return PackedAdapter(num_pages, columns, size, vectors, input_vectors, overlays, weights.vocab_size)
+    size = sum(t.numel() * t.element_size() for t in tensors) + nbytes(
+        o for stack in module_overrides.values() for o in stack
+    )
+    return PackedAdapter(num_pages, columns, size, vectors, input_vectors, module_overrides, weights.vocab_size)
 
 
 def _scaling_vectors(scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """As scale and shift, `[2, channels]` in float32."""
+    """Return scale and shift, `[2, channels]` in float32, by module."""
     return {name: torch.stack([scale, torch.zeros_like(scale)]) for name, scale in scales.items()}
 
 
-def _overlaid(weights: AdapterWeights) -> set[str]:
+def _overridden_modules(weights: AdapterWeights) -> set[str]:
     kinds = (weights.replaced, weights.parameters, weights.embeddings, weights.tokens)
     return set().union(*kinds)
 
 
-def _overlays(
+def _module_overrides(
     name: str, weights: AdapterWeights, dtype: torch.dtype, bases: Mapping[str, nn.Module]
 ) -> Iterator[nn.Module]:
     base = bases[name]
@@ -103,7 +111,8 @@ def _overlays(
 
 
 def _changed(base: nn.Module, parameters: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """PEFT also stores the base's own weights beside an adapted embedding or head; these need no room."""
+    """Return the parameters that differ from the base's. PEFT also stores the base's own weights beside an adapted
+    embedding or head; these take no memory here."""
     rounded = {name: tensor.to(dtype) for name, tensor in parameters.items()}
     return {name: tensor for name, tensor in rounded.items() if not _same(tensor, getattr(base, name))}
 
@@ -112,14 +121,14 @@ def _same(tensor: Tensor, own: Tensor) -> bool:
     return tensor.shape == own.shape and tensor.dtype == own.dtype and torch.equal(tensor, own.cpu())
 
 
-def _effective(base: nn.Module, overlays: tuple[nn.Module, ...]) -> nn.Module:
-    """The module with the adapter's own weight: what DoRA's norm is of."""
-    return overlays[0].module if overlays and isinstance(overlays[0], Replaced) else base
+def _effective(base: nn.Module, module_overrides: tuple[nn.Module, ...]) -> nn.Module:
+    """Return the module with the adapter's own weight, whose norm DoRA uses."""
+    return module_overrides[0].module if module_overrides and isinstance(module_overrides[0], Replaced) else base
 
 
 def _with_factors(base: nn.Module, own: Mapping[str, Tensor], factors: Mapping[str, LoraFactors]) -> dict[str, Tensor]:
-    """Parameters with their factors added in float32. The rank's place in stacked factors is PEFT's `ParamWrapper`'s:
-    A is `[experts, r, in]`, B `[out, r, experts]`."""
+    """Return parameters with their factors added in float32. The layout of stacked factors is that of PEFT's
+    `ParamWrapper`: A is `[experts, r, in]`, B `[out, r, experts]`."""
     found = {}
     for name, lora in factors.items():
         weight = own.get(name, getattr(base, name)).float()

@@ -1,7 +1,7 @@
-"""The reference that an adapter is tried against when it arrives: PEFT's formulas, unfolded, in float32.
+"""Reference for the self-test of an uploaded adapter: PEFT's formulas in float32, with no weights folded together.
 
-It shares no code with the serving path (`pack`, `fold`, `affine`, `overlays`, the kernels): what a layer should say is
-computed from the tensors as they are stored, by a hook on the base's own module.
+It shares no code with the serving path (`pack`, `dora`, `scale_shift`, `module_overrides`, the kernels): a layer's
+expected output is computed from the tensors as they are stored, by a hook on the base's own module.
 """
 
 import copy
@@ -21,7 +21,7 @@ from adapters.runtime.dora import dense_weight
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """An adapter over the base's modules by name, for as long as it is `active`."""
+    """An adapter applied to the base's modules by name, while `active`."""
 
     weights: AdapterWeights
     bases: Mapping[str, nn.Module]
@@ -29,7 +29,7 @@ class Reference:
 
     @classmethod
     def of(cls, weights: AdapterWeights, bases: Mapping[str, nn.Module]) -> "Reference":
-        """Takes the norms of whole weights: not on the engine's thread."""
+        """Build the reference. This takes the norms of whole weights, so do not call it on the engine's thread."""
         own = {name: weights.replaced.get(name, {}).get("weight") for name in weights.factors}
         norms = {
             name: factors.magnitude.float() / _norm(bases[name], own[name], factors)
@@ -40,7 +40,8 @@ class Reference:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Every module says what it should with the adapter alone, for all rows."""
+        """Replace every module's output with the expected output for the adapter alone, for all rows, until the
+        context ends."""
         with ExitStack() as hooks:
             for name in self._touched():
                 handle = self.bases[name].register_forward_hook(self._hook(name))
@@ -65,7 +66,7 @@ class Reference:
         own_bias = 0 if base.bias is None else base.bias.float()
         weight = self.weights.replaced.get(name, {}).get("weight")
         if (scale := self.weights.input_scales.get(name)) is not None:
-            output = base.forward((x * of(scale)).to(x.dtype))  # not a call, which would come back here
+            output = base.forward((x * of(scale)).to(x.dtype))  # not a call, which would run this hook again
         if weight is None:
             y = output.float() - own_bias
         else:
@@ -95,7 +96,8 @@ class Reference:
         return y * getattr(base, "embed_scale", 1)
 
     def _parameters(self, name: str, base: nn.Module) -> dict[str, Tensor]:
-        """Of a module that is used with other parameters; PEFT's `ParamWrapper` adds the factors to them."""
+        """Return the changed parameters of a module that computes with its parameters directly. The factors are
+        added to them, as PEFT's `ParamWrapper` does."""
         own = dict(base.named_parameters(recurse=False))
         of = _on(next(iter(own.values())))
         found = {key: of(value) for key, value in {**own, **self.weights.replaced.get(name, {})}.items()}
@@ -108,15 +110,15 @@ _ONE = torch.ones(())
 
 
 def _on(like: Tensor) -> Callable[[Tensor], Tensor]:
-    """Moves tensors to where `like` is, as float32."""
+    """Return a function that moves tensors to the device of `like`, as float32."""
     return lambda tensor: tensor.to(like.device, torch.float32)
 
 
 def _with_parameters(base: nn.Module, parameters: dict[str, Tensor]) -> nn.Module:
-    """A copy, since other threads may be reading the base."""
+    """Return a copy of `base` with other parameters; a copy, because other threads may be reading the base."""
     clone = copy.copy(base)
     clone._parameters = {name: nn.Parameter(value, requires_grad=False) for name, value in parameters.items()}
-    vars(clone).pop("forward", None)  # the class's own is the reference
+    vars(clone).pop("forward", None)  # the class's own forward is the reference
     return clone
 
 
@@ -128,7 +130,7 @@ def _norm(base: nn.Module, own: Tensor | None, factors: LoraFactors) -> Tensor:
 
 
 def _stacked_delta(weight: Tensor, factors: LoraFactors, transposed: bool) -> Tensor:
-    """One expert after the other."""
+    """Return the delta of a parameter, computed one expert after the other where experts are stacked."""
     if weight.dim() == 2:
         return factors.scaling * factors.b.float() @ factors.a.float()
     experts = weight.shape[0]

@@ -1,5 +1,5 @@
-"""What DoRA, trained biases and IA³ leave to a step: `y ← scale ⊙ y + shift` over the rows of adapters that have them,
-`y` being a linear's output or (IA³) its input."""
+"""The per-step part of DoRA, trained biases and IA³: `y ← scale ⊙ y + shift` over the rows of adapters that have
+vectors, where `y` is a linear's output or (IA³) its input."""
 
 import threading
 from collections.abc import Iterable, Mapping
@@ -10,26 +10,26 @@ from torch import Tensor
 
 from adapters.kernels.segments import SlotRows
 
-# A range reads its slot's vectors by broadcasting; but many short ones (decode) are gathered together, which costs on
-# a CPU what two ranges do.
-SHORT = 16  # rows
-FEW = 2  # ranges
+# A range of rows reads its slot's vectors by broadcasting. Many short ranges (decode) are gathered instead, which costs
+# as much as two ranges on a CPU.
+SHORT = 16  # rows of a short range, at most
+FEW = 2  # up to this many short ranges are not gathered
 
 
 @dataclass(frozen=True, slots=True)
-class AffinePlan:
-    """`rows[i]` of the step belongs to `slots[i]`; the rows of `ranges` are not among them."""
+class ScaleShiftPlan:
+    """`rows[i]` of the step belongs to `slots[i]`, both int64 `[n]`; `ranges` covers all other rows with vectors."""
 
     rows: Tensor
     slots: Tensor
     ranges: tuple[SlotRows, ...]
 
 
-class AffineTables:
-    """Per module a table `[slots, 2, channels]` in float32, made when the first adapter needs it.
+class ScaleShiftTables:
+    """Per module a table `[slots, 2, channels]` in float32, created when the first adapter needs it.
 
-    Invariant: every table covers every slot that has vectors, with scale 1 and shift 0 where its adapter has none for
-    the module. Writing goes to slots that no running sequence refers to, so it may happen in another thread.
+    Invariant: every table covers every slot that has vectors, with scale 1 and shift 0 where the slot's adapter has
+    none for the module. Writes go to slots that no running sequence refers to, so they may happen in another thread.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -39,7 +39,7 @@ class AffineTables:
         self._writing = threading.Lock()
 
     def write(self, slot: int, vectors: Mapping[str, Tensor]) -> None:
-        """Give `slot` these vectors by module, and none beyond them."""
+        """Set the vectors of `slot`, `[2, channels]` by module; all other modules get scale 1 and shift 0."""
         with self._writing:
             self._slots.discard(slot)
             if vectors:
@@ -63,8 +63,8 @@ class AffineTables:
     def _identity(self, slots: int, outputs: int) -> Tensor:
         return torch.tensor([[1.0], [0.0]], device=self._device).repeat(slots, 1, outputs)
 
-    def plan(self, ranges: Iterable[SlotRows]) -> AffinePlan | None:
-        """None when no adapter of the step has vectors."""
+    def plan_rows(self, ranges: Iterable[SlotRows]) -> ScaleShiftPlan | None:
+        """Return the plan of a step's rows; None when no adapter of the step has vectors."""
         owned = [r for r in ranges if r.slot in self._slots]
         if not owned:
             return None
@@ -72,30 +72,31 @@ class AffineTables:
         gathered = short if len(short) > FEW else []
         pairs = [(row, r.slot) for r in gathered for row in range(r.start, r.end)]
         rows, slots = torch.tensor(pairs, dtype=torch.int64, device=self._device).reshape(-1, 2).T.contiguous()
-        return AffinePlan(rows, slots, tuple(r for r in owned if r not in gathered))
+        return ScaleShiftPlan(rows, slots, tuple(r for r in owned if r not in gathered))
 
-    def applied(self, x: Tensor, name: str, plan: AffinePlan) -> Tensor:
-        """`x [..., channels]` with the rows of `plan` changed: a copy, or `x` itself where no slot has vectors."""
+    def applied(self, x: Tensor, name: str, plan: ScaleShiftPlan) -> Tensor:
+        """Return `x [..., channels]` with the planned rows changed: a copy, or `x` itself if the module has no
+        table."""
         if name not in self._tables:
             return x
         rows = x.reshape(-1, x.shape[-1]).clone()
         self.apply(rows, name, plan)
         return rows.view_as(x)
 
-    def apply(self, y: Tensor, name: str, plan: AffinePlan) -> None:
-        """Change the rows of `plan` in place; all others keep their bits."""
+    def apply(self, y: Tensor, name: str, plan: ScaleShiftPlan) -> None:
+        """Change the planned rows of `y [rows, channels]` in place; all other rows are bit-identical."""
         table = self._tables.get(name)
         if table is None:
             return
         if len(plan.rows):
             own = y.index_select(0, plan.rows)
-            _affine(own, table.index_select(0, plan.slots))
+            _scale_shift(own, table.index_select(0, plan.slots))
             y.index_copy_(0, plan.rows, own)
         for r in plan.ranges:
-            _affine(y[r.start : r.end], table[r.slot])
+            _scale_shift(y[r.start : r.end], table[r.slot])
 
 
-def _affine(y: Tensor, vectors: Tensor) -> None:
-    """In place: computed in float32 and rounded once."""
+def _scale_shift(y: Tensor, vectors: Tensor) -> None:
+    """Scale and shift `y` in place: computed in float32 and rounded once."""
     scale, shift = vectors.unbind(-2)
     torch.addcmul(shift, y, scale, out=y)

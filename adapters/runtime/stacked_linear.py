@@ -1,6 +1,6 @@
 """Sibling linears (query, key and value; gate and up) computed as one: one matrix, one product.
 
-Each stays visible as a module of its own, with its own weight and bias, for whoever looks at the base by name.
+Each sibling remains visible as a module of its own, with its own weight and bias, for code that looks it up by name.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,11 +9,12 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor, nn
 
-Finish = Callable[[nn.Linear], nn.Module]  # makes of a plain linear what the device computes with
+Finish = Callable[[nn.Linear], nn.Module]  # turns a plain linear into the module that the device computes with
 
 
 class StackedLinear(nn.Module):
-    """`x [..., in]` to the outputs of all siblings, `[..., sum of sizes]`, one after the other. `inner` computes."""
+    """`x [..., in]` to the outputs of all siblings side by side, `[..., sum of sizes]`; `inner` computes the
+    product."""
 
     def __init__(self, inner: nn.Module, sizes: Sequence[int], biased: Sequence[bool]) -> None:
         super().__init__()
@@ -32,11 +33,11 @@ class StackedLinear(nn.Module):
 
 
 class StackMember(nn.Module):
-    """One of the siblings, as if it were alone: rows `[lo, hi)` of the stack."""
+    """One of the siblings as a module of its own: rows `[lo, hi)` of the stack."""
 
     def __init__(self, stack: StackedLinear, lo: int, hi: int, biased: bool) -> None:
         super().__init__()
-        self._stack = (stack,)  # not a child: the stack's parameters are not its own
+        self._stack = (stack,)  # in a tuple, so that torch does not register the stack's parameters here
         self._rows = slice(lo, hi)
         self._biased = biased
         self.in_features, self.out_features = int(stack.inner.in_features), hi - lo  # type: ignore[arg-type]
@@ -57,13 +58,13 @@ class StackMember(nn.Module):
 
 
 def is_stackable(linears: Sequence[nn.Module]) -> bool:
-    """Several plain linears of one dtype: a quantised or transposed one stores something else."""
+    """Return True for two or more plain linears of one dtype; quantised and transposed linears have another layout."""
     plain = all(type(linear) is nn.Linear for linear in linears)
     return plain and len(linears) > 1 and len({linear.weight.dtype for linear in linears}) == 1
 
 
 def stack(linears: Sequence[nn.Linear], finish: Finish) -> StackedLinear:
-    """One module for `linears`, which are left as they are; a bias that one of them lacks is zero."""
+    """Return one module for `linears`, which are not modified; a bias that one of them lacks is zero."""
     biased = [linear.bias is not None for linear in linears]
     weight = torch.cat([linear.weight.detach() for linear in linears])
     whole = nn.Linear(weight.shape[1], weight.shape[0], bias=any(biased), device="meta")

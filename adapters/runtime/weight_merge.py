@@ -1,7 +1,8 @@
-"""One adapter folded into the base's weights: new modules in the places of the base's own, which are kept as they are.
+"""Merging of one adapter into the base weights: new modules take the places of the base's own, which are not modified.
 
-In float32 and rounded once: `W' = g ⊙ (W + s·B A)`, with the bias that the output vectors of `adapters.runtime.dora`
-leave. The base comes back bit for bit because its modules are never written to.
+The merged weight is computed in float32 and rounded once: `W' = g ⊙ (W + s·B A)`, with the bias that follows from the
+output vectors of `adapters.runtime.dora`. Unmerging restores the base bit for bit, because its modules are never
+written to.
 """
 
 import copy
@@ -23,8 +24,9 @@ _HOST = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
-    """Free bytes on the base's device, and on the host for what leaves the device (0 when the two are one)."""
+class FreeMemory:
+    """Free bytes on the base's device, and on the host for modules moved off the device (0 when both are the same
+    memory)."""
 
     device: int
     host: int = 0
@@ -32,16 +34,18 @@ class Room:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Whether quantised layers are quantised anew, and whether merged and own modules take turns on the device."""
+    """`requantized`: quantised layers are quantised again after the merge. `swapped`: merged and own modules take
+    turns on the device."""
 
     requantized: bool
-    exchanged: bool
+    swapped: bool
 
 
 class MergedModules:
-    """A version in modules of its own. `install` and `restore` run between two steps.
+    """Modules with one version merged in. Call `install` and `restore` between two steps.
 
-    `exchanged`: the device has no room for both, so what is not in use waits in host memory.
+    If the device has no memory for both, the merged and the base's own modules are swapped: those not in use are in
+    host memory.
     """
 
     def __init__(self, modules: dict[LoRAGroup, nn.Module], placement: Placement) -> None:
@@ -49,29 +53,34 @@ class MergedModules:
         self._merged = modules
         self._own: dict[LoRAGroup, nn.Module] = {group: group.base for group in modules}
         self._device = {group: dense_weight(group.member(0)).device for group in modules}
-        self._exchanged = placement.exchanged
+        self._swapped = placement.swapped
 
     def install(self) -> None:
-        """Raises `MoveRefused`, with the base back in its place, when the device's memory does not suffice."""
+        """Put the merged modules in place. Raises `MoveRefused`, with the base restored, when the device runs out of
+        memory."""
         try:
             self._put(self._merged, self._own)
         except torch.OutOfMemoryError:
             self.restore()
-            raise MoveRefused("no_room", "the device ran out of memory while the weights changed places") from None
+            raise MoveRefused(
+                "no_room", "the device ran out of memory while the merged weights were put in place"
+            ) from None
 
     def restore(self) -> None:
+        """Put the base's own modules back in place."""
         self._put(self._own, self._merged)
 
     def _put(self, incoming: Mapping[LoRAGroup, nn.Module], outgoing: Mapping[LoRAGroup, nn.Module]) -> None:
         for group, module in incoming.items():
-            if self._exchanged:
+            if self._swapped:
                 _move(outgoing[group], _HOST)
                 _move(module, self._device[group])
             group.base = module
 
 
 def _move(module: nn.Module, device: torch.device) -> None:
-    """In new parameters: `Module.to` would take along what shares them, as a tied embedding does."""
+    """Move a module by creating new parameters; `Module.to` would also move every module that shares a parameter,
+    such as a tied embedding."""
     for owner in module.modules():
         for name, parameter in owner.named_parameters(recurse=False):
             moved = parameter.to(device)
@@ -81,44 +90,46 @@ def _move(module: nn.Module, device: torch.device) -> None:
 def merge(
     weights: AdapterWeights,
     layers: Mapping[str, LoRALinear],
-    room: Room,
+    free: FreeMemory,
     finish: Finish,
     *,
     allow_requantize: bool = False,
 ) -> MergedModules:
-    """Fold checked `weights` into modules for `layers`, whose 4-bit ones are dequantised where memory allows; `finish`
-    makes of a plain linear what the device computes with. Runs in a thread beside the engine's steps.
+    """Fold validated `weights` into modules for `layers`; 4-bit layers are dequantised where memory allows. `finish`
+    turns a plain linear into the module that the device computes with. Runs in a thread beside the engine's steps.
 
-    Raises `MoveRefused` ("no_room"), and `AdapterInvalid` when a merged weight is beyond the base's dtype.
+    Raises `MoveRefused` ("no_room"), and `AdapterInvalid` when a merged weight overflows the base's dtype.
     """
     groups = list(dict.fromkeys(layers[name].group for name in sorted(weights.factors | weights.biases)))
-    placement = _place([group.base for group in groups], room, allow_requantize)
+    placement = _place([group.base for group in groups], free, allow_requantize)
     modules = {}
     for group in groups:
         modules[group] = _merged_group(group, weights, finish, placement.requantized)
-        if placement.exchanged:
+        if placement.swapped:
             _move(modules[group], _HOST)
     return MergedModules(modules, placement)
 
 
-def _place(bases: Collection[nn.Module], room: Room, allow_requantize: bool) -> Placement:
-    """Beside the base's own modules if that fits, in turns with them if not; dequantised if either fits."""
+def _place(bases: Collection[nn.Module], free: FreeMemory, allow_requantize: bool) -> Placement:
+    """Place the merged modules beside the base's own if they fit, else swap them; dequantise if either of these
+    fits. Raises `MoveRefused` if nothing fits."""
     own = sum(_nbytes(base) for base in bases)
     merged = sum(_merged_nbytes(base) for base in bases)
     quantized = any(quant_state(base) is not None for base in bases)
     for requantized, needed in ((False, merged), (True, own)):
         if requantized and not (quantized and allow_requantize):
             continue
-        if needed <= room.device:
-            return Placement(requantized, exchanged=False)
-        if needed - own <= room.device and max(needed, own) <= room.host:
-            return Placement(requantized, exchanged=True)
-    hint = "; allow_requantize would keep them in 4 bits" if quantized and not allow_requantize else ""
+        if needed <= free.device:
+            return Placement(requantized, swapped=False)
+        if needed - own <= free.device and max(needed, own) <= free.host:
+            return Placement(requantized, swapped=True)
+    hint = "; allow_requantize keeps them in 4 bits" if quantized and not allow_requantize else ""
     raise MoveRefused("no_room", f"the merged layers need {merged >> 20} MiB, which is more than is free{hint}")
 
 
 def _merged_group(group: LoRAGroup, weights: AdapterWeights, finish: Finish, requantized: bool) -> nn.Module:
-    """Siblings that the adapter leaves alone are copied: a stack is one matrix."""
+    """Return the merged module of a group. Siblings that the adapter does not change are copied, because a stack is
+    one matrix."""
     parts = [
         (group.member(i), weights.factors.get(name), weights.biases.get(name)) for i, name in enumerate(group.names)
     ]
@@ -141,7 +152,8 @@ def _merged_linear(base: nn.Module, factors: LoraFactors | None, bias: Tensor | 
 
 
 def _merged_weight(weight: Tensor, factors: LoraFactors, scale: Tensor | None) -> Tensor:
-    """`[out, in]`, contiguous, in the dtype of `weight`. Raises `AdapterInvalid` when that cannot hold it."""
+    """Return the merged weight `[out, in]`, contiguous, in the dtype of `weight`. Raises `AdapterInvalid` on
+    overflow."""
     merged = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     start = 0
     for rows in updated_rows(weight, factors):
@@ -156,7 +168,7 @@ def _merged_weight(weight: Tensor, factors: LoraFactors, scale: Tensor | None) -
 
 
 def _merged_bias(base: nn.Module, vectors: Tensor | None) -> Tensor | None:
-    """`g ⊙ b₀ + shift` in float32, or the base's own where nothing changes it; None where there is none."""
+    """Return `g ⊙ b₀ + shift` in float32, or the base's own bias where nothing changes it; None where there is none."""
     own: Tensor | None = base.bias  # type: ignore[assignment]
     if vectors is None:
         return own
@@ -167,7 +179,7 @@ def _merged_bias(base: nn.Module, vectors: Tensor | None) -> Tensor | None:
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """A plain linear, also in the place of one that holds its weight quantised or transposed."""
+    """Return a plain linear, also for a layer that stored its weight quantised or transposed."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:
@@ -176,7 +188,7 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 
 def _with_bias(base: nn.Module, bias: Tensor | None) -> nn.Module:
-    """`base` with another bias; the weight is shared."""
+    """Return a copy of `base` with another bias; the weight is shared."""
     own: Tensor = base.bias  # type: ignore[assignment]
     assert bias is not None
     module = copy.copy(base)
@@ -186,7 +198,7 @@ def _with_bias(base: nn.Module, bias: Tensor | None) -> nn.Module:
 
 
 def _quantized(linear: nn.Linear, base: nn.Module) -> nn.Module:
-    """`linear` in the 4-bit format of `base`."""
+    """Quantise `linear` to the 4-bit format of `base`."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     old: Any = base.weight
@@ -211,10 +223,11 @@ def _nbytes(base: nn.Module) -> int:
 
 
 def _merged_nbytes(base: nn.Module) -> int:
-    """Of the merged weight when it is not quantised."""
+    """Return the size in bytes of the merged weight when it is not quantised."""
     state = quant_state(base)
     if state is None:
         return _nbytes(base)
-    dtype: torch.dtype = getattr(state, "original_dtype", state.dtype)  # bitsandbytes' CPU layout says bf16 always
+    # In bitsandbytes' CPU layout, `state.dtype` is always bf16.
+    dtype: torch.dtype = getattr(state, "original_dtype", state.dtype)
     numel: int = math.prod(state.shape)
     return numel * dtype.itemsize

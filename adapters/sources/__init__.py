@@ -1,6 +1,6 @@
-"""Fetching an adapter from a place that the operator allowed: `file:///folder`, `hf://org/repo@revision[/subfolder]`
-and `s3://bucket/prefix`. Credentials and endpoints come from the server's environment alone.
-"""
+"""Fetching of adapters from sources that the operator allowed: `file:///folder`,
+`hf://org/repo@revision[/subfolder]` and `s3://bucket/prefix`. Credentials and endpoints come from the server's
+environment alone."""
 
 import threading
 from collections.abc import Sequence
@@ -10,33 +10,33 @@ from types import ModuleType
 from adapters.errors import SourceNotAllowed
 from adapters.sources import file, hub, s3
 
-__all__ = ["check", "check_allowed", "copy_from"]
+__all__ = ["check_allow_source", "check_source", "copy_from"]
 
 _SCHEMES = {"file": file, "hf": hub, "s3": s3}
 
 
-def check(source: str, allowed: Sequence[str]) -> None:
-    """Raise `SourceNotAllowed` unless `source` may be fetched; looks at nothing outside this machine."""
-    _module(source).check(source, allowed)
+def check_source(source: str, allowed: Sequence[str]) -> None:
+    """Raise `SourceNotAllowed` unless `source` may be fetched. The check makes no network request."""
+    _module(source).check_source(source, allowed)
 
 
-def check_allowed(entry: str) -> None:
-    """Raise `SourceNotAllowed` unless `entry` of `--allow-source` allows something that can be fetched."""
+def check_allow_source(entry: str) -> None:
+    """Raise `SourceNotAllowed` unless `entry`, a value of `--allow-source`, allows a source that can be fetched."""
     _module(entry).roots([entry])
 
 
 def copy_from(
     source: str, allowed: Sequence[str], into: Path, *, max_bytes: int, stop: threading.Event | None = None
 ) -> str:
-    """Copy the adapter's files at `source` into the folder `into`; returns the source that names these very bytes
-    where there is one: a hub's branch has become a commit.
+    """Copy the adapter's files at `source` into the folder `into`; returns the source that identifies exactly these
+    bytes where there is one: a branch of a hub is replaced by its commit.
 
-    All files together are at most `max_bytes` bytes. A remote is tried again a few times; `stop` ends the work soon.
-    Raises `SourceNotAllowed`, `SourceNotFound`, `SourceUnavailable` or `AdapterTooLarge`; their messages say nothing
-    of the server but `source` itself.
+    All files together may have at most `max_bytes` bytes. Failed requests are retried a few times; setting `stop` ends
+    the work soon. Raises `SourceNotAllowed`, `SourceNotFound`, `SourceUnavailable` or `AdapterTooLarge`, whose messages
+    reveal nothing about the server but `source` itself.
     """
     module = _module(source)
-    module.check(source, allowed)
+    module.check_source(source, allowed)
     resolved: str = module.copy(source, allowed, into, max_bytes, stop or threading.Event())
     return resolved
 

@@ -1,4 +1,4 @@
-"""Files over HTTP: bounded, checked and tried again. What the hub and S3 have in common."""
+"""Downloads over HTTP for the hub and S3: limited in size, verified and retried."""
 
 import hashlib
 import logging
@@ -23,14 +23,14 @@ WAITS_SECONDS = (0.5, 1.0, 2.0, 4.0)  # before each new attempt
 _TIMEOUT = httpx.Timeout(20.0, connect=5.0)
 _CHUNK_BYTES = 1 << 20
 _PROGRESS_SECONDS = 5.0
-_MAX_ANSWER_BYTES = 16 << 20  # of an answer that is no file
+_MAX_ANSWER_BYTES = 16 << 20  # of a response that is not a file
 _WORTH_ANOTHER_TRY = (408, 425, 429, 500, 502, 503, 504)
-_NOTHING_THERE = (401, 403, 404, 410)  # remotes hide what the credentials do not reach
+_NOTHING_THERE = (401, 403, 404, 410)  # remotes hide objects that the credentials may not read
 
 
 @dataclass(frozen=True, slots=True)
 class Digest:
-    """What a remote says that hashing `prefix` and then the file gives, by one of hashlib's algorithms."""
+    """The digest stated by a remote: `hexdigest` of `prefix` followed by the file, by one of hashlib's algorithms."""
 
     algorithm: str
     hexdigest: str
@@ -38,13 +38,13 @@ class Digest:
 
 
 class _Transient(Exception):
-    """This attempt failed and the next one may not; the text is for the log."""
+    """This attempt failed and another may succeed; the text is for the log."""
 
 
 class Download:
-    """The files of one source, `max_bytes` bytes together at most; leave it by `with`.
+    """The files of one source, together at most `max_bytes` bytes. Use it as a context manager.
 
-    Methods raise `SourceNotFound`, `SourceUnavailable` or `AdapterTooLarge`. A redirect to another host goes without
+    Methods raise `SourceNotFound`, `SourceUnavailable` or `AdapterTooLarge`. A redirect to another host is sent without
     the request's credentials (httpx sees to that).
     """
 
@@ -65,7 +65,7 @@ class Download:
         self._client.close()
 
     def read(self, url: str, headers: Mapping[str, str]) -> bytes:
-        """The body of a short answer."""
+        """Return the body of a short response."""
 
         def attempt() -> bytes:
             body = bytearray()
@@ -73,7 +73,7 @@ class Download:
                 for chunk in self._chunks(answer):
                     body += chunk
                     if len(body) > _MAX_ANSWER_BYTES:
-                        raise self.unavailable("gives an answer without end")
+                        raise self.unavailable("cannot be fetched: its server sent a response that is too large")
             return bytes(body)
 
         return self._persistently(attempt)
@@ -87,7 +87,7 @@ class Download:
         *,
         max_bytes: int | None = None,
     ) -> None:
-        """Write a file to `target`, which has to have the `digest` that follows from the answer's headers."""
+        """Write a file to `target` and verify it against the `digest` derived from the response's headers."""
         limit = self._left if max_bytes is None else min(self._left, max_bytes)
 
         def attempt() -> int:
@@ -97,14 +97,16 @@ class Download:
         self._left -= self._persistently(attempt)
 
     def check_size(self, nbytes: int) -> None:
-        """Raise `AdapterTooLarge` when the files, which are said to have `nbytes` bytes, cannot fit."""
+        """Raise `AdapterTooLarge` when the files, announced to have `nbytes` bytes, exceed the limit."""
         if nbytes > self._left:
             raise _too_large()
 
     def not_found(self) -> SourceNotFound:
+        """Return the error for a source without an adapter's files."""
         return SourceNotFound(f"The source {self._source[:200]!r} does not have {' and '.join(FILES)} for this server.")
 
     def unavailable(self, what: str) -> SourceUnavailable:
+        """Return the error for a source that cannot be fetched; `what` completes the sentence."""
         return SourceUnavailable(f"The source {self._source[:200]!r} {what}.")
 
     def _persistently(self, attempt: Callable[[], T]) -> T:
@@ -119,7 +121,7 @@ class Download:
             return attempt()
         except (httpx.HTTPError, _Transient) as error:
             log.warning("%s: %s; giving up", self._source, _shown(error))
-            raise self.unavailable("cannot be fetched just now") from error
+            raise self.unavailable("cannot be fetched: its server failed several times; try again later") from error
 
     @contextmanager
     def _get(self, url: str, headers: Mapping[str, str]) -> Iterator[httpx.Response]:
@@ -130,7 +132,7 @@ class Download:
                 raise _Transient(f"status {answer.status_code}")
             if answer.status_code != 200:
                 log.warning("%s: status %d", self._source, answer.status_code)
-                raise self.unavailable("is not answered for by its server")
+                raise self.unavailable("cannot be fetched: its server responded with an unexpected status")
             yield answer
 
     def _chunks(self, answer: httpx.Response) -> Iterator[bytes]:
@@ -140,7 +142,7 @@ class Download:
             yield chunk
 
     def _write(self, answer: httpx.Response, target: Path, expected: Digest | None, limit: int) -> int:
-        """Returns the file's size in bytes."""
+        """Write the body to `target` and verify it; returns the file's size in bytes."""
         size = answer.headers.get("content-length", "")
         if size.isdecimal() and int(size) > limit:
             raise _too_large()
@@ -168,5 +170,5 @@ def _too_large() -> AdapterTooLarge:
 
 
 def _shown(error: Exception) -> str:
-    """Without addresses, which may be signed."""
+    """Return the error without URLs, which may be signed."""
     return str(error) if isinstance(error, _Transient) else type(error).__name__

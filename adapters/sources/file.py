@@ -1,4 +1,4 @@
-"""`file:///folder`: a folder of the server's own disk."""
+"""`file:///folder`: a folder on the server's own disk."""
 
 import os
 import stat
@@ -15,17 +15,19 @@ _CHUNK_BYTES = 1 << 20
 
 
 def roots(allowed: Sequence[str]) -> list[Path]:
-    """The folders that `file:` entries name. Raises `SourceNotAllowed` for one that is not written as a folder is."""
+    """Return the folders of the `file:` entries. Raises `SourceNotAllowed` for an entry that is not an absolute
+    folder's URL."""
     return [_resolve(_file_url_path(entry), entry) for entry in allowed if entry.startswith("file:")]
 
 
-def check(source: str, allowed: Sequence[str]) -> None:
+def check_source(source: str, allowed: Sequence[str]) -> None:
+    """Raise `SourceNotAllowed` unless `source` lies below one of the `allowed` folders."""
     for name in FILES:
         _checked(_file_url_path(source) / name, roots(allowed), source)
 
 
 def copy(source: str, allowed: Sequence[str], into: Path, max_bytes: int, stop: threading.Event) -> str:
-    """Symbolic links count as where they lead."""
+    """Copy the adapter's files and return `source`. Symbolic links are allowed if their targets are."""
     folder, left = _file_url_path(source), max_bytes
     for name in (*FILES, *TOKENIZER_FILES):
         path = _checked(folder / name, roots(allowed), source)
@@ -35,7 +37,7 @@ def copy(source: str, allowed: Sequence[str], into: Path, max_bytes: int, stop: 
 
 
 def _checked(path: Path, roots: Sequence[Path], source: str) -> Path:
-    """Where `path` leads. Raises `SourceNotAllowed` when that is under none of `roots`."""
+    """Return `path` with all links resolved. Raises `SourceNotAllowed` when the result is below none of `roots`."""
     resolved = _resolve(path, source)
     if not any(resolved.is_relative_to(root) for root in roots):
         raise SourceNotAllowed(f"The source {source[:200]!r} is not one that this server may read.")
@@ -49,12 +51,13 @@ def _file_url_path(url: str) -> Path:
         raise SourceNotAllowed("The source is not a URL.") from None
     path = unquote(parts.path)
     if parts.netloc or parts.query or parts.fragment or not path.startswith("/"):
-        raise SourceNotAllowed("A file source is written file:///absolute/folder.")
+        raise SourceNotAllowed("A file source must be file:///absolute/folder.")
     return Path(path)
 
 
 def _resolve(path: Path, source: str) -> Path:
-    """`path` with all symbolic links followed, whether or not it exists: presence outside a root stays unknown."""
+    """Return `path` with all symbolic links followed, existing or not, so that nothing reveals what exists outside
+    the roots."""
     try:
         return path.resolve()
     except (OSError, ValueError, RuntimeError):  # a NUL in the name, a loop of links, a name too long
@@ -87,5 +90,5 @@ def _open(path: Path, source: str) -> BinaryIO:
 
 
 def _open_safely(path: str, flags: int) -> int:
-    """A link that appeared after `_resolve` is not followed; a pipe is opened without waiting for a writer."""
+    """Open without following a link that appeared after `_resolve`, and without waiting for a pipe's writer."""
     return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)

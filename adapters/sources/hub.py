@@ -1,6 +1,6 @@
-"""`hf://org/repo@revision[/subfolder]`: repositories of the Hugging Face hub, or of the one that HF_ENDPOINT names.
+"""`hf://org/repo@revision[/subfolder]`: repositories of the Hugging Face hub, or of the hub at HF_ENDPOINT.
 
-The token is the server's own, from where huggingface_hub takes it (HF_TOKEN, or its login).
+The token is the server's own, found by huggingface_hub (HF_TOKEN, or its login).
 """
 
 import re
@@ -19,7 +19,7 @@ from adapters.peft.files import FILES, TOKENIZER_FILES
 from adapters.sources.download import Digest, Download
 from adapters.sources.urls import check_under, parts
 
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")  # of an organisation, a repository, or one part of a revision
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")  # an organisation, a repository, or one component of a revision
 
 
 class _LargeFile(msgspec.Struct):
@@ -29,7 +29,7 @@ class _LargeFile(msgspec.Struct):
 class _File(msgspec.Struct, rename={"name": "rfilename", "blob": "blobId"}):
     name: str
     size: int | None = None
-    blob: str | None = None  # git's SHA-1, of the pointer where the file is a large one
+    blob: str | None = None  # git's SHA-1; for a large file, that of its pointer
     lfs: _LargeFile | None = None
 
     def digest(self, _: httpx.Headers) -> Digest | None:
@@ -39,7 +39,7 @@ class _File(msgspec.Struct, rename={"name": "rfilename", "blob": "blobId"}):
 
 
 class _Revision(msgspec.Struct):
-    """The hub's answer about a revision, as far as we read it."""
+    """The hub's description of a revision, limited to the fields that are used."""
 
     sha: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{40,64}$")]
     siblings: list[_File]
@@ -57,7 +57,7 @@ class _Place:
         repo, _, revision = (rest[0] if rest else "").partition("@")
         revision = unquote(revision) or "main"
         if not all(_NAME.fullmatch(name) for name in (org, repo, *revision.split("/"))):
-            raise SourceNotAllowed("A hub's source is written hf://org/repo@revision or hf://org/repo@revision/folder.")
+            raise SourceNotAllowed("A hub's source must be hf://org/repo@revision or hf://org/repo@revision/folder.")
         return cls(f"{org}/{repo}", revision, tuple(rest[1:]))
 
     def at(self, commit: str) -> str:
@@ -68,32 +68,34 @@ class _Place:
 
 
 def roots(allowed: Sequence[str]) -> list[tuple[str, ...]]:
-    """The parts of the entries for hubs: `hf://org` or `hf://org/repo`, or `SourceNotAllowed` is raised."""
+    """Return the components of the hub's entries, `hf://org` or `hf://org/repo`. Raises `SourceNotAllowed` for any
+    other form."""
     found = [parts(entry, "hf") for entry in allowed if entry.startswith("hf:")]
     if any(len(root) > 2 or "@" in "".join(root) for root in found):
-        raise SourceNotAllowed("What is allowed of a hub is written hf://org or hf://org/repo.")
+        raise SourceNotAllowed("An --allow-source entry for a hub must be hf://org or hf://org/repo.")
     return found
 
 
-def check(source: str, allowed: Sequence[str]) -> None:
+def check_source(source: str, allowed: Sequence[str]) -> None:
+    """Raise `SourceNotAllowed` unless the repository of `source` is one of `allowed`."""
     check_under(source, tuple(_Place.parse(source).repo.split("/")), roots(allowed))
 
 
 def copy(source: str, allowed: Sequence[str], into: Path, max_bytes: int, stop: threading.Event) -> str:
-    """Fetch the files of one commit, whatever the branch does meanwhile; returns the source with that commit."""
+    """Fetch the files of one commit, even if the branch moves meanwhile; returns the source with that commit."""
     from huggingface_hub import constants, get_token, hf_hub_url
 
     place, token = _Place.parse(source), get_token()
     headers = {"authorization": f"Bearer {token}"} if token else {}
     with Download(source, max_bytes, stop, follow_redirects=True) as download:
         if constants.HF_HUB_OFFLINE:
-            raise download.unavailable("is on a hub, and this server has HF_HUB_OFFLINE set")
+            raise download.unavailable("cannot be fetched: this server has HF_HUB_OFFLINE set")
         revision = quote(place.revision, safe="")
         about = f"{constants.ENDPOINT}/api/models/{quote(place.repo)}/revision/{revision}?blobs=true"
         try:
             known = msgspec.json.decode(download.read(about, headers), type=_Revision)
-        except msgspec.MsgspecError:  # not a hub, or not one that we know
-            raise download.unavailable("is described by its hub in a way that cannot be read") from None
+        except msgspec.MsgspecError:  # not a hub, or one with an unknown response format
+            raise download.unavailable("cannot be fetched: its hub sent a description that cannot be parsed") from None
         files = {file.name: file for file in known.siblings}
         if any(place.path(name) not in files for name in FILES):
             raise download.not_found()

@@ -1,7 +1,7 @@
-"""`s3://bucket/prefix`: Amazon's object store, and those that speak its protocol (AWS_ENDPOINT_URL).
+"""`s3://bucket/prefix`: Amazon S3 and object stores with its protocol (AWS_ENDPOINT_URL).
 
-obstore finds the credentials as Amazon's tools do (environment, web identity, container, instance) and signs the
-addresses; needs the extra `loraplex[s3]`.
+obstore finds the credentials as Amazon's tools do (environment, web identity, container, instance) and signs the URLs;
+this needs the extra `loraplex[s3]`.
 """
 
 import os
@@ -22,33 +22,35 @@ from adapters.sources.urls import check_under, parts
 if TYPE_CHECKING:
     from obstore.store import S3Store
 
-_VALID_FOR = timedelta(minutes=15)  # of a signed address: only the beginning of a download has to come that soon
+_VALID_FOR = timedelta(minutes=15)  # validity of a signed URL: a download only has to begin within this time
 _MD5 = re.compile(r'"([0-9a-f]{32})"')
 _TRUE = ("1", "true", "yes", "on")
 
 
 def roots(allowed: Sequence[str]) -> list[tuple[str, ...]]:
-    """The parts of those entries that are `s3://bucket` or `s3://bucket/prefix`. Raises `SourceNotAllowed`."""
+    """Return the components of the `s3://bucket` and `s3://bucket/prefix` entries. Raises `SourceNotAllowed`."""
     found = [_parts(entry) for entry in allowed if entry.startswith("s3:")]
     if found:
         try:
             import obstore  # noqa: F401
         except ImportError:
-            raise SourceNotAllowed("Sources of S3 need the extra loraplex[s3], which is not installed.") from None
+            raise SourceNotAllowed("S3 sources need the extra loraplex[s3], which is not installed.") from None
     return found
 
 
-def check(source: str, allowed: Sequence[str]) -> None:
+def check_source(source: str, allowed: Sequence[str]) -> None:
+    """Raise `SourceNotAllowed` unless `source` lies below one of the `allowed` prefixes."""
     check_under(source, _parts(source), roots(allowed))
 
 
 def _parts(source: str) -> tuple[str, ...]:
     if "%" in source:
-        raise SourceNotAllowed("A source of S3 is the key as it is, without % in it.")
+        raise SourceNotAllowed("An S3 source must be the plain key, without %.")
     return parts(source, "s3")
 
 
 def copy(source: str, allowed: Sequence[str], into: Path, max_bytes: int, stop: threading.Event) -> str:
+    """Fetch the adapter's files and return `source`."""
     bucket, *prefix = _parts(source)
     with Download(source, max_bytes, stop, follow_redirects=False) as download:
         for name in (*FILES, *TOKENIZER_FILES):
@@ -67,7 +69,7 @@ def _signed(download: Download, bucket: str, key: str) -> str:
 
     try:
         url: str = obstore.sign(_store(bucket), "GET", key, _VALID_FOR)
-    except BaseError as error:  # its text may name what the credentials are
+    except BaseError as error:  # the error's text may reveal the credentials
         raise download.unavailable("cannot be fetched: the server finds no credentials for it") from error
     return url.partition("?")[0] if _anonymous() else url
 
@@ -79,7 +81,7 @@ def _store(bucket: str) -> "S3Store":
     return S3Store(
         bucket,
         client_options={"allow_http": endpoint.startswith("http://")},
-        retry_config={"max_retries": 2, "retry_timeout": timedelta(seconds=10)},  # of asking for credentials
+        retry_config={"max_retries": 2, "retry_timeout": timedelta(seconds=10)},  # for requests of credentials
         **({"endpoint": endpoint} if endpoint else {}),
         **({"access_key_id": "none", "secret_access_key": "none"} if _anonymous() else {}),
     )
@@ -90,7 +92,8 @@ def _anonymous() -> bool:
 
 
 def _digest(headers: httpx.Headers) -> Digest | None:
-    """The ETag is the content's MD5, but for uploads in parts (it says so) and what another key than S3's encrypts."""
+    """Return the content's MD5 from the ETag. None for multipart uploads, which the ETag shows, and for objects
+    encrypted with a key that is not S3's own: there the ETag is no MD5 of the content."""
     found = _MD5.fullmatch(headers.get("etag", ""))
     own_key = "x-amz-server-side-encryption-customer-algorithm" in headers
     if found is None or own_key or headers.get("x-amz-server-side-encryption", "AES256") != "AES256":

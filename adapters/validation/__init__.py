@@ -1,1 +1,1 @@
-"""The judgement of an adapter: applied exactly, or refused with every reason."""
+"""Validation of an adapter: it can be applied exactly, or it is refused with every reason."""

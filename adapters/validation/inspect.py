@@ -1,4 +1,4 @@
-"""Whether an adapter can be served by this base model: every tensor and every key is applied exactly, or the adapter is
+"""Validation of an adapter against this base model: every tensor and every key is applied exactly, or the adapter is
 refused with the full list of reasons."""
 
 from collections.abc import Iterable
@@ -32,7 +32,7 @@ from adapters.validation.peft_types.convert import Converted, read_converted
 
 
 def inspect(folder: Path, spec: ModelSpec) -> Inspected:
-    """Check the adapter in `folder` against the base model. Raises `AdapterInvalid` with every problem found."""
+    """Validate the adapter in `folder` against the base model. Raises `AdapterInvalid` with every problem found."""
     converted = read_converted(folder, spec)
     inspected = _inspect_lora(folder, spec) if converted is None else _inspect_converted(converted, folder, spec)
     own = read_tokenizer_files(folder).features
@@ -57,8 +57,8 @@ def _inspect_converted(adapter: Converted, folder: Path, spec: ModelSpec) -> Ins
     if problems := check_tokenizer(folder, spec.vocab_size):
         raise AdapterInvalid(problems)
     applied = {"modules": len(adapter.layers), "tensors": len(adapter.tensors)}
-    report: dict[str, Any] = {"applied": applied, "features": list(adapter.family.features)}
-    if traits := adapter.family.traits().described():
+    report: dict[str, Any] = {"applied": applied, "features": list(adapter.type_config.features)}
+    if traits := adapter.type_config.traits().described():
         report["traits"] = traits
     return Inspected(adapter.digest(), adapter.rank, _last_parts(adapter.layers), adapter.nbytes(), report)
 
@@ -68,9 +68,9 @@ def _last_parts(modules: Iterable[str]) -> tuple[str, ...]:
 
 
 def digest_of(folder: Path) -> str:
-    """The version that the adapter in `folder` is, whichever base model it is for.
+    """Return the version digest of the adapter in `folder`, independent of the base model.
 
-    Raises `AdapterInvalid` for files that make no adapter, and `OSError` where one cannot be read.
+    Raises `AdapterInvalid` for files that are not an adapter, and `OSError` where one cannot be read.
     """
     with (folder / CONFIG_FILE).open("rb") as file:
         config, problems = read_json(file.read(MAX_CONFIG_BYTES + 1))
@@ -81,10 +81,10 @@ def digest_of(folder: Path) -> str:
 
 
 def load(folder: Path, spec: ModelSpec, digest: str | None = None) -> AdapterWeights:
-    """Check the adapter in `folder` as `inspect` does, and read its tensors into memory.
+    """Validate the adapter in `folder` as `inspect` does, and read its tensors into memory.
 
-    With `digest`, the content must have it, and its numbers, which were checked when it was stored, are not again.
-    Raises `AdapterInvalid`.
+    With `digest`, the content must have this digest, and its numbers are not checked again, because they were checked
+    when the version was stored. Raises `AdapterInvalid`.
     """
     converted = read_converted(folder, spec)
     if converted is not None:
@@ -133,7 +133,7 @@ def _checked(
 
 
 def _rank(tensors: LoraTensors, settings: LoraSettings, spec: ModelSpec) -> int:
-    """The largest; 1 for an adapter without factors."""
+    """Return the largest rank; 1 for an adapter without factors."""
     linears = [rank_of(module, settings, spec) for module in tensors.modules]
     embeddings = [settings.rank(module) for module in tensors.embeddings]
     parameters = [
@@ -154,7 +154,7 @@ def _features(tensors: LoraTensors, settings: LoraSettings, spec: ModelSpec) -> 
 
 
 def _traits(tensors: LoraTensors, settings: LoraSettings, spec: ModelSpec) -> Traits:
-    """What the config tells, and what shows only in the tensors."""
+    """Return the config's traits, completed by those that show only in the tensors."""
     more = bool(tensors.embeddings or tensors.stacked or tensors.saved or tensors.tokens)
     traits = settings.traits()
     vocab_size = tensors.vocab_size(spec)
@@ -165,7 +165,7 @@ def _traits(tensors: LoraTensors, settings: LoraSettings, spec: ModelSpec) -> Tr
 
 @dataclass(frozen=True, slots=True)
 class _Reader:
-    """The checked tensors, as what they are applied as."""
+    """The validated tensors, converted to the fields of `AdapterWeights`."""
 
     loaded: dict[str, Tensor]
     names: LoraTensors
@@ -225,7 +225,7 @@ class _Reader:
 
 
 def _share(replaced: dict[str, dict[str, Tensor]], spec: ModelSpec) -> None:
-    """A weight that only one end of a tied vocabulary came with is the other's too."""
+    """Give both ends of a tied vocabulary the weight that is stored for only one of them."""
     ends = [end for end in (spec.embedding, spec.head) if "weight" in replaced.get(end, {})]
     if len(ends) == 1:
         weight = replaced[ends[0]]["weight"]
@@ -234,8 +234,8 @@ def _share(replaced: dict[str, dict[str, Tensor]], spec: ModelSpec) -> None:
 
 
 def _unpooled(a: Tensor, inputs: int) -> Tensor:
-    """QA-LoRA's A acts on the groups' means times the number of groups (PEFT's `QALoraLinearVariant`); the same on the
-    input itself. Other A's are as they are."""
+    """Return A for the unpooled input. QA-LoRA's A acts on the groups' means times the number of groups (PEFT's
+    `QALoraLinearVariant`); any other A is returned unchanged."""
     groups = a.shape[1]
     if groups == inputs:
         return a

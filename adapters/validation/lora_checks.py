@@ -1,4 +1,4 @@
-"""What can be wrong with a LoRA beside a given base model: every reason, each naming the tensor or the key."""
+"""Checks of a LoRA against a base model: they report every problem, with the tensor or the key."""
 
 import math
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ from adapters.peft.patterns import dotted_suffixes
 from adapters.peft.weights import TensorKind
 from adapters.validation.saved_checks import copy_problems, token_problems
 
-MAX_STACKED_BYTES = 1 << 30  # of parameters that an adapter's own copy is made of
+MAX_STACKED_BYTES = 1 << 30  # size in float32 of all parameters of which the adapter needs a changed copy
 _FACTORS: tuple[TensorKind, ...] = ("A", "B")
 _EMBEDDING_FACTORS: tuple[TensorKind, ...] = ("embedding_A", "embedding_B")
 _SCALED: tuple[TensorKind, ...] = ("B", "lora_bias", "embedding_B")
@@ -34,12 +34,14 @@ _SCALED: tuple[TensorKind, ...] = ("B", "lora_bias", "embedding_B")
 
 @dataclass(frozen=True, slots=True)
 class LoraChecks:
-    """The checks of one file. Without settings (the config is unreadable) those that can be made without."""
+    """The checks of one file. Without settings (an unreadable config), only those that do not depend on them."""
 
     tensors: LoraTensors
     spec: ModelSpec
 
     def problems(self, settings: LoraSettings | None, with_numbers: bool = True) -> list[Problem]:
+        """Return every problem. `with_numbers` also reads the tensors, to compare copies and to find NaN and
+        infinity."""
         found = [*self.tensors.misnamed, *self._modules()]
         if settings:
             found += [*self._targets(settings), *self._saved_targets(settings), *self._sizes(settings)]
@@ -72,7 +74,8 @@ class LoraChecks:
                 yield problem(present, f"no {' and no '.join(missing)} beside it", "both factors", "shape_mismatch")
 
     def _targets(self, settings: LoraSettings) -> Iterator[Problem]:
-        """A declared target without a tensor, and a tensor that PEFT would drop because its module is no target."""
+        """Yield every declared target without a tensor, and every tensor that PEFT would drop because its module is
+        no target."""
         if settings.target_modules is None:
             return
         declared = set(settings.target_modules)
@@ -84,10 +87,10 @@ class LoraChecks:
             if (not is_target or settings.leaves_out(module)) and not targeted_parameters(module, settings, self.spec):
                 yield problem(next(iter(names.values())), "a module beyond them", "only targeted modules", "no_target")
         for target in sorted(declared - reached - self._left_out(settings)):
-            yield _undelivered("target_modules", target)
+            yield _missing_target("target_modules", target)
 
     def _left_out(self, settings: LoraSettings) -> set[str]:
-        """The targets that name only modules that PEFT does not wrap."""
+        """Return the targets that match only modules that PEFT does not wrap."""
         left, kept = set[str](), set[str]()
         for module in (*self.spec.modules, self.spec.embedding):
             (left if settings.leaves_out(module) else kept).update(dotted_suffixes(module))
@@ -99,19 +102,19 @@ class LoraChecks:
         return {suffix for name in (ends if tied else (module,)) for suffix in dotted_suffixes(name)}
 
     def _saved_targets(self, settings: LoraSettings) -> Iterator[Problem]:
-        """What `modules_to_save` and `target_parameters` name is in the file."""
+        """Check that the file has the targets of `modules_to_save` and `target_parameters`."""
         saved = [f".{module}." for module in self.tensors.saved]
         for target in settings.modules_to_save:
             if not any(f".{target}." in module for module in saved):
-                yield _undelivered("modules_to_save", target)
+                yield _missing_target("modules_to_save", target)
         adapted = self.tensors.stacked.keys() | self.tensors.modules.keys()
         parameters = [f".{module}.{name}" for module in adapted for name in parameter_names(module, self.spec)]
         for target in settings.target_parameters:
             if not any(name.endswith(f".{target}") for name in parameters):
-                yield _undelivered("target_parameters", target)
+                yield _missing_target("target_parameters", target)
 
     def _scalings(self, settings: LoraSettings) -> dict[str, float]:
-        """The scaling by the name of what is scaled."""
+        """Return the scaling of each scaled tensor, by tensor name."""
         adapted = {**self.tensors.modules, **self.tensors.embeddings}
         return {
             names[kind]: scaling_of(module, settings, self.spec)
@@ -139,7 +142,8 @@ class LoraChecks:
                 yield from self._shape(name, matrices.get(kind, (outputs,)))
 
     def _is_pooled(self, name: str, full: tuple[int, int], settings: LoraSettings) -> bool:
-        """Whether a QA-LoRA was trained on a base that pools the input; on others PEFT trains plain factors."""
+        """Return True if a QA-LoRA was trained on a base that pools the input; on other bases PEFT trains plain
+        factors."""
         size = settings.qalora_group_size
         if size is None or full[1] % size:
             return False
@@ -156,7 +160,7 @@ class LoraChecks:
             yield problem(name, str(list(shape)), str(list(expected)), "shape_mismatch")
 
     def _vectors(self, settings: LoraSettings) -> Iterator[Problem]:
-        """An adapted module has exactly the vectors that the config declares."""
+        """Check that an adapted module has exactly the vectors that the config declares."""
         for module, names in self.tensors.modules.items():
             if module not in self.spec.modules or not names.keys() & set(_FACTORS):
                 continue
@@ -177,7 +181,8 @@ class LoraChecks:
                 yield problem(names[kind], f"a {KINDS[kind]}", "only what the config and the base model have")
 
     def _biases(self, settings: LoraSettings) -> Iterator[Problem]:
-        """With `bias="all"` every bias that is not an adapted linear's is here too; otherwise none may be."""
+        """Check that `bias="all"` comes with every bias that does not belong to an adapted linear, and any other
+        setting with none."""
         wraps = self.tensors.adapted()
         wanted = (self.spec.biased if settings.bias == "all" else frozenset()) - wraps - self.tensors.saved.keys()
         for module, name in self.tensors.biases.items():
@@ -191,7 +196,8 @@ class LoraChecks:
     # -- everything else -----------------------------------------------------------------------------------------
 
     def _saved(self) -> Iterator[Problem]:
-        """PEFT looks for the weight of a layer that it wraps under `base_layer`, and of no other."""
+        """Check names and shapes of whole parameters. PEFT looks for the weight of a layer that it wraps under
+        `base_layer`, and of no other layer."""
         for module, names in self.tensors.saved.items():
             for parameter, name in names.items():
                 expected = self.spec.parameters[module][parameter]
@@ -204,7 +210,8 @@ class LoraChecks:
                     yield from self._shape(name, expected)
 
     def _vocabulary(self, settings: LoraSettings | None) -> Iterator[Problem]:
-        """An adapter with its own vocabulary brings both ends of it, and nothing that is tied to the base's."""
+        """Check that an adapter with its own vocabulary has both ends of it, and nothing that is tied to the base's
+        vocabulary."""
         size = self.tensors.vocab_size(self.spec)
         if size is None:
             return
@@ -268,7 +275,8 @@ class LoraChecks:
                 yield from self._shape(names[kind], shape)
 
     def _invocation(self, settings: LoraSettings) -> Iterator[Problem]:
-        """PEFT switches linears on at the invocation tokens, and would apply everything else from the start."""
+        """Check that an aLoRA is only factors of linears: PEFT activates linears at the invocation tokens, but would
+        apply everything else from the start."""
         if settings.invocation_tokens:
             others = self.tensors.touched() - self.tensors.modules.keys()
             if others or settings.use_dora or settings.lora_bias or settings.bias != "none":
@@ -276,6 +284,6 @@ class LoraChecks:
                 yield problem(where, "an aLoRA that is more than factors of linear layers", "factors alone")
 
 
-def _undelivered(key: str, target: str) -> Problem:
+def _missing_target(key: str, target: str) -> Problem:
     where = f"{CONFIG_FILE}: {key}"
     return problem(where, f"{shown(target)} without a tensor", "tensors for every target", "no_target")

@@ -1,4 +1,4 @@
-"""What can be wrong with rows of tokens, and with the copies that PEFT writes of wrapped modules."""
+"""Checks of token rows, and of the copies that PEFT writes of wrapped modules."""
 
 from collections.abc import Iterator
 
@@ -13,6 +13,7 @@ _KEY = f"{CONFIG_FILE}: trainable_token_indices"
 
 
 def token_problems(tensors: LoraTensors, spec: ModelSpec, settings: LoraSettings) -> Iterator[Problem]:
+    """Yield the problems of `trainable_token_indices` and of the rows stored for it."""
     vocab_size = tensors.vocab_size(spec) or spec.vocab_size or 0
     reached = set()
     for module, name in tensors.tokens.items():
@@ -35,14 +36,16 @@ def token_problems(tensors: LoraTensors, spec: ModelSpec, settings: LoraSettings
 
 
 def _is_tied_away(target: str, spec: ModelSpec, settings: LoraSettings) -> bool:
-    """PEFT stores the rows of tied layers once, with the embedding, when both declare the same tokens."""
+    """Return True if PEFT stores no rows for `target`: those of tied layers are stored once, with the embedding,
+    when both declare the same tokens."""
     ids = settings.token_indices
     same = any(ids[target] == ids[other] for other in ids if names_module(other, spec.embedding))
     return spec.tied and same and names_module(target, spec.head)
 
 
 def copy_problems(tensors: LoraTensors) -> Iterator[Problem]:
-    """A copy says what the parameter says, and a weight that is not used is that of a saved module."""
+    """Yield a problem for each copy that differs from its parameter, and for each unused weight without a saved
+    module of the same shape."""
     for module, parameter, name in tensors.copies:
         if not _same_bytes(tensors, name, tensors.saved[module][parameter]):
             yield problem(name, "other numbers than the module's own", "a copy", "malformed_file")

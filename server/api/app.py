@@ -7,30 +7,26 @@ from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
 import server
-from server.api import health as ops
-from server.api import models
-from server.api.adapters import aliases as splits
-from server.api.adapters import merge
-from server.api.adapters import routes as adapters
-from server.api.adapters import vllm_compat as vllm
+from server.api import health, models
+from server.api.adapters import aliases, merge, routes, vllm_compat
 from server.api.context import AppContext
 from server.api.errors import install_error_handlers
 from server.api.inference import chat, completions
 from server.api.middleware.auth import AuthMiddleware
-from server.api.middleware.body_limits import LimitsMiddleware
+from server.api.middleware.body_limits import BodyLimitsMiddleware
 from server.api.middleware.request_scope import RequestMiddleware
 from server.api.schemas import ChatCompletionChunk, CompletionChunk
 
 
 def create_app(context: AppContext) -> FastAPI:
-    """The HTTP interface over the parts in `context`. Starting and stopping the engine is the caller's business."""
+    """Create the HTTP application over the parts in `context`. The caller starts and stops the engine."""
     app = FastAPI(title="Loraplex", version=server.__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.context = context
-    for module in (ops, models, chat, completions, adapters, splits, merge, vllm):
+    for module in (health, models, chat, completions, routes, aliases, merge, vllm_compat):
         app.include_router(module.router)
     install_error_handlers(app)
-    # The last one added is the outermost: an id first, then who it is, then how much may be sent.
-    app.add_middleware(LimitsMiddleware, max_upload_bytes=context.config.max_upload_bytes)
+    # The middleware added last runs first: request id, then authorization, then body limits.
+    app.add_middleware(BodyLimitsMiddleware, max_upload_bytes=context.config.max_upload_bytes)
     app.add_middleware(AuthMiddleware, keys=context.keys)
     app.add_middleware(RequestMiddleware, metrics=context.metrics)
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
@@ -39,7 +35,7 @@ def create_app(context: AppContext) -> FastAPI:
 
 
 def _document(app: FastAPI) -> dict[str, Any]:
-    """FastAPI's document with what it cannot know: chunks of streams, keys, and that invalid input answers 400."""
+    """Return FastAPI's document, completed with stream chunks, API keys, and 400 for invalid input."""
     if app.openapi_schema is None:
         document = get_openapi(title=app.title, version=app.version, routes=app.routes)
         schemas = document["components"]["schemas"]
@@ -57,7 +53,7 @@ def _document(app: FastAPI) -> dict[str, Any]:
 
 
 def _drop_unused_422(operation: dict[str, Any]) -> None:
-    """FastAPI promises its own 422 on every route with parameters; ours is only for unusable adapters."""
+    """Remove FastAPI's 422, which it declares on every route with parameters; here 422 means an invalid adapter."""
     schema = str(operation["responses"].get("422", {}).get("content", ""))
     if "HTTPValidationError" in schema:
         del operation["responses"]["422"]

@@ -1,4 +1,4 @@
-"""What handlers share: the parts of the server, and which sequences run for which adapter."""
+"""State shared by all request handlers: the parts of the server, and the sequences in flight by adapter."""
 
 import asyncio
 import math
@@ -23,12 +23,12 @@ from server.ipc.client import EngineClient, EngineState, EngineUnavailable
 from server.ipc.messages import EngineInfo, Residency, Tier
 from server.metrics import Metrics
 
-BASE_NAME = ""  # of the base model in the accounting; no adapter can be called so
-_RATE_SECONDS = 30.0  # the window over which a rate forgets
+BASE_NAME = ""  # the base model in usage accounting; not a valid adapter name
+_RATE_SECONDS = 30.0  # time constant of the decay
 
 
 class Rate:
-    """Tokens per second, fading out over the last half minute."""
+    """Tokens per second, with exponential decay over half a minute."""
 
     def __init__(self) -> None:
         self._value = 0.0
@@ -44,7 +44,7 @@ class Rate:
 
 @dataclass(slots=True)
 class AdapterUse:
-    """What one adapter (by name; "" is the base model) was used for since the server started."""
+    """Usage of one adapter, or of the base model, since the server started."""
 
     requests: int = 0
     prompt_tokens: int = 0
@@ -59,7 +59,7 @@ class Running(NamedTuple):
 
 
 class InFlight:
-    """Sequences that were submitted and have not ended, by adapter. One that takes several adapters belongs to each."""
+    """Sequences that were submitted and have not ended, by adapter. A sequence counts for each of its adapters."""
 
     def __init__(self) -> None:
         self._running: dict[str, Running] = {}
@@ -85,11 +85,11 @@ class InFlight:
         return self._names[name]
 
     def sequences(self, name: str | None = None) -> list[str]:
-        """Ids of what runs for `name`, or of everything."""
+        """Return the ids of the sequences of `name`, or of all sequences."""
         return [seq_id for seq_id, running in self._running.items() if name is None or name in running.names]
 
     def digests(self) -> set[str]:
-        """Versions that running sequences hold, current or not."""
+        """Return the versions that running sequences use, current or not."""
         return {digest for running in self._running.values() for digest in running.digests}
 
     def forget(self, name: str) -> None:
@@ -97,7 +97,7 @@ class InFlight:
         del self._names[name]
 
     async def wait_idle(self, name: str | None, timeout: float) -> bool:
-        """Wait until nothing runs for `name` (None: at all). False when `timeout` came first."""
+        """Wait until no sequence of `name` (None: no sequence at all) is in flight. Returns False after `timeout`."""
         try:
             async with asyncio.timeout(timeout):
                 while self.sequences(name):
@@ -118,16 +118,18 @@ class AppContext:
     metrics: Metrics
     base_model: str
     started: float = field(default_factory=time.time)
-    draining: bool = False  # unready, but still serving: load balancers need time to notice
+    draining: bool = False  # unready but still serving, because load balancers need time to notice
     accepting: bool = True
     in_flight: InFlight = field(default_factory=InFlight)
-    fetching: dict[str, "asyncio.Task[None]"] = field(default_factory=dict)  # of the registry's pending adapters
-    # Slow remotes keep their own threads waiting, not those of uploads and tokenizers.
+    fetching: dict[str, "asyncio.Task[None]"] = field(default_factory=dict)  # tasks of the registry's pending adapters
+    # Separate threads, so that slow remotes do not block uploads and tokenizers.
     fetchers: Executor = field(default_factory=lambda: ThreadPoolExecutor(4, "fetch"))
     sandbox: TemplateSandbox = field(default_factory=TemplateSandbox)
     tokenizers: AdapterTokenizers = field(init=False)
     rate_limits: RateLimits = field(init=False)
-    _tiers: tuple[Residency, dict[str, Tier]] = field(default_factory=lambda: (Residency(), {}))  # as of that message
+    _tiers: tuple[Residency, dict[str, Tier]] = field(
+        default_factory=lambda: (Residency(), {})
+    )  # derived from that message
     _locks: WeakValueDictionary[str, asyncio.Lock] = field(default_factory=WeakValueDictionary)
 
     def __post_init__(self) -> None:
@@ -138,7 +140,7 @@ class AppContext:
 
     @property
     def info(self) -> EngineInfo:
-        """What the engine loaded. Raises `EngineUnavailable` while it is not ready."""
+        """Description of the loaded model. Raises `EngineUnavailable` while the engine is not ready."""
         if self.engine.info is None or self.engine.state is not EngineState.READY:
             raise EngineUnavailable(self.engine.reason)
         return self.engine.info
@@ -155,7 +157,7 @@ class AppContext:
         return time.time() - self.started
 
     def watch(self) -> None:
-        """Have the metrics follow the engine and the adapters."""
+        """Connect the metrics to the engine and the registry."""
         self.metrics.watch(self.engine, self.registry.names_of, self.registry.digests)
 
     def tier_of(self, digest: str) -> Tier:
@@ -166,18 +168,18 @@ class AppContext:
         return self._tiers[1].get(digest, "disk")
 
     def lock(self, name: str) -> asyncio.Lock:
-        """Changes to one adapter name happen one after the other."""
+        """Return the lock that serializes changes to one adapter name."""
         return self._locks.setdefault(name, asyncio.Lock())
 
     async def drain(self, timeout: float) -> None:
-        """Refuse new requests, let running ones finish for `timeout` seconds, then abort the rest."""
+        """Refuse new requests, wait `timeout` seconds for running requests, then abort the rest."""
         self.draining = True
         self.accepting = False
         if not await self.in_flight.wait_idle(None, timeout):
             await self.abort(None)
 
     async def abort(self, name: str | None) -> int:
-        """Abort what runs for `name` (None: everything), wait a moment for it to end, and say how many there were."""
+        """Abort the sequences of `name` (None: all), wait briefly for them to end, and return their number."""
         sequences = self.in_flight.sequences(name)
         self.engine.abort(sequences)
         await self.in_flight.wait_idle(name, timeout=1.0)

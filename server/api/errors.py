@@ -1,4 +1,4 @@
-"""One error shape for every route and status, and the one place where exceptions become answers."""
+"""One error body for every route and status, and the only place that turns exceptions into responses."""
 
 from collections.abc import Mapping
 from http import HTTPStatus
@@ -31,7 +31,8 @@ _REFUSAL_STATUS = {"busy": 409, "no_room": 409, "not_mergeable": 409, "invalid":
 
 
 class ApiError(HTTPException):
-    """A refusal with the contract's code. Being an `HTTPException`, it passes FastAPI's body reading untouched."""
+    """An error response with a code of the API contract. Derives from `HTTPException`, because FastAPI wraps other
+    exceptions that are raised while it reads a body."""
 
     def __init__(
         self,
@@ -52,12 +53,12 @@ def bad_request(message: str, param: str | None = None, code: str | None = "inva
 
 
 def model_not_found(model: str) -> ApiError:
-    """The same bytes for an unknown model and for one that the key may not see."""
+    """Return the same response for an unknown model and for a model that the key may not see."""
     return ApiError(404, f"The model '{model}' does not exist.", code="model_not_found", param="model")
 
 
 def unavailable(message: str, code: str = "unavailable") -> ApiError:
-    """A 503 that is worth trying again."""
+    """Return a 503 with a Retry-After header."""
     return ApiError(503, message, code=code, headers={"retry-after": str(RETRY_AFTER_SECONDS)})
 
 
@@ -78,8 +79,12 @@ def error_response(error: HTTPException) -> JSONResponse:
 
 
 def server_error() -> ApiError:
-    """What a client may know of an exception nobody foresaw; the log has the rest under the request's id."""
-    return ApiError(500, "The server failed to answer this request.", code="internal_error")
+    """Return the response for an unexpected exception. Details are only in the log, under the request's id."""
+    return ApiError(
+        500,
+        "An internal error occurred; the server's log has details under the x-request-id of this response.",
+        code="internal_error",
+    )
 
 
 def install_error_handlers(app: FastAPI) -> None:
@@ -101,7 +106,8 @@ async def _on_validation_error(_: Request, error: Exception) -> JSONResponse:
 
 
 def validation_error(errors: Any) -> ApiError:
-    """Says which fields are wrong and why. Never echoes the input: NaN and lone surrogates do not serialise."""
+    """Return a 400 that names the invalid fields and the reasons. Never echoes the input: NaN and lone surrogates
+    cannot be serialized."""
     found = list(errors[:_MAX_VALIDATION_ERRORS])
     sentences = [f"{_field(e['loc']) or 'body'}: {e['msg']}" for e in found]
     more = len(errors) - len(found)
@@ -111,7 +117,7 @@ def validation_error(errors: Any) -> ApiError:
 
 
 def _field(location: tuple[int | str, ...]) -> str:
-    """The path of a field as the client wrote it: without FastAPI's source and pydantic's names of union members."""
+    """Return the path of a field as the client wrote it, without FastAPI's source and pydantic's union member names."""
     parts = [str(part) for part in location[1:]] if location and location[0] in _SOURCES else list(map(str, location))
     return ".".join(part for part in parts if part.isidentifier() or part.isdigit())[:200]
 
@@ -135,10 +141,10 @@ async def _on_move_refused(_: Request, error: Exception) -> JSONResponse:
 
 
 async def _on_engine_unavailable(request: Request, _: Exception) -> JSONResponse:
-    """Says the state only: the engine's reason is for the operator and may name the server's files."""
+    """Report the state only: the engine's reason is for the operator and may contain file names."""
     return error_response(engine_unavailable(request.app.state.context.engine.state))
 
 
-def error_answers(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """For the OpenAPI document: these statuses answer with the error body."""
+def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Declare for the OpenAPI document that these statuses have the error body."""
     return {status: {"model": ErrorBody, "description": HTTPStatus(status).phrase} for status in statuses}

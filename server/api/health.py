@@ -1,4 +1,4 @@
-"""Probes, metrics, version and the numbers behind the console."""
+"""Health probes, metrics, version and statistics."""
 
 import asyncio
 
@@ -8,7 +8,7 @@ from fastapi.responses import Response
 import server
 from adapters.errors import AdapterNotFound
 from server.api.context import AppContext, Context
-from server.api.errors import engine_unavailable, error_answers, unavailable
+from server.api.errors import engine_unavailable, error_responses, unavailable
 from server.api.schemas import Wire
 from server.ipc.client import EngineState
 from server.ipc.messages import Tier
@@ -86,36 +86,36 @@ class Stats(Wire):
     adapters: list[AdapterNumbers]
 
 
-@router.get("/livez", responses=error_answers(503))
+@router.get("/livez", responses=error_responses(503))
 async def livez(context: Context) -> StatusBody:
-    """Whether restarting the server could help: no, unless the engine is dead or hangs."""
+    """Liveness probe; 503 when the engine is dead or hung."""
     if not context.engine.is_alive():
-        raise unavailable("The engine is dead or hangs.", "engine_dead")
+        raise unavailable("The engine is dead or hung; restart the server.", "engine_dead")
     return StatusBody(status="alive")
 
 
-@router.get("/readyz", responses=error_answers(503))
-@router.get("/health", responses=error_answers(503), operation_id="health")
+@router.get("/readyz", responses=error_responses(503))
+@router.get("/health", responses=error_responses(503), operation_id="health")
 async def readyz(context: Context) -> StatusBody:
-    """Whether new requests should come here."""
+    """Readiness probe; 503 when the server should receive no new requests."""
     if context.engine.state is not EngineState.READY:
         raise engine_unavailable(context.engine.state)
     if context.draining:
         raise unavailable("The server is shutting down.", "draining")
     if context.saturated:
-        raise unavailable("Too many requests are waiting.", "queue_full")
+        raise unavailable("Too many requests are waiting; try again later.", "queue_full")
     return StatusBody(status="ready")
 
 
-@router.get("/metrics", responses={200: {"content": {"text/plain": {}}}, **error_answers(401, 403)})
+@router.get("/metrics", responses={200: {"content": {"text/plain": {}}}, **error_responses(401, 403)})
 async def metrics(context: Context) -> Response:
-    """Prometheus exposition."""
+    """Return the metrics in the Prometheus text format."""
     return Response(await asyncio.to_thread(context.metrics.exposition), headers={"content-type": CONTENT_TYPE})
 
 
-@router.get("/version", responses=error_answers(401, 403))
+@router.get("/version", responses=error_responses(401, 403))
 async def version(context: Context) -> VersionInfo:
-    """What is running: release, base model, precision, kernels."""
+    """Return the release, the base model and its fingerprint, precision and kernels."""
     info = context.engine.info
     return VersionInfo(
         version=server.__version__,
@@ -125,9 +125,9 @@ async def version(context: Context) -> VersionInfo:
     )
 
 
-@router.get("/v1/stats", responses=error_answers(401, 403))
+@router.get("/v1/stats", responses=error_responses(401, 403))
 async def stats(context: Context) -> Stats:
-    """The state of the server in numbers."""
+    """Return statistics of the engine, queue, KV cache, adapter slots and adapters."""
     now, residency = context.engine.stats, context.engine.residency
     return Stats(
         base_model=context.base_model,
@@ -174,7 +174,7 @@ def _adapter_numbers(context: AppContext, name: str) -> AdapterNumbers:
 
 
 def _tier(context: AppContext, name: str) -> Tier:
-    """Of the base model, and of an adapter that is just being deleted, what their tokens say: on the device."""
+    """Return the tier of an adapter. The base model, and an adapter that is being deleted, count as on the device."""
     try:
         return context.tier_of(context.registry.resolve(name).version.digest)
     except AdapterNotFound:

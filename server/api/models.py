@@ -1,4 +1,4 @@
-"""`/v1/models`: the base model and the adapters, as OpenAI clients list them."""
+"""`/v1/models`: the base model, adapters and aliases in OpenAI's format."""
 
 import asyncio
 from typing import Annotated
@@ -9,7 +9,7 @@ from fastapi.responses import Response
 from adapters.registry.aliases import Alias
 from adapters.registry.registry import AdapterRecord
 from server.api.context import AppContext, Context
-from server.api.errors import error_answers
+from server.api.errors import error_responses
 from server.api.inference.admission import resolve_record
 from server.api.middleware.auth import Key, key_of
 from server.api.schemas import ModelBody, ModelList
@@ -18,10 +18,10 @@ router = APIRouter(tags=["inference"])
 Caller = Annotated[Key, Depends(key_of)]
 
 
-@router.get("/v1/models", responses={200: {"model": ModelList}, **error_answers(401, 403)})
+@router.get("/v1/models", responses={200: {"model": ModelList}, **error_responses(401, 403)})
 async def list_models(context: Context, key: Caller) -> Response:
-    """What may be named as `model`, as far as this key may see it."""
-    # OpenAI's route has no pages: in a thread, thousands of names do not hold up the streams.
+    """List the models visible to this API key."""
+    # OpenAI's route has no pages. A thread keeps thousands of names from delaying the streams.
     return Response(await asyncio.to_thread(_listed, context, key), media_type="application/json")
 
 
@@ -34,9 +34,9 @@ def _listed(context: AppContext, key: Key) -> str:
     return ModelList(data=models).model_dump_json()
 
 
-@router.get("/v1/models/{model:path}", responses=error_answers(400, 401, 403, 404))
+@router.get("/v1/models/{model:path}", responses=error_responses(400, 401, 403, 404))
 async def get_model(model: str, context: Context, key: Caller) -> ModelBody:
-    """One of them."""
+    """Return one model: the base model, an adapter, a version of an adapter, or an alias."""
     if model == context.base_model:
         return _base(context)
     alias = context.registry.aliases.get(model)
@@ -51,11 +51,11 @@ def _base(context: AppContext) -> ModelBody:
 
 
 def _alias(context: AppContext, alias: Alias) -> ModelBody:
-    """`root` is the name itself: what is behind it differs from request to request."""
+    """Describe an alias. `root` is the alias itself, because its adapter differs from request to request."""
     return ModelBody(id=alias.name, created=alias.created, root=alias.name, parent=context.base_model)
 
 
-def _adapter(context: AppContext, record: AdapterRecord, asked: str | None = None) -> ModelBody:
-    """`root` is the immutable version behind the name, in the form that `model` takes too."""
+def _adapter(context: AppContext, record: AdapterRecord, requested_name: str | None = None) -> ModelBody:
+    """Describe an adapter. `root` is its immutable version, in a form that the `model` of a request accepts."""
     root = f"{record.name}@{record.version.digest[:12]}"
-    return ModelBody(id=asked or record.name, created=record.created, root=root, parent=context.base_model)
+    return ModelBody(id=requested_name or record.name, created=record.created, root=root, parent=context.base_model)

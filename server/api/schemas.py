@@ -1,5 +1,5 @@
-"""The wire: every body that is read or written, with its bounds. What is not declared here is ignored when it comes
-from a client, except where ignoring it would change the answer (`_NEUTRAL`)."""
+"""Request and response bodies with their bounds. Undeclared fields of requests are ignored, except where ignoring them
+would change the output (`_NEUTRAL`)."""
 
 from typing import Annotated, Any, Literal
 
@@ -20,12 +20,12 @@ LogitBias = dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Annotated[float, F
 
 
 class Wire(BaseModel):
-    """NaN and infinities are refused everywhere: they are no JSON."""
+    """Base of all bodies. Rejects NaN and infinities, which are not valid JSON."""
 
     model_config = ConfigDict(allow_inf_nan=False)
 
 
-# Fields of OpenAI's and vLLM's APIs whose effect we lack, with the values that ask for nothing.
+# Fields of OpenAI's and vLLM's APIs that are not implemented, with the values that have no effect.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tools": ([],),
     "tool_choice": ("none", "auto"),
@@ -73,10 +73,12 @@ class AdapterPart(Wire):
 
 
 class GenerationRequest(Wire):
-    """What chat and plain completions have in common."""
+    """Fields common to chat completions and completions."""
 
     model: ModelName
-    adapters: Annotated[list[AdapterPart], Field(max_length=8, fail_fast=True)] | None = None  # on the base, as `model`
+    adapters: Annotated[list[AdapterPart], Field(max_length=8, fail_fast=True)] | None = (
+        None  # `model` must be the base model
+    )
     adapter_scale: AdapterScale | None = None
     max_tokens: TokenCount | None = None
     temperature: float | None = Field(None, ge=0, le=2)
@@ -205,14 +207,14 @@ class ChatChoice(Wire):
     finish_reason: FinishReason
 
 
-class Answer(Wire):
+class ResponseHead(Wire):
     id: str
     created: int
     model: str
     system_fingerprint: str
 
 
-class ChatCompletion(Answer):
+class ChatCompletion(ResponseHead):
     object: Literal["chat.completion"] = "chat.completion"
     choices: list[ChatChoice]
     usage: UsageBody
@@ -230,7 +232,7 @@ class ChatChunkChoice(Wire):
     finish_reason: FinishReason | None
 
 
-class ChatCompletionChunk(Answer):
+class ChatCompletionChunk(ResponseHead):
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
     choices: list[ChatChunkChoice]
     usage: UsageBody | None = None
@@ -254,13 +256,13 @@ class CompletionChoice(CompletionChunkChoice):
     finish_reason: FinishReason
 
 
-class Completion(Answer):
+class Completion(ResponseHead):
     object: Literal["text_completion"] = "text_completion"
     choices: list[CompletionChoice]
     usage: UsageBody
 
 
-class CompletionChunk(Answer):
+class CompletionChunk(ResponseHead):
     object: Literal["text_completion"] = "text_completion"
     choices: list[CompletionChunkChoice]
     usage: UsageBody | None = None
@@ -292,7 +294,7 @@ class ErrorDetail(Wire):
     type: str
     param: str | None
     code: str | None
-    problems: list[ProblemBody] | None = Field(None, description="With code adapter_invalid: every problem found")
+    problems: list[ProblemBody] | None = Field(None, description="Every problem found, if the code is adapter_invalid")
 
 
 class ErrorBody(Wire):

@@ -1,4 +1,4 @@
-"""`loraplex adapters …` and `loraplex chat`: the client side, over HTTP."""
+"""`loraplex adapters …`, `merge`, `unmerge` and `chat`: commands that call a running server over HTTP."""
 
 import json
 from collections.abc import Iterator
@@ -11,11 +11,11 @@ from rich.table import Table
 
 from adapters.convert.folders import FolderError, writing
 from adapters.peft.files import TOKENIZER_FILES
-from server.cli.http_client import all_adapters, call, check, connect, download, fail, upload
+from server.cli.http_client import all_adapters, call, check_response, connect, download, fail, upload
 
 app = typer.Typer(no_args_is_help=True, help="Manage the adapters of a running server.")
-Json = Annotated[bool, typer.Option("--json", help="Print the server's JSON")]
-Name = Annotated[str, typer.Argument(help="The adapter's name")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON")]
+Name = Annotated[str, typer.Argument(help="Name of the adapter")]
 
 
 def _show(records: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
@@ -53,10 +53,10 @@ def list_adapters(as_json: Json = False) -> None:
 @app.command()
 def push(
     name: Name,
-    folder: Annotated[Path, typer.Argument(help="Folder that PEFT's save_pretrained wrote")],
+    folder: Annotated[Path, typer.Argument(help="Folder written by PEFT's save_pretrained")],
     replace: Annotated[bool, typer.Option(help="Point an existing name at the new version")] = False,
-    pinned: Annotated[bool, typer.Option(help="Protect it from eviction")] = False,
-    dry_run: Annotated[bool, typer.Option(help="Only check it")] = False,
+    pinned: Annotated[bool, typer.Option(help="Protect the adapter from eviction")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Validate the adapter without publishing it")] = False,
     as_json: Json = False,
 ) -> None:
     """Upload an adapter."""
@@ -69,16 +69,16 @@ def push(
 
 @app.command()
 def pull(
-    name: Annotated[str, typer.Argument(help="The adapter's name, or name@version")],
-    folder: Annotated[Path, typer.Argument(help="Folder to write its files into")],
-    force: Annotated[bool, typer.Option("--force", help="Write over files that are there")] = False,
+    name: Annotated[str, typer.Argument(help="Name of the adapter, or name@version")],
+    folder: Annotated[Path, typer.Argument(help="Folder to write the files to")],
+    force: Annotated[bool, typer.Option("--force", help="Overwrite existing files")] = False,
 ) -> None:
     """Download an adapter's files."""
     try:
         with writing(folder, replace=force) as fresh:
             download(name, fresh)
             absent = [file for file in TOKENIZER_FILES if not (fresh / file).exists()]
-        for file in absent:  # another adapter's tokenizer must not stay beside this one
+        for file in absent:  # the tokenizer of another adapter must not remain beside this one
             (folder / file).unlink(missing_ok=True)
     except (FolderError, OSError) as error:
         fail(str(error))
@@ -91,22 +91,26 @@ def show(name: Name) -> None:
 
 
 @app.command()
-def rm(name: Name, drain_timeout: Annotated[float, typer.Option(help="Seconds for running requests")] = 30.0) -> None:
-    """Remove an adapter; running requests may finish."""
+def rm(
+    name: Name, drain_timeout: Annotated[float, typer.Option(help="Seconds to wait for running requests")] = 30.0
+) -> None:
+    """Delete an adapter; running requests may finish."""
     typer.echo(json.dumps(call("DELETE", f"/v1/adapters/{name}", params={"drain_timeout": drain_timeout})))
 
 
 @app.command()
 def load(
-    name: Name, tier: Annotated[str, typer.Option(help="device or host")] = "device", as_json: Json = False
+    name: Name,
+    tier: Annotated[str, typer.Option(help="Tier to load to: device or host")] = "device",
+    as_json: Json = False,
 ) -> None:
-    """Warm an adapter up."""
+    """Load an adapter to the device or to host memory."""
     _print(call("POST", f"/v1/adapters/{name}/load", json={"tier": tier}), as_json)
 
 
 @app.command()
 def unload(name: Name, as_json: Json = False) -> None:
-    """Free the adapter's device and host memory; it stays registered."""
+    """Free an adapter's device and host memory; the adapter stays registered."""
     _print(call("POST", f"/v1/adapters/{name}/unload"), as_json)
 
 
@@ -118,13 +122,13 @@ def pin(name: Name, as_json: Json = False) -> None:
 
 @app.command()
 def unpin(name: Name, as_json: Json = False) -> None:
-    """Let an adapter be evicted again."""
+    """Remove an adapter's protection from eviction."""
     _print(call("POST", f"/v1/adapters/{name}/unpin"), as_json)
 
 
 @app.command()
 def versions(name: Name, as_json: Json = False) -> None:
-    """List the versions a name has pointed at, newest first."""
+    """List the versions of an adapter, newest first."""
     history = call("GET", f"/v1/adapters/{name}/versions")["data"]
     if as_json:
         typer.echo(json.dumps(history))
@@ -135,64 +139,66 @@ def versions(name: Name, as_json: Json = False) -> None:
 @app.command()
 def rollback(
     name: Name,
-    version: Annotated[str | None, typer.Option(help="Default: the one before")] = None,
+    version: Annotated[str | None, typer.Option(help="Version to return to (default: the previous one)")] = None,
     as_json: Json = False,
 ) -> None:
-    """Point a name at an earlier version."""
+    """Roll an adapter back to an earlier version."""
     _print(call("POST", f"/v1/adapters/{name}/rollback", json={"version": version}), as_json)
 
 
 @app.command()
 def split(
     alias: Annotated[str, typer.Argument(help="The name that clients use")],
-    members: Annotated[list[str], typer.Argument(help="Adapters with whole weights, as stable=90 canary=10")],
+    members: Annotated[list[str], typer.Argument(help="Adapters with integer weights, as in stable=90 canary=10")],
 ) -> None:
-    """Have one name stand for several adapters by weight."""
+    """Split the requests for one alias among several adapters by weight."""
     weights = {}
     for member in members:
         name, _, weight = member.partition("=")
         if not weight.isdecimal():
-            fail(f"{member}: expected adapter=weight")
+            fail(f"{member} must have the form adapter=weight with an integer weight")
         weights[name] = int(weight)
     typer.echo(json.dumps(call("PUT", f"/v1/adapters/{alias}/split", json={"weights": weights}), indent=2))
 
 
 @app.command()
 def unsplit(alias: Annotated[str, typer.Argument(help="The name that clients use")]) -> None:
-    """Take an alias away; its members stay."""
+    """Delete an alias; its adapters stay."""
     typer.echo(json.dumps(call("DELETE", f"/v1/adapters/{alias}/split"), indent=2))
 
 
 def merge(
     name: Name,
-    drain: Annotated[bool, typer.Option(help="Wait for other requests to end")] = False,
-    allow_requantize: Annotated[bool, typer.Option(help="Stay in 4 bits where memory is short")] = False,
+    drain: Annotated[bool, typer.Option(help="Wait for requests of other models to finish")] = False,
+    allow_requantize: Annotated[
+        bool, typer.Option(help="Keep a 4-bit base model in 4 bits if memory is short")
+    ] = False,
 ) -> None:
-    """Fold an adapter into the base's weights."""
+    """Merge one adapter into the base model."""
     body = {"name": name, "drain": drain, "allow_requantize": allow_requantize}
     typer.echo(json.dumps(call("POST", "/v1/merge", json=body), indent=2))
 
 
 def unmerge() -> None:
-    """Put the base's own weights back."""
+    """Restore the weights of the base model."""
     typer.echo(json.dumps(call("DELETE", "/v1/merge"), indent=2))
 
 
 def chat(
-    model: Annotated[str, typer.Argument(help="The base model or an adapter; default: the base")] = "",
-    max_tokens: Annotated[int, typer.Option(help="Longest answer")] = 256,
+    model: Annotated[str, typer.Argument(help="The base model or an adapter (default: the base model)")] = "",
+    max_tokens: Annotated[int, typer.Option(help="Maximum number of tokens in a reply")] = 256,
 ) -> None:
-    """Talk to a model; an empty line or Ctrl-D ends it."""
+    """Chat with a model; an empty line or Ctrl-D ends the chat."""
     model = model or next(m["id"] for m in call("GET", "/v1/models")["data"] if m["parent"] is None)
     messages: list[dict[str, str]] = []
     while question := _ask():
         messages.append({"role": "user", "content": question})
-        answer = ""
+        reply = ""
         for delta in _stream({"model": model, "messages": messages, "max_tokens": max_tokens, "stream": True}):
             typer.echo(delta, nl=False)
-            answer += delta
+            reply += delta
         typer.echo()
-        messages.append({"role": "assistant", "content": answer})
+        messages.append({"role": "assistant", "content": reply})
 
 
 def _ask() -> str:
@@ -203,11 +209,11 @@ def _ask() -> str:
 
 
 def _stream(body: dict[str, Any]) -> Iterator[str]:
-    with connect() as client, client.stream("POST", "/v1/chat/completions", json=body) as answer:
-        if answer.is_error:
-            answer.read()
-        check(answer)
-        for line in answer.iter_lines():
+    with connect() as client, client.stream("POST", "/v1/chat/completions", json=body) as response:
+        if response.is_error:
+            response.read()
+        check_response(response)
+        for line in response.iter_lines():
             if line.startswith("data: {"):
                 event = json.loads(line[6:])
                 if "error" in event:

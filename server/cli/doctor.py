@@ -1,4 +1,4 @@
-"""`loraplex doctor`: what this machine offers, and which native code the server would use on it."""
+"""`loraplex doctor`: shows the machine's resources and the native code that the server would use."""
 
 import importlib.metadata
 import json
@@ -20,7 +20,7 @@ GIB = 1 << 30
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables")] = False,
 ) -> None:
-    """Show the native code, the processors, the memory and the packages that the server would use here."""
+    """Show the native code, processors, memory and packages that the server would use on this machine."""
     found = {"native code": _native_code(), "machine": _machine(), "packages": _packages()}
     if as_json:
         typer.echo(json.dumps(found, indent=2))
@@ -33,7 +33,7 @@ def doctor(
 
 
 def _native_code() -> dict[str, str]:
-    """The form in use, and of every form whether this machine can use it."""
+    """Return the form in use, and for every form whether this machine can use it."""
     try:
         used = forms.described_choice()
     except forms.FormRefused as refused:

@@ -1,5 +1,5 @@
-"""A running server as the command line sees it. Its address and the key come from `LORAPLEX_URL` and
-`LORAPLEX_API_KEY`. Whatever goes wrong ends the command with one line."""
+"""HTTP client of the command line. The address and the API key come from `LORAPLEX_URL` and `LORAPLEX_API_KEY`.
+Every error ends the command with a message instead of a traceback."""
 
 import os
 from collections.abc import Iterator
@@ -22,21 +22,21 @@ def connect() -> Iterator[httpx.Client]:
         with httpx.Client(base_url=url, headers=headers, timeout=120) as client:
             yield client
     except httpx.HTTPError as error:
-        fail(f"cannot reach the server: {error}")
+        fail(f"cannot reach the server at {url}: {error}; set LORAPLEX_URL if it is elsewhere")
 
 
 def call(method: str, path: str, **options: Any) -> Any:
-    """The server's JSON."""
+    """Send a request and return the JSON of the response."""
     with connect() as client:
-        answer = client.request(method, path, **options)
-    check(answer)
-    return answer.json()
+        response = client.request(method, path, **options)
+    check_response(response)
+    return response.json()
 
 
-def check(answer: httpx.Response) -> None:
-    """Ends the command with the server's own words when it refused."""
-    if answer.is_error:
-        body = answer.json()
+def check_response(response: httpx.Response) -> None:
+    """End the command with the server's error message if the response is an error."""
+    if response.is_error:
+        body = response.json()
         problems = body["error"].get("problems") or []
         lines = [f"  {p['where']}: found {p['found']}, expected {p['expected']}" for p in problems]
         fail("\n".join([body["error"]["message"], *lines]))
@@ -48,7 +48,7 @@ def fail(message: str, code: int = 1) -> NoReturn:
 
 
 def all_adapters() -> list[dict[str, Any]]:
-    """The server's records, in the order of names."""
+    """Return the records of all adapters, ordered by name."""
     records: list[dict[str, Any]] = []
     more = True
     while more:
@@ -61,7 +61,7 @@ def all_adapters() -> list[dict[str, Any]]:
 def upload(
     name: str, folder: Path, *, replace: bool = False, pinned: bool = False, dry_run: bool = False
 ) -> dict[str, Any]:
-    """Publish the adapter in `folder`; the server's record of it."""
+    """Publish the adapter in `folder` and return its record."""
     missing = [file for file in FILES if not (folder / file).is_file()]
     if missing:
         fail(f"{folder} has no {' and no '.join(missing)}")
@@ -76,16 +76,16 @@ def download(adapter: str, folder: Path) -> None:
     """Write the files of `name` or `name@version` into `folder`, all of one version."""
     name, _, version = adapter.partition("@")
     version = version or call("GET", f"/v1/adapters/{name}")["version"]
-    params = {"version": version} if version else None  # one that is still to be fetched has none
+    params = {"version": version} if version else None  # an adapter that is still being fetched has no version
     for file in (*FILES, *TOKENIZER_FILES):
         with (
             connect() as client,
-            client.stream("GET", f"/v1/adapters/{name}/files/{file}", params=params) as answer,
+            client.stream("GET", f"/v1/adapters/{name}/files/{file}", params=params) as response,
         ):
-            if file in TOKENIZER_FILES and answer.status_code == 404:
-                continue  # the adapter came without it
-            if answer.is_error:
-                answer.read()
-            check(answer)
+            if file in TOKENIZER_FILES and response.status_code == 404:
+                continue  # optional file that this adapter does not have
+            if response.is_error:
+                response.read()
+            check_response(response)
             with (folder / file).open("wb") as target:
-                target.writelines(answer.iter_bytes())
+                target.writelines(response.iter_bytes())

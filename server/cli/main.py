@@ -1,4 +1,4 @@
-"""The `loraplex` command. Flags of `serve` derive from the fields of `ServeConfig`."""
+"""The `loraplex` command. The flags of `serve` are derived from the fields of `ServeConfig`."""
 
 import inspect
 from pathlib import Path
@@ -18,11 +18,11 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 
 @app.callback()
 def loraplex() -> None:
-    """One frozen base model, many LoRA adapters in one forward pass."""
+    """Serve one base model with many LoRA adapters in one forward pass."""
 
 
 def _flag(name: str) -> inspect.Parameter:
-    """A command-line option for one setting; None means that the flag was not given."""
+    """Return the command-line option of one setting; its value is None if the flag is not given."""
     field = ServeConfig.__dataclass_fields__[name]
     default = None if field.metadata.get("secret") or field.default in ("", (), Path()) else str(field.default)
     hint: Any = HINTS[name]
@@ -59,7 +59,7 @@ _CONFIG_FLAG = inspect.Parameter(
     "config",
     inspect.Parameter.KEYWORD_ONLY,
     default=None,
-    annotation=Annotated[Path | None, typer.Option("--config", help="TOML or YAML file of these settings")],
+    annotation=Annotated[Path | None, typer.Option("--config", help="TOML or YAML file with these settings")],
 )
 serve.__signature__ = inspect.Signature([_CONFIG_FLAG, *(_flag(name) for name in HINTS)])  # type: ignore[attr-defined]
 serve.__annotations__ = {p.name: p.annotation for p in serve.__signature__.parameters.values()}  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""`loraplex sync adapters.yaml`: makes a server's adapters those of a file, and says first what that takes.
+"""`loraplex sync adapters.yaml`: reconciles the server with a YAML file, after showing a plan.
 
 ```yaml
 adapters:
@@ -26,13 +26,13 @@ from adapters.registry.registry import check_name
 from server.cli.http_client import all_adapters, call, fail, upload
 
 Action = Literal["unpin", "create", "replace", "delete", "pin"]
-_ORDER: tuple[Action, ...] = get_args(Action)  # pins come last, when there is room for them
+_ORDER: tuple[Action, ...] = get_args(Action)  # pins come last, when deletions have made room
 _COMMIT = re.compile(r"hf://[^@]+@[0-9a-f]{40}(/.*)?")
 _FETCH_SECONDS = 3600.0
 
 
 class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One adapter of the file."""
+    """One adapter in the file."""
 
     name: str
     source: str
@@ -49,7 +49,7 @@ class _File(msgspec.Struct, forbid_unknown_fields=True):
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One change; `source` is where the adapter comes from, in `create` and `replace`."""
+    """One change of the plan; `source` is set for `create` and `replace`."""
 
     action: Action
     name: str
@@ -57,13 +57,13 @@ class Step:
 
 
 def sync(
-    file: Annotated[Path, typer.Argument(help="YAML: a list 'adapters' of name, source and pinned")],
-    prune: Annotated[bool, typer.Option("--prune", help="Delete the adapters that the file does not list")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be done")] = False,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before it is done")] = False,
+    file: Annotated[Path, typer.Argument(help="YAML file with a list 'adapters' of name, source and pinned")],
+    prune: Annotated[bool, typer.Option("--prune", help="Delete adapters that the file does not list")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan without applying it")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Apply the plan without asking")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON")] = False,
 ) -> None:
-    """Make the server's adapters those that a file lists."""
+    """Reconcile the server with a YAML file, after showing a plan."""
     entries = _read(file)
     records = {record["name"]: record for record in all_adapters()}
     unlisted = sorted(records.keys() - {entry.name for entry in entries})
@@ -74,7 +74,7 @@ def sync(
     if not steps or dry_run:
         return
     if not yes:
-        typer.confirm("Do this?", abort=True, err=True)
+        typer.confirm("Apply this plan?", abort=True, err=True)
     for step in steps:
         _do(step, file.parent)
         typer.echo(f"{step.action} {step.name}: done", err=True)
@@ -86,35 +86,35 @@ def _read(file: Path) -> Sequence[Entry]:
         for name, count in Counter(entry.name for entry in entries).items():
             check_name(name)
             if count > 1:
-                fail(f"{file}: {name} is listed {count} times", code=2)
+                fail(f"{file} lists {name} {count} times; list each adapter once", code=2)
     except (OSError, msgspec.MsgspecError, InvalidName) as error:
         fail(f"{file}: {error}", code=2)
     return entries
 
 
 def _steps(entry: Entry, record: Mapping[str, Any] | None, beside: Path) -> Iterator[Step]:
-    """What makes the server's `record` what `entry` says."""
+    """Yield the steps that bring the server's `record` to the state of `entry`."""
     if record is None or record["version"] is None:
-        _try_out(entry, beside)
+        _dry_run(entry, beside)
         yield Step("create", entry.name, entry.source)
     elif _version_of(entry, record, beside) != record["version"] or record["state"] == "failed":
-        _try_out(entry, beside)
+        _dry_run(entry, beside)
         yield Step("replace", entry.name, entry.source)
     if entry.pinned != (record is not None and record["pinned"]):
         yield Step("pin" if entry.pinned else "unpin", entry.name)
 
 
 def _version_of(entry: Entry, record: Mapping[str, Any], beside: Path) -> str:
-    """The version at the entry's source; ends the command where there is none."""
+    """Return the version at the entry's source; end the command if there is none."""
     if not entry.is_remote:
         return f"sha256:{_digest(beside / entry.source)}"
     if record["source"] == entry.source and _COMMIT.fullmatch(entry.source):
-        return str(record["version"])  # a commit stays what it is
+        return str(record["version"])  # a commit is immutable
     return str(_register(entry.name, entry.source, dry_run=True)["version"])
 
 
-def _try_out(entry: Entry, beside: Path) -> None:
-    """Ends the command, before anything was changed, when the server would refuse the adapter."""
+def _dry_run(entry: Entry, beside: Path) -> None:
+    """Validate the adapter on the server; end the command before any change if the server would refuse it."""
     if entry.is_remote:
         _register(entry.name, entry.source, dry_run=True)
     else:
@@ -144,7 +144,7 @@ def _show(steps: Sequence[Step], unlisted: Sequence[str], listed: int, as_json: 
     unchanged = listed - len({step.name for step in steps if step.action != "delete"})
     typer.echo(f"{unchanged} unchanged" if steps else f"Nothing to do: {unchanged} unchanged")
     if unlisted:
-        typer.echo(f"Not in the file, kept without --prune: {', '.join(unlisted)}")
+        typer.echo(f"Not in the file and kept (--prune deletes them): {', '.join(unlisted)}")
 
 
 def _do(step: Step, beside: Path) -> None:

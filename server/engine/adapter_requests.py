@@ -1,4 +1,4 @@
-"""Moves, pins and retirements of adapters that were asked for and are not done yet. Pure accounting, no torch."""
+"""Requested moves, pins and retirements of adapters that are not complete. Does not use torch."""
 
 from collections.abc import Set
 from contextlib import suppress
@@ -12,7 +12,7 @@ _TIERS = ("disk", "host", "device")
 
 
 class AdapterMoves:
-    """`settle`, between steps, goes on with what was asked as far as can be."""
+    """Pending requests for moves and pins; `poll` advances them between steps."""
 
     def __init__(self, residency: Residency[Any]) -> None:
         self._residency = residency
@@ -28,21 +28,21 @@ class AdapterMoves:
 
     def add(self, request: MoveAdapter | PinAdapter) -> None:
         if isinstance(request, PinAdapter) and not request.pinned:
-            self._withdraw(request.digest, "it was unpinned meanwhile", with_moves=False)
+            self._withdraw(request.digest, "the adapter was unpinned meanwhile", with_moves=False)
         self._residency.expect(request.digest)
         self._pending.append(request)
 
     def retire(self, digest: str) -> None:
-        """No name points at the version any more."""
-        self._withdraw(digest, "it was deleted meanwhile", with_moves=True)
+        """Unpin a version without names, and unload it once no sequence uses it."""
+        self._withdraw(digest, "the adapter was deleted meanwhile", with_moves=True)
         self._residency.unpin(digest)
         self._retired.add(digest)
 
-    def named_again(self, digest: str) -> None:
+    def unretire(self, digest: str) -> None:
         self._retired.discard(digest)
 
-    def settle(self) -> list[Reply]:
-        """Answer the requested moves that are done, or cannot be."""
+    def poll(self) -> list[Reply]:
+        """Advance all requests; return replies to those that are complete or refused."""
         replies, self._withdrawn = self._withdrawn, []
         waiting = []
         for request in self._pending:
@@ -58,20 +58,20 @@ class AdapterMoves:
 
     def unload_retired(self, in_use: Set[str]) -> None:
         for digest in self._retired - in_use if self._retired else ():
-            with suppress(MoveRefused):  # it is just being loaded
+            with suppress(MoveRefused):  # it is being loaded; retry later
                 self._residency.unload(digest)
                 self._retired.discard(digest)
 
     def _withdraw(self, digest: str, why: str, *, with_moves: bool) -> None:
-        """Refuse the version's pins, and perhaps moves, that are still on their way: done later, they would undo what
-        came after them."""
+        """Refuse pending pins of the version, and its moves if `with_moves`: completed later, they would undo a newer
+        request."""
         for request in [request for request in self._pending if request.digest == digest]:
             if request.pinned if isinstance(request, PinAdapter) else with_moves:
                 self._pending.remove(request)
                 self._withdrawn.append(Reply(request.request_id, ("busy", why)))
 
     def _advance(self, request: MoveAdapter | PinAdapter) -> bool:
-        """Whether `request` is done; if not, it was asked of residency. Raises `MoveRefused`."""
+        """Return whether `request` is complete; otherwise start it. Raises `MoveRefused`."""
         digest = request.digest
         if isinstance(request, PinAdapter) and not request.pinned:
             self._residency.unpin(digest)
@@ -79,7 +79,7 @@ class AdapterMoves:
         if isinstance(request, MoveAdapter) and request.tier == "disk":
             self._residency.unload(digest)
             return True
-        self.named_again(digest)
+        self.unretire(digest)
         tier = request.tier if isinstance(request, MoveAdapter) else "device"
         if _TIERS.index(self._residency.where(digest)) < _TIERS.index(tier):
             self._residency.bring(digest, tier)

@@ -1,12 +1,12 @@
-"""Who owns which block of the KV cache. Pure accounting: the tensors live in server/model/kv_cache.py.
+"""Ownership of the blocks of the KV cache. Does not use torch: the tensors are in server/model/kv_cache.py.
 
-Every block is in exactly one of three places:
+Every block is in exactly one of three states:
 
-    free list, unhashed     nothing of use in it
-    free list, hashed       content of a finished sequence, found again by prefix hash until it is reused
-    block tables            referenced by `ref_count` running sequences; full ones are hashed as well
+    free list, unhashed     contains nothing useful
+    free list, hashed       content of a finished sequence, found by its prefix hash until the block is reused
+    block tables            referenced by `ref_count` running sequences; full blocks are hashed as well
 
-The free list is in order of release, so reuse takes the least recently used content first.
+The free list is in order of release, so the least recently used content is reused first.
 """
 
 import hashlib
@@ -24,17 +24,17 @@ class Block:
     block_id: int
     ref_count: int = 0
     block_hash: bytes | None = None
-    token_ids: tuple[int, ...] = ()  # compared on a hit, so that a hash collision cannot serve wrong KV
+    token_ids: tuple[int, ...] = ()  # compared on a hit, so that a hash collision cannot return wrong keys and values
 
 
 def chain_seed(cache_salt: str) -> bytes:
-    """Start of a sequence's hash chain: KV is shared only within one salt."""
+    """Return the start of a sequence's hash chain; blocks are shared only within one salt."""
     return hashlib.sha256(b"salt" + cache_salt.encode()).digest()
 
 
 def adapted(parent: bytes, adapters: tuple[ScaledAdapter, ...], active_from: int) -> bytes:
-    """The chain from the first block on that the adapters see. From here KV is shared only within the same versions,
-    scales and first token: a block's own tokens do not tell where in it the adapters begin."""
+    """Return the chain for the first block that the adapters apply to. From there on, blocks are shared only among the
+    same versions, scales and `active_from`, because a block's tokens do not determine where the adapters begin."""
     return hashlib.sha256(parent + msgspec.json.encode((sorted(adapters), active_from))).digest()
 
 
@@ -48,8 +48,8 @@ class BlockManager:
 
     num_blocks: int
     block_size: int
-    prefix_queries: int = 0  # prompt tokens looked up, in all
-    prefix_hits: int = 0  # of those, found
+    prefix_queries: int = 0  # prompt tokens looked up, in total
+    prefix_hits: int = 0  # prompt tokens found, in total
     _blocks: list[Block] = field(init=False)
     _free: "OrderedDict[int, None]" = field(init=False)
     _cached: dict[bytes, int] = field(init=False, default_factory=dict)
@@ -70,9 +70,9 @@ class BlockManager:
         return -(-num_tokens // self.block_size)
 
     def match_prefix(self, seq: Sequence) -> list[int]:
-        """Cached blocks that hold the start of `seq`, in order; takes no reference.
+        """Return the cached blocks with the longest prefix of `seq`, in order, without referencing them.
 
-        The last token is never matched: something must be computed to sample from.
+        The last token is never matched, because sampling needs its logits.
         """
         self._extend_hashes(seq, (seq.num_tokens - 1) // self.block_size)
         matched: list[int] = []
@@ -86,12 +86,12 @@ class BlockManager:
         return matched
 
     def can_admit(self, seq: Sequence, matched: list[int]) -> bool:
-        """Whether the whole of `seq` fits next to what runs, given the cached blocks it would share."""
+        """Return whether the whole of `seq` fits beside the running sequences, given the cached blocks it shares."""
         idle_matches = sum(1 for block_id in matched if self._blocks[block_id].ref_count == 0)
         return self.blocks_for(seq.num_tokens) - len(matched) <= self.num_free - idle_matches
 
     def admit(self, seq: Sequence, matched: list[int]) -> None:
-        """Give `seq` its cached prefix; the rest comes block by block through `grow`."""
+        """Give `seq` its cached prefix; `grow` adds the other blocks as needed."""
         assert not seq.block_table
         for block_id in matched:
             block = self._blocks[block_id]
@@ -107,7 +107,7 @@ class BlockManager:
         return self.blocks_for(num_tokens) - len(seq.block_table) <= self.num_free
 
     def grow(self, seq: Sequence, num_tokens: int) -> None:
-        """Extend the block table of `seq` to cover `num_tokens`. The caller asked `can_grow` first."""
+        """Extend the block table of `seq` to cover `num_tokens`. The caller must check `can_grow` first."""
         for _ in range(self.blocks_for(num_tokens) - len(seq.block_table)):
             block_id, _ = self._free.popitem(last=False)
             block = self._blocks[block_id]
@@ -116,7 +116,7 @@ class BlockManager:
             seq.block_table.append(block_id)
 
     def commit(self, seq: Sequence, num_computed_tokens: int) -> None:
-        """Tokens up to `num_computed_tokens` are in the cache now: publish the blocks that became full."""
+        """Record that tokens up to `num_computed_tokens` are in the cache, and publish the blocks that became full."""
         full_before, full_now = seq.num_computed_tokens // self.block_size, num_computed_tokens // self.block_size
         self._extend_hashes(seq, full_now)
         for index in range(full_before, full_now):
@@ -124,7 +124,7 @@ class BlockManager:
         seq.num_computed_tokens = num_computed_tokens
 
     def free(self, seq: Sequence) -> None:
-        """Drop the references of `seq`. Later blocks are freed first, so prefixes stay cached longest."""
+        """Release the references of `seq`. Later blocks are freed first, so prefixes stay cached longest."""
         for block_id in reversed(seq.block_table):
             block = self._blocks[block_id]
             block.ref_count -= 1
@@ -136,9 +136,9 @@ class BlockManager:
         seq.num_computed_tokens = 0
 
     def disown_unverified(self, seq: Sequence) -> list[int]:
-        """Blocks that only `seq` refers to and whose content never led to finite logits, out of the prefix cache now.
+        """Remove blocks of `seq` alone whose content never led to finite logits from the prefix cache, and return them.
 
-        They may hold NaN (of an adapter that overflows, say), which whoever gets them next must not read.
+        They may contain NaN (of an overflowing adapter, for example), which their next owner must not read.
         """
         if seq.num_verified_tokens >= max(seq.num_computed_tokens, seq.num_launched_tokens):
             return []
@@ -149,7 +149,7 @@ class BlockManager:
         return own
 
     def check_integrity(self, running: list[Sequence]) -> None:
-        """Raise AssertionError when the books do not balance; tests call this after every operation."""
+        """Raise AssertionError if the accounting is inconsistent; tests call this after every operation."""
         references = [0] * self.num_blocks
         for seq in running:
             for block_id in seq.block_table:

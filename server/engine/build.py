@@ -1,4 +1,4 @@
-"""Composition of an engine: config → model → cache and pool → scheduler → engine."""
+"""Composition of the engine: config → model → cache and pool → scheduler → engine."""
 
 import logging
 from collections.abc import Callable
@@ -24,7 +24,7 @@ from server.engine.engine import Engine
 from server.engine.merging import Merged, MergePolicy, Merging
 from server.engine.policies import FairShare, FirstCome
 from server.engine.scheduler import Scheduler
-from server.engine.selftest import Trials
+from server.engine.selftest import SelfTests
 from server.engine.sizing import BLOCK_SIZE, host_cache_bytes, room, size_kv_cache, size_pool
 from server.engine.threads import set_threads, stay_single_threaded, step_aside
 from server.ipc.messages import EngineInfo
@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 
 def build_engine(config: ServeConfig) -> tuple[Engine, EngineInfo]:
-    """Load the model and put an engine around it. Raises `ModelRefused` with the reason."""
+    """Load the model and build the engine. Raises `ModelRefused` with the reason."""
     set_threads(config.threads)
     log.info("native code: %s", _native_code())
     loaded = load_model(
@@ -59,18 +59,18 @@ def build_engine(config: ServeConfig) -> tuple[Engine, EngineInfo]:
         max_wait_steps=config.max_wait_steps,
         policy=FairShare() if config.scheduling_policy == "fair" else FirstCome(),
     )
-    refer = _reference_reader(config, spec, runner)
-    trials = Trials(runner, residency, refer, scheduler.gate, stay_single_threaded)
+    load_reference = _reference_reader(config, spec, runner)
+    selftests = SelfTests(runner, residency, load_reference, scheduler.gate, stay_single_threaded)
     merging = _merging(config, spec, runner, scheduler)
     engine = Engine(
         runner,
         scheduler,
         residency,
-        trials,
+        selftests,
         merging,
         loaded.eos_token_ids,
         max_model_len,
-        overlap=runner.device.type == "cuda",  # a CPU computes when it is asked to
+        overlap=runner.device.type == "cuda",  # launches are synchronous on a CPU
     )
     return engine, _info(config, loaded, spec, runner, residency.slots, num_blocks, max_model_len, graphs)
 
@@ -112,14 +112,14 @@ def _merging(config: ServeConfig, spec: ModelSpec, runner: ModelRunner, schedule
     def compute(digest: str, allow_requantize: bool) -> Merged:
         folder = store.path(digest)
         if not Traits.of(inspect(folder, spec).report).mergeable:
-            raise MoveRefused("not_mergeable", "the adapter changes more than linear layers")
+            raise MoveRefused("not_mergeable", "it changes more than linear layers and cannot be merged")
         weights = load(folder, spec, digest)
         return merge(weights, runner.layers, room(runner.device), packed, allow_requantize=allow_requantize)
 
     def prepare(digest: str, allow_requantize: bool) -> "Future[Merged]":
         thread = ThreadPoolExecutor(1, "merge", initializer=stay_single_threaded)
         future = thread.submit(compute, digest, allow_requantize)
-        thread.shutdown(wait=False)  # it ends with the work
+        thread.shutdown(wait=False)  # the thread ends after this call
         return future
 
     gives_way = config.merge_others == "wait"

@@ -1,4 +1,4 @@
-"""The loop around an engine, and the transport that runs it in a thread of this process."""
+"""The engine's loop, and the transport that runs it in a thread of this process."""
 
 import asyncio
 import logging
@@ -23,16 +23,16 @@ from server.model.loading.loader import ModelRefused
 
 log = logging.getLogger(__name__)
 
-IDLE_SECONDS = 1.0  # how long an engine without work waits for a message at a time
-LOADING_SECONDS = 0.002  # the same while everything waits for adapters that are on their way
-HEARTBEAT_SECONDS = 0.5  # an engine with work says something at least this often
+IDLE_SECONDS = 1.0  # how long an idle engine waits for a message at a time
+LOADING_SECONDS = 0.002  # the same while all sequences wait for adapters to load
+HEARTBEAT_SECONDS = 0.5  # an engine with work emits a message at least this often
 
 
 def run_loop(
     engine: Engine, receive: Receive, emit: Emit, after_step: Callable[[float], None] = lambda _: None
 ) -> None:
-    """Step while there is work, sleep while there is none, until told to shut down. `after_step` is called with the
-    seconds that a step took."""
+    """Run steps while there is work, and wait for messages otherwise, until `Shutdown`. `after_step` receives the
+    duration of each step in seconds."""
     last_emitted = 0.0
     wait = 0.0
     while True:
@@ -45,18 +45,18 @@ def run_loop(
             wait = IDLE_SECONDS
             continue
         ran = False
-        for said in engine.step():
-            if isinstance(said, StepOutputs) and said.stats.batch_tokens > 0:
+        for emitted in engine.step():
+            if isinstance(emitted, StepOutputs) and emitted.stats.batch_tokens > 0:
                 ran = True
-                after_step(said.stats.step_seconds)
-            if _worth_saying(said) or time.monotonic() - last_emitted > HEARTBEAT_SECONDS:
-                emit(said)
+                after_step(emitted.stats.step_seconds)
+            if _has_news(emitted) or time.monotonic() - last_emitted > HEARTBEAT_SECONDS:
+                emit(emitted)
                 last_emitted = time.monotonic()
         wait = 0.0 if ran else LOADING_SECONDS
 
 
-def _worth_saying(message: FromEngine) -> bool:
-    """A step in which everything waited says nothing new."""
+def _has_news(message: FromEngine) -> bool:
+    """Return whether a message has new information; a step in which all sequences waited has none."""
     if not isinstance(message, StepOutputs):
         return True
     news = message.outputs or message.moves or message.residency or message.merge
@@ -64,7 +64,7 @@ def _worth_saying(message: FromEngine) -> bool:
 
 
 class ThreadTransport:
-    """Runs the engine in a thread of this process: for tests and debugging. Cannot be restarted after a crash."""
+    """Runs the engine in a thread of this process, for tests and debugging. It cannot be killed."""
 
     def __init__(self, build: Callable[[], tuple[Engine, EngineInfo]]):
         self._build = build
@@ -74,7 +74,7 @@ class ThreadTransport:
 
     async def start(self, on_message: Callable[[FromEngine], None], on_exit: Callable[[str], None]) -> None:
         loop = asyncio.get_running_loop()
-        self._inbox = queue.SimpleQueue()  # what was sent to the last engine is not for this one
+        self._inbox = queue.SimpleQueue()  # messages to an earlier engine are discarded
 
         def emit(message: FromEngine) -> None:
             loop.call_soon_threadsafe(on_message, message)
@@ -97,7 +97,7 @@ class ThreadTransport:
         self._inbox.put(message)
 
     def kill(self) -> None:
-        """A thread cannot be ended from outside; whoever needs that runs the engine in a process."""
+        """Do nothing: a thread cannot be killed. Run the engine in a process where this matters."""
 
     async def stop(self) -> None:
         if self._thread is not None:

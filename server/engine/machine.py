@@ -1,9 +1,8 @@
-"""The share of the machine that this process may use. Processors and memory are those of the host; a container's limits
-are set by cgroups, at the process's own level or at any level above it, and the tightest one counts.
+"""The processors and memory that this process may use. Containers are limited by cgroups, at the process's own level or
+at any level above it; the tightest limit applies.
 
-Version 2 of cgroups is one tree with all controllers, version 1 a tree for each, and a hybrid system has both. They are
-looked for where systemd and container runtimes mount them. Files that cannot be read, or that hold something else than
-what the kernel writes, limit nothing.
+Version 2 of cgroups is one tree with all controllers, version 1 has a tree per controller, and a hybrid system has
+both. They are expected where systemd and container runtimes mount them. Unreadable or malformed files are ignored.
 """
 
 import math
@@ -19,39 +18,39 @@ _DEFAULT_PERIOD = "100000"  # microseconds
 
 
 def available_cpus(cores: int | None = None, proc: Path = PROC, cgroups: Path = CGROUPS) -> int:
-    """The number of cores that this process can keep busy, out of `cores`, by default all that it may be scheduled on.
-    A quota is rounded down, but to no less than one: threads that wait for each other use up what is left of a core.
+    """Return the number of cores that this process can keep busy, at most `cores` (default: all it may run on). A quota
+    is rounded down, but to no less than one, because threads that wait for each other use up a fraction of a core.
 
-    A thread that OpenMP has bound may be scheduled on one core alone; it has to say `cores`.
+    A thread that OpenMP has bound to one core must pass `cores`.
     """
     return max(math.floor(min(schedulable_cores() if cores is None else cores, cpu_quota(proc, cgroups))), 1)
 
 
 def schedulable_cores() -> int:
-    """The number of cores that the calling thread may run on, as CPU sets and taskset have it."""
+    """Return the number of cores that the calling thread may run on, according to CPU sets and taskset."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def cpu_quota(proc: Path = PROC, cgroups: Path = CGROUPS) -> float:
-    """The processor time, in cores, that the cgroups grant this process; infinite where none of them limits it."""
+    """Return the CPU quota of this process's cgroups in cores; infinite if there is none."""
     return min(map(_quota, _levels("cpu", proc, cgroups)), default=math.inf)
 
 
 def memory_limit(proc: Path = PROC, cgroups: Path = CGROUPS) -> float:
-    """Bytes that the cgroups grant this process, those of others in the same cgroups included; infinite where none of
-    them grants less than the host has."""
+    """Return the memory limit of this process's cgroups in bytes, which other processes in them share; infinite if none
+    is below the host's memory."""
     limit = min(map(_limit, _levels("memory", proc, cgroups)), default=math.inf)
     return limit if limit < _host_memory(proc) else math.inf  # version 1 writes a huge number for no limit
 
 
 def total_memory(proc: Path = PROC, cgroups: Path = CGROUPS) -> int:
-    """Bytes of memory that the host has, or as many of them as the cgroups grant."""
+    """Return the host's memory in bytes, or the memory limit if that is lower."""
     return int(min(_host_memory(proc), memory_limit(proc, cgroups)))
 
 
 def available_memory(proc: Path = PROC, cgroups: Path = CGROUPS) -> int:
-    """Bytes of memory that can be had without swapping and without passing a limit; where Linux is not there to say,
-    half of all."""
+    """Return the bytes that can be allocated without swapping or exceeding a limit; half of all memory if the system is
+    not Linux."""
     free = _meminfo(proc, "MemAvailable") or _host_memory(proc) // 2
     return max(int(min([free, *map(_room, _levels("memory", proc, cgroups))])), 0)
 
@@ -81,13 +80,14 @@ def _limit(level: Path) -> float:
 
 
 def _room(level: Path) -> float:
-    """The bytes left of the limit. The kernel drops file pages that were not used lately before it refuses memory."""
+    """Return the bytes left below the limit. Inactive file pages count as free, because the kernel drops them first."""
     used = _amount(_read(level / "memory.current")) or _amount(_read(level / "memory.usage_in_bytes"))
     return _limit(level) - max(used - _inactive_file(level), 0)
 
 
 def _inactive_file(level: Path) -> int:
-    """Version 1 counts the cgroup's own pages without a prefix; its usage is that of the cgroups below it, too."""
+    """Return the bytes of inactive file pages. Version 1 needs the `total_` value, because its usage includes the
+    cgroups below."""
     found = dict(re.findall(r"^(\w+) (\d+)$", _read(level / "memory.stat"), re.MULTILINE))
     return _amount(found.get("total_inactive_file") or found.get("inactive_file", ""))
 
@@ -96,28 +96,28 @@ def _inactive_file(level: Path) -> int:
 
 
 def _levels(controller: str, proc: Path, cgroups: Path) -> Iterator[Path]:
-    """The cgroups that may limit what `controller` hands out to this process."""
+    """Yield the cgroups that may limit the resource of `controller` for this process."""
     paths = _own_paths(proc)
     yield from _lineage(_version_2(cgroups), paths.get("", ""))
-    if controller in paths or not paths:  # else a cgroup of somebody else may have the controller's name
+    if controller in paths or not paths:  # otherwise an unrelated cgroup may have the controller's name
         for mount in _version_1(controller, cgroups):
             yield from _lineage(mount, paths.get(controller, ""))
 
 
 def _own_paths(proc: Path) -> dict[str, str]:
-    """This process's cgroup by controller; version 2 has the empty name."""
+    """Return this process's cgroup by controller; version 2 has the empty name."""
     lines = re.findall(r"^\d+:([^:]*):(.*)$", _read(proc / "self" / "cgroup"), re.MULTILINE)
     return {name: path for names, path in lines for name in names.split(",")}
 
 
 def _version_2(cgroups: Path) -> Path:
-    """The root of version 2, which on a hybrid system is beside those of version 1."""
+    """Return the root of version 2, which on a hybrid system is beside those of version 1."""
     is_alone = os.path.exists(cgroups / "cgroup.controllers") or not os.path.isdir(cgroups / "unified")
     return cgroups if is_alone else cgroups / "unified"
 
 
 def _version_1(controller: str, cgroups: Path) -> list[Path]:
-    """The roots of version 1 that have `controller`, alone or among others as in "cpu,cpuacct"."""
+    """Return the roots of version 1 with `controller`, alone or combined as in "cpu,cpuacct"."""
     try:
         return [path for path in cgroups.iterdir() if controller in path.name.split(",")]
     except OSError:
@@ -125,9 +125,9 @@ def _version_1(controller: str, cgroups: Path) -> list[Path]:
 
 
 def _lineage(mount: Path, path: str) -> Iterator[Path]:
-    """The cgroup `path` and those above it, up to what is mounted. In a container, what is mounted may be a cgroup
-    that `path` names as seen from the host: then the beginning of `path` leads nowhere."""
-    parts = [part for part in path.split("/") if part not in ("", ".", "..")]  # ".." is above what is mounted
+    """Yield the cgroup `path` and those above it, up to the mount point. In a container, `path` may be relative to the
+    host's root while a lower cgroup is mounted; then the beginning of `path` does not exist."""
+    parts = [part for part in path.split("/") if part not in ("", ".", "..")]  # ".." is above the mount point
     tails = (parts[start:] for start in range(len(parts)))
     own = next((tail for tail in tails if os.path.isdir(mount.joinpath(*tail))), [])
     for depth in range(len(own), -1, -1):
@@ -142,5 +142,5 @@ def _read(path: Path) -> str:
 
 
 def _amount(text: str) -> int:
-    """A positive number; 0 for "max", -1, and whatever else names none."""
+    """Parse a positive number; 0 for "max", -1 and anything else."""
     return int(text) if re.fullmatch(r"\s*[0-9]{1,20}\s*", text) else 0

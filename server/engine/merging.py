@@ -1,7 +1,7 @@
-"""Merged mode: when one version goes into the base's weights, and when it comes out again. Pure accounting, no torch.
+"""Merged mode: decides when a version is merged into the base model and when it is unmerged. Does not use torch.
 
-none → preparing (a thread computes the merged weights) → waiting (what runs for others finishes) → merged → leaving
-(sequences that run need device slots) → none. Weights change places in `advance`, which the engine calls between steps.
+none → preparing (a thread computes the merged weights) → waiting (sequences of other models finish) → merged → leaving
+(running sequences acquire device slots) → none. `advance`, which the engine calls between steps, swaps the weights.
 """
 
 import logging
@@ -18,27 +18,27 @@ from server.ipc.messages import AskedBy, Merge, MergeState, MergeStatus, MergeSw
 
 log = logging.getLogger(__name__)
 
-Clock = Callable[[], float]  # seconds, that of `Sequence.arrival`
+Clock = Callable[[], float]  # seconds; the clock of `Sequence.arrival`
 
 
 class Merged(Protocol):
-    """A version's merged weights (adapters/runtime/weight_merge.py)."""
+    """The merged weights of a version (adapters/runtime/weight_merge.py)."""
 
     @property
     def requantized(self) -> bool: ...
 
     def install(self) -> None:
-        """Take the places of the base's own. Raises `MoveRefused`, the base being back in its place."""
+        """Replace the base model's weights. If it raises `MoveRefused`, the base model is unchanged."""
 
     def restore(self) -> None: ...
 
 
-Prepare = Callable[[str, bool], "Future[Merged]"]  # of a version, and whether it may be requantised
+Prepare = Callable[[str, bool], "Future[Merged]"]  # takes a digest and whether requantizing is allowed
 
 
 class MergePolicy:
-    """Which version should be merged by itself: the one that has owned all traffic for `window` seconds, with at least
-    `min_requests` of them, and not within `cooldown` seconds of the last time that a merge ended or failed."""
+    """Chooses the version to merge automatically: one that has received all traffic for `window` seconds, with at least
+    `min_requests` requests, and not within `cooldown` seconds after a merge has ended or failed."""
 
     def __init__(self, window: float, min_requests: int, cooldown: float, clock: Clock = time.monotonic):
         self._window, self._cooldown, self._clock = window, cooldown, clock
@@ -48,7 +48,7 @@ class MergePolicy:
         self._not_before = float("-inf")
 
     def arrived(self, version: str | None) -> None:
-        """A request came, for the base with None."""
+        """Record a request for `version` (None: the base model)."""
         now = self._clock()
         if version != self._owner or not self._arrivals:
             self._owner, self._since = version, now
@@ -68,8 +68,8 @@ class MergePolicy:
 
 @dataclass(slots=True)
 class Merging:
-    """At most one version is merged. A merge by policy always gives way to other requests; one that was asked for does
-    when `gives_way` (otherwise the API refuses them)."""
+    """The state machine of merged mode. At most one version is merged. Automatic merges always yield to requests for
+    other models; manual merges do so if `gives_way` (otherwise the API refuses such requests)."""
 
     scheduler: Scheduler
     prepare: Prepare
@@ -78,7 +78,7 @@ class Merging:
     clock: Clock = time.monotonic
     status: MergeStatus = field(default_factory=MergeStatus)
     changed: bool = False
-    _asked: Merge | None = None  # not answered yet
+    _request: Merge | None = None  # not answered yet
     _drain: bool = False
     _unmerges: list[int] = field(default_factory=list)  # request ids, not answered yet
     _future: "Future[Merged] | None" = None
@@ -96,40 +96,41 @@ class Merging:
         if self.policy is not None:
             self.policy.arrived(version)
 
-    def merge(self, asked: Merge) -> None:
-        same = self.status.digest == asked.digest
+    def merge(self, request: Merge) -> None:
+        same = self.status.digest == request.digest
         if self.status.state == "merged" and same:
-            self._set("merged", asked.digest, "request")
-            self._replies.append(Reply(asked.request_id))
+            self._set("merged", request.digest, "request")
+            self._replies.append(Reply(request.request_id))
         elif self.status.state != "none":
-            which = "this adapter is just being merged or unmerged" if same else "another adapter is merged"
-            self._replies.append(Reply(asked.request_id, ("busy", f"{which}; unmerge it first")))
-        elif not asked.drain and self._in_the_way(asked.digest):
-            self._replies.append(Reply(asked.request_id, ("busy", "other requests are in flight; set drain to wait")))
+            which = "this adapter is being merged or unmerged" if same else "another adapter is merged"
+            self._replies.append(Reply(request.request_id, ("busy", f"{which}; unmerge it first")))
+        elif not request.drain and self._in_the_way(request.digest):
+            reason = "requests of other models are running; set drain to wait for them"
+            self._replies.append(Reply(request.request_id, ("busy", reason)))
         else:
-            self._asked, self._drain = asked, asked.drain
-            self._start(asked.digest, asked.allow_requantize)
+            self._request, self._drain = request, request.drain
+            self._start(request.digest, request.allow_requantize)
 
     def unmerge(self, request_id: int) -> None:
         self._unmerges.append(request_id)
         self.leave("request")
 
     def leave(self, reason: SwitchReason, digest: str | None = None) -> None:
-        """Begin to go back to the base's own weights (if it is `digest` that is merged), or give up a merge."""
+        """Begin to unmerge, or cancel a merge in progress; with `digest`, only if it is that version."""
         if digest not in (None, self.status.digest):
             return
         if self.status.state == "merged":
             self._leaves = reason
             self._set("leaving", self.status.digest, self.status.asked_by)
         elif self.status.state in ("preparing", "waiting"):
-            self._give_up("busy", "the merge was given up")
+            self._give_up("busy", "the merge was cancelled")
         if self.status.state == "none":
             self._answer_unmerges()
 
     # -- between steps -------------------------------------------------------------------------------------------
 
     def advance(self) -> None:
-        """Go on as far as can be."""
+        """Advance the state as far as possible; called between steps."""
         digest = self.status.digest
         if self.status.state == "none":
             self._consider()
@@ -154,7 +155,8 @@ class Merging:
         return self.gives_way or self.status.asked_by == "policy"
 
     def _in_the_way(self, digest: str | None) -> bool:
-        """Whether others run, or wait without being held back by this merge; once merged, whether any wait."""
+        """Return whether sequences of other models run, or wait without being held back by this merge; once merged,
+        whether any of them wait."""
         gate, waiting = self.scheduler.gate, self.scheduler.waiting
         queued = waiting if gate.merged else filter(gate.admits, waiting)
         return any(seq.sole_adapter != digest for seq in (*self.scheduler.running, *queued))
@@ -167,7 +169,7 @@ class Merging:
 
     def _start(self, digest: str, allow_requantize: bool) -> None:
         self._future = self.prepare(digest, allow_requantize)
-        self._set("preparing", digest, "policy" if self._asked is None else "request")
+        self._set("preparing", digest, "policy" if self._request is None else "request")
 
     def _take_prepared(self) -> None:
         assert self._future is not None and self.status.digest is not None
@@ -179,12 +181,12 @@ class Merging:
             self._give_up(refused.code, str(refused))
         except AdapterError as error:
             self._give_up("invalid", str(error))
-        except Exception:  # the future's own: whatever went wrong in the thread, the engine goes on
+        except Exception:  # raised in the thread; the engine must continue in any case
             log.exception("merging %s failed", self.status.digest)
-            self._give_up("no_room", "computing the merged weights failed")
+            self._give_up("no_room", "the merged weights could not be computed; the server's log has details")
         else:
             if not self._drain and self._in_the_way(self.status.digest):
-                self._give_up("busy", "other requests came in flight; set drain to wait for them")
+                self._give_up("busy", "requests of other models arrived meanwhile; set drain to wait for them")
                 return
             self.scheduler.gate.close(self.status.digest, self.clock())
             self._set("waiting", self.status.digest, self.status.asked_by)
@@ -199,9 +201,9 @@ class Merging:
         self.scheduler.enter_base()
         self._set("merged", self.status.digest, self.status.asked_by)
         self._switch("merge", self.status.asked_by or "request")
-        if self._asked is not None:
-            self._replies.append(Reply(self._asked.request_id))
-            self._asked = None
+        if self._request is not None:
+            self._replies.append(Reply(self._request.request_id))
+            self._request = None
 
     def _restore(self) -> None:
         assert self._merged is not None
@@ -210,16 +212,16 @@ class Merging:
         self._clear()
 
     def _give_up(self, code: RefusalCode, why: str) -> None:
-        """The base was not touched yet."""
-        if self._asked is not None:
-            self._replies.append(Reply(self._asked.request_id, (code, why)))
+        """Cancel a merge before the base model's weights have changed."""
+        if self._request is not None:
+            self._replies.append(Reply(self._request.request_id, (code, why)))
         else:
             log.info("not merged: %s", why)
         self.scheduler.gate.open()
         self._clear()
 
     def _clear(self) -> None:
-        self._asked = self._future = self._merged = None
+        self._request = self._future = self._merged = None
         if self.policy is not None:
             self.policy.ended()
         self._set("none", None, None)

@@ -1,7 +1,7 @@
-"""In which order waiting sequences are tried: one small class per policy. Pure accounting, no torch, no clock.
+"""Scheduling policies: the order in which waiting sequences are considered. Uses neither torch nor a clock.
 
-A policy sees a sequence from its arrival until it is first admitted. Those that were preempted have had their turn and
-are not asked about again.
+A policy tracks a sequence from its arrival until it is first admitted. Preempted sequences are admitted before all
+others and are not part of the order.
 """
 
 import heapq
@@ -11,25 +11,27 @@ from typing import Protocol
 
 from server.sequence import Sequence
 
-INPUT_COST, OUTPUT_COST = 1.0, 2.0  # of a token, as in the VTC paper: an output token takes a step of its own
+INPUT_COST, OUTPUT_COST = 1.0, 2.0  # per token, as in the VTC paper: an output token takes a step of its own
 
 
 class Policy(Protocol):
+    """The order of waiting sequences."""
+
     def arrived(self, seq: Sequence) -> None: ...
 
     def left(self, seq: Sequence) -> None:
-        """It waits no longer: admitted for the first time, or aborted."""
+        """Record that `seq` no longer waits: it was admitted for the first time, or aborted."""
 
     def charge(self, seq: Sequence, *, prompt: int = 0, generated: int = 0) -> None:
-        """So many tokens are computed for it."""
+        """Charge the tenant of `seq` for computed tokens."""
 
     def order(self, waiting: Iterable[Sequence]) -> Iterator[Sequence]:
-        """`waiting`, which comes in order of arrival, in the order to try. Lazy: what is charged between two of them
-        counts for the rest."""
+        """Yield the sequences of `waiting`, given in order of arrival, in the order to consider them. Lazy, so that
+        charges between two of them affect the rest."""
 
 
 class FirstCome:
-    """In order of arrival, whoever asks."""
+    """Orders sequences by arrival, regardless of tenant and priority."""
 
     def arrived(self, seq: Sequence) -> None: ...
 
@@ -42,20 +44,22 @@ class FirstCome:
 
 
 class FairShare:
-    """The tenant that was served least goes first: the Virtual Token Counter of Sheng et al., "Fairness in Serving
-    Large Language Models" (OSDI 2024), with weights. Within a tenant the most urgent priority goes first, then the
-    earliest; who was passed over for too long goes before both.
+    """Orders tenants by the service received, least first: the Virtual Token Counter of Sheng et al., "Fairness in
+    Serving Large Language Models" (OSDI 2024), with weights. Within a tenant, overdue sequences come first, then the
+    most urgent priority, then the earliest arrival.
 
-    Tokens found in the prefix cache and tokens computed again after a preemption cost nothing.
+    Tokens found in the prefix cache and tokens recomputed after a preemption are not charged.
     """
 
     def __init__(self) -> None:
-        self._served: defaultdict[str, float] = defaultdict(float)  # by tenant: cost of its tokens by its weight
+        self._served: defaultdict[str, float] = defaultdict(
+            float
+        )  # by tenant: cost of its tokens divided by its weight
         self._waiting: Counter[str] = Counter()  # by tenant: sequences that were never admitted
-        self._last_left = 0.0  # the counter of the tenant that was last to leave the queue
+        self._last_left = 0.0  # the counter of the last tenant that left the queue
 
     def arrived(self, seq: Sequence) -> None:
-        """A tenant that comes back is lifted to those that wait: it cannot save up service while it asks for none."""
+        """Raise the counter of a returning tenant to that of waiting tenants, so that idle time earns no service."""
         if not self._waiting[seq.tenant]:
             others = (self._served[tenant] for tenant, count in self._waiting.items() if count)
             level = min(others, default=self._last_left)

@@ -1,17 +1,16 @@
-"""Which sequences take part in the next step, and with how many tokens. Pure accounting, no torch.
+"""Scheduling: chooses the sequences of the next step and their numbers of tokens. Does not use torch.
 
-There are no phases: every running sequence has tokens left to compute (one when it decodes, a chunk when it
-prefills), and the step's token budget is handed out first to what runs, then to what waits. (The idea of computed
-tokens chasing known tokens is vLLM's.)
+There are no phases: every running sequence has tokens left to compute (one in decode, a chunk in prefill), and the
+step's token budget goes to running sequences first, then to waiting ones. (This model of computed tokens that catch up
+with known tokens is vLLM's.)
 
-Waiting sequences are tried in the order of a policy (policies.py), preempted ones before all others: they had their
-turn.
+Waiting sequences are considered in the order of a policy (policies.py), preempted sequences before all others.
 
-Adapters: a waiting sequence is admitted when all its adapters have device slots. One with an adapter on its way is
-passed over, not waited for; those behind it may not push out what it already has.
+Adapters: a waiting sequence is admitted when all its adapters have device slots. A sequence whose adapter is loading is
+passed over; sequences behind it may not evict the adapters that it already has on the device.
 
-Past `max_wait_steps` of being passed over, a sequence goes first in its tenant and closes the door behind it: nothing
-that arrived later and is tried after it is admitted until it is. So neither cold adapters nor low priorities starve.
+A sequence passed over `max_wait_steps` times gets priority within its tenant and blocks later arrivals until it is
+admitted. Therefore neither cold adapters nor low priorities starve.
 """
 
 import math
@@ -26,36 +25,37 @@ from server.engine.block_manager import BlockManager
 from server.engine.policies import FirstCome, Policy
 from server.sequence import ScheduledBatch, ScheduledSequence, Sequence, SequenceStatus
 
-PREFETCH_DEPTH = 32  # waiting sequences whose adapters are loaded, or brought off the disk ahead of their turn
+PREFETCH_DEPTH = 32  # number of waiting sequences whose adapters are loaded or prefetched from disk
 
 
 class AdapterSlots(Protocol):
-    """What the scheduler asks of residency (adapters/residency/residency.py)."""
+    """The interface of residency (adapters/residency/residency.py) that the scheduler uses."""
 
     def acquire(self, digest: str) -> int | None:
-        """Take a reference on the version's device slot; None when it is not there (yet), which requests it."""
+        """Take a reference on the version's device slot. If it has none, request a load and return None."""
 
     def release(self, digest: str) -> None: ...
 
     def where(self, digest: str) -> str:
-        """The tier of the version; on "device" it has a slot to acquire."""
+        """Return the tier of the version; on "device" it has a slot to acquire."""
 
     def fit(self, digests: Iterable[str]) -> bool:
-        """Whether these versions can be on the device together, beside the pinned ones."""
+        """Return whether these versions fit on the device together, beside the pinned ones."""
 
     def prefetch(self, digest: str) -> None:
-        """The version will be needed soon: bring it off the disk."""
+        """Load a version that is needed soon from disk to host memory."""
 
     def failure(self, digest: str) -> str | None:
-        """Why the version cannot be loaded, if its last load failed."""
+        """Return the reason why the last load of the version failed, if it did."""
 
 
 @dataclass(slots=True)
 class MergeGate:
-    """What a merge (engine/merging.py) asks of admission. Open, unless it is kept for one version."""
+    """The restriction of admission by a merge (engine/merging.py). Closed, it admits only the `owner` version and
+    sequences that arrived before it was closed."""
 
-    owner: str | None = None  # the version that is in the base's weights, or about to be
-    closed: float = 0.0  # others that arrived later wait
+    owner: str | None = None  # the version that is merged or about to be
+    closed: float = 0.0  # time of closing; other sequences that arrived later wait
     merged: bool = False
 
     def close(self, owner: str, now: float) -> None:
@@ -68,20 +68,22 @@ class MergeGate:
         return self.owner is None or seq.sole_adapter == self.owner or seq.arrival <= self.closed
 
     def in_base(self, seq: Sequence) -> bool:
-        """Its adapter is in the base's weights: it runs as a base row, without a slot."""
+        """Return whether the adapter of `seq` is merged, so that it runs like the base model, without a slot."""
         return self.merged and seq.sole_adapter == self.owner
 
 
 class Admission(Enum):
     ADMITTED = auto()
     NO_ADAPTER = auto()  # passed over: later sequences may still run
-    NO_BLOCKS = auto()  # memory is handed out in order of arrival: nobody behind may take it
+    NO_BLOCKS = auto()  # memory is handed out in order: later sequences may not take it
 
 
 @dataclass(slots=True)
 class Scheduler:
-    """Invariant: a sequence holds blocks exactly while it is in `running`, and between steps references on its
-    adapters' device slots exactly while it has `slots`."""
+    """Queues of waiting and running sequences.
+
+    Invariant: a sequence holds blocks exactly while it is in `running`, and, between steps, references on its adapters'
+    device slots exactly while it has `slots`."""
 
     blocks: BlockManager
     adapters: AdapterSlots
@@ -105,7 +107,7 @@ class Scheduler:
         return bool(self.waiting or self.running)
 
     def schedule(self) -> ScheduledBatch:
-        """Hand out the token budget. Empty when nothing can run (everything waits for adapters)."""
+        """Distribute the token budget of one step. The batch is empty if all sequences wait for adapters."""
         batch: list[ScheduledSequence] = []
         budget = self._schedule_running(batch, self.max_batch_tokens)
         self._schedule_waiting(batch, budget)
@@ -113,7 +115,7 @@ class Scheduler:
         return ScheduledBatch(batch)
 
     def finish(self, seq: Sequence) -> None:
-        """Take `seq` out, wherever it is, and give back what it held."""
+        """Remove `seq`, whether waiting or running, and release its resources."""
         if seq.status is SequenceStatus.RUNNING:
             self.running.remove(seq)
             self._release(seq)
@@ -124,17 +126,17 @@ class Scheduler:
         seq.status = SequenceStatus.FINISHED
 
     def take_suspect_blocks(self) -> list[int]:
-        """Blocks freed since the last call whose content must be zeroed before anyone reads it."""
+        """Return blocks freed since the last call whose content must be zeroed before reuse."""
         blocks, self._suspect_blocks = self._suspect_blocks, []
         return blocks
 
     def failed(self) -> list[tuple[Sequence, str]]:
-        """Waiting sequences whose adapters cannot be loaded, with the reason."""
+        """Return waiting sequences whose adapters cannot be loaded, with the reasons."""
         return [(seq, reason) for seq in self.waiting if (reason := self._failure(seq)) is not None]
 
     def _failure(self, seq: Sequence) -> str | None:
         if len(seq.adapters) > 1 and not self.adapters.fit(digest for digest, _ in seq.adapters):
-            return f"{len(seq.adapters)} do not fit on the device beside the pinned ones"
+            return f"{len(seq.adapters)} adapters do not fit on the device beside the pinned ones"
         for digest, _ in seq.adapters:
             reason = self.adapters.failure(digest)
             if reason is not None:
@@ -142,18 +144,18 @@ class Scheduler:
         return None
 
     def _schedule_running(self, batch: list[ScheduledSequence], budget: int) -> int:
-        for seq in list(self.running):  # oldest first: the newest are preempted for them
+        for seq in list(self.running):  # oldest first, because the newest are preempted for them
             if seq.status is not SequenceStatus.RUNNING or budget == 0:
                 continue
             num_new_tokens = min(seq.num_tokens - seq.num_computed_tokens, budget)
-            if not num_new_tokens:  # its last token is on its way
+            if not num_new_tokens:  # its last token is in flight
                 continue
             if self._make_room(seq, seq.num_computed_tokens + num_new_tokens):
                 budget = self._take_part(seq, batch, budget)
         return budget
 
     def _take_part(self, seq: Sequence, batch: list[ScheduledSequence], budget: int) -> int:
-        """Put `seq` into the step; returns what is left of the budget."""
+        """Add `seq` to the step and return the remaining budget."""
         scheduled = ScheduledSequence(seq, min(seq.num_tokens - seq.num_computed_tokens, budget))
         self.blocks.grow(seq, scheduled.end)
         batch.append(scheduled)
@@ -162,7 +164,7 @@ class Scheduler:
         return budget - scheduled.num_new_tokens
 
     def _make_room(self, seq: Sequence, num_tokens: int) -> bool:
-        """Preempt newer sequences until `seq` fits; False when `seq` itself had to go."""
+        """Preempt newer sequences until `seq` fits. Returns False if `seq` itself was preempted."""
         while not self.blocks.can_grow(seq, num_tokens):
             victim = self.running[-1]
             self._preempt(victim)
@@ -171,7 +173,7 @@ class Scheduler:
         return True
 
     def _preempt(self, seq: Sequence) -> None:
-        """Back to the head of the queue; its tokens are computed again (often from the prefix cache)."""
+        """Move `seq` to the head of the queue; its tokens are recomputed, often from the prefix cache."""
         self.running.remove(seq)
         self._release(seq)
         seq.status, seq.preempted = SequenceStatus.WAITING, True
@@ -183,10 +185,10 @@ class Scheduler:
         admitted: list[Sequence] = []
         passed_over: list[Sequence] = []
         held_back: list[Sequence] = []
-        door = math.inf  # the number of the earliest overdue one: closed for later arrivals
-        collected: list[str] = []  # what those passed over have of their adapters, held until all had their turn
+        blocked_after = math.inf  # number of the earliest overdue sequence; later arrivals are blocked
+        collected: list[str] = []  # adapters of sequences passed over, referenced until the end of this method
         while budget > 0 and len(self.running) < self.max_num_seqs and (seq := next(candidates, None)) is not None:
-            if seq.number > door:
+            if seq.number > blocked_after:
                 held_back.append(seq)
                 continue
             admission = self._try_admit(seq, collected, may_load=len(passed_over) < PREFETCH_DEPTH)
@@ -197,7 +199,7 @@ class Scheduler:
             passed_over.append(seq)
             self._pass_over(seq)
             if seq.overdue:
-                door = min(door, seq.number)
+                blocked_after = min(blocked_after, seq.number)
             if admission is Admission.NO_BLOCKS:
                 break
         for seq in islice(chain(held_back, candidates), PREFETCH_DEPTH):
@@ -218,8 +220,8 @@ class Scheduler:
         seq.overdue = seq.waited_steps > self.max_wait_steps
 
     def _age(self, admitted: list[Sequence], counted: set[Sequence]) -> None:
-        """Who waits while a later one of the same tenant is admitted is passed over, tried or not. That another tenant
-        goes first is no reason: it is owed its share."""
+        """Count waiting sequences as passed over if a later one of the same tenant was admitted, even if they were not
+        considered. Admissions of other tenants do not count, because those are due to their shares."""
         latest: dict[str, int] = {}
         for seq in admitted:
             latest[seq.tenant] = max(seq.number, latest.get(seq.tenant, -1))
@@ -228,9 +230,10 @@ class Scheduler:
                 self._pass_over(seq)
 
     def _try_admit(self, seq: Sequence, collected: list[str], may_load: bool) -> Admission:
-        """Take the adapters' slots and the cached prefix for `seq`; on refusal only slots in `collected` stay taken.
+        """Acquire the adapters' slots and the cached prefix for `seq`. If refused, only slots in `collected` stay
+        acquired.
 
-        Without `may_load` nothing is asked to come: the host cache could not keep what all of a long queue wants.
+        Without `may_load` no load is requested: the host cache could not hold the adapters of a long queue.
         """
         if not self.gate.admits(seq):
             return Admission.NO_ADAPTER
@@ -254,9 +257,9 @@ class Scheduler:
         return Admission.ADMITTED
 
     def _acquire_all(self, seq: Sequence, collected: list[str]) -> tuple[int, ...] | None:
-        """The slots of all adapters of `seq`, or None, with those that it has so far in `collected`.
+        """Acquire the slots of all adapters of `seq`, or return None and add those acquired to `collected`.
 
-        What is there is taken first: asking for what is missing may evict whatever nobody holds.
+        Adapters on the device are acquired first, because requesting a missing one may evict unreferenced adapters.
         """
         slots: dict[str, int] = {}
         for digest, _ in sorted(seq.adapters, key=lambda adapter: self.adapters.where(adapter.digest) != "device"):
@@ -283,13 +286,14 @@ class Scheduler:
     # -- merged mode -----------------------------------------------------------------------------------------------
 
     def enter_base(self) -> None:
-        """The gate's owner is in the base's weights now, and it is all that runs: its sequences need no slots."""
+        """Release the slots of all running sequences, which all use the version that was just merged."""
         self.gate.merged = True
         for seq in self.running:
             self._release_slots(seq)
 
     def leave_base(self) -> bool:
-        """Have what runs take slots again and open the gate; False while there is none, which requests one."""
+        """Acquire slots for all running sequences and open the gate. Returns False, having requested a load, while the
+        adapter is not on the device."""
         for seq in self.running:
             if seq.adapters and not seq.slots:
                 slot = self.adapters.acquire(seq.adapters[0].digest)

@@ -1,4 +1,4 @@
-"""Trying an adapter when it arrives: a probe prompt through the serving path and through the reference arithmetic."""
+"""Self-tests of new adapters: a probe prompt through the serving path and through the reference arithmetic."""
 
 import time
 from collections.abc import Callable
@@ -10,80 +10,80 @@ from adapters.residency.residency import Residency
 from adapters.runtime.pack import PackedAdapter
 from adapters.runtime.reference import Reference
 from server.engine.scheduler import MergeGate
-from server.ipc.messages import Reply, SelfTest, TryAdapter
+from server.ipc.messages import Reply, RunSelfTest, SelfTest
 from server.model.loading.probe import TOLERANCE, relative_error
 from server.model.runner import ModelRunner
 from server.model.selftest import try_adapter
 
-PATIENCE = 10.0  # seconds that a trial waits for a device slot
+SLOT_WAIT_SECONDS = 10.0  # how long a self-test waits for a device slot
 
 
 @dataclass(slots=True)
-class _Trial:
-    request: TryAdapter
+class _Pending:
+    request: RunSelfTest
     reference: "Future[Reference]"
-    deadline: float = field(default_factory=lambda: time.monotonic() + PATIENCE)
+    deadline: float = field(default_factory=lambda: time.monotonic() + SLOT_WAIT_SECONDS)
 
 
-class Trials:
-    """Two forwards over a few rows, between two steps; everything that takes longer happens in a thread."""
+class SelfTests:
+    """Pending self-tests. Each runs two short forward passes between steps; slower work runs in a thread."""
 
     def __init__(
         self,
         runner: ModelRunner,
         residency: Residency[PackedAdapter],
-        refer: Callable[[str], Reference],
+        load_reference: Callable[[str], Reference],
         gate: MergeGate,
         on_thread_start: Callable[[], None],
     ) -> None:
         self._runner = runner
         self._residency = residency
-        self._refer = refer
+        self._load_reference = load_reference
         self._gate = gate
         self._threads = ThreadPoolExecutor(1, "adapter-reference", initializer=on_thread_start)
-        self._pending: list[_Trial] = []
+        self._pending: list[_Pending] = []
 
     def __bool__(self) -> bool:
         return bool(self._pending)
 
     def digests(self) -> set[str]:
-        return {trial.request.digest for trial in self._pending}
+        return {test.request.digest for test in self._pending}
 
-    def add(self, request: TryAdapter) -> None:
+    def add(self, request: RunSelfTest) -> None:
         self._residency.expect(request.digest)
-        self._pending.append(_Trial(request, self._threads.submit(self._refer, request.digest)))
+        self._pending.append(_Pending(request, self._threads.submit(self._load_reference, request.digest)))
 
     def advance(self) -> list[Reply]:
-        """Run the trials that can run; answer those, and the ones that never will."""
+        """Run the self-tests that are ready; return replies to them and to those that cannot run."""
         replies = []
-        for trial in list(self._pending):
-            reply = self._advance(trial)
+        for test in list(self._pending):
+            reply = self._advance(test)
             if reply is not None:
-                self._pending.remove(trial)
+                self._pending.remove(test)
                 replies.append(reply)
         return replies
 
     def close(self) -> None:
         self._threads.shutdown(wait=True, cancel_futures=True)
 
-    def _advance(self, trial: _Trial) -> Reply | None:
-        request = trial.request
+    def _advance(self, test: _Pending) -> Reply | None:
+        request = test.request
         reason = self._residency.failure(request.digest)
         if reason is not None:
             return Reply(request.request_id, ("invalid", reason))
-        if self._gate.merged:  # neither way would begin with the base's own weights
+        if self._gate.merged:  # the test needs the base model's own weights
             return Reply(request.request_id, ("no_room", "an adapter is merged into the base model"))
-        if not trial.reference.done():
+        if not test.reference.done():
             return None
         if self._residency.acquire(request.digest) is None:
-            late = time.monotonic() > trial.deadline
+            late = time.monotonic() > test.deadline
             return Reply(request.request_id, ("no_room", "no device slot became free")) if late else None
         try:
-            return self._run(request, trial.reference)
+            return self._run(request, test.reference)
         finally:
             self._residency.release(request.digest)
 
-    def _run(self, request: TryAdapter, reference: "Future[Reference]") -> Reply:
+    def _run(self, request: RunSelfTest, reference: "Future[Reference]") -> Reply:
         try:
             adapter = reference.result()
         except AdapterError as error:

@@ -1,4 +1,4 @@
-"""What the engine says of itself at the end of a step: gauges, running totals, and which adapters are where."""
+"""The engine's statistics at the end of a step: gauges, running totals, and the tiers of adapters."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -19,7 +19,7 @@ def measure(
     steps: int,
     seconds: float,
 ) -> EngineStats:
-    """After the step of `batch`, which took `seconds`, the last of so many `steps`."""
+    """Return the statistics after the step of `batch`, which took `seconds`; `steps` is the number of steps so far."""
     blocks, slots = scheduler.blocks, residency.slots
     return EngineStats(
         steps=steps,

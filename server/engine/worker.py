@@ -1,4 +1,4 @@
-"""The engine's process: connect to the parent, build the engine, run its loop."""
+"""The engine process: connects to the parent, builds the engine and runs its loop."""
 
 import gc
 import json
@@ -19,7 +19,7 @@ from server.ipc.sockets import address
 
 
 def main(serve: Callable[[ServeConfig, Receive, Emit], None] | None = None) -> None:
-    """Connect to the parent and run `serve` (the engine, unless told otherwise) until it returns."""
+    """Connect to the parent and run `serve` (by default the engine) until it returns."""
     config = settings.load(json.loads(sys.stdin.buffer.readline()))
     folder = sys.argv[1]
     threading.Thread(target=_exit_with_parent, args=[folder], daemon=True).start()
@@ -39,7 +39,7 @@ def main(serve: Callable[[ServeConfig, Receive, Emit], None] | None = None) -> N
 
 def _serve(config: ServeConfig, receive: Receive, emit: Emit) -> None:
     _bind_threads(config)
-    from server.engine.build import build_engine  # torch, after what OpenMP reads; the parent spawns before it has it
+    from server.engine.build import build_engine  # imports torch, which must come after OpenMP's variables are set
     from server.engine.loop import run_loop
     from server.engine.threads import adaptive_threads
     from server.logs import configure_logging
@@ -53,16 +53,16 @@ def _serve(config: ServeConfig, receive: Receive, emit: Emit) -> None:
         return
     _keep_steps_short()
     emit(Ready(info))
-    if config.threads:  # the operator has decided
+    if config.threads:  # chosen by the operator
         run_loop(engine, receive, emit)
     else:
         run_loop(engine, receive, emit, adaptive_threads(info.description["device"]))
 
 
 def _bind_threads(config: ServeConfig) -> None:
-    """Where the model has every core, each of its threads keeps to one. Beside a thread that reads adapters, the kernel
-    at times woke two of them on one core and left them there for a step or two, which took 300 ms instead of 100.
-    OpenMP reads this when torch is loaded; what an operator has set holds."""
+    """Bind each thread of the model to a core if the model may use every core. While a thread reads adapters, the
+    kernel sometimes woke two threads on one core for a step or two, which then took 300 ms instead of 100. OpenMP reads
+    the variable when torch is loaded; an operator's own value takes precedence."""
     if sys.platform != "linux" or config.device == "cuda" or Path("/dev/nvidiactl").exists():
         return
     cores = schedulable_cores()
@@ -72,8 +72,8 @@ def _bind_threads(config: ServeConfig) -> None:
 
 
 def _keep_steps_short() -> None:
-    """A full garbage collection would go through all of torch and transformers, 0.3 s in which no step can run. And a
-    step that waits for the interpreter while an adapter is read gets it after half a millisecond, not after five."""
+    """Avoid pauses of steps. A full garbage collection would scan all of torch and transformers and block steps for
+    0.3 s. The switch interval lets a step take the interpreter from an adapter reader after 0.5 ms instead of 5 ms."""
     gc.collect()
     gc.freeze()
     sys.setswitchinterval(0.0005)
@@ -93,7 +93,7 @@ def _take_all(inbox: "zmq.Socket[bytes]", timeout: float) -> list[ToEngine]:
 def _exit_with_parent(folder: str) -> None:
     while os.read(sys.stdin.fileno(), 1):  # not the buffered reader: its lock would outlive the interpreter
         pass
-    shutil.rmtree(folder, ignore_errors=True)  # a parent that was killed could not
+    shutil.rmtree(folder, ignore_errors=True)  # a killed parent could not remove it
     os._exit(0)
 
 

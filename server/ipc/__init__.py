@@ -1,1 +1,1 @@
-"""The messages between the API's process and the engine's, and the API's half of the connection."""
+"""The messages between the API process and the engine process, and the API side of the connection."""

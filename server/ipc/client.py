@@ -1,9 +1,9 @@
-"""How the API process talks to the engine: one client over either of two transports.
+"""The API's client of the engine, over one of two transports.
 
-`ThreadTransport` (engine/loop.py) runs the engine in this process: tests, debugging.
-`ProcessTransport` (engine/process.py) runs it in a child over a local socket.
-The client supervises: when the engine dies or hangs, every running stream gets one error output and the engine is
-started again.
+`ThreadTransport` (engine/loop.py) runs the engine in this process, for tests and debugging.
+`ProcessTransport` (ipc/process_transport.py) runs the engine in a child process over a local socket.
+The client supervises the engine: if the engine dies or hangs, every running stream gets one error output and the engine
+is restarted.
 """
 
 import asyncio
@@ -28,34 +28,34 @@ from server.ipc.messages import (
     Reply,
     Residency,
     RetireAdapter,
+    RunSelfTest,
     SelfTest,
     SequenceOutput,
     StepOutputs,
     Submit,
     Tier,
     ToEngine,
-    TryAdapter,
     Unmerge,
 )
 
 log = logging.getLogger(__name__)
 
-RESTART_BACKOFF_SECONDS = (0.0, 1.0, 5.0, 15.0)  # the last one repeats; a start that succeeds begins anew
+RESTART_BACKOFF_SECONDS = (0.0, 1.0, 5.0, 15.0)  # the last value repeats; a successful start resets the backoff
 
 
 class EngineState(Enum):
     STARTING = "starting"
     READY = "ready"
     RESTARTING = "restarting"
-    DEAD = "dead"  # it will not come back by itself
+    DEAD = "dead"  # it is not restarted
 
 
 class EngineUnavailable(Exception):
-    """The engine is not there to take the request; try again later."""
+    """The engine is starting, restarting or dead and cannot take the request."""
 
 
 class AdapterMoveRefused(Exception):
-    """A load, unload, pin or merge that the engine could not do; `code` is that of `messages.Reply.error`."""
+    """The engine refused a load, unload, pin, self-test or merge; `code` is that of `messages.Reply.error`."""
 
     def __init__(self, code: str, message: str):
         super().__init__(message)
@@ -63,27 +63,27 @@ class AdapterMoveRefused(Exception):
 
 
 class EngineTransport(Protocol):
-    """Carries messages to an engine and calls back, on the event loop, with what comes from it."""
+    """Sends messages to an engine and calls back, on the event loop, with the engine's messages."""
 
     async def start(self, on_message: Callable[[FromEngine], None], on_exit: Callable[[str], None]) -> None:
-        """Start an engine; `on_exit(reason)` says, once, that it ended without `stop`."""
+        """Start an engine. `on_exit(reason)` is called once if the engine ends without `stop`."""
 
     def send(self, message: ToEngine) -> None: ...
 
     def kill(self) -> None:
-        """End an engine that hangs, at once; `on_exit` follows."""
+        """Kill a hung engine immediately; `on_exit` follows."""
 
     async def stop(self) -> None:
-        """End the engine, by force when it does not go by itself."""
+        """End the engine, by force if it does not end by itself."""
 
 
 StepListener = Callable[[StepOutputs], None]
 
 
 class Stream:
-    """Outputs of the sequences of one request, in order; the last of each has a `finish_reason`.
+    """The outputs of the sequences of one request, in order; the last output of each has a `finish_reason`.
 
-    A plain list and one future: however much an engine's message brings, the reader is woken once.
+    Uses a plain list and one future, so that each message of the engine wakes the reader once.
     """
 
     __slots__ = ("_outputs", "_waiter")
@@ -99,7 +99,7 @@ class Stream:
             waiter.set_result(None)
 
     async def take(self) -> list[SequenceOutput]:
-        """All there is, once there is something. One reader at a time."""
+        """Wait for outputs and return all of them. Only one reader at a time."""
         if not self._outputs:
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
@@ -108,7 +108,7 @@ class Stream:
 
 
 class EngineClient:
-    """Submits sequences, moves adapters, and knows whether the engine is there. All calls on one event loop."""
+    """Submits sequences, moves adapters, and tracks the engine's state. All calls must be on one event loop."""
 
     def __init__(self, transport: EngineTransport, *, hang_seconds: float = 60.0):
         self._transport = transport
@@ -116,7 +116,7 @@ class EngineClient:
         self._streams: dict[str, Stream] = {}
         self._replies: dict[int, asyncio.Future[SelfTest | None]] = {}
         self._pins: set[str] = set()
-        self._merge: Merge | None = None  # asked for and not refused or ended
+        self._merge: Merge | None = None  # requested, and not refused or ended
         self._request_ids = itertools.count()
         self._started: asyncio.Future[None] | None = None
         self._listeners: list[StepListener] = []
@@ -132,18 +132,18 @@ class EngineClient:
         self.merge_status = MergeStatus()
 
     def add_listener(self, listener: StepListener) -> None:
-        """Have `listener` called, on the event loop, with every message of a step (metrics hang here)."""
+        """Call `listener` on the event loop with the message of every step; the metrics use this."""
         self._listeners.append(listener)
 
     async def start(self) -> None:
-        """Start the engine and wait until it is ready. Raises `EngineUnavailable` with the reason if it cannot."""
+        """Start the engine and wait until it is ready. Raises `EngineUnavailable` with the reason if it fails."""
         self._started = asyncio.get_running_loop().create_future()
         await self._transport.start(self._on_message, self._on_exit)
         await self._started
         self._spawn(self._watch_progress())
 
     async def stop(self) -> None:
-        """Abort what runs and end the engine."""
+        """Abort all sequences and end the engine."""
         self.state, self.reason = EngineState.DEAD, "the server is shutting down"
         for task in self._tasks:
             task.cancel()
@@ -151,7 +151,7 @@ class EngineClient:
         self._fail_everything(self.reason)
 
     def submit(self, request: Submit, stream: Stream | None = None) -> Stream:
-        """Queue a sequence, with its outputs in `stream` or a new one. Raises `EngineUnavailable` unless READY."""
+        """Submit a sequence; its outputs go to `stream` or a new one. Raises `EngineUnavailable` unless READY."""
         self._require_ready()
         if not self._streams:
             self._last_progress = time.monotonic()
@@ -160,7 +160,7 @@ class EngineClient:
         return stream
 
     def abort(self, seq_ids: list[str]) -> None:
-        """Drop sequences; their streams end with reason "abort" within one step."""
+        """Abort sequences; their streams end with reason "abort" within one step."""
         running = [seq_id for seq_id in seq_ids if seq_id in self._streams]
         if running and self.state is EngineState.READY:
             self._transport.send(Abort(running))
@@ -170,51 +170,51 @@ class EngineClient:
         await self._call(MoveAdapter(next(self._request_ids), digest, tier))
 
     async def pin_adapter(self, digest: str, pinned: bool) -> None:
-        """Pin or unpin a version; pins outlive a restart. Raises `AdapterMoveRefused`, `EngineUnavailable`."""
+        """Pin or unpin a version; pins survive a restart. Raises `AdapterMoveRefused`, `EngineUnavailable`."""
         if not pinned:
-            self._pins.discard(digest)  # an engine that is away must not pin it again
+            self._pins.discard(digest)  # a restarted engine must not pin it again
         await self._call(PinAdapter(next(self._request_ids), digest, pinned))
         if pinned:
             self._pins.add(digest)
 
-    async def try_adapter(self, digest: str) -> SelfTest:
-        """Compare a stored version with the reference arithmetic. Raises `AdapterMoveRefused`, `EngineUnavailable`."""
-        result = await self._call(TryAdapter(next(self._request_ids), digest))
+    async def run_selftest(self, digest: str) -> SelfTest:
+        """Compare a version with the reference arithmetic. Raises `AdapterMoveRefused`, `EngineUnavailable`."""
+        result = await self._call(RunSelfTest(next(self._request_ids), digest))
         assert result is not None
         return result
 
     def retire_adapter(self, digest: str) -> None:
-        """No name points at the version any more; its memory goes when its last sequence has ended."""
+        """Free the memory of a version without names once its last sequence has ended."""
         self._pins.discard(digest)
-        if self.asked_to_merge == digest:
+        if self.requested_merge == digest:
             self._merge = None
         if self.state is EngineState.READY:
             self._transport.send(RetireAdapter(digest))
 
     @property
-    def asked_to_merge(self) -> str | None:
-        """The version that `merge` was asked for and that is merged, or about to be."""
+    def requested_merge(self) -> str | None:
+        """The version of the latest `merge` call, if it is merged or being merged."""
         return None if self._merge is None else self._merge.digest
 
     async def merge(self, digest: str, *, drain: bool, allow_requantize: bool) -> None:
-        """Fold a version into the base's weights; a merge outlives a restart. Raises `AdapterMoveRefused`,
+        """Merge a version into the base model; a merge survives a restart. Raises `AdapterMoveRefused`,
         `EngineUnavailable`."""
         before = self._merge
-        self._merge = asked = Merge(next(self._request_ids), digest, drain, allow_requantize)
+        self._merge = request = Merge(next(self._request_ids), digest, drain, allow_requantize)
         try:
-            await self._call(asked)
+            await self._call(request)
         except (AdapterMoveRefused, EngineUnavailable):
-            if self._merge is asked:
+            if self._merge is request:
                 self._merge = before
             raise
 
     async def unmerge(self) -> None:
-        """Put the base's own weights back. Raises `EngineUnavailable`."""
+        """Restore the base model's own weights. Raises `EngineUnavailable`."""
         await self._call(Unmerge(next(self._request_ids)))
         self._merge = None
 
     def is_alive(self) -> bool:
-        """False when the engine is dead, or has work and made no step for the hang threshold."""
+        """Return False if the engine is dead, or has work but completed no step for `hang_seconds`."""
         return self.state is not EngineState.DEAD and not self._hangs()
 
     def _hangs(self) -> bool:
@@ -224,7 +224,7 @@ class EngineClient:
         if self.state is not EngineState.READY:
             raise EngineUnavailable(self.reason)
 
-    async def _call(self, request: MoveAdapter | PinAdapter | TryAdapter | Merge | Unmerge) -> SelfTest | None:
+    async def _call(self, request: MoveAdapter | PinAdapter | RunSelfTest | Merge | Unmerge) -> SelfTest | None:
         self._require_ready()
         reply: asyncio.Future[SelfTest | None] = asyncio.get_running_loop().create_future()
         self._replies[request.request_id] = reply
@@ -254,8 +254,8 @@ class EngineClient:
             self.residency = message.residency
         if message.merge is not None:
             self.merge_status = message.merge
-        if any(s.direction == "unmerge" and s.digest == self.asked_to_merge for s in message.switches):
-            self._merge = None  # it gave way
+        if any(s.direction == "unmerge" and s.digest == self.requested_merge for s in message.switches):
+            self._merge = None  # the engine unmerged it for other requests
         for output in message.outputs:
             stream = self._streams.get(output.seq_id)
             if stream is None:
@@ -270,7 +270,7 @@ class EngineClient:
         self.info = info
         self.state, self.reason = EngineState.READY, "ready"
         self._failures = 0
-        for digest in self._pins:  # nobody waits for these replies: a pin that no longer fits shows in residency
+        for digest in self._pins:  # nothing waits for these replies; `residency` shows a pin that no longer fits
             self._transport.send(PinAdapter(next(self._request_ids), digest, True))
         if self._merge is not None:
             self._spawn(self._merge_again(self._merge))
@@ -282,12 +282,12 @@ class EngineClient:
         try:
             await self.merge(lost.digest, drain=True, allow_requantize=lost.allow_requantize)
         except AdapterMoveRefused as refused:
-            log.warning("the adapter stays unmerged: %s", refused)
-        except EngineUnavailable:  # the next one may be luckier
+            log.warning("the adapter could not be merged again after a restart: %s", refused)
+        except EngineUnavailable:  # the next start tries again
             self._merge = lost
 
     def _on_fatal(self, reason: str) -> None:
-        """The engine says why it cannot start: starting it again would fail in the same way."""
+        """Mark the engine as dead: it cannot start, and starting it again would fail in the same way."""
         self.state, self.reason = EngineState.DEAD, reason
         self._fail_everything(reason)
         if self._started is not None and not self._started.done():
@@ -296,10 +296,10 @@ class EngineClient:
     def _on_exit(self, reason: str) -> None:
         if self.state is EngineState.DEAD:
             return
-        if self.state is EngineState.STARTING:  # a first start that fails would fail again
+        if self.state is EngineState.STARTING:  # a failed first start would fail again
             self._on_fatal(reason)
             return
-        log.error("engine lost: %s", reason)
+        log.error("the engine ended and is restarted: %s", reason)
         self.state, self.reason = EngineState.RESTARTING, "the engine is restarting"
         self.stats, self.residency, self.merge_status = EngineStats(), Residency(), MergeStatus()
         self._fail_everything("the engine died and is restarting; try again")
@@ -312,15 +312,18 @@ class EngineClient:
         await self._transport.start(self._on_message, self._on_exit)
 
     async def _watch_progress(self) -> None:
-        """Replace an engine that has work but stopped stepping."""
+        """Kill an engine that has work but completes no steps, so that it is restarted."""
         while True:
             await asyncio.sleep(min(1.0, self._hang_seconds / 4))
             if self.state is EngineState.READY and self._hangs():
-                log.error("no step for %g s with work to do", self._hang_seconds)
+                log.error("the engine has work but completed no step for %g s; it is restarted", self._hang_seconds)
                 self._transport.kill()
 
     def _fail_everything(self, reason: str) -> None:
-        """Invariant: every submitted sequence ends in exactly one terminal output, even when the engine is gone."""
+        """End all streams and replies with an error.
+
+        Invariant: every submitted sequence gets exactly one terminal output, even if the engine is gone.
+        """
         for seq_id, stream in self._streams.items():
             stream.put(SequenceOutput(seq_id, [], "error", error=reason))
         self._streams.clear()

@@ -1,4 +1,4 @@
-"""What crosses between the API process and the engine: typed msgpack, never pickle."""
+"""Messages between the API process and the engine: typed msgpack, never pickle."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -9,15 +9,16 @@ from adapters.model_spec import ModelSpec
 from server.sequence import SamplingParams, ScaledAdapter, TokenLogprobs
 
 Tier = Literal["disk", "host", "device"]
-# preparing: the merged weights are being computed; waiting: others finish; leaving: on the way back to the base's own
+# preparing: computing the merged weights; waiting: requests of other models finish; leaving: restoring the base model
 MergeState = Literal["none", "preparing", "waiting", "merged", "leaving"]
 AskedBy = Literal["request", "policy"]
 SwitchReason = Literal["request", "policy", "others", "retired"]
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True):
-    """Start a sequence. Without `adapters` the base model answers; several add up, each with its scale. They see the
-    tokens from `active_from` on. `weight` is of the tenant, `priority` counts within it (lower is more urgent)."""
+    """Start a sequence. Without `adapters` it uses the base model; the deltas of several adapters add up, each with its
+    scale. Adapters apply to tokens from `active_from` on. `weight` belongs to the tenant; `priority` orders sequences
+    within the tenant (lower is more urgent)."""
 
     seq_id: str
     token_ids: list[int]
@@ -30,13 +31,13 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
-    """Drop these sequences; unknown ids are ignored. An aborted sequence gets one last output, reason "abort"."""
+    """Abort these sequences; unknown ids are ignored. An aborted sequence gets one last output with reason "abort"."""
 
     seq_ids: list[str]
 
 
 class MoveAdapter(msgspec.Struct, frozen=True, tag=True):
-    """Bring a version up to `tier` ("host" or "device"), or down and out of both ("disk"). Answered by `Reply`."""
+    """Load a version to `tier` ("host" or "device"), or unload it from both ("disk"). Answered by `Reply`."""
 
     request_id: int
     digest: str
@@ -44,30 +45,29 @@ class MoveAdapter(msgspec.Struct, frozen=True, tag=True):
 
 
 class PinAdapter(msgspec.Struct, frozen=True, tag=True):
-    """Protect a version from eviction, or no longer. Pinning loads it to the device. Answered by `Reply`."""
+    """Pin or unpin a version. Pinning loads it to the device and protects it from eviction. Answered by `Reply`."""
 
     request_id: int
     digest: str
     pinned: bool
 
 
-class TryAdapter(msgspec.Struct, frozen=True, tag=True):
-    """Compare a version's serving path with the reference arithmetic. Answered by `Reply` with a `SelfTest`."""
+class RunSelfTest(msgspec.Struct, frozen=True, tag=True):
+    """Compare the logits of a version with the reference arithmetic. Answered by `Reply` with a `SelfTest`."""
 
     request_id: int
     digest: str
 
 
 class RetireAdapter(msgspec.Struct, frozen=True, tag=True):
-    """No name points at the version any more: free its memory when its last sequence has ended. Not answered."""
+    """Free the memory of a version without names once its last sequence has ended. Not answered."""
 
     digest: str
 
 
 class Merge(msgspec.Struct, frozen=True, tag=True):
-    """Fold a version into the base's weights. With `drain`, what runs for others may finish first; without, their
-    presence refuses it. `allow_requantize` permits a 4-bit base to stay 4-bit where memory is short. Answered by
-    `Reply` once merged."""
+    """Merge a version into the base model. With `drain`, sequences of other models finish first; without, they cause a
+    refusal. `allow_requantize` keeps a 4-bit base model in 4 bits if memory is short. Answered by `Reply` when done."""
 
     request_id: int
     digest: str
@@ -76,32 +76,32 @@ class Merge(msgspec.Struct, frozen=True, tag=True):
 
 
 class Unmerge(msgspec.Struct, frozen=True, tag=True):
-    """Put the base's own weights back, or give up a merge that has not happened yet. Answered by `Reply` once done."""
+    """Restore the base model's own weights, or cancel a merge that is not complete. Answered by `Reply` once done."""
 
     request_id: int
 
 
 class Shutdown(msgspec.Struct, frozen=True, tag=True):
-    """Abort everything and end the loop."""
+    """Abort all sequences and end the engine's loop."""
 
 
-ToEngine = Submit | Abort | MoveAdapter | PinAdapter | TryAdapter | RetireAdapter | Merge | Unmerge | Shutdown
+ToEngine = Submit | Abort | MoveAdapter | PinAdapter | RunSelfTest | RetireAdapter | Merge | Unmerge | Shutdown
 
 
 class SequenceOutput(msgspec.Struct, frozen=True, array_like=True):
-    """What one step did for one sequence. Every submitted sequence ends in exactly one with a `finish_reason`."""
+    """The output of one step for one sequence. Every sequence ends with exactly one output with a `finish_reason`."""
 
     seq_id: str
     token_ids: list[int]
     finish_reason: Literal["stop", "length", "abort", "error"] | None = None
-    logprobs: list[TokenLogprobs] | None = None  # one per token id, when asked for
+    logprobs: list[TokenLogprobs] | None = None  # one per token id, if requested
     num_cached_tokens: int = 0
     queue_seconds: float = 0.0
-    error: str | None = None  # a sentence for the client, with reason "error"
+    error: str | None = None  # message for the client, with reason "error"
 
 
 class AdapterMove(msgspec.Struct, frozen=True, array_like=True):
-    """A version moved between tiers, or failed to. Evictions move down ("device" to "host", "host" to "disk")."""
+    """A version was moved between tiers, or failed to. Evictions move down ("device" to "host", "host" to "disk")."""
 
     digest: str
     source: Tier
@@ -112,7 +112,7 @@ class AdapterMove(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Residency(msgspec.Struct, frozen=True):
-    """Which versions are where right now (digests)."""
+    """The digests of the versions in each tier and state."""
 
     device: list[str] = []
     host: list[str] = []
@@ -122,16 +122,16 @@ class Residency(msgspec.Struct, frozen=True):
 
 
 class MergeStatus(msgspec.Struct, frozen=True):
-    """Which version is in the base's weights, or on its way there or out of them."""
+    """The version that is merged into the base model, or is being merged or unmerged."""
 
     state: MergeState = "none"
     digest: str | None = None
     asked_by: AskedBy | None = None
-    requantized: bool = False  # a 4-bit base stayed 4-bit, at the price of rounding the merged weights to it
+    requantized: bool = False  # the merged weights of a 4-bit base model were rounded to 4 bits
 
 
 class MergeSwitch(msgspec.Struct, frozen=True, array_like=True):
-    """A version went into the base's weights or out of them, and why."""
+    """A version was merged into the base model or unmerged, with the reason."""
 
     digest: str
     direction: Literal["merge", "unmerge"]
@@ -139,18 +139,18 @@ class MergeSwitch(msgspec.Struct, frozen=True, array_like=True):
 
 
 class EngineStats(msgspec.Struct, frozen=True):
-    """Gauges and running totals, as of the end of a step."""
+    """Gauges and running totals at the end of a step."""
 
     steps: int = 0
     running: int = 0
     waiting: int = 0
     blocks_used: int = 0  # referenced by running sequences
     blocks_total: int = 0
-    prefix_queries: int = 0  # prompt tokens looked up in the prefix cache, in all
-    prefix_hits: int = 0  # of those, found
+    prefix_queries: int = 0  # prompt tokens looked up in the prefix cache, in total
+    prefix_hits: int = 0  # prompt tokens found in the prefix cache, in total
     preemptions: int = 0
-    graph_steps: int = 0  # decode steps replayed as CUDA graphs, in all
-    eager_steps: dict[str, int] = {}  # steps that the graphs do not cover, by reason
+    graph_steps: int = 0  # decode steps run as CUDA graphs, in total
+    eager_steps: dict[str, int] = {}  # steps run without CUDA graphs, by reason
     slots_used: int = 0
     slots_pinned: int = 0
     slots_total: int = 0
@@ -162,14 +162,14 @@ class EngineStats(msgspec.Struct, frozen=True):
 
 
 class EngineInfo(msgspec.Struct, frozen=True):
-    """What the engine loaded; sent once, when it is ready."""
+    """Description of the loaded model, sent once when the engine is ready."""
 
     base_fingerprint: str  # 12 hex digits over config, dtype, quantization and weights
     vocab_size: int
     max_model_len: int
     spec: ModelSpec
     adapter_slots: int
-    adapter_pages: int  # of 16 rank columns, for the adapters in all slots together
+    adapter_pages: int  # pages of 16 rank columns, shared by the adapters in all slots
     num_blocks: int
     block_size: int
     eos_token_ids: list[int]
@@ -181,7 +181,7 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
 
 
 class StepOutputs(msgspec.Struct, frozen=True, tag=True):
-    """Everything one step has to say, in one message. `residency` and `merge` come only when they changed."""
+    """All outputs and changes of one step. `residency` and `merge` are set only if they changed."""
 
     outputs: list[SequenceOutput]
     stats: EngineStats
@@ -192,8 +192,8 @@ class StepOutputs(msgspec.Struct, frozen=True, tag=True):
 
 
 class SelfTest(msgspec.Struct, frozen=True):
-    """How far an adapter's logits are from those of the reference arithmetic. `relative_error` is the RMS difference in
-    units of the logits' spread (NaN when they are not finite); more than `tolerance` is an error of ours."""
+    """The difference between an adapter's logits and the reference arithmetic. `relative_error` is the RMS difference
+    relative to the logits' spread (NaN if they are not finite); above `tolerance`, the server computes wrongly."""
 
     max_abs_logit_diff: float
     relative_error: float
@@ -201,7 +201,7 @@ class SelfTest(msgspec.Struct, frozen=True):
 
 
 class Reply(msgspec.Struct, frozen=True, tag=True):
-    """Answer to the request with that id; `error` is (code, sentence) when it failed."""
+    """Reply to the request with this id; `error` is (code, message) if the request failed."""
 
     request_id: int
     error: tuple[Literal["busy", "invalid", "not_found", "no_room", "not_mergeable"], str] | None = None
@@ -209,14 +209,16 @@ class Reply(msgspec.Struct, frozen=True, tag=True):
 
 
 class Fatal(msgspec.Struct, frozen=True, tag=True):
-    """The engine cannot start or go on; `reason` is for the operator."""
+    """The engine cannot start or continue; `reason` is for the operator."""
 
     reason: str
 
 
 FromEngine = Ready | StepOutputs | Reply | Fatal
 
-Receive = Callable[[float], list[ToEngine]]  # waits so many seconds for a first message, then takes all there are
+Receive = Callable[
+    [float], list[ToEngine]
+]  # waits this many seconds for a first message, then returns all queued messages
 Emit = Callable[[FromEngine], None]
 
 _encoder = msgspec.msgpack.Encoder()

@@ -1,7 +1,7 @@
-"""The engine in a process of its own: the API's side of it. The child's side is server/engine/worker.py.
+"""Transport to an engine in a child process: the API side. The child's side is server/engine/worker.py.
 
 Two ZeroMQ sockets in a private folder carry msgpack (never pickle). The child's standard input is a pipe from the
-parent: it carries the config, and its end tells the child that the parent is gone, however it went.
+parent: it carries the config, and its end tells the child that the parent has ended for whatever reason.
 """
 
 import asyncio
@@ -33,14 +33,14 @@ from server.ipc.sockets import address
 
 log = logging.getLogger(__name__)
 
-STOP_SECONDS = 5.0  # how long an engine gets to end by itself
+STOP_SECONDS = 5.0  # time for the engine to end by itself
 
 
 class ProcessTransport:
-    """Starts the child, and again after each death when asked to."""
+    """Starts the child process, and starts it again after it has died if `start` is called again."""
 
     def __init__(self, config: ServeConfig, child: str = "server.engine.worker"):
-        """`child` is the module that is run; it calls `main`."""
+        """Prepare the transport. `child` is the module to run; it calls `worker.main`."""
         self._config = config
         self._child = child
         self._folder: Path | None = None
@@ -54,13 +54,13 @@ class ProcessTransport:
         return self._process.pid if self._process is not None else None
 
     def spawn(self) -> None:
-        """Start the child ahead of `start`: it loads the model, and what it says is kept."""
-        self._folder = Path(tempfile.mkdtemp(prefix="loraplex-"))  # mode 0700: nobody else can connect
+        """Start the child ahead of `start`, so that it loads the model; its messages are queued."""
+        self._folder = Path(tempfile.mkdtemp(prefix="loraplex-"))  # mode 0700: other users cannot connect
         self._process = _spawn(self._child, self._config, self._folder)
         self._is_ahead = True
 
     def abandon(self) -> None:
-        """End a child that was spawned and never started."""
+        """End a child that was spawned without a call of `start`."""
         if self._is_ahead and self._process is not None:
             assert self._process.stdin is not None
             self._process.stdin.close()
@@ -86,7 +86,7 @@ class ProcessTransport:
         ]
 
     def send(self, message: ToEngine) -> None:
-        with suppress(zmq.Again):  # the child is gone, which `on_exit` is about to say
+        with suppress(zmq.Again):  # the child is gone, which `on_exit` is about to report
             self._send(message)
 
     def _send(self, message: ToEngine) -> None:
@@ -100,16 +100,16 @@ class ProcessTransport:
     async def stop(self) -> None:
         if self._process is not None and self._process.poll() is None:
             for task in self._tasks[1:]:
-                task.cancel()  # this death is meant
+                task.cancel()  # this exit is intended
             try:
                 self._send(Shutdown())
-            except zmq.Again:  # it has not connected yet, so it cannot be asked
+            except zmq.Again:  # the child has not connected yet, so it cannot receive the message
                 self._process.kill()
             await asyncio.to_thread(_end, self._process)
         await self._clean_up()
 
     async def _watch(self, process: "subprocess.Popen[bytes]", on_exit: Callable[[str], None]) -> None:
-        """A thread waits for the child, so that its death is known at once."""
+        """Wait for the child in a thread, so that its end is noticed immediately."""
         loop = asyncio.get_running_loop()
         died = loop.create_future()
         threading.Thread(target=lambda: _report_exit(process, loop, died), name="engine-watcher", daemon=True).start()
@@ -149,7 +149,7 @@ def _spawn(module: str, config: ServeConfig, folder: Path) -> "subprocess.Popen[
     process = subprocess.Popen(
         [sys.executable, "-m", module, str(folder)],
         stdin=subprocess.PIPE,
-        start_new_session=True,  # Ctrl-C in the terminal is the parent's to handle
+        start_new_session=True,  # the parent handles Ctrl-C in the terminal
     )
     assert process.stdin is not None
     process.stdin.write(json.dumps(settings.to_dict(config)).encode() + b"\n")

@@ -1,4 +1,4 @@
-"""Addresses of the sockets between the API's process and the engine's."""
+"""Addresses of the sockets between the API process and the engine process."""
 
 import os
 from functools import cache
@@ -8,7 +8,8 @@ LONGEST_SOCKET_PATH = 107  # bytes
 
 
 def address(folder: Path, name: str) -> str:
-    """The address of the socket `name` in `folder`. A path that is too long for a socket goes through a descriptor."""
+    """Return the address of the socket `name` in `folder`. A path that is too long for a socket is replaced by a path
+    through a file descriptor."""
     path = f"{folder}/{name}"
     if len(os.fsencode(path)) > LONGEST_SOCKET_PATH:
         path = f"/proc/self/fd/{_descriptor(folder.parent)}/{folder.name}/{name}"
@@ -17,5 +18,5 @@ def address(folder: Path, name: str) -> str:
 
 @cache
 def _descriptor(folder: Path) -> int:
-    """A descriptor that stays open, as the sockets need it to their end."""
+    """Open a folder. The descriptor stays open, because the sockets need it until they close."""
     return os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

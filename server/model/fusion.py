@@ -1,9 +1,10 @@
-"""Decoder layers of Llama's structure in fewer operations: norms, SiLU·mul, rotary embedding with attention, or whole.
+"""Fused operations for decoder layers of Llama's structure: norms, SiLU·mul, rotary embedding with attention, or whole
+layers.
 
-The modules of the model stay; what they compute with is replaced where a module runs the very code of one of `WRITTEN`
-and then gives the same numbers. Numbers alone would not do: what depends on long contexts or large values does not
-show in a short probe. Hooks on the modules, and so everything that adapters do, work as before. A norm must give the
-very bits: one that sums in another order turned a near-tie of a greedy answer.
+The modules of the model stay; their `forward` is replaced if a module runs the same code as one of `WRITTEN` and the
+replacement gives the same numbers. Equal numbers alone do not suffice: dependence on long contexts or large values does
+not show in a short probe. Hooks on the modules, and so adapters, work as before. A norm must be bit-identical, because
+another order of summation flipped a near-tie of a greedy output.
 """
 
 import inspect
@@ -27,7 +28,7 @@ from server.model.llama_layer import LayerParts
 
 Undo = Callable[[], None]
 
-# Whose code the operations below stand for; other architectures' modules are mostly copies of these.
+# The modules whose code the operations below replace; modules of other architectures are mostly copies of these.
 WRITTEN: dict[str, tuple[type[nn.Module], ...]] = {
     "norm": (LlamaRMSNorm,),
     "mlp": (LlamaMLP,),
@@ -37,13 +38,13 @@ WRITTEN: dict[str, tuple[type[nn.Module], ...]] = {
 
 
 class BlockOps(Protocol):
-    """What a block does besides its linears; `[..., n]` tensors of one dtype."""
+    """The operations of a block besides its linears, on `[..., n]` tensors of one dtype."""
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """`x / sqrt(mean(x²) + eps)` over the last dimension, rounded, times `weight` `[n]`."""
+        """Return `x / sqrt(mean(x²) + eps)` over the last dimension, rounded, times `weight` `[n]`."""
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """`silu(gate) * up` from `[..., 2 * n]`, gate first."""
+        """Return `silu(gate) * up` from `[..., 2 * n]`, gate first."""
 
     def rope_attention(
         self,
@@ -57,26 +58,26 @@ class BlockOps(Protocol):
         window: int | None,
     ) -> torch.Tensor:
         """Rotate queries and keys of `qkv` `[rows, (heads + 2 kv_heads) * head_dim]` by cos and sin `[rows, head_dim]`,
-        keep keys and values in the cache, attend: `[rows, heads * head_dim]`. `qkv` may be overwritten."""
+        store keys and values in the cache, attend, and return `[rows, heads * head_dim]`. May overwrite `qkv`."""
 
     def whole_layer(self, layer: nn.Module, parts: LayerParts) -> "WholeLayer | None":
-        """What computes `layer` in one piece; None where nothing does."""
+        """Return an implementation of the whole `layer`; None if there is none."""
 
 
 class WholeLayer(Protocol):
     def is_whole(self) -> bool:
-        """Whether it can compute the layer in this step; otherwise the modules do, with the same bits."""
+        """Return whether it can compute the layer in this step; otherwise the modules do, bit-identically."""
 
     def __call__(
         self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, batch: ForwardBatch, cache: KVCache
     ) -> torch.Tensor:
-        """The layer's output for `hidden` `[1, rows, size]`; cos and sin are `[1, rows, head_dim]`."""
+        """Return the layer's output for `hidden` `[1, rows, size]`; cos and sin are `[1, rows, head_dim]`."""
 
 
 def fuse(model: nn.Module, ops: BlockOps, windows: Mapping[int, int | None]) -> tuple[int, Undo]:
-    """Have the blocks of `model`, whose linears are wrapped, compute through `ops` where they can: how many modules
-    that are, and how to undo it. The caller compares the model's logits before and after, for attention is not tried
-    alone. `windows` are the layers' own (see `CacheShape`)."""
+    """Replace operations in the blocks of `model`, whose linears must be wrapped, by `ops` where possible. Returns the
+    number of changed modules and a function that undoes the changes. The caller must compare the model's logits before
+    and after, because attention is not compared alone. `windows` are those of `CacheShape`."""
     found = {module: _replacement(module, ops, windows) for module in model.modules()}
     changed = {module: forward for module, forward in found.items() if forward is not None}
     whole = {module: _layer_forward(module, ops, windows, changed.keys()) for module in model.modules()}
@@ -145,7 +146,7 @@ def _attention_forward(module: Any, ops: BlockOps, windows: Mapping[int, int | N
 def _layer_forward(
     module: Any, ops: BlockOps, windows: Mapping[int, int | None], fused: AbstractSet[nn.Module]
 ) -> Callable[..., torch.Tensor] | None:
-    """For a layer all of whose children are `fused`: then they do what the whole does."""
+    """Return the fused forward of a layer whose children are all `fused`, so that both ways are equivalent."""
     if not _runs(module, "layer") or not fused >= set(module.children()):
         return None
     attention, mlp = module.self_attn, module.mlp
@@ -170,7 +171,7 @@ def _layer_forward(
 
 
 def _runs(module: nn.Module, kind: str) -> bool:
-    """Whether its `forward` is one of the written ones, instruction by instruction, under whatever names."""
+    """Return whether its `forward` has the same bytecode as one in `WRITTEN`, whatever its class is called."""
     return _code(type(module)) in {_code(written) for written in WRITTEN[kind]}
 
 
@@ -180,7 +181,7 @@ def _code(kind: type[nn.Module]) -> tuple[bytes, tuple[str, ...]]:
 
 
 def _stacked_group(module: nn.Module, names: tuple[str, ...]) -> LoRAGroup | None:
-    """The group of exactly these children, in this order."""
+    """Return the group of exactly these children in this order, if there is one."""
     linears = [getattr(module, name, None) for name in names]
     first = linears[0]
     if not isinstance(first, LoRALinear) or not all(isinstance(linear, LoRALinear) for linear in linears):
@@ -194,8 +195,8 @@ def _stacked_group(module: nn.Module, names: tuple[str, ...]) -> LoRAGroup | Non
 def _agrees(
     module: nn.Module, forward: Callable[..., torch.Tensor], size: int, like: torch.Tensor, *, exactly: bool = False
 ) -> bool:
-    """Whether `forward` gives the module's own output for random rows, to the bit or within a few roundings."""
-    rows = 64 if exactly else 3  # a sum in another order changes few bits
+    """Return whether `forward` reproduces the module's output for random rows, exactly or within a few roundings."""
+    rows = 64 if exactly else 3  # another order of summation changes few bits
     x = torch.randn(1, rows, size, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
     expected, got = module(x).float(), forward(x).float()
     step = 0.0 if exactly else 4 * torch.finfo(like.dtype).eps
@@ -203,7 +204,7 @@ def _agrees(
 
 
 def block_ops(device: torch.device, dtype: torch.dtype) -> BlockOps | None:
-    """The operations for a device, where there are any that beat the model's own."""
+    """Return the fused operations for a device; None if none are faster than the model's own."""
     if device.type != "cpu" or why_unavailable(dtype) is not None:
         return None
     return NativeBlockOps(dtype)

@@ -1,4 +1,4 @@
-"""The tensors of the paged KV cache. Who owns which block is accounted for in server/engine/block_manager.py."""
+"""The tensors of the paged KV cache. server/engine/block_manager.py tracks the ownership of blocks."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,8 +10,8 @@ from adapters.device.lazy_zeros import zeros
 
 @dataclass(frozen=True, slots=True)
 class CacheShape:
-    """One layer's `(key/value heads, head dimension)` each; layers may differ. `windows` are how many latest keys a
-    layer's tokens see (None: all), for the layers whose scores are changed by nothing else."""
+    """The shape of the KV cache: `(key/value heads, head dimension)` per layer. `windows` are the numbers of latest
+    keys that a layer's tokens see (None: all), for layers without other changes to their scores."""
 
     layers: tuple[tuple[int, int], ...]
     dtype: torch.dtype
@@ -22,10 +22,10 @@ class CacheShape:
 
 
 class KVCache:
-    """Per layer a key and a value tensor `[num_blocks, block_size, kv_heads, head_dim]`.
+    """A key and a value tensor `[num_blocks, block_size, kv_heads, head_dim]` per layer.
 
     A token's slot is `block_id * block_size + offset`; `slot_mapping` lists the slots of a step's tokens.
-    Invariant: every element is finite. Attention multiplies what lies past a sequence's end by zero.
+    Invariant: every element is finite, because attention multiplies elements past a sequence's end by zero.
     """
 
     def __init__(self, shape: CacheShape, num_blocks: int, block_size: int, device: torch.device) -> None:
@@ -44,7 +44,7 @@ class KVCache:
         self.values[layer].flatten(0, 1).index_copy_(0, slot_mapping, value)
 
     def scrub(self, block_ids: list[int]) -> None:
-        """Zero blocks that may hold something that is not finite, before they can be reused."""
+        """Zero blocks that may contain non-finite values before they are reused."""
         if block_ids:
             indices = torch.tensor(block_ids, device=self.keys[0].device)
             for tensor in (*self.keys, *self.values):

@@ -1,4 +1,4 @@
-"""A decoder layer of Llama's structure, taken apart."""
+"""The parts of a decoder layer of Llama's structure."""
 
 from dataclasses import dataclass
 
@@ -9,8 +9,8 @@ from adapters.runtime.layers import LoRAGroup
 
 @dataclass(frozen=True, slots=True)
 class LayerParts:
-    """`groups` are query-key-value, output, gate-up and down; `norms` those before attention and before the MLP.
-    `index` is the layer's in the KV cache; a window of None sees all keys."""
+    """The parts of one layer. `groups` are query-key-value, output, gate-up and down; `norms` are those before
+    attention and before the MLP. `index` is the layer's index in the KV cache; a window of None sees all keys."""
 
     index: int
     groups: tuple[LoRAGroup, LoRAGroup, LoRAGroup, LoRAGroup]

@@ -1,8 +1,8 @@
-"""bf16 linears on a CPU with their weights in the layout that they are computed in.
+"""bf16 linears on a CPU with weights stored in the kernel's layout.
 
-The product is our own kernel's (linear.h), in whichever form this machine has. Without native code it is oneDNN's where
-the processor has AVX-512: `nn.Linear` reorders its weight anew on every call, and doing it once takes about two thirds
-of the time at decode. In either case the bits of a row do not depend on the other rows of the batch.
+The server's own kernel (linear.h) computes the product, in the form that suits the machine. Without native code, oneDNN
+does if the processor has AVX-512: `nn.Linear` reorders its weight on every call, and reordering it once reduces decode
+to about two thirds of the time. In either case a row's result does not depend on the other rows of the batch.
 """
 
 from typing import TypeGuard
@@ -16,11 +16,11 @@ from server.model.cpu.linear import NativeLinear
 
 
 class PackedLinear(nn.Module):
-    """Takes the place of an `nn.Linear`, whose own copy of the weight is let go.
+    """Replaces an `nn.Linear` and does not keep its weight tensor.
 
-    oneDNN chooses a kernel, and with it an order of additions, by the number of rows. Products are therefore made of
-    blocks of a fixed number of rows, the last one padded: then a row's bits are its own. Without arithmetic in bf16,
-    eight rows at once take as long as eight products of one row.
+    oneDNN chooses a kernel, and with it an order of additions, by the number of rows. Products are therefore computed
+    in blocks of a fixed number of rows, the last one padded, so that a row's result does not depend on other rows.
+    Without bf16 arithmetic, eight rows at once take as long as eight products of one row.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -32,7 +32,7 @@ class PackedLinear(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The weight `[out_features, in_features]`, unpacked into a copy, bit for bit."""
+        """An exact, unpacked copy of the weight `[out_features, in_features]`."""
         return self._packed.to_dense()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -47,7 +47,7 @@ class PackedLinear(nn.Module):
 
 
 def pack_linears(model: nn.Module) -> int:
-    """Pack what can be packed of `model` in place; returns how many linears that were."""
+    """Replace the packable linears of `model` in place, and return their number."""
     found = {name: packed(module) for name, module in model.named_modules() if _is_packable(module)}
     changed = {name: module for name, module in found.items() if type(module) is not nn.Linear}
     for name, linear in changed.items():
@@ -56,8 +56,7 @@ def pack_linears(model: nn.Module) -> int:
 
 
 def packed(linear: nn.Module) -> nn.Module:
-    """The module that computes in the place of `linear`: another one for a plain bf16 linear on a CPU, otherwise
-    itself."""
+    """Return the module that replaces `linear`: a packed one for a plain bf16 linear on a CPU, otherwise itself."""
     if not _is_packable(linear):
         return linear
     if why_unavailable(torch.bfloat16) is None:
@@ -66,5 +65,5 @@ def packed(linear: nn.Module) -> nn.Module:
 
 
 def _is_packable(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Not for subclasses: a quantised linear stores something else."""
+    """Return whether `module` can be packed. Excludes subclasses, because quantized linears store other weights."""
     return type(module) is nn.Linear and module.weight.dtype is torch.bfloat16 and module.weight.device.type == "cpu"

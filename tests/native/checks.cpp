@@ -20,7 +20,7 @@ void linear_bf16(void* y, int64_t ldy, const void* x, int64_t ldx, const void* p
     void silu_mul_##SUFFIX(void* y, const void* gate_up, int64_t rows, int64_t dim, int threads);                      \
     void rms_norm_##SUFFIX(void* y, const void* x, const void* weight, int64_t rows, int64_t dim, float eps,           \
                            int threads);                                                                               \
-    void likeliest_##SUFFIX(int64_t* out, const void* x, int64_t rows, int64_t size, int threads);                     \
+    void argmax_##SUFFIX(int64_t* out, const void* x, int64_t rows, int64_t size, int threads);                     \
     void attention_##SUFFIX(void* out, const void* q, int64_t q_row, int64_t q_head, const void* keys,                 \
                             const void* values, const void* work, int64_t num_work, const int64_t* tables,             \
                             int64_t heads, int64_t kv_heads, int64_t dim, int64_t block_size, int64_t window,          \
@@ -139,8 +139,8 @@ void check_lora(const std::string& type, Add add, int64_t in, int64_t rank) {
     report(name + ", rows alone and beside others", alike);
 }
 
-template <typename T, typename Silu, typename Norm, typename Likeliest>
-void check_rows(const std::string& type, Silu silu_mul, Norm rms_norm, Likeliest likeliest, int64_t dim) {
+template <typename T, typename Silu, typename Norm, typename Argmax>
+void check_rows(const std::string& type, Silu silu_mul, Norm rms_norm, Argmax argmax, int64_t dim) {
     auto x = drawn<T>(8, ROWS * 2 * dim, 3), weight = drawn<T>(9, dim);
     std::vector<T> y(size_t(ROWS * dim));
     std::vector<double> expected;
@@ -161,7 +161,7 @@ void check_rows(const std::string& type, Silu silu_mul, Norm rms_norm, Likeliest
     }
     report("RMS norm " + type + ", " + std::to_string(dim), close(y, expected, 2 * STEP<T>));
     int64_t found[ROWS];
-    likeliest(found, x.data(), ROWS, dim, 2);
+    argmax(found, x.data(), ROWS, dim, 2);
     bool right = true;
     for (int64_t m = 0; m < ROWS; m++) {
         int64_t best = 0;
@@ -224,8 +224,8 @@ int main() {
             check_lora<float>("f32", lora_add_f32, in, rank);
         }
     for (int64_t dim : {7, 64, 577}) {
-        check_rows<uint16_t>("bf16", silu_mul_bf16, rms_norm_bf16, likeliest_bf16, dim);
-        check_rows<float>("f32", silu_mul_f32, rms_norm_f32, likeliest_f32, dim);
+        check_rows<uint16_t>("bf16", silu_mul_bf16, rms_norm_bf16, argmax_bf16, dim);
+        check_rows<float>("f32", silu_mul_f32, rms_norm_f32, argmax_f32, dim);
     }
     for (int64_t dim : {20, 64})
         for (int64_t window : {0, 33})

@@ -1,4 +1,4 @@
-"""Adapters of other PEFT types than LORA, converted at load to what a step can apply: a LoRA, or scales of channels.
+"""Adapters of PEFT types other than LORA, converted at load to a LoRA or to scales of channels.
 
-`family` is the contract, `converted` checks and converts; each type is a module.
+`base` is the contract, `convert` validates and converts; every other module is one type or a few related ones.
 """

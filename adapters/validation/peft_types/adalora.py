@@ -1,7 +1,7 @@
-"""AdaLoRA (https://arxiv.org/abs/2303.10512): `B diag(E) A`, of which training left some of `init_r` ranks.
+"""AdaLoRA (https://arxiv.org/abs/2303.10512): `B diag(E) A`, of whose `init_r` ranks training keeps some.
 
-The file has those that are left, while the scaling keeps the rank at the start. `rank_pattern` is not LORA's: by
-`<layer>.lora_E`, which of the ranks are left.
+The file has the kept ranks, while the scaling still uses the initial rank. `rank_pattern` differs from LORA's: it is a
+mask of the kept ranks by `<layer>.lora_E`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,15 +12,17 @@ from torch import Tensor
 from adapters.errors import Problem
 from adapters.peft.config_reader import config_problem, shown
 from adapters.peft.weights import LoraFactors
-from adapters.validation.peft_types.base import Family, Layer, key_table
+from adapters.validation.peft_types.base import Layer, PeftTypeConfig, key_table
 
 _SUFFIX = ".lora_E"
-# PEFT's AdaLoRA does not look at these, though its config has them.
+# PEFT's AdaLoRA ignores these keys of its config.
 _IGNORED = {"alpha_pattern", "init_lora_weights", "qalora_group_size", "r", "runtime_config", "use_rslora"}
 _TRAINING = {"beta1", "beta2", "deltaT", "eva_config", "orth_reg_weight", "target_r", "tfinal", "tinit", "total_step"}
 
 
-class AdaLora(Family):
+class AdaLora(PeftTypeConfig):
+    """The kept ranks of every layer, with E folded into A."""
+
     peft_type = "ADALORA"
     keys = key_table(
         {"init_r", "lora_alpha", "rank_pattern", "layers_to_transform"},
@@ -54,7 +56,7 @@ class AdaLora(Family):
         self._left = self._ranks_left()
 
     def _ranks_left(self) -> dict[str, int]:
-        """By layer, how many of the ranks are left."""
+        """Return the number of kept ranks by layer."""
         pattern = self._config.get("rank_pattern") or {}
         left = {}
         for name, mask in pattern.items() if isinstance(pattern, dict) else [("", pattern)]:

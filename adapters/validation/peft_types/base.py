@@ -1,4 +1,4 @@
-"""The contract of a PEFT type other than LORA: what its config says of the tensors beside it, and what they come to."""
+"""The contract of a PEFT type other than LORA: the expected tensors by its config, and their conversion."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -13,7 +13,7 @@ from adapters.peft.weights import LoraFactors
 from adapters.traits import Traits
 
 PREFIX = "base_model.model."
-# The same for every type: the tensors tell which layers were meant.
+# Keys common to all types. `target_modules` may be an expression: the tensors show which layers it matched.
 _SERVED = frozenset({"peft_type", "target_modules"})
 _HARMLESS = frozenset(
     {
@@ -30,7 +30,7 @@ _FEATURES = {key: key for key in ("rank_pattern", "alpha_pattern", "layers_to_tr
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A linear of the base model that the adapter has tensors for: their shapes in the file, by kind."""
+    """A linear of the base model that the adapter has tensors for; `shapes` are their shapes in the file, by kind."""
 
     name: str
     inputs: int
@@ -38,22 +38,23 @@ class Layer:
     shapes: Mapping[str, tuple[int, ...]]
 
     def tensor(self, kind: str) -> str:
-        """The name of the layer's tensor of that kind."""
+        """Return the name of the layer's tensor of that kind."""
         return f"{PREFIX}{self.name}.{kind}"
 
 
 @dataclass(frozen=True, slots=True)
 class ChannelScale:
-    """What a linear's inputs or else its outputs are multiplied by, in float32."""
+    """A factor for every input or else every output of a linear: `vector [channels]` in float32."""
 
     vector: Tensor
     of_input: bool
 
 
-class Family(ConfigReader, ABC):
-    """One adapter's config, read. Where `usable`, everything else may be asked.
+class PeftTypeConfig(ConfigReader, ABC):
+    """The parsed config of one adapter. Call the other methods only if it is `usable`.
 
-    A tensor's name is `base_model.model.<layer>.<kind>`, or one of `shared`; those of `indices` hold whole numbers.
+    A tensor's name is `base_model.model.<layer>.<kind>`, or one of `shared`; tensors of a kind in `indices` hold whole
+    numbers.
     """
 
     peft_type: ClassVar[str]
@@ -69,30 +70,31 @@ class Family(ConfigReader, ABC):
 
     @abstractmethod
     def shapes(self, layer: Layer) -> dict[str, tuple[int, ...]]:
-        """Of the tensors that the layer must have, by kind."""
+        """Return the shapes of the tensors that the layer must have, by kind."""
 
     @abstractmethod
     def rank(self, layer: Layer) -> int:
-        """Of the LoRA that the layer's tensors come to."""
+        """Return the rank of the LoRA to which the layer's tensors are converted; 0 for scales."""
 
     @abstractmethod
     def convert(
         self, layer: Layer, tensors: Mapping[str, Tensor], shared: Mapping[str, Tensor]
     ) -> LoraFactors | ChannelScale:
-        """What tensors of the right shapes, in float32 or whole numbers, come to. Raises `AdapterInvalid`."""
+        """Convert tensors of the right shapes, in float32 or whole numbers. Raises `AdapterInvalid`."""
 
     def shared_shapes(self, layers: Mapping[str, Layer]) -> dict[str, tuple[int, ...]]:
-        """Of the tensors in `shared`, all of which the file must have."""
+        """Return the shapes of the tensors in `shared`, all of which the file must have, by name."""
         return {}
 
     def layer_problems(self, layers: Mapping[str, Layer]) -> Iterator[Problem]:
-        """Where the config does not fit the layers."""
+        """Yield the problems of a config that does not fit the layers."""
         return iter(())
 
     def traits(self) -> Traits:
+        """Return the traits of an adapter of this type."""
         return Traits()
 
 
 def key_table(served: set[str], harmless: set[str], **refused: tuple[Any, ...]) -> KeyTable:
-    """A type's own keys beside those of every type."""
+    """Build the table of a type's own keys and of those that all types have."""
     return KeyTable(_SERVED | served, _HARMLESS | harmless, {"modules_to_save": (), **refused})

@@ -1,4 +1,4 @@
-"""An adapter of another type than LORA: checked as a LoRA is, then converted layer by layer."""
+"""Adapters of types other than LORA: validated as a LoRA is, then converted layer by layer."""
 
 import math
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from adapters.peft.patterns import dotted_suffixes
 from adapters.peft.safetensors_header import INDEX_BYTES, ITEM_BYTES, read_header
 from adapters.peft.weights import AdapterWeights, LoraFactors, version_digest
 from adapters.validation.peft_types.adalora import AdaLora
-from adapters.validation.peft_types.base import PREFIX, ChannelScale, Family, Layer
+from adapters.validation.peft_types.base import PREFIX, ChannelScale, Layer, PeftTypeConfig
 from adapters.validation.peft_types.delora import DeLora
 from adapters.validation.peft_types.ia3 import IA3
 from adapters.validation.peft_types.lycoris import LoHa, LoKr
@@ -25,26 +25,26 @@ from adapters.validation.peft_types.miss import Miss
 from adapters.validation.peft_types.vblora import VBLora
 from adapters.validation.peft_types.vera import Vera
 
-_TYPES: tuple[type[Family], ...] = (AdaLora, DeLora, IA3, LoHa, LoKr, Miss, VBLora, Vera)
-FAMILIES = {family.peft_type: family for family in _TYPES}
+_TYPES: tuple[type[PeftTypeConfig], ...] = (AdaLora, DeLora, IA3, LoHa, LoKr, Miss, VBLora, Vera)
+PEFT_TYPES = {config_class.peft_type: config_class for config_class in _TYPES}
 
 
 def read_converted(folder: Path, spec: ModelSpec) -> "Converted | None":
-    """The adapter in `folder`, checked against the base model; None when its type is not one of `FAMILIES`.
+    """Return the adapter in `folder`, validated against the base model; None when its type is not one of `PEFT_TYPES`.
 
-    Raises `AdapterInvalid` with every problem that can be seen without converting it.
+    Raises `AdapterInvalid` with every problem that can be found without the conversion.
     """
     if not all((folder / name).is_file() for name in FILES):
         return None
     with (folder / CONFIG_FILE).open("rb") as file:
         config, _ = read_json(file.read(MAX_CONFIG_BYTES + 1))
     peft_type = config and config.get("peft_type")
-    if config is None or not isinstance(peft_type, str) or peft_type not in FAMILIES:
+    if config is None or not isinstance(peft_type, str) or peft_type not in PEFT_TYPES:
         return None
-    family = FAMILIES[peft_type](config)
-    problems = family.problems + family.keys.problems(config)
+    type_config = PEFT_TYPES[peft_type](config)
+    problems = type_config.problems + type_config.keys.problems(config)
     try:
-        converted = Converted(folder / WEIGHTS_FILE, family, canonical(config), spec)
+        converted = Converted(folder / WEIGHTS_FILE, type_config, canonical(config), spec)
     except AdapterInvalid as error:
         raise AdapterInvalid(problems + error.problems) from None
     problems += converted.problems()
@@ -54,10 +54,10 @@ def read_converted(folder: Path, spec: ModelSpec) -> "Converted | None":
 
 
 class Converted:
-    """The tensors of a weights file beside the layers of the base model; `layers` are those that both have."""
+    """The tensors of a weights file for the layers of the base model; `layers` are those that both have."""
 
-    def __init__(self, path: Path, family: Family, config: str, spec: ModelSpec):
-        self.family = family
+    def __init__(self, path: Path, type_config: PeftTypeConfig, config: str, spec: ModelSpec):
+        self.type_config = type_config
         self.tensors = read_header(path, {**ITEM_BYTES, **INDEX_BYTES}, allow_empty=True)
         self._path, self._config, self._spec = path, config, spec
         self._misnamed: list[str] = []
@@ -73,35 +73,38 @@ class Converted:
         found: dict[str, dict[str, tuple[int, ...]]] = {}
         for name, info in self.tensors.items():
             module, _, kind = name.removeprefix(PREFIX).rpartition(".")
-            if name.startswith(PREFIX) and module and kind in self.family.kinds:
+            if name.startswith(PREFIX) and module and kind in self.type_config.kinds:
                 found.setdefault(module, {})[kind] = info.shape
-            elif name not in self.family.shared:
+            elif name not in self.type_config.shared:
                 self._misnamed.append(name)
         return found
 
     @property
     def rank(self) -> int:
-        """The largest; 1 for an adapter without factors."""
-        return max(1, *map(self.family.rank, self.layers.values()))
+        """The largest rank; 1 for an adapter without factors."""
+        return max(1, *map(self.type_config.rank, self.layers.values()))
 
     def nbytes(self) -> int:
+        """Return the size of all tensors in bytes."""
         return sum(info.end - info.start for info in self.tensors.values())
 
     def digest(self) -> str:
+        """Return the version digest."""
         return version_digest(self._config, self.tensors, self._path)
 
     # -- checks ------------------------------------------------------------------------------------------------------
 
     def problems(self) -> list[Problem]:
-        expected = f"those of {self.family.peft_type} on linear layers"
+        """Return every problem that can be found without the conversion."""
+        expected = f"those of {self.type_config.peft_type} on linear layers"
         found = [problem(name, "a tensor of another kind", expected) for name in self._misnamed]
         found += [*self._module_problems(), *self._dtype_problems()]
-        if self.family.usable and self.layers:
+        if self.type_config.usable and self.layers:
             found += [
                 *self._target_problems(),
                 *self._shape_problems(),
                 *self._rank_problems(),
-                *self.family.layer_problems(self.layers),
+                *self.type_config.layer_problems(self.layers),
             ]
         return found + list(self._value_problems())
 
@@ -114,10 +117,11 @@ class Converted:
             yield problem(PREFIX + module, "a module the base model lacks", "one it has", "base_mismatch")
 
     def _target_problems(self) -> Iterator[Problem]:
-        """A declared target without a tensor, and a tensor that PEFT would drop because no target declares it."""
-        if self.family.target_modules is None:
+        """Yield every declared target without a tensor, and every tensor that PEFT would drop because no target
+        declares it."""
+        if self.type_config.target_modules is None:
             return
-        declared = set(self.family.target_modules)
+        declared = set(self.type_config.target_modules)
         reached = {layer: declared.intersection(dotted_suffixes(layer)) for layer in self.layers}
         for layer in (self.layers[name] for name, suffixes in reached.items() if not suffixes):
             present, expected = layer.tensor(next(iter(layer.shapes))), "only modules that target_modules names"
@@ -128,15 +132,15 @@ class Converted:
 
     def _dtype_problems(self) -> Iterator[Problem]:
         for name, info in self.tensors.items():
-            wanted = INDEX_BYTES if name.rpartition(".")[2] in self.family.indices else ITEM_BYTES
+            wanted = INDEX_BYTES if name.rpartition(".")[2] in self.type_config.indices else ITEM_BYTES
             if info.dtype not in wanted:
                 yield problem(name, info.dtype, " or ".join(wanted), "malformed_file")
 
     def _shape_problems(self) -> Iterator[Problem]:
-        expected = self.family.shared_shapes(self.layers)
+        expected = self.type_config.shared_shapes(self.layers)
         for layer in self.layers.values():
-            expected |= {layer.tensor(kind): shape for kind, shape in self.family.shapes(layer).items()}
-            for kind in layer.shapes.keys() - self.family.shapes(layer).keys():
+            expected |= {layer.tensor(kind): shape for kind, shape in self.type_config.shapes(layer).items()}
+            for kind in layer.shapes.keys() - self.type_config.shapes(layer).keys():
                 yield problem(layer.tensor(kind), "a tensor", "none of its kind, by config and layer")
         for name, shape in expected.items():
             info = self.tensors.get(name)
@@ -146,7 +150,7 @@ class Converted:
 
     def _rank_problems(self) -> Iterator[Problem]:
         for layer in self.layers.values():
-            rank = self.family.rank(layer)
+            rank = self.type_config.rank(layer)
             if rank > self._spec.max_rank:
                 where, found = f"{CONFIG_FILE}: rank of {layer.name}", f"{rank} as a LoRA"
                 yield problem(where, found, f"at most {self._spec.max_rank}", "rank_too_large")
@@ -160,12 +164,12 @@ class Converted:
     # -- conversion --------------------------------------------------------------------------------------------------
 
     def check_values(self) -> None:
-        """Convert one layer after the other and keep none. Raises `AdapterInvalid`."""
+        """Convert one layer after the other and discard the results. Raises `AdapterInvalid`."""
         for _ in self._parts():
             pass
 
     def weights(self, digest: str) -> AdapterWeights:
-        """In memory, converted to float32. Raises `AdapterInvalid`."""
+        """Convert all layers and return them with `digest`. Raises `AdapterInvalid`."""
         weights = AdapterWeights(digest, self.rank, {}, self.nbytes())
         for module, part in self._parts():
             if isinstance(part, LoraFactors):
@@ -178,12 +182,12 @@ class Converted:
     def _parts(self) -> Iterator[tuple[str, LoraFactors | ChannelScale]]:
         problems = []
         with safe_open(self._path, "pt") as file:
-            shared = {name: file.get_tensor(name).float() for name in self.family.shared}
+            shared = {name: file.get_tensor(name).float() for name in self.type_config.shared}
             for layer in self.layers.values():
                 tensors = {kind: file.get_tensor(layer.tensor(kind)) for kind in layer.shapes}
                 tensors = {kind: t.float() if t.is_floating_point() else t for kind, t in tensors.items()}
                 try:
-                    part = self.family.convert(layer, tensors, shared)
+                    part = self.type_config.convert(layer, tensors, shared)
                     _check_finite(layer, part)
                     yield layer.name, part
                 except AdapterInvalid as error:

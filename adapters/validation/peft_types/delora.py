@@ -1,4 +1,4 @@
-"""DeLoRA (https://arxiv.org/abs/2503.18225): a LoRA of normalised ranks, the strength of which is learnt apart. Its
+"""DeLoRA (https://arxiv.org/abs/2503.18225): a LoRA of normalised ranks, with a separately trained strength. Its
 inputs are weighted by the norms of the base's columns, which are in the file."""
 
 from collections.abc import Mapping
@@ -7,12 +7,14 @@ from typing import Any
 from torch import Tensor
 
 from adapters.peft.weights import LoraFactors
-from adapters.validation.peft_types.base import Family, Layer, key_table
+from adapters.validation.peft_types.base import Layer, PeftTypeConfig, key_table
 
 _LEAST_NORM = 1e-4
 
 
-class DeLora(Family):
+class DeLora(PeftTypeConfig):
+    """The delta is `B diag(strengths) A diag(w_norm)`, with strengths `lambda / r / (‖A's row‖ ‖B's column‖)`."""
+
     peft_type = "DELORA"
     keys = key_table(
         {"r", "rank_pattern", "layers_to_transform"},

@@ -1,5 +1,5 @@
-"""IA³ (https://arxiv.org/abs/2205.05638): a vector that the inputs of feedforward layers, or the outputs of others, are
-multiplied by; outputs with their bias."""
+"""IA³ (https://arxiv.org/abs/2205.05638): a vector that multiplies the inputs of feedforward layers, or the outputs
+of other layers, together with their bias."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,10 +7,12 @@ from typing import Any
 from torch import Tensor
 
 from adapters.traits import Traits
-from adapters.validation.peft_types.base import ChannelScale, Family, Layer, key_table
+from adapters.validation.peft_types.base import ChannelScale, Layer, PeftTypeConfig, key_table
 
 
-class IA3(Family):
+class IA3(PeftTypeConfig):
+    """One vector `ia3_l` per layer, for its inputs or its outputs."""
+
     peft_type = "IA3"
     keys = key_table({"feedforward_modules"}, {"exclude_modules", "fan_in_fan_out", "init_ia3_weights"})
     kinds = frozenset({"ia3_l"})
@@ -24,7 +26,8 @@ class IA3(Family):
         self._feedforward: tuple[str, ...] | None = tuple(value) if listed and value is not None else None
 
     def _scales_input(self, layer: Layer) -> bool:
-        """By the end of the name, as PEFT does; where the config leaves it to a regular expression, the shape tells."""
+        """Return True for a layer of `feedforward_modules`, by the end of its name, as in PEFT. Where that is a
+        regular expression, the tensor's shape decides."""
         if self._feedforward is None:
             return layer.shapes["ia3_l"][:1] == (1,)
         return layer.name.endswith(self._feedforward)

@@ -1,4 +1,4 @@
-"""LoHa and LoKr (https://arxiv.org/abs/2309.14859): products of small matrices that are LoRAs of a larger rank."""
+"""LoHa and LoKr (https://arxiv.org/abs/2309.14859): products of small matrices, converted to LoRAs of a larger rank."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from adapters.peft.weights import LoraFactors
-from adapters.validation.peft_types.base import Family, Layer, key_table
+from adapters.validation.peft_types.base import Layer, PeftTypeConfig, key_table
 
 _SERVED = {"r", "alpha", "rank_pattern", "alpha_pattern", "layers_to_transform"}
 _TRAINING = {"init_weights", "module_dropout", "rank_dropout"}
 _HARMLESS = {"exclude_modules", "layers_pattern", "use_effective_conv2d"} | _TRAINING
 
 
-class _Lycoris(Family):
+class _Lycoris(PeftTypeConfig):
     def __init__(self, config: Mapping[str, Any]):
         super().__init__(config)
         self._r = self._rank("r", config.get("r", 8))
@@ -31,8 +31,8 @@ class _Lycoris(Family):
 
 
 class LoHa(_Lycoris):
-    """The delta is `(W1a W1b) ⊙ (W2a W2b)`: every pair of a column of W1a and one of W2a, multiplied, is a column of B,
-    and so with rows for A."""
+    """The delta is `(W1a W1b) ⊙ (W2a W2b)`: each product of a column of W1a and a column of W2a is a column of B,
+    and each product of a row of W1b and a row of W2b is a row of A."""
 
     peft_type = "LOHA"
     keys = key_table(_SERVED, _HARMLESS)
@@ -53,8 +53,8 @@ class LoHa(_Lycoris):
 
 
 class LoKr(_Lycoris):
-    """The delta is `W1 ⊗ W2`. With `W = L R`, where one is the identity if W is stored whole, it is
-    `(L1 ⊗ L2) (R1 ⊗ R2)`, and its rank the product of the two inner sizes."""
+    """The delta is `W1 ⊗ W2`. With `W = L R`, where one factor is the identity if W is stored whole, the delta is
+    `(L1 ⊗ L2) (R1 ⊗ R2)`, and its rank is the product of the two inner sizes."""
 
     peft_type = "LOKR"
     keys = key_table(_SERVED | {"decompose_both", "decompose_factor"}, _HARMLESS | {"rank_dropout_scale"})
@@ -77,7 +77,7 @@ class LoKr(_Lycoris):
         return shapes
 
     def _matrices(self, layer: Layer) -> Iterator[tuple[str, int, int, int | None]]:
-        """Name, rows and columns of W1 and W2, and the inner size where it is stored as a product."""
+        """Yield name, rows and columns of W1 and W2, and the inner size of a matrix stored as a product, else None."""
         outputs, inputs = _factorised(layer.outputs, self._factor), _factorised(layer.inputs, self._factor)
         r = self._r_of(layer)
         for name, rows, columns, may in zip(("lokr_w1", "lokr_w2"), outputs, inputs, (self._both, True), strict=True):
@@ -92,8 +92,8 @@ class LoKr(_Lycoris):
 
 
 def _factorised(size: int, factor: int) -> tuple[int, int]:
-    """PEFT's choice: `factor` and the rest where it divides `size`, or else the divisor at or below the root that is
-    largest, up to `factor` unless that is -1."""
+    """Return PEFT's two factors of `size`: `factor` and the quotient where it divides `size`, else the largest
+    divisor up to the square root, and up to `factor` unless that is -1, and its quotient."""
     if factor > 0 and size % factor == 0:
         return factor, size // factor
     limit = math.isqrt(size) if factor == -1 else min(math.isqrt(size), factor)
@@ -102,7 +102,7 @@ def _factorised(size: int, factor: int) -> tuple[int, int]:
 
 
 def _halves(tensors: Mapping[str, Tensor], name: str) -> tuple[Tensor, Tensor]:
-    """W as a product `[rows, k] [k, columns]` of the least k that its shape allows."""
+    """Return W as a product `[rows, k] [k, columns]` of the least k that its shape allows."""
     whole = tensors.get(name)
     if whole is None:
         left, right = tensors[f"{name}_a"], tensors[f"{name}_b"]

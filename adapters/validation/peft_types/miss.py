@@ -1,5 +1,5 @@
-"""MiSS (https://arxiv.org/abs/2409.15371): inputs whose numbers are equal modulo r are added up, and the r sums are
-projected by a block `[r, out]`; of a mini block, the columns repeat."""
+"""MiSS (https://arxiv.org/abs/2409.15371): inputs whose indices are equal modulo r are added up, and the r sums are
+projected by a block `[r, out]`; the columns of a mini block are repeated."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -10,16 +10,18 @@ from torch import Tensor
 from adapters.errors import Problem
 from adapters.peft.lora_tensors import problem
 from adapters.peft.weights import LoraFactors
-from adapters.validation.peft_types.base import Family, Layer, key_table
+from adapters.validation.peft_types.base import Layer, PeftTypeConfig, key_table
 
 
-class Miss(Family):
+class Miss(PeftTypeConfig):
+    """The delta's A is the fixed matrix of the sums, its B the transposed block."""
+
     peft_type = "MISS"
     keys = key_table(
         {"r", "mini_r", "layers_to_transform"},
         {"exclude_modules", "layers_pattern", "miss_dropout"},
         bias=("none",),
-        init_weights=(True, "mini"),  # "bat" multiplies the block with the base's weights
+        init_weights=(True, "mini"),  # "bat" multiplies the block by the base's weights
     )
     kinds = frozenset({"miss_block"})
 

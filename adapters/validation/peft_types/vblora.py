@@ -1,7 +1,7 @@
 """VB-LoRA (https://arxiv.org/abs/2405.15179): the factors of a LoRA, tiled from a bank of vectors shared by all layers.
 
 A tile is a mixture of the `topk` vectors with the largest logits, weighted by their softmax. The file has the logits,
-or the vectors' numbers with all weights but the last, which is what they lack to 1.
+or the vectors' indices with all weights but the last, which is 1 minus their sum.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,14 +14,16 @@ from torch import Tensor
 from adapters.errors import AdapterInvalid, Problem
 from adapters.peft.lora_tensors import problem
 from adapters.peft.weights import LoraFactors
-from adapters.validation.peft_types.base import Family, Layer, key_table
+from adapters.validation.peft_types.base import Layer, PeftTypeConfig, key_table
 
 _BANK = "base_model.vblora_vector_bank"
 _LOGITS = ("vblora_logits_A", "vblora_logits_B")
-_MAX_TOPK = 256  # bounds the work: a mixture costs as many additions
+_MAX_TOPK = 256  # bounds the work: a mixture costs topk additions
 
 
-class VBLora(Family):
+class VBLora(PeftTypeConfig):
+    """Factors that are mixtures of the vectors in `vblora_vector_bank`."""
+
     peft_type = "VBLORA"
     keys = key_table(
         {"r", "num_vectors", "vector_length", "topk", "save_only_topk_weights", "layers_to_transform"},
@@ -73,11 +75,11 @@ class VBLora(Family):
         return LoraFactors(a.reshape(self._r, -1), b.transpose(1, 2).reshape(-1, self._r), 1.0)
 
     def _mixed(self, layer: Layer, tensors: Mapping[str, Tensor], kind: str, bank: Tensor) -> Tensor:
-        """The tiles of one factor, `[*tiles, vector_length]`."""
+        """Return the tiles of one factor, `[*tiles, vector_length]`."""
         if self._topk_only:
             indices = self._indices(layer, tensors[f"{kind}_topk_indices"], kind)
             weights = tensors[f"{kind}_topk_weights"]
-            # As PEFT does; a weight below 0 is NaN there, too.
+            # As in PEFT, where a weight below 0 also gives NaN.
             logits = torch.cat([weights, 1 - weights.sum(-1, keepdim=True)], dim=-1).log()
         else:
             logits, indices = tensors[kind].topk(self._topk)

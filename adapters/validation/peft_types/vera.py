@@ -1,6 +1,6 @@
 """VeRA (https://arxiv.org/abs/2310.11454): two random projections shared by all layers, scaled per layer.
 
-The delta is `diag(lambda_b) B diag(lambda_d) A`, of which a layer takes the leading rows of B and columns of A.
+The delta is `diag(lambda_b) B diag(lambda_d) A`, of which a layer uses the leading rows of B and columns of A.
 """
 
 from collections.abc import Mapping
@@ -9,12 +9,14 @@ from typing import Any
 from torch import Tensor
 
 from adapters.peft.weights import LoraFactors
-from adapters.validation.peft_types.base import Family, Layer, key_table
+from adapters.validation.peft_types.base import Layer, PeftTypeConfig, key_table
 
 _A, _B = "base_model.vera_A", "base_model.vera_B"
 
 
-class Vera(Family):
+class Vera(PeftTypeConfig):
+    """Trained scales per layer, and the projections in the file."""
+
     peft_type = "VERA"
     keys = key_table(
         {"r", "save_projection", "layers_to_transform"},
@@ -28,7 +30,7 @@ class Vera(Family):
         super().__init__(config)
         self._r = self._rank("r", config.get("r", 256))
         if config.get("save_projection", True) is not True:
-            # Another machine's generator need not draw the same numbers.
+            # A random generator on another machine may give other numbers.
             self._refuse(
                 "save_projection", config["save_projection"], "true, with the projections saved", "unsupported_feature"
             )

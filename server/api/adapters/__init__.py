@@ -1,1 +1,1 @@
-"""The control plane's routes: publish, pin, alias and merge adapters."""
+"""Routes that manage adapters: publish, load, pin, alias and merge them."""

@@ -1,4 +1,4 @@
-"""`/v1/adapters/{alias}/split`: one name for several adapters by weight."""
+"""`/v1/adapters/{alias}/split`: aliases that split requests among several adapters by weight."""
 
 import asyncio
 from typing import Annotated, Literal
@@ -10,7 +10,7 @@ from adapters.registry.aliases import Alias
 from server.api.adapters.publishing import check_writable
 from server.api.adapters.schemas import Name
 from server.api.context import AppContext, Context
-from server.api.errors import ApiError, error_answers, model_not_found
+from server.api.errors import ApiError, error_responses, model_not_found
 from server.api.middleware.auth import Key, key_of
 from server.api.schemas import Wire
 
@@ -24,9 +24,9 @@ class SplitRequest(Wire):
 
     @field_validator("weights")
     @classmethod
-    def _someone_answers(cls, weights: dict[str, int]) -> dict[str, int]:
+    def _have_positive_sum(cls, weights: dict[str, int]) -> dict[str, int]:
         if not any(weights.values()):
-            raise ValueError("at least one weight is above 0")
+            raise ValueError("at least one weight must be above 0")
         return weights
 
 
@@ -43,7 +43,7 @@ class UnsplitBody(Wire):
 
 
 def find(context: AppContext, key: Key, name: str) -> Alias:
-    """The alias `name`. Raises 404, also for one that the key may not see with all its members."""
+    """Return the alias `name`. Raises 404 if it is unknown or the key may not see it and all its members."""
     alias = context.registry.aliases.get(name)
     if alias is None or not _sees(key, alias):
         raise model_not_found(name)
@@ -58,22 +58,22 @@ def alias_body(alias: Alias) -> AliasBody:
     return AliasBody(name=alias.name, weights=dict(alias.weights), created=alias.created)
 
 
-@router.put("/{alias}/split", responses=error_answers(400, 401, 403, 404, 409, 413, 415, 507))
+@router.put("/{alias}/split", responses=error_responses(400, 401, 403, 404, 409, 413, 415, 507))
 async def split_alias(alias: str, body: SplitRequest, context: Context, key: Caller) -> AliasBody:
-    """Have a name stand for several adapters by weight; a client's `user` stays with one of them."""
+    """Create or change an alias for several adapters by weight; requests of one `user` stay on one adapter."""
     check_writable(key, alias)
     known = context.registry.aliases.get(alias)
     if known is not None and not _sees(key, known):
-        raise ApiError(403, "This API key may not change that alias.", code="insufficient_scope")
+        raise ApiError(403, "This API key may not change this alias.", code="insufficient_scope")
     for member in body.weights:
         if not key.sees(member):
             raise model_not_found(member)
     return alias_body(await asyncio.to_thread(context.registry.split, alias, body.weights))
 
 
-@router.delete("/{alias}/split", responses=error_answers(401, 403, 404))
+@router.delete("/{alias}/split", responses=error_responses(401, 403, 404))
 async def unsplit_alias(alias: str, context: Context, key: Caller) -> UnsplitBody:
-    """Take an alias away; its members stay, and running requests go on."""
+    """Delete an alias; its members stay, and running requests continue."""
     find(context, key, alias)
     await asyncio.to_thread(context.registry.unsplit, alias)
     return UnsplitBody(name=alias)

@@ -1,4 +1,4 @@
-"""What the API says of one adapter."""
+"""Response bodies that describe one adapter."""
 
 from adapters.records import AdapterRecord, PendingAdapter
 from server.api.adapters.schemas import AdapterBody, State
@@ -28,14 +28,14 @@ def record_body(context: AppContext, record: AdapterRecord) -> AdapterBody:
 
 
 def state_of(context: AppContext, record: AdapterRecord) -> tuple[State, str | None]:
-    """What a published adapter is doing, and the error that goes with it."""
+    """Return the state of a published adapter and its error."""
     residency, digest = context.engine.residency, record.version.digest
     error = context.registry.damaged.get(record.name) or residency.failed.get(digest)
     if error is not None:
         return "failed", error
     pending = context.registry.pending.get(record.name)
-    missed = f"A new version could not be fetched: {pending.error}" if pending and pending.error else None
-    return "loading" if digest in residency.loading else "ready", missed
+    fetch_error = f"A new version could not be fetched: {pending.error}" if pending and pending.error else None
+    return "loading" if digest in residency.loading else "ready", fetch_error
 
 
 def pending_body(context: AppContext, adapter: PendingAdapter) -> AdapterBody:

@@ -1,4 +1,4 @@
-"""Bringing adapters in from a source: while the client waits, or in the background and across restarts."""
+"""Registration of adapters from a source: while the client waits, or in the background and across restarts."""
 
 import asyncio
 import logging
@@ -13,10 +13,10 @@ from pathlib import Path
 from adapters.errors import AdapterConflict, AdapterError
 from adapters.records import Inspected, PendingAdapter
 from adapters.registry.registry import AdapterRecord
-from adapters.sources import check, copy_from
+from adapters.sources import check_source, copy_from
 from server.api.adapters.publishing import examine, publish
 from server.api.adapters.schemas import RegisterRequest
-from server.api.adapters.selftest import tried
+from server.api.adapters.selftest import self_tested
 from server.api.context import AppContext
 from server.ipc.client import AdapterMoveRefused, EngineUnavailable
 
@@ -26,31 +26,31 @@ _ENGINE_POLL_SECONDS = 1.0
 
 
 async def register(context: AppContext, body: RegisterRequest) -> tuple[AdapterRecord, bool]:
-    """Fetch from an allowed source, validate and publish."""
+    """Fetch an adapter from an allowed source, validate and publish it."""
     async with _fetched(context, body.source) as (folder, inspected, source):
         return await publish(
             context, body.name, inspected, folder, source=source, replace=body.replace, pinned=body.pinned
         )
 
 
-async def try_out(context: AppContext, source: str) -> Inspected:
-    """Fetch and validate, and publish nothing."""
+async def fetch_dry_run(context: AppContext, source: str) -> Inspected:
+    """Fetch and validate an adapter without publishing it."""
     async with _fetched(context, source) as (_, inspected, _):
         return inspected
 
 
 @asynccontextmanager
 async def _fetched(context: AppContext, source: str) -> AsyncIterator[tuple[Path, Inspected, str]]:
-    """A staged folder, what is in it, and the source as it was resolved."""
+    """Yield a staged folder, its validated content, and the resolved source."""
     with context.registry.store.stage() as folder:
         resolved = await _copy(context, source, folder)
         inspected = await examine(context, folder, context.spec)
-        async with tried(context, inspected, folder):
+        async with self_tested(context, inspected, folder):
             yield folder, inspected, resolved
 
 
 async def _copy(context: AppContext, source: str, folder: Path) -> str:
-    """The source as it was resolved. Whoever stops waiting stops the copying."""
+    """Copy the source into `folder` and return the resolved source. Cancelling the caller stops the copy."""
     config, stop = context.config, threading.Event()
     copy = partial(copy_from, source, config.allow_source, folder, max_bytes=config.max_upload_bytes, stop=stop)
     try:
@@ -60,11 +60,11 @@ async def _copy(context: AppContext, source: str, folder: Path) -> str:
 
 
 async def register_lazily(context: AppContext, body: RegisterRequest) -> PendingAdapter:
-    """Fetch in the background; until that is done, or when it failed, the registry has the name as pending."""
-    await asyncio.to_thread(check, body.source, context.config.allow_source)
+    """Fetch an adapter in the background. The name is pending in the registry until the fetch succeeds."""
+    await asyncio.to_thread(check_source, body.source, context.config.allow_source)
     async with context.lock(body.name):
         if body.name in context.fetching:
-            raise AdapterConflict(f"The adapter '{body.name}' is being fetched already.")
+            raise AdapterConflict(f"The adapter '{body.name}' is already being fetched.")
         pending = PendingAdapter(body.name, body.source, body.replace, body.pinned, int(time.time()))
         await asyncio.to_thread(context.registry.remember, pending)
         _start_fetching(context, pending)
@@ -72,7 +72,7 @@ async def register_lazily(context: AppContext, body: RegisterRequest) -> Pending
 
 
 def resume(context: AppContext) -> None:
-    """Go on with what an earlier process did not finish."""
+    """Continue the fetches that an earlier process did not finish."""
     for pending in context.registry.pending.values():
         if pending.error is None:
             _start_fetching(context, pending)
@@ -92,18 +92,22 @@ async def _fetch(context: AppContext, pending: PendingAdapter) -> None:
             try:
                 await register(context, body)
                 return
-            except EngineUnavailable:  # says nothing about the adapter
+            except EngineUnavailable:  # not a failure of the adapter
                 await asyncio.sleep(_ENGINE_POLL_SECONDS)
     except (AdapterError, AdapterMoveRefused) as error:
         await _note_failure(context, pending, str(error))
     except Exception:
         log.exception("adapter %s could not be fetched", pending.name)
-        await _note_failure(context, pending, "The adapter could not be fetched.")
+        await _note_failure(
+            context,
+            pending,
+            "The adapter could not be fetched because of an internal error; the server's log has details.",
+        )
         raise
 
 
 async def _note_failure(context: AppContext, pending: PendingAdapter, reason: str) -> None:
-    """Keep it as failed, unless something was published under its name meanwhile."""
+    """Record the failure, unless another version was published under the name meanwhile."""
     log.warning("adapter %s could not be fetched: %s", pending.name, reason)
     async with context.lock(pending.name):
         if context.registry.pending.get(pending.name) == pending:
@@ -111,7 +115,7 @@ async def _note_failure(context: AppContext, pending: PendingAdapter, reason: st
 
 
 async def forget(context: AppContext, name: str) -> None:
-    """Stop fetching `name`, and forget that it was asked for."""
+    """Stop fetching `name` and remove it from the pending adapters."""
     task = context.fetching.get(name)
     if task is not None:
         task.cancel()

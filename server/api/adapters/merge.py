@@ -1,4 +1,4 @@
-"""`/v1/merge`: one adapter in the base's weights, so that its requests cost what the base's do."""
+"""`/v1/merge`: merges one adapter into the base model, so that its requests cost as much as those of the base model."""
 
 from typing import Annotated, Literal
 
@@ -9,7 +9,7 @@ from adapters.registry.registry import AdapterRecord
 from server.api.adapters import publishing
 from server.api.adapters.schemas import Name
 from server.api.context import AppContext, Context
-from server.api.errors import ApiError, error_answers
+from server.api.errors import ApiError, error_responses
 from server.api.middleware.auth import Key, key_of
 from server.api.schemas import Wire
 from server.ipc.messages import AskedBy, MergeState
@@ -20,8 +20,10 @@ Caller = Annotated[Key, Depends(key_of)]
 
 class MergeRequest(Wire):
     name: Name
-    drain: bool = Field(False, description="Wait for other requests to end; without it their presence refuses this")
-    allow_requantize: bool = Field(False, description="A 4-bit base may stay 4-bit where memory is short")
+    drain: bool = Field(
+        False, description="Wait for requests of other models to finish; without it, such requests cause 409"
+    )
+    allow_requantize: bool = Field(False, description="Keep a 4-bit base model in 4 bits if memory is short")
 
 
 class MergeBody(Wire):
@@ -34,34 +36,34 @@ class MergeBody(Wire):
     others: Literal["wait", "refuse"]
 
 
-@router.get("", responses=error_answers(401, 403))
+@router.get("", responses=error_responses(401, 403))
 async def get_merge(context: Context) -> MergeBody:
-    """Which adapter is merged into the base's weights, or on its way."""
+    """Return the adapter that is merged into the base model or is being merged."""
     return _body(context)
 
 
-@router.post("", responses=error_answers(400, 401, 403, 404, 409, 413, 415, 422, 503))
+@router.post("", responses=error_responses(400, 401, 403, 404, 409, 413, 415, 422, 503))
 async def merge_adapter(body: MergeRequest, context: Context, key: Caller) -> MergeBody:
-    """Merge an adapter into the base's weights; the answer comes when it is done."""
+    """Merge one adapter into the base model; the response is sent when the merge is complete."""
     record = publishing.find(context, key, body.name)
     await merge(context, record, drain=body.drain, allow_requantize=body.allow_requantize)
     return _body(context)
 
 
-@router.delete("", responses=error_answers(401, 403, 503))
+@router.delete("", responses=error_responses(401, 403, 503))
 async def unmerge(context: Context) -> MergeBody:
-    """Put the base's own weights back, bit for bit; running requests go on."""
+    """Restore the base model's own weights, bit for bit; running requests continue."""
     await context.engine.unmerge()
     return _body(context)
 
 
 async def merge(context: AppContext, record: AdapterRecord, *, drain: bool, allow_requantize: bool) -> None:
-    """Raises `ApiError` 409, `AdapterMoveRefused`, `EngineUnavailable`."""
+    """Merge an adapter into the base model. Raises `ApiError` 409, `AdapterMoveRefused`, `EngineUnavailable`."""
     if not record.version.traits.mergeable:
-        raise ApiError(409, "The adapter changes more than linear layers and cannot be merged.", code="conflict")
+        raise ApiError(409, "The adapter cannot be merged because it changes more than linear layers.", code="conflict")
     if context.engine.merge_status.digest not in (None, record.version.digest):
         raise ApiError(409, "Another adapter is merged; unmerge it first.", code="conflict")
-    context.metrics.know(record.name)
+    context.metrics.add_adapter(record.name)
     await context.engine.merge(record.version.digest, drain=drain, allow_requantize=allow_requantize)
 
 

@@ -1,4 +1,4 @@
-"""Multipart uploads, streamed straight into a staging folder: nothing is spooled or held in memory."""
+"""Multipart uploads, streamed directly into a staging folder, without spooling or buffering files in memory."""
 
 import asyncio
 import math
@@ -20,10 +20,10 @@ _MAX_FIELDS = 8
 
 
 async def receive_upload(request: Request, folder: Path) -> dict[str, str]:
-    """Write the files of an adapter into `folder` and return the form's other fields.
+    """Write the files of an adapter into `folder` and return the other fields of the form.
 
-    Only keys with the scope `admin` get here (`server.api.middleware.auth`), so every chat template is one
-    that an admin chose.
+    Only keys with the scope `admin` reach this code (`server.api.middleware.auth`), so an admin chose every chat
+    template.
     """
     _, options = parse_options_header(request.headers["content-type"])
     with _Upload(options.get(b"boundary", b""), folder) as upload:
@@ -34,7 +34,7 @@ async def receive_upload(request: Request, folder: Path) -> dict[str, str]:
 
 
 class _Upload:
-    """Sorts the parts of a form: an adapter's files to disk, a few short fields to a dict, anything else is refused."""
+    """Writes the adapter files of a form to disk, collects a few short fields, and refuses all other parts."""
 
     def __init__(self, boundary: bytes, folder: Path):
         if not boundary:
@@ -45,7 +45,7 @@ class _Upload:
         self._header = (bytearray(), bytearray())
         self._disposition = b""
         self._sink: bytearray | BinaryIO = bytearray()
-        self._left: float = math.inf  # bytes that the file being received may still have
+        self._left: float = math.inf  # bytes that the current file may still receive
         self._ended = False
         try:
             self._parser = MultipartParser(
@@ -78,10 +78,10 @@ class _Upload:
 
     def finish(self) -> dict[str, str]:
         if not self._ended:
-            raise bad_request("The multipart body is cut short.")
+            raise bad_request("The multipart body is incomplete.")
         for name in FILES:
             if name not in self._files:
-                raise bad_request(f"The upload has no file '{name}'.", name)
+                raise bad_request(f"The upload lacks the file '{name}'.", name)
         for file in self._files.values():
             file.close()
         return {name: value.decode("utf-8", "replace") for name, value in self._fields.items()}
@@ -106,17 +106,19 @@ class _Upload:
         if b"filename" in options:
             self._sink = self._open_file(name, options[b"filename"].decode("utf-8", "replace"))
         elif not name or name in self._fields or len(self._fields) == _MAX_FIELDS:
-            raise bad_request("The form has a field without a name, one given twice, or too many.")
+            raise bad_request("The form has a field without a name, a duplicate field, or too many fields.")
         else:
             self._sink = self._fields[name] = bytearray()
 
     def _open_file(self, field: str, filename: str) -> BinaryIO:
-        """An adapter's files are known by the field's name or their own; a client's name never becomes a path."""
+        """Open a file of the adapter by its field name or file name. A client's name never becomes a path."""
         name = next((known for known in _KNOWN if known in (field, filename)), None)
         if name is None:
-            raise ApiError(415, f"Only {', '.join(_KNOWN)} are accepted.", code="unsupported_media_type")
+            raise ApiError(
+                415, f"The upload may only contain the files {', '.join(_KNOWN)}.", code="unsupported_media_type"
+            )
         if name in self._files:
-            raise bad_request(f"The upload has '{name}' twice.", name)
+            raise bad_request(f"The upload contains '{name}' twice.", name)
         self._files[name] = file = (self._folder / name).open("wb")
         self._left = TOKENIZER_FILES.get(name, math.inf)
         return file
@@ -129,7 +131,7 @@ class _Upload:
         else:
             self._left -= end - start
             if self._left < 0:
-                raise ApiError(413, "A file of the tokenizer is larger than this server accepts.", code="too_large")
+                raise ApiError(413, "A tokenizer file exceeds the size limit.", code="too_large")
             self._sink.write(memoryview(data)[start:end])
 
     def _on_end(self) -> None:

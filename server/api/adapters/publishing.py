@@ -1,4 +1,4 @@
-"""Bringing adapters in and taking them out: stage, validate, publish; retire, drain, free."""
+"""Publication and deletion of adapters: stage, validate, publish; retire, drain, free."""
 
 import asyncio
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from adapters.registry.registry import AdapterRecord, check_name
 from adapters.validation.inspect import inspect
 from server.api.adapters.multipart import receive_upload
 from server.api.adapters.schemas import DeletedBody, UploadForm
-from server.api.adapters.selftest import tried
+from server.api.adapters.selftest import self_tested
 from server.api.context import AppContext
 from server.api.errors import ApiError, model_not_found
 from server.api.middleware.auth import Key
@@ -24,11 +24,12 @@ from server.ipc.client import AdapterMoveRefused, EngineUnavailable
 
 
 def find(context: AppContext, key: Key, name: str) -> AdapterRecord:
-    """The record of a name, damaged ones included. Raises 404, also for what the key may not see; 409 for an alias."""
+    """Return the record of a name, even if damaged. Raises 404 if the name is unknown or the key may not see it, and
+    409 for an alias."""
     if not key.sees(name):
         raise model_not_found(name)
     if name in context.registry.aliases:
-        raise ApiError(409, f"'{name}' is an alias; this is done to its members.", code="conflict")
+        raise ApiError(409, f"'{name}' is an alias; apply this operation to its members.", code="conflict")
     try:
         return context.registry.record(name)
     except AdapterNotFound:
@@ -36,22 +37,22 @@ def find(context: AppContext, key: Key, name: str) -> AdapterRecord:
 
 
 def check_writable(key: Key, name: str) -> None:
-    """Raises unless `name` may name an adapter and the key may publish it."""
+    """Raise an error unless `name` is a valid adapter name and the key may publish it."""
     check_name(name)
     if not key.sees(name):
-        raise ApiError(403, "This API key may not publish under that name.", code="insufficient_scope")
+        raise ApiError(403, "This API key may not publish under this name.", code="insufficient_scope")
 
 
 async def upload(
     context: AppContext, request: Request, parse: Callable[[dict[str, str]], UploadForm], key: Key, *, dry_run: bool
 ) -> tuple[UploadForm, Inspected, tuple[AdapterRecord, bool] | None]:
-    """Receive, validate and publish; a dry run (third value None) stops before publishing."""
+    """Receive, validate and publish an upload. A dry run does not publish, and returns None as the third value."""
     spec = context.spec
     with context.registry.store.stage() as folder:
         form = parse(await receive_upload(request, folder))
         check_writable(key, form.name)
         inspected = await examine(context, folder, spec)
-        async with tried(context, inspected, folder):
+        async with self_tested(context, inspected, folder):
             if dry_run:
                 return form, inspected, None
             published = await publish(
@@ -61,7 +62,7 @@ async def upload(
 
 
 async def examine(context: AppContext, folder: Path, spec: ModelSpec) -> Inspected:
-    """All that is checked before an adapter is published. Raises `AdapterInvalid` with every problem found."""
+    """Run all static checks of an adapter. Raises `AdapterInvalid` with every problem found."""
     problems = await _template_problems(context, folder)
     try:
         inspected = await asyncio.to_thread(inspect, folder, spec)
@@ -73,13 +74,13 @@ async def examine(context: AppContext, folder: Path, spec: ModelSpec) -> Inspect
 
 
 async def _template_problems(context: AppContext, folder: Path) -> list[Problem]:
-    """Compiling a template can cost as much as rendering it, so the sandbox does that too."""
+    """Compile the chat template in the sandbox, because compiling can be as expensive as rendering."""
     try:
         files = await asyncio.to_thread(read_tokenizer_files, folder)
         if files.chat_template is not None:
             await context.sandbox.check(files.chat_template)
     except AdapterInvalid:
-        return []  # `inspect` says so too
+        return []  # `inspect` reports these problems
     except TemplateFailed as failed:
         where = TEMPLATE if (folder / TEMPLATE).exists() else f"{CONFIG}: chat_template"
         return [Problem(where, str(failed), "a template that compiles", "malformed_file")]
@@ -96,7 +97,7 @@ async def publish(
     replace: bool,
     pinned: bool,
 ) -> tuple[AdapterRecord, bool]:
-    """Point `name` at the staged content and have the engine follow; False when it pointed there already."""
+    """Point `name` at the staged content and update the engine. The flag is False if it pointed there already."""
     async with context.lock(name):
         old = _current(context, name)
         record, created = await asyncio.to_thread(
@@ -125,8 +126,8 @@ async def pin(context: AppContext, record: AdapterRecord) -> AdapterRecord:
 
 
 async def _hold(context: AppContext, record: AdapterRecord) -> None:
-    """Have the engine pin what the registry says is pinned, in this order: so nobody who unpins the same version under
-    another name can miss it. When the engine does not, the name is unpinned again, and its refusal is raised."""
+    """Pin a version in the engine after the registry has recorded the pin; in this order, a concurrent unpin of the
+    same version under another name sees the pin. If the engine refuses, unpin the name and raise the refusal."""
     try:
         await context.engine.pin_adapter(record.version.digest, True)
     except (AdapterMoveRefused, EngineUnavailable):
@@ -142,8 +143,8 @@ async def unpin(context: AppContext, record: AdapterRecord) -> AdapterRecord:
 
 
 async def follow(context: AppContext, old: AdapterRecord | None, new: AdapterRecord) -> None:
-    """A name moved from one version to the next: what it left behind is let go, and its pin moves along. If the pin
-    cannot, the name has none any more, and the refusal is raised."""
+    """Update the engine after a name has moved to another version: release the old version and move the pin. If the
+    engine refuses the pin, the name becomes unpinned and the refusal is raised."""
     if old is None or old.version.digest == new.version.digest:
         return
     try:
@@ -155,7 +156,7 @@ async def follow(context: AppContext, old: AdapterRecord | None, new: AdapterRec
 
 
 async def _let_go(context: AppContext, old: AdapterRecord) -> None:
-    """The name points at `old` no longer. An engine that is away forgets it too."""
+    """Release the version that the name no longer points at. A restarting engine loses it anyway."""
     if not context.registry.names_of(old.version.digest):
         context.engine.retire_adapter(old.version.digest)
     elif old.pinned:
@@ -170,7 +171,7 @@ async def _unpin_unless_shared(context: AppContext, digest: str) -> None:
 
 
 async def remove(context: AppContext, name: str, drain_timeout: float) -> DeletedBody:
-    """Retire at once, let running requests finish, abort those that take too long, free what no name needs."""
+    """Retire a name at once, wait for its requests, abort those that exceed the timeout, and free unused versions."""
     async with context.lock(name):
         digests = {version.digest for version in context.registry.history(name)}
         record = await asyncio.to_thread(context.registry.retire, name)
@@ -183,17 +184,17 @@ async def remove(context: AppContext, name: str, drain_timeout: float) -> Delete
                 await _free(context, digest)
         await asyncio.to_thread(context.registry.collect_garbage, context.in_flight.digests())
         context.in_flight.forget(name)
-        context.metrics.forget(name)
+        context.metrics.remove_adapter(name)
         context.rate_limits.forget(name)
     return DeletedBody(name=name, drained=running - aborted, aborted=aborted)
 
 
 async def _free(context: AppContext, digest: str) -> None:
-    """Give back device and host memory. An engine that is away or busy with it forgets it by itself, later."""
+    """Free the device and host memory of a version. An engine that is restarting or busy frees it later by itself."""
     residency = context.engine.residency
     with suppress(AdapterMoveRefused, EngineUnavailable):
-        if digest in (context.engine.merge_status.digest, context.engine.asked_to_merge):
+        if digest in (context.engine.merge_status.digest, context.engine.requested_merge):
             await context.engine.unmerge()
-        needed = context.registry.names_of(digest)  # another name may have taken it up meanwhile
+        needed = context.registry.names_of(digest)  # another name may point at it meanwhile
         if not needed and digest in (*residency.device, *residency.host, *residency.loading):
             await context.engine.move_adapter(digest, "disk")

@@ -1,4 +1,4 @@
-"""`/v1/adapters`: upload, register, list, inspect, move between tiers, pin, roll back, delete."""
+"""`/v1/adapters`: upload, register, list, inspect, load, unload, pin, roll back and delete adapters."""
 
 import asyncio
 import heapq
@@ -13,8 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from adapters.peft.files import FILES, TOKENIZER_FILES
 from adapters.records import Inspected
-from server.api.adapters import aliases as splits
-from server.api.adapters import fetching, publishing
+from server.api.adapters import aliases, fetching, publishing
 from server.api.adapters.aliases import AliasBody
 from server.api.adapters.bodies import pending_body, pending_state, record_body, state_of
 from server.api.adapters.schemas import (
@@ -32,7 +31,7 @@ from server.api.adapters.schemas import (
     VersionText,
 )
 from server.api.context import AppContext, Context
-from server.api.errors import ApiError, error_answers, validation_error
+from server.api.errors import ApiError, error_responses, validation_error
 from server.api.middleware.auth import Key, key_of
 from server.ipc.messages import Tier
 
@@ -61,8 +60,8 @@ _CREATE_BODY = {
         },
     }
 }
-_COMMON = error_answers(400, 401, 403, 404, 500)
-_MOVES = _COMMON | error_answers(409, 413, 415, 422, 503)
+_COMMON = error_responses(400, 401, 403, 404, 500)
+_MOVES = _COMMON | error_responses(409, 413, 415, 422, 503)
 _BYTES = "application/octet-stream"
 _CHUNK_BYTES = 1 << 20
 _FILE: dict[int | str, dict[str, Any]] = {
@@ -74,18 +73,22 @@ _CREATED: dict[int | str, dict[str, Any]] = {
     201: {"model": AdapterBody, "description": "Published"},
     202: {"model": AdapterBody, "description": "Being fetched"},
     **_MOVES,
-    **error_answers(408, 411, 507),
+    **error_responses(408, 411, 507),
 }
 
 
 @router.post("", responses=_CREATED, response_model=None, openapi_extra=_CREATE_BODY)
 async def create_adapter(request: Request, context: Context, key: Caller, dry_run: bool = False) -> JSONResponse:
-    """Upload an adapter as a form, or register one from an allowed source with JSON."""
+    """Upload an adapter as a form, or register an adapter from an allowed source with JSON."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "multipart/form-data":
         return await _create_from_upload(request, context, key, dry_run)
     if kind != "application/json":
-        raise ApiError(415, "Send multipart/form-data or application/json.", code="unsupported_media_type")
+        raise ApiError(
+            415,
+            "The content type is not supported; send multipart/form-data or application/json.",
+            code="unsupported_media_type",
+        )
     return await _create_from_source(context, key, _parse_json(await request.body()), dry_run)
 
 
@@ -100,7 +103,7 @@ async def _create_from_upload(request: Request, context: AppContext, key: Key, d
 async def _create_from_source(context: AppContext, key: Key, body: RegisterRequest, dry_run: bool) -> JSONResponse:
     publishing.check_writable(key, body.name)
     if dry_run:
-        return _json(_dry_run_body(body.name, await fetching.try_out(context, body.source)), 200)
+        return _json(_dry_run_body(body.name, await fetching.fetch_dry_run(context, body.source)), 200)
     if body.lazy:
         return _json(pending_body(context, await fetching.register_lazily(context, body)), 202)
     record, created = await fetching.register(context, body)
@@ -138,7 +141,7 @@ async def list_adapters(
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     after: Annotated[str, Query(max_length=256)] = "",
 ) -> AdapterList:
-    """Adapters in the order of their names, those past `after`."""
+    """List adapters in the order of their names, starting after `after`."""
 
     def wanted(name: str, its_state: State, its_tier: Tier) -> bool:
         return key.sees(name) and state in (None, its_state) and tier in (None, its_tier)
@@ -159,9 +162,9 @@ async def list_adapters(
 
 @router.get("/{name}", responses=_COMMON)
 async def get_adapter(name: str, context: Context, key: Caller) -> AdapterBody | AliasBody:
-    """One adapter's record, or an alias with its weights."""
+    """Return the record of an adapter, or an alias with its weights."""
     if name in context.registry.aliases:
-        return splits.alias_body(splits.find(context, key, name))
+        return aliases.alias_body(aliases.find(context, key, name))
     pending = context.registry.pending.get(name)
     if pending is not None and name not in context.registry and key.sees(name):
         return pending_body(context, pending)
@@ -172,7 +175,7 @@ async def get_adapter(name: str, context: Context, key: Caller) -> AdapterBody |
 async def delete_adapter(
     name: str, context: Context, key: Caller, drain_timeout: Annotated[float, Query(ge=0, le=3600)] = 30.0
 ) -> DeletedBody:
-    """New requests get 404 at once; running ones may finish until the timeout; then memory and disk are freed."""
+    """Delete an adapter: new requests get 404 at once, running requests may finish until `drain_timeout`."""
     if name in context.registry.pending and key.sees(name):
         await fetching.forget(context, name)
         if name not in context.registry:
@@ -183,7 +186,7 @@ async def delete_adapter(
 
 @router.post("/{name}/load", responses=_MOVES)
 async def load_adapter(name: str, context: Context, key: Caller, body: LoadRequest | None = None) -> AdapterBody:
-    """Warm an adapter up."""
+    """Load an adapter to the device or to host memory."""
     record = publishing.find(context, key, name)
     await context.engine.move_adapter(record.version.digest, body.tier if body else "device")
     return record_body(context, record)
@@ -191,33 +194,33 @@ async def load_adapter(name: str, context: Context, key: Caller, body: LoadReque
 
 @router.post("/{name}/unload", responses=_MOVES)
 async def unload_adapter(name: str, context: Context, key: Caller) -> AdapterBody:
-    """Free device and host memory; the adapter stays registered."""
+    """Free an adapter's device and host memory; the adapter stays registered."""
     record = publishing.find(context, key, name)
     if record.pinned:
         raise ApiError(409, "The adapter is pinned; unpin it first.", code="conflict")
     if record.version.digest in context.in_flight.digests():
-        raise ApiError(409, "The adapter is in use.", code="conflict")
+        raise ApiError(409, "The adapter is in use; wait until its requests have finished.", code="conflict")
     await context.engine.move_adapter(record.version.digest, "disk")
     return record_body(context, record)
 
 
 @router.post("/{name}/pin", responses=_MOVES)
 async def pin_adapter(name: str, context: Context, key: Caller) -> AdapterBody:
-    """Load it to the device and protect it from eviction."""
+    """Load an adapter to the device and protect it from eviction."""
     async with context.lock(name):
         return record_body(context, await publishing.pin(context, publishing.find(context, key, name)))
 
 
 @router.post("/{name}/unpin", responses=_MOVES)
 async def unpin_adapter(name: str, context: Context, key: Caller) -> AdapterBody:
-    """Let it be evicted again."""
+    """Remove an adapter's protection from eviction."""
     async with context.lock(name):
         return record_body(context, await publishing.unpin(context, publishing.find(context, key, name)))
 
 
 @router.get("/{name}/versions", responses=_COMMON)
 async def list_versions(name: str, context: Context, key: Caller) -> VersionList:
-    """The name's history, newest first."""
+    """List the versions of an adapter, newest first."""
     publishing.find(context, key, name)
     history = context.registry.history(name)
     versions = [VersionBody(version=f"sha256:{v.digest}", created=v.created, current=v.current) for v in history]
@@ -228,7 +231,7 @@ async def list_versions(name: str, context: Context, key: Caller) -> VersionList
 async def roll_back_adapter(
     name: str, context: Context, key: Caller, body: RollbackRequest | None = None
 ) -> AdapterBody:
-    """Point the name at the version before the current one, or at the one given."""
+    """Roll an adapter back to the previous version or to the given one."""
     async with context.lock(name):
         old = publishing.find(context, key, name)
         version = body.version if body else None
@@ -241,16 +244,18 @@ async def roll_back_adapter(
 async def download_file(
     name: str, file: str, context: Context, key: Caller, version: VersionText | None = None
 ) -> StreamingResponse:
-    """One stored file of the current version, or of the one given."""
+    """Download a stored file of the current version or of the given one."""
     record = publishing.find(context, key, name)
     if version is not None:
         record = context.registry.resolve(f"{name}@{version}")
     if file not in (*FILES, *TOKENIZER_FILES):
-        raise ApiError(404, f"Adapters have no file but {', '.join((*FILES, *TOKENIZER_FILES))}.", code="not_found")
+        raise ApiError(
+            404, f"An adapter can only have the files {', '.join((*FILES, *TOKENIZER_FILES))}.", code="not_found"
+        )
     try:
         stored = await asyncio.to_thread((context.registry.store.path(record.version.digest) / file).open, "rb")
     except FileNotFoundError:
-        raise ApiError(404, "The server's disk does not have this file.", code="not_found") from None
+        raise ApiError(404, "This version of the adapter does not have this file.", code="not_found") from None
     size = os.fstat(stored.fileno()).st_size
     return StreamingResponse(_chunks(stored), media_type=_BYTES, headers={"content-length": str(size)})
 

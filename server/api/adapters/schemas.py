@@ -1,4 +1,4 @@
-"""The wire of the adapter routes."""
+"""Request and response bodies of the adapter routes."""
 
 from typing import Annotated, Any, Literal
 
@@ -15,7 +15,7 @@ VersionText = Annotated[str, Field(pattern=r"^(sha256:)?[0-9a-f]{12,64}$", max_l
 class AdapterBody(Wire):
     name: str
     kind: Literal["adapter"] = "adapter"
-    version: str | None = Field(description="Null until a lazily registered adapter was fetched")
+    version: str | None = Field(description="Null until a lazily registered adapter has been fetched")
     state: State
     tier: Tier
     pinned: bool
@@ -50,11 +50,11 @@ class RegisterRequest(Wire):
     source: str = Field(min_length=1, max_length=4096, examples=["file:///srv/adapters/acme"])
     replace: bool = False
     pinned: bool = False
-    lazy: bool = Field(False, description="Answer 202 at once and fetch in the background")
+    lazy: bool = Field(False, description="Return 202 at once and fetch the adapter in the background")
 
 
 class UploadForm(Wire):
-    """The multipart form of an upload; the files are streamed and never parsed by this model."""
+    """The fields of an upload form. The files are streamed to disk and are not part of this model."""
 
     name: Name
     replace: bool = False

@@ -1,4 +1,4 @@
-"""The self-test of an arriving adapter: nothing is published before the engine has computed with it."""
+"""The self-test of a new adapter: the engine computes with it before it is published."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -13,10 +13,11 @@ from server.ipc.messages import SelfTest
 
 
 @asynccontextmanager
-async def tried(context: AppContext, inspected: Inspected, folder: Path) -> AsyncIterator[None]:
-    """Put the result into the report. In the body the version is in the store; after it, only if it was published.
+async def self_tested(context: AppContext, inspected: Inspected, folder: Path) -> AsyncIterator[None]:
+    """Run the self-test and add its result to the report. The version is in the store inside the `async with` body, and
+    stays there only if the body publishes it.
 
-    Raises `AdapterInvalid` when the engine cannot load the adapter or does not compute what it should.
+    Raises `AdapterInvalid` if the engine cannot load the adapter or its logits differ from the reference.
     """
     registry, digest = context.registry, inspected.digest
     await asyncio.to_thread(registry.hold, digest, folder)
@@ -24,16 +25,16 @@ async def tried(context: AppContext, inspected: Inspected, folder: Path) -> Asyn
         inspected.report["selftest"] = await _selftest(context, digest)
         yield
     finally:
-        await asyncio.to_thread(registry.let_go, digest)
+        await asyncio.to_thread(registry.release, digest)
         if not registry.names_of(digest):
             context.engine.retire_adapter(digest)
             await asyncio.to_thread(registry.collect_garbage, context.in_flight.digests())
 
 
 async def _selftest(context: AppContext, digest: str) -> dict[str, float | str]:
-    """What the report says of it. A full device is no fault of the adapter's."""
+    """Return the self-test's entry in the report. A full device skips the test and is not an error."""
     try:
-        result = await context.engine.try_adapter(digest)
+        result = await context.engine.run_selftest(digest)
     except AdapterMoveRefused as refused:
         if refused.code == "no_room":
             return {"skipped": str(refused)}
@@ -46,8 +47,8 @@ async def _selftest(context: AppContext, digest: str) -> dict[str, float | str]:
 
 
 def _failed(result: SelfTest) -> Problem:
-    """NaN when the adapter's weights drive the model beyond what its dtype can hold."""
+    """Describe a failed self-test. The error is NaN if the adapter's weights overflow the model's dtype."""
     if result.relative_error != result.relative_error:
         return Problem("selftest", "logits that are not finite", "finite logits on a probe prompt", "nonfinite")
-    found = f"logits off by {result.relative_error:.2g} of their spread"
-    return Problem("selftest", found, f"at most {result.tolerance:.2g}, as by the reference", "base_mismatch")
+    found = f"logits that differ from the reference by {result.relative_error:.2g} of their spread"
+    return Problem("selftest", found, f"a difference of at most {result.tolerance:.2g}", "base_mismatch")

@@ -1,4 +1,4 @@
-"""vLLM's own adapter routes, so that its clients and controllers work unchanged."""
+"""vLLM's adapter routes, so that its clients and controllers work unchanged."""
 
 from typing import Annotated, Any
 from urllib.parse import quote
@@ -11,22 +11,22 @@ from adapters.errors import AdapterConflict, AdapterInvalid, SourceNotAllowed
 from server.api.adapters import fetching, publishing
 from server.api.adapters.schemas import RegisterRequest, VllmLoadRequest, VllmUnloadRequest
 from server.api.context import Context
-from server.api.errors import bad_request, error_answers, validation_error
+from server.api.errors import bad_request, error_responses, validation_error
 from server.api.middleware.auth import Key, key_of
 
 router = APIRouter(prefix="/v1", tags=["adapters"], default_response_class=PlainTextResponse)
 Caller = Annotated[Key, Depends(key_of)]
-# Success is plain text and errors are JSON: named by reference, or FastAPI would document them as plain text too.
+# Successes are plain text and errors are JSON. By reference, because FastAPI would document errors as plain text too.
 _ERROR_JSON = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorBody"}}}
-_ANSWERS: dict[int | str, dict[str, Any]] = {
-    status: {"description": answer["description"], "content": _ERROR_JSON}
-    for status, answer in error_answers(400, 401, 403, 404, 413, 415, 500, 503, 507).items()
+_RESPONSES: dict[int | str, dict[str, Any]] = {
+    status: {"description": response["description"], "content": _ERROR_JSON}
+    for status, response in error_responses(400, 401, 403, 404, 413, 415, 500, 503, 507).items()
 }
 
 
-@router.post("/load_lora_adapter", responses=_ANSWERS)
+@router.post("/load_lora_adapter", responses=_RESPONSES)
 async def load_lora_adapter(body: VllmLoadRequest, context: Context, key: Caller) -> str:
-    """Register the folder `lora_path`, which has to be under an allowed `file://` source."""
+    """Register the folder `lora_path`, which must be under an allowed `file://` source."""
     publishing.check_writable(key, body.lora_name)
     source = body.lora_path if "://" in body.lora_path else f"file://{quote(body.lora_path)}"
     try:
@@ -34,16 +34,18 @@ async def load_lora_adapter(body: VllmLoadRequest, context: Context, key: Caller
         _, created = await fetching.register(context, request)
     except (AdapterConflict, AdapterInvalid, SourceNotAllowed) as error:
         raise bad_request(str(error), code=error.code) from None
-    except ValidationError as error:  # the path as a URL can be longer than a source may be
+    except ValidationError as error:  # the path as a URL may exceed the maximum length of a source
         raise validation_error(error.errors()) from None
     if not created and not body.load_inplace:
-        raise bad_request(f"The adapter '{body.lora_name}' is loaded already; set load_inplace.", "lora_name")
+        raise bad_request(
+            f"The adapter '{body.lora_name}' is already loaded; set load_inplace to replace it.", "lora_name"
+        )
     return f"Success: LoRA adapter '{body.lora_name}' added successfully."
 
 
-@router.post("/unload_lora_adapter", responses=_ANSWERS)
+@router.post("/unload_lora_adapter", responses=_RESPONSES)
 async def unload_lora_adapter(body: VllmUnloadRequest, context: Context, key: Caller) -> str:
-    """Take an adapter out once its running requests have ended."""
+    """Delete an adapter after its running requests have finished."""
     publishing.find(context, key, body.lora_name)
     try:
         await publishing.remove(context, body.lora_name, context.config.drain_timeout)

@@ -1,7 +1,7 @@
-"""`--watch-adapters DIR`: each sub-folder with an adapter is registered under its name, and again when it changes.
+"""`--watch-adapters DIR`: registers each subfolder with an adapter under its name, and again when it changes.
 
-A folder that goes away changes nothing: it may be on a volume that is not mounted or be about to be written anew, and
-clients may be using the adapter. `DELETE /v1/adapters/{name}` takes it out.
+Removing a folder does not delete its adapter: the volume may be unmounted or the folder about to be rewritten, and
+clients may be using the adapter. `DELETE /v1/adapters/{name}` deletes it.
 """
 
 import asyncio
@@ -17,27 +17,27 @@ from adapters.records import Inspected, PendingAdapter
 from adapters.registry.registry import check_name
 from adapters.sources import copy_from
 from server.api.adapters.publishing import examine, publish
-from server.api.adapters.selftest import tried
+from server.api.adapters.selftest import self_tested
 from server.api.context import AppContext
 from server.ipc.client import AdapterMoveRefused, EngineUnavailable
 
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 5.0
-Signature = tuple[tuple[str, int, int, int], ...]  # of each file: name, inode, size in bytes, time of change in ns
+Signature = tuple[tuple[str, int, int, int], ...]  # per file: name, inode, size in bytes, modification time in ns
 
 
 class FolderWatcher:
-    """Follows the sub-folders of `root`. Symbolic links that lead out of it are refused."""
+    """Registers the adapters in the subfolders of `root`. Refuses symbolic links that lead out of it."""
 
     def __init__(self, context: AppContext, root: Path):
         self._context = context
         self._root = root.resolve()
-        self._seen: dict[str, Signature] = {}  # by the last poll
-        self._handled: dict[str, Signature] = {}  # registered, or refused for what they are
+        self._seen: dict[str, Signature] = {}  # at the last poll
+        self._handled: dict[str, Signature] = {}  # registered or refused
 
     async def run(self) -> None:
-        """Poll for ever."""
+        """Poll until cancelled."""
         try:
             while True:
                 await self.poll()
@@ -47,7 +47,7 @@ class FolderWatcher:
             raise
 
     async def poll(self) -> None:
-        """Register what is new and stayed as it was since the last poll: what is half-written has to wait."""
+        """Register new and changed folders that are unchanged since the last poll, so that writes can complete."""
         try:
             found = await asyncio.to_thread(_signatures, self._root)
         except OSError as error:
@@ -63,15 +63,15 @@ class FolderWatcher:
         try:
             if not await self._register(name, signature):
                 return
-        except (EngineUnavailable, NoSpace) as error:  # says nothing of the folder: the next poll tries again
-            log.warning("adapter %s of the watched folder has to wait: %s", name, error)
+        except (EngineUnavailable, NoSpace) as error:  # not a failure of the folder; the next poll retries
+            log.warning("adapter %s of the watched folder is retried later: %s", name, error)
             return
         except (AdapterError, AdapterMoveRefused) as error:
             await self._report(name, str(error))
         self._handled[name] = signature
 
     async def _register(self, name: str, signature: Signature) -> bool:
-        """As an upload would. False when the folder changed meanwhile."""
+        """Publish a folder as an upload would. Returns False if the folder changed meanwhile."""
         check_name(name)
         context, folder = self._context, self._root / name
         source, max_bytes = folder.as_uri(), context.config.max_upload_bytes
@@ -83,32 +83,35 @@ class FolderWatcher:
             if self._was_left(name, inspected.digest):
                 return True
             replace = self._may_replace(name, source, inspected.digest)
-            async with self._trial(name, inspected, staged):
+            async with self._selftest(name, inspected, staged):
                 await publish(context, name, inspected, staged, source=source, replace=replace, pinned=False)
-        log.info("adapter %s is what the watched folder has", name)
+        log.info("adapter %s is published from the watched folder", name)
         return True
 
     def _was_left(self, name: str, digest: str) -> bool:
-        """Whether an earlier process registered this and someone then rolled back or replaced it: that stands."""
+        """Return whether an earlier process published this version and it was rolled back or replaced since. Such a
+        version is not published again."""
         if name in self._handled or name not in self._context.registry:
             return False
         return any(v.digest == digest and not v.current for v in self._context.registry.history(name))
 
     def _may_replace(self, name: str, source: str, digest: str) -> bool:
-        """False for a new name. Raises `AdapterConflict` when the name has or awaits an adapter from elsewhere."""
+        """Return False for a new name. Raises `AdapterConflict` if the name belongs to an adapter of another source."""
         registry = self._context.registry
         record = registry.record(name) if name in registry else None
         if name in self._context.fetching or (record and record.source != source and record.version.digest != digest):
-            raise AdapterConflict(f"The name '{name}' has an adapter that did not come from the watched folder.")
+            raise AdapterConflict(
+                f"The name '{name}' already has an adapter from another source; delete it or rename the folder."
+            )
         return record is not None
 
-    def _trial(self, name: str, inspected: Inspected, staged: Path) -> AbstractAsyncContextManager[None]:
-        """What is served already needs none."""
+    def _selftest(self, name: str, inspected: Inspected, staged: Path) -> AbstractAsyncContextManager[None]:
+        """Return the self-test of a version; none for a version that is published already."""
         known = name in self._context.registry.names_of(inspected.digest)
-        return nullcontext() if known else tried(self._context, inspected, staged)
+        return nullcontext() if known else self_tested(self._context, inspected, staged)
 
     async def _report(self, name: str, reason: str) -> None:
-        """In the log and, where it can have a record, in the record."""
+        """Log the failure, and store it in the adapter's record if there is one."""
         log.warning("adapter %s of the watched folder is refused: %s", name, reason)
         registry, source = self._context.registry, (self._root / name).as_uri()
         pending = registry.pending.get(name)
@@ -119,14 +122,15 @@ class FolderWatcher:
 
 
 def _signatures(root: Path) -> dict[str, Signature]:
-    """Of the sub-folders that have what every adapter has; hidden ones are somebody's work in progress."""
+    """Return the signatures of the subfolders that contain an adapter. Hidden folders are skipped, because tools use
+    them for work in progress."""
     with os.scandir(root) as entries:
         found = {entry.name: _signature(Path(entry.path)) for entry in entries if not entry.name.startswith(".")}
     return {name: signature for name, signature in found.items() if signature}
 
 
 def _signature(folder: Path) -> Signature:
-    """Empty unless both files are there that every adapter has."""
+    """Return the signature of a folder; empty unless it has both required files of an adapter."""
     found = []
     for name in (*FILES, *TOKENIZER_FILES):
         try:

@@ -1,1 +1,1 @@
-"""Chat and completions: admission, generation, streaming."""
+"""Chat completions and completions: admission, generation, streaming."""

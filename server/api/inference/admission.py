@@ -1,4 +1,4 @@
-"""Whether and how a request may run: which version answers it, whether there is room, how its sampler is set."""
+"""Admission of requests: resolves the model to adapter versions, checks limits, and builds the sampling parameters."""
 
 import hashlib
 from collections.abc import Sequence
@@ -24,22 +24,22 @@ MAX_SEQUENCES = 64  # prompts times n of one request
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What answers: the base model, one version of an adapter or several together, fixed for the whole request.
+    """The base model, or one or several adapter versions, fixed for the whole request.
 
-    `label` is of the metrics; `versions` are names and digests, as they were asked for.
+    `label` is the metrics label; `versions` are names and digests in the order of the request.
     """
 
-    asked: str
+    requested_model: str
     label: str
     versions: tuple[tuple[str, str], ...]
     adapters: tuple[ScaledAdapter, ...]  # sorted
     fingerprint: str
-    traits: Traits = field(default_factory=Traits)  # of the adapter, if it is one
-    pages: dict[str, int] = field(default_factory=dict)  # of device memory, by digest
+    traits: Traits = field(default_factory=Traits)  # of the adapter, if there is exactly one
+    pages: dict[str, int] = field(default_factory=dict)  # pages of device memory, by digest
 
     @property
     def names(self) -> frozenset[str]:
-        """Of the accounting."""
+        """Names for usage accounting."""
         return frozenset(name for name, _ in self.versions) or frozenset([BASE_NAME])
 
     @property
@@ -47,8 +47,8 @@ class Target:
         return [name for name, _ in self.versions]
 
     def on(self, prompt: list[int]) -> tuple[tuple[ScaledAdapter, ...], int]:
-        """The adapters that see this prompt and the first token that they see: an activated LoRA sees its last
-        invocation and what follows, and nothing of a prompt without one."""
+        """Return the adapters that apply to this prompt and the first token they apply to. An activated LoRA applies
+        from its last invocation on, and not at all to a prompt without one."""
         if not self.traits.invocation_tokens:
             return self.adapters, 0
         start = _last_occurrence(list(self.traits.invocation_tokens), prompt)
@@ -61,10 +61,10 @@ def _last_occurrence(needle: list[int], tokens: list[int]) -> int | None:
 
 
 def resolve(context: AppContext, key: Key, body: GenerationRequest) -> Target:
-    """Find what the request names. The versions found here are those that answer, whatever is published meanwhile."""
+    """Resolve the model of a request. The request keeps these versions, even if others are published meanwhile."""
     base = context.info.base_fingerprint
     parts = _parts(context, body)
-    found = [(_answering(context, key, part.name, body.user), part.scale) for part in parts]
+    found = [(_serving_record(context, key, part.name, body.user), part.scale) for part in parts]
     adapters = tuple(sorted(ScaledAdapter(record.version.digest, scale) for record, scale in found))
     _refuse_if_merged(context, adapters)
     if not found:
@@ -74,31 +74,33 @@ def resolve(context: AppContext, key: Key, body: GenerationRequest) -> Target:
     check_room(context, pages)
     versions = tuple((record.name, record.version.digest) for record, _ in found)
     for name, _ in versions:
-        context.metrics.know(name)
+        context.metrics.add_adapter(name)
     label, traits = (COMPOSED_LABEL, Traits()) if len(found) > 1 else (found[0][0].name, found[0][0].version.traits)
     return Target(body.model, label, versions, adapters, f"{base}-{_identity(adapters)}", traits, pages)
 
 
-async def choose(request: Request, context: AppContext, key: Key, body: GenerationRequest) -> tuple[Target, Tokenizer]:
-    """What answers, and the tokenizer that goes with it: the adapter's, if it is one and has its own. Raises 429 for
-    what could not begin anyway, before anything is tokenized."""
+async def choose_target(
+    request: Request, context: AppContext, key: Key, body: GenerationRequest
+) -> tuple[Target, Tokenizer]:
+    """Resolve the target of a request and its tokenizer, which may be the adapter's own. Raises 429 before tokenizing
+    if the request cannot begin now."""
     target = resolve(context, key, body)
     request.state.adapter = target.label
-    context.rate_limits.check(key.sha256, key.limits, target.adapter_names)
+    context.rate_limits.check_request(key.sha256, key.limits, target.adapter_names)
     digest = target.adapters[0].digest if len(target.adapters) == 1 else None
     try:
         return target, await context.tokenizers.of(digest, target.traits)
-    except FileNotFoundError:  # deleted just now
+    except FileNotFoundError:  # the adapter was deleted just now
         raise model_not_found(body.model) from None
 
 
 def check_still_there(context: AppContext, target: Target) -> None:
-    """Raises 404 when an adapter was deleted since `resolve`. A version that was replaced meanwhile may still run."""
+    """Raise 404 if an adapter was deleted since `resolve`. A version that was replaced meanwhile may still run."""
     for name, digest in target.versions:
         try:
             context.registry.resolve(f"{name}@{digest}")
         except AdapterNotFound:
-            raise model_not_found(target.asked) from None
+            raise model_not_found(target.requested_model) from None
 
 
 def vocab_size_of(context: AppContext, target: Target) -> int:
@@ -106,8 +108,8 @@ def vocab_size_of(context: AppContext, target: Target) -> int:
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
-    """Raises 400 for a prompt without tokens, or with one that has no embedding: clients send token ids, and what an
-    adapter's own tokenizer and template make is not ours."""
+    """Raise 400 for a prompt without tokens, or with a token outside the vocabulary: token ids come from clients or
+    from an adapter's own tokenizer and template."""
     if not all(prompts):
         raise bad_request("The prompt is empty.", "prompt")
     largest = max(map(max, prompts))
@@ -116,12 +118,15 @@ def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
 
 
 def _parts(context: AppContext, body: GenerationRequest) -> list[AdapterPart]:
-    """The adapters by name, however they were named."""
+    """Return the adapters of the request, whether given in `model` or in `adapters`."""
     is_base = body.model == context.base_model
     if body.adapters and not is_base:
-        raise bad_request("With 'adapters', 'model' names the base model.", "model")
+        raise bad_request("With 'adapters', 'model' must be the base model.", "model")
     if is_base and body.adapter_scale not in (None, 1):
-        raise bad_request("'adapter_scale' is for the adapter that 'model' names.", "adapter_scale")
+        raise bad_request(
+            "'adapter_scale' needs an adapter as 'model'; use 'adapters' to scale adapters of the base model.",
+            "adapter_scale",
+        )
     if is_base:
         return body.adapters or []
     return [AdapterPart(name=body.model, scale=1.0 if body.adapter_scale is None else body.adapter_scale)]
@@ -132,53 +137,62 @@ def _check_additive(parts: list[AdapterPart], records: list[AdapterRecord]) -> N
         traits = record.version.traits
         if not traits.additive and (len(parts) > 1 or part.scale != 1):
             why = (
-                "sees a part of the prompt only" if traits.invocation_tokens else "does more than add B A x to outputs"
+                "applies to a part of the prompt only"
+                if traits.invocation_tokens
+                else "does more than add B A x to outputs"
             )
-            raise bad_request(f"The adapter '{part.name}' cannot be scaled or composed with others: it {why}.")
+            raise bad_request(f"The adapter '{part.name}' cannot be scaled or combined with others because it {why}.")
 
 
 def _pages(found: list[tuple[AdapterRecord, float]]) -> dict[str, int]:
     pages = {record.version.digest: pages_of(record.version.rank) for record, _ in found}
     if len(pages) < len(found):
-        raise bad_request("The same adapter version is in 'adapters' twice.", "adapters")
+        raise bad_request("'adapters' contains the same adapter version twice.", "adapters")
     return pages
 
 
 def check_room(context: AppContext, pages: dict[str, int]) -> None:
-    """Raises 400 or 503 unless these versions can be on the device together."""
+    """Raise 400 or 503 unless these versions fit on the device together."""
     slots, all_pages = context.config.adapter_slots, context.info.adapter_pages
     if len(pages) > slots:
-        raise bad_request(f"There is room for {slots} adapters at once; the request has {len(pages)}.", "adapters")
+        raise bad_request(f"The device has slots for {slots} adapters; the request has {len(pages)}.", "adapters")
     if sum(pages.values()) > all_pages:
         room = all_pages * PAGE_COLUMNS
-        raise bad_request(f"There is room for adapters of rank {room} together; the request has more.", "adapters")
+        raise bad_request(
+            f"The device has room for a total rank of {room}; the request's adapters need more.", "adapters"
+        )
     beside = {**context.engine.residency.pinned, **pages}
     if len(pages) > 1 and (len(beside) > slots or sum(beside.values()) > all_pages):
-        raise unavailable("The adapters do not fit on the device beside those that are pinned.", "no_room")
+        raise unavailable("The adapters do not fit on the device beside the pinned ones; try again later.", "no_room")
 
 
 def _identity(adapters: tuple[ScaledAdapter, ...]) -> str:
-    """12 hex digits: of the version, or of all versions and scales."""
+    """Return 12 hex digits that identify the version, or all versions and scales together."""
     if len(adapters) == 1 and adapters[0].scale == 1:
         return adapters[0].digest[:12]
     return hashlib.sha256(msgspec.json.encode(adapters)).hexdigest()[:12]
 
 
 def _refuse_if_merged(context: AppContext, adapters: tuple[ScaledAdapter, ...]) -> None:
-    merged = context.engine.asked_to_merge
+    merged = context.engine.requested_merge
     if context.config.merge_others == "refuse" and merged is not None and adapters != (ScaledAdapter(merged),):
-        raise ApiError(409, "The server answers for one merged adapter alone.", code="merged", param="model")
+        raise ApiError(
+            409,
+            "Another adapter is merged into the base model, and the server refuses requests for other models.",
+            code="merged",
+            param="model",
+        )
 
 
-def _answering(context: AppContext, key: Key, name: str, user: str | None) -> AdapterRecord:
-    """The adapter that `name` means; of an alias the member that its weights give `user`. Who may use an alias need not
-    see its members, and learns nothing of them."""
+def _serving_record(context: AppContext, key: Key, name: str, user: str | None) -> AdapterRecord:
+    """Return the adapter for `name`; for an alias, the member that its weights assign to `user`. A key that may use an
+    alias need not see its members, and errors do not reveal them."""
     alias = context.registry.aliases.get(name)
     if alias is None:
         return resolve_record(context, key, name)
     try:
         record = context.registry.resolve(alias.pick(user))
-    except AdapterNotFound:  # damaged
+    except AdapterNotFound:  # the member is damaged
         raise model_not_found(name) from None
     if not key.sees(name):
         raise model_not_found(name)
@@ -186,52 +200,57 @@ def _answering(context: AppContext, key: Key, name: str, user: str | None) -> Ad
 
 
 def resolve_record(context: AppContext, key: Key, model: str) -> AdapterRecord:
-    """The adapter that `name` or `name@version` means. An unknown one and one that the key may not see look alike."""
+    """Return the adapter for `name` or `name@version`. Unknown adapters and adapters that the key may not see raise the
+    same 404."""
     try:
         record = context.registry.resolve(model)
     except AdapterNotFound:
         pending = context.registry.pending.get(model)
         if pending is not None and pending.error is None and key.sees(model):
-            raise unavailable("The adapter is being fetched.", "adapter_loading") from None
+            raise unavailable("The adapter is being fetched; try again later.", "adapter_loading") from None
         raise model_not_found(model) from None
     if not key.sees(record.name):
         raise model_not_found(model)
     return record
 
 
-def admit(context: AppContext) -> None:
-    """Refuse early what could only wait."""
+def check_capacity(context: AppContext) -> None:
+    """Raise 503 if the server is shutting down or its queue is full."""
     if not context.accepting:
         raise unavailable("The server is shutting down.", "draining")
     if context.saturated:
-        raise unavailable("Too many requests are waiting.", "queue_full")
+        raise unavailable("Too many requests are waiting; try again later.", "queue_full")
 
 
 def priority_of(context: AppContext, body: GenerationRequest) -> int:
-    """Raises 400 where a priority would have no effect."""
+    """Return the priority of the request. Raises 400 if it would have no effect."""
     if body.priority and context.config.scheduling_policy == "fcfs":
-        raise bad_request("This server answers strictly in order of arrival.", "priority", "unsupported")
+        raise bad_request(
+            "'priority' has no effect because this server runs requests in order of arrival.", "priority", "unsupported"
+        )
     return body.priority or 0
 
 
-def token_budget(context: AppContext, prompts: Sequence[Sequence[int]], asked: int | None, default: int | None) -> int:
-    """How many tokens may be generated: as asked, or `default` (None: no other limit) cut to what is left."""
+def token_budget(
+    context: AppContext, prompts: Sequence[Sequence[int]], requested: int | None, default: int | None
+) -> int:
+    """Return the maximum number of output tokens: `requested`, or `default` (None: no limit) within the context."""
     context_length = context.info.max_model_len
     longest = max(map(len, prompts))
-    if longest >= context_length or longest + (asked or 0) > context_length:
-        wanted = f" and {asked} for the answer" if asked else ""
+    if longest >= context_length or longest + (requested or 0) > context_length:
+        wanted = f" and {requested} for the output" if requested else ""
         raise bad_request(
             f"The context has {context_length} tokens; the request needs {longest} for the prompt{wanted}.",
             code="context_length_exceeded",
         )
     left = context_length - longest
-    return asked or min(default or left, left)
+    return requested or min(default or left, left)
 
 
 def sampling_params(
     vocab_size: int, body: GenerationRequest, max_tokens: int, logprobs: int | None, end_ids: tuple[int, ...]
 ) -> SamplingParams:
-    """`end_ids` are tokens that end an answer, unless the client has it go on."""
+    """Build the sampling parameters. `end_ids` end an output unless the request sets `ignore_eos`."""
     ends = () if body.ignore_eos else tuple(token for token in end_ids if token < vocab_size)
     bias = {int(token): value for token, value in (body.logit_bias or {}).items()}
     for token in (*bias, *(body.stop_token_ids or ())):

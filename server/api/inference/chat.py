@@ -6,9 +6,9 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
 
 from server.api.context import AppContext, Context
-from server.api.errors import error_answers
-from server.api.inference.admission import admit, choose
-from server.api.inference.generation import Delta, Generation, TokenScore, collect, start
+from server.api.errors import error_responses
+from server.api.inference.admission import check_capacity, choose_target
+from server.api.inference.generation import Delta, Generation, TokenScore, collect, start_generation
 from server.api.inference.streaming import EventStream
 from server.api.middleware.auth import Key, key_of
 from server.api.schemas import (
@@ -22,21 +22,21 @@ from server.api.text.tokenizer import Tokenizer, finite
 
 router = APIRouter()
 
-ANSWERS: dict[int | str, dict[str, Any]] = {
+_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {"model": ChatCompletion, "content": {"text/event-stream": {"x-chunk": ChatCompletionChunk.__name__}}},
-    **error_answers(400, 401, 403, 404, 409, 413, 415, 429, 500, 503),
+    **error_responses(400, 401, 403, 404, 409, 413, 415, 429, 500, 503),
 }
 
 
-@router.post("/v1/chat/completions", responses=ANSWERS, response_model=None, tags=["inference"])
+@router.post("/v1/chat/completions", responses=_RESPONSES, response_model=None, tags=["inference"])
 async def create_chat_completion(
     request: Request, body: ChatCompletionRequest, context: Context, key: Annotated[Key, Depends(key_of)]
 ) -> Response:
-    """Answer a conversation with the base model or an adapter."""
-    admit(context)
-    target, tokenizer = await choose(request, context, key, body)
+    """Generate a reply to a conversation with the base model or an adapter."""
+    check_capacity(context)
+    target, tokenizer = await choose_target(request, context, key, body)
     prompt = await _render(context, tokenizer, body)
-    generation = start(
+    generation = start_generation(
         request,
         context,
         key,
@@ -45,7 +45,7 @@ async def create_chat_completion(
         tokenizer,
         [prompt],
         prefix="chatcmpl",
-        asked=body.max_completion_tokens or body.max_tokens,
+        requested=body.max_completion_tokens or body.max_tokens,
         default=None,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
@@ -68,7 +68,7 @@ async def _render(context: AppContext, tokenizer: Tokenizer, body: ChatCompletio
 
 
 def _role_of(role: str) -> str:
-    """`developer` is OpenAI's newer word for `system`, which chat templates know."""
+    """Map `developer`, OpenAI's newer name for `system`, to `system`, which chat templates support."""
     return "system" if role == "developer" else role
 
 
@@ -85,7 +85,7 @@ def _completion(generation: Generation, choices: list[ChatChoice]) -> ChatComple
     return ChatCompletion(
         id=generation.id,
         created=generation.created,
-        model=generation.target.asked,
+        model=generation.target.requested_model,
         system_fingerprint=generation.target.fingerprint,
         choices=choices,
         usage=generation.usage(),
@@ -93,7 +93,7 @@ def _completion(generation: Generation, choices: list[ChatChoice]) -> ChatComple
 
 
 class _Encoder:
-    """Deltas as the choices of an answer or of a chunk."""
+    """Encodes deltas as the choices of a response or of a chunk."""
 
     def __init__(self, tokenizer: Tokenizer, with_logprobs: bool):
         self._tokenizer = tokenizer

@@ -6,9 +6,9 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
 
 from server.api.context import AppContext, Context
-from server.api.errors import bad_request, error_answers
-from server.api.inference.admission import MAX_SEQUENCES, admit, choose
-from server.api.inference.generation import Delta, TokenScore, collect, start
+from server.api.errors import bad_request, error_responses
+from server.api.inference.admission import MAX_SEQUENCES, check_capacity, choose_target
+from server.api.inference.generation import Delta, TokenScore, collect, start_generation
 from server.api.inference.streaming import EventStream
 from server.api.middleware.auth import Key, key_of
 from server.api.schemas import Completion, CompletionChoice, CompletionChunk, CompletionRequest
@@ -17,21 +17,21 @@ from server.api.text.tokenizer import Tokenizer, finite
 router = APIRouter()
 
 _DEFAULT_MAX_TOKENS = 16  # OpenAI's
-ANSWERS: dict[int | str, dict[str, Any]] = {
+_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {"model": Completion, "content": {"text/event-stream": {"x-chunk": CompletionChunk.__name__}}},
-    **error_answers(400, 401, 403, 404, 409, 413, 415, 429, 500, 503),
+    **error_responses(400, 401, 403, 404, 409, 413, 415, 429, 500, 503),
 }
 
 
-@router.post("/v1/completions", responses=ANSWERS, response_model=None, tags=["inference"])
+@router.post("/v1/completions", responses=_RESPONSES, response_model=None, tags=["inference"])
 async def create_completion(
     request: Request, body: CompletionRequest, context: Context, key: Annotated[Key, Depends(key_of)]
 ) -> Response:
-    """Continue one or several prompts with the base model or an adapter."""
-    admit(context)
-    target, tokenizer = await choose(request, context, key, body)
+    """Complete one or several prompts with the base model or an adapter."""
+    check_capacity(context)
+    target, tokenizer = await choose_target(request, context, key, body)
     prompts = await _prompts(context, tokenizer, body)
-    generation = start(
+    generation = start_generation(
         request,
         context,
         key,
@@ -40,7 +40,7 @@ async def create_completion(
         tokenizer,
         prompts,
         prefix="cmpl",
-        asked=body.max_tokens,
+        requested=body.max_tokens,
         default=_DEFAULT_MAX_TOKENS,
         logprobs=body.logprobs,
     )
@@ -51,7 +51,7 @@ async def create_completion(
     completion = Completion(
         id=generation.id,
         created=generation.created,
-        model=generation.target.asked,
+        model=generation.target.requested_model,
         system_fingerprint=generation.target.fingerprint,
         choices=[CompletionChoice.model_validate(encode(delta)) for delta in deltas],
         usage=generation.usage(),
@@ -60,11 +60,11 @@ async def create_completion(
 
 
 async def _prompts(context: AppContext, tokenizer: Tokenizer, body: CompletionRequest) -> list[list[int]]:
-    """The prompts as token ids: OpenAI allows a text, a list of texts, token ids and a list of those."""
+    """Return the prompts as token ids. OpenAI allows a text, a list of texts, token ids, or a list of token ids."""
     given = body.prompt
     several = given if isinstance(given, list) and not isinstance(given[0], int) else [given]
     if len(several) * (body.n or 1) > MAX_SEQUENCES:
-        raise bad_request(f"At most {MAX_SEQUENCES} answers (prompts times n) fit into one request.", "prompt")
+        raise bad_request(f"A request may have at most {MAX_SEQUENCES} choices (prompts times n).", "prompt")
     return [await _prompt_ids(context, tokenizer, prompt) for prompt in several]
 
 
@@ -75,7 +75,7 @@ async def _prompt_ids(context: AppContext, tokenizer: Tokenizer, prompt: Any) ->
 
 
 class _Encoder:
-    """Deltas as the choices of an answer or of a chunk, which have the same shape here."""
+    """Encodes deltas as the choices of a response or of a chunk, which have the same format."""
 
     def __init__(self, tokenizer: Tokenizer, with_logprobs: bool):
         self._tokenizer = tokenizer
@@ -98,7 +98,7 @@ class _Encoder:
         }
 
     def _top(self, score: TokenScore) -> dict[str, float]:
-        """The n likeliest and the chosen one. Of tokens that look the same, the likelier is kept."""
+        """Return the n most probable tokens and the sampled one. Of tokens with equal text, keep the most probable."""
         scored = [*score.logprobs.top, (score.token_id, score.logprobs.logprob)]
         top: dict[str, float] = {}
         for token_id, logprob in scored:

@@ -1,4 +1,4 @@
-"""The sequences of one request: submit them, follow them as deltas of text, and let go of them however it ends."""
+"""The sequences of one request: submits them, yields their text as deltas, and releases them when the request ends."""
 
 import time
 import uuid
@@ -27,7 +27,7 @@ from server.sequence import SamplingParams, TokenLogprobs
 
 @dataclass(slots=True)
 class TokenScore:
-    """A generated token with its log-probabilities and where its text starts in the choice's text."""
+    """A generated token with its log-probabilities and the offset of its text in the choice's text."""
 
     token_id: int
     logprobs: TokenLogprobs
@@ -36,7 +36,7 @@ class TokenScore:
 
 @dataclass(slots=True)
 class Delta:
-    """What came of one choice since the last delta: often one token, more when the reader lags."""
+    """New output of one choice since the previous delta: usually one token, more if the reader lags."""
 
     index: int
     text: str = ""
@@ -52,7 +52,7 @@ class Delta:
 
 
 class Choice:
-    """One sequence and the text it has become."""
+    """One sequence and the state of its text."""
 
     def __init__(self, index: int, detokenizer: Detokenizer, stop_ids: frozenset[int]):
         self.index = index
@@ -64,7 +64,7 @@ class Choice:
         self._stop_ids = stop_ids
 
     def absorb(self, output: SequenceOutput, delta: Delta) -> None:
-        """Add to `delta` what `output` brings. Raises `EngineFailure` when it says that there will be no more."""
+        """Add `output` to `delta`. Raises `EngineFailure` if the sequence was aborted or failed."""
         if output.finish_reason == "error" or output.finish_reason == "abort":
             self.finished = True
             raise EngineFailure(output.finish_reason, output.error)
@@ -74,7 +74,7 @@ class Choice:
             delta.num_tokens += 1
             self.num_tokens += 1
             if text_ends and i == len(output.token_ids) - 1:
-                break  # what ended the sequence counts, but is no part of the text
+                break  # the token that ended the sequence is counted but is not part of the text
             if output.logprobs is not None:
                 delta.scores.append(TokenScore(token_id, output.logprobs[i], self._detokenizer.decoded_chars))
             delta.text += self._detokenizer.feed(token_id)
@@ -91,7 +91,7 @@ class Choice:
 
 
 class EngineFailure(Exception):
-    """The engine gave a sequence up."""
+    """The engine aborted a sequence or failed to compute it."""
 
     def __init__(self, reason: str, message: str | None):
         super().__init__(message or reason)
@@ -100,7 +100,7 @@ class EngineFailure(Exception):
 
 
 class Generation:
-    """The sequences of one request. `close` must run when the request ends, however it ends."""
+    """The sequences of one request. `close` must be called when the request ends, for whatever reason."""
 
     def __init__(
         self, context: AppContext, target: Target, tokenizer: Tokenizer, lease: Lease, prefix: str, started: float
@@ -128,7 +128,7 @@ class Generation:
         stop: Sequence[str],
         priority: int = 0,
     ) -> None:
-        """Start `n` sequences per prompt. Raises `EngineUnavailable`, having started none."""
+        """Submit `n` sequences per prompt. If it raises `EngineUnavailable`, none is left running."""
         stop_ids = frozenset((*self._context.info.eos_token_ids, *sampling.stop_token_ids))
         self._n = n
         self._uses = [self._context.in_flight.use(name) for name in self.target.names]
@@ -164,7 +164,7 @@ class Generation:
         return len(self._choices)
 
     async def deltas(self) -> AsyncGenerator[list[Delta], None]:
-        """What came of the choices since the last time, until all have finished. Raises `ApiError` on a failure."""
+        """Yield the new output of the choices until all have finished. Raises `ApiError` if one fails."""
         try:
             while self._open:
                 yield self._absorb(await self._stream.take())
@@ -175,7 +175,7 @@ class Generation:
         deltas: dict[str, Delta] = {}
         for output in outputs:
             choice = self._open.get(output.seq_id)
-            if choice is None:  # ended by a stop string before the engine knew
+            if choice is None:  # ended by a stop string, which the engine does not know
                 continue
             delta = deltas.get(output.seq_id)
             if delta is None:
@@ -204,17 +204,19 @@ class Generation:
 
     def _api_error(self, failure: EngineFailure) -> ApiError:
         if failure.reason == "abort":
-            return unavailable("The request was aborted: its adapter was deleted or the server stops.", "aborted")
+            return unavailable(
+                "The request was aborted because its adapter was deleted or the server is shutting down.", "aborted"
+            )
         if self._context.engine.state is not EngineState.READY:
             return engine_unavailable(self._context.engine.state)
         try:
-            admission.check_room(self._context, self.target.pages)  # others may have been pinned while it waited
+            admission.check_room(self._context, self.target.pages)  # other adapters may have been pinned meanwhile
         except ApiError as no_room:
             return no_room
         return ApiError(500, failure.message, code="engine_error") if failure.message else server_error()
 
     def close(self) -> None:
-        """Abort what still runs and let go of it. Safe to call twice."""
+        """Abort running sequences and release everything. May be called twice."""
         self._end(list(self._open), abort=bool(self._open))
         self._lease.close()
         self.timer.ended()
@@ -231,13 +233,13 @@ class Generation:
 
 
 def _with_seed(sampling: SamplingParams, i: int) -> SamplingParams:
-    """Each of n choices has its own seed, or they would all be the same."""
+    """Give the i-th of n choices its own seed, so that the choices differ."""
     if i == 0 or sampling.seed is None:
         return sampling
     return msgspec.structs.replace(sampling, seed=(sampling.seed + i) % (1 << 63))
 
 
-def start(
+def start_generation(
     request: Request,
     context: AppContext,
     key: Key,
@@ -247,25 +249,25 @@ def start(
     prompts: Sequence[list[int]],
     *,
     prefix: str,
-    asked: int | None,
+    requested: int | None,
     default: int | None,
     logprobs: int | None,
 ) -> Generation:
-    """Submit `prompts`, which `tokenizer` made for `target`. Raises 429 when a key or an adapter is at its limits."""
+    """Validate and submit `prompts`, encoded by `tokenizer`. Raises 429 if a key or an adapter is at its limits."""
     admission.check_still_there(context, target)
     vocab_size = admission.vocab_size_of(context, target)
     admission.check_prompts(prompts, vocab_size)
-    max_tokens = admission.token_budget(context, prompts, asked, default)
+    max_tokens = admission.token_budget(context, prompts, requested, default)
     sampling = admission.sampling_params(vocab_size, body, max_tokens, logprobs, tokenizer.end_ids)
     priority = admission.priority_of(context, body)
-    lease = context.rate_limits.admit(key.sha256, key.limits, target.adapter_names, sum(map(len, prompts)))
+    lease = context.rate_limits.begin_request(key.sha256, key.limits, target.adapter_names, sum(map(len, prompts)))
     generation = Generation(context, target, tokenizer, lease, prefix, request.state.started)
     generation.submit(key, prompts, body.n or 1, sampling, body.stop_strings, priority)
     return generation
 
 
 async def collect(request: Request, generation: Generation) -> list[Delta]:
-    """The whole answer, one delta per choice. Stops the sequences when the client leaves."""
+    """Return the whole output, one delta per choice. Stops the sequences if the client disconnects."""
     try:
         return await unless_disconnected(request.receive, _collect(generation))
     finally:

@@ -1,4 +1,4 @@
-"""Server-sent events: frames that are mostly prepared bytes, and a response that always ends."""
+"""Server-sent events: frames with a precomputed prefix, and a response that always terminates."""
 
 import asyncio
 import time
@@ -15,7 +15,7 @@ from server.api.inference.generation import Delta, Generation
 from server.api.middleware.request_scope import unless_disconnected
 from server.api.schemas import UsageBody
 
-_WRITE_SECONDS = 30.0  # a client that reads nothing for so long is gone
+_WRITE_SECONDS = 30.0  # a client that reads nothing for this long is considered gone
 _DONE = b"data: [DONE]\n\n"
 _encode = msgspec.json.encode
 
@@ -23,14 +23,14 @@ ChoiceEncoder = Callable[[Delta], dict[str, Any]]
 
 
 class Frames:
-    """Frames of one answer: all but the choice is encoded once."""
+    """Frames of one response. Everything but the choices is encoded once."""
 
     def __init__(self, generation: Generation, kind: str, include_usage: bool):
         head = {
             "id": generation.id,
             "object": kind,
             "created": generation.created,
-            "model": generation.target.asked,
+            "model": generation.target.requested_model,
             "system_fingerprint": generation.target.fingerprint,
         }
         self._head = b"data: " + _encode(head)[:-1] + b',"choices":['
@@ -49,7 +49,7 @@ class Frames:
 
 
 class EventStream(Response):
-    """Streams a generation. It starts with the first token, so that an earlier failure is a proper error answer."""
+    """Streams a generation. Starts with the first token, so that an earlier failure becomes a normal error response."""
 
     media_type = "text/event-stream"
 
@@ -84,7 +84,7 @@ class EventStream(Response):
         except ApiError as error:
             if not self._started:
                 raise
-            scope["state"]["status"] = error.status_code  # for the metrics; the client was told 200
+            scope["state"]["status"] = error.status_code  # for the metrics; the client has received 200
             ending = Frames.error(error)
         else:
             ending = self._frames.usage(self._generation.usage()) if self._include_usage else b""
@@ -116,7 +116,7 @@ class EventStream(Response):
         self._writing_since = None
 
     async def _stalled(self) -> None:
-        """Return once a write has lasted `_WRITE_SECONDS`. One timer for all writes: nearly none of them waits."""
+        """Return once a write has lasted `_WRITE_SECONDS`. One timer serves all writes, because few of them block."""
         left = _WRITE_SECONDS
         while left > 0:
             await asyncio.sleep(left)

@@ -1,1 +1,1 @@
-"""What every request passes: identity, keys, and limits on bodies and rates."""
+"""Middleware of every request: request ids, API keys, body limits and rate limits."""

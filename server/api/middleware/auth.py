@@ -1,4 +1,4 @@
-"""Who may call what: keys, scopes, and the middleware that decides before a byte of the body is read."""
+"""Authorization: API keys, scopes, and the middleware that checks them before the body is read."""
 
 import hashlib
 import hmac
@@ -25,7 +25,7 @@ ALL_SCOPES: frozenset[KeyScope] = frozenset(get_args(KeyScope))
 _NonEmpty = Annotated[str, msgspec.Meta(min_length=1)]
 _Limit = Annotated[int, msgspec.Meta(ge=1, lt=1 << 53)] | None
 
-# Exact paths. Whatever is not listed needs `admin`, so a new route is closed until someone opens it here.
+# Exact paths. Paths that are not listed need `admin`, so that a new route is closed until it is added here.
 _NEEDS: dict[str, Need] = {
     "/livez": "open",
     "/readyz": "open",
@@ -43,8 +43,8 @@ _NEEDS: dict[str, Need] = {
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """A caller. `adapters` of None sees all; `tenant` separates prefix caches and shares of the device, in proportion
-    to the tenants' weights."""
+    """An API key. `adapters` is the allow-list (None: all). Tenants have separate prefix caches and share the device in
+    proportion to their weights."""
 
     name: str
     sha256: str
@@ -58,7 +58,8 @@ class Key:
         return self.adapters is None or adapter in self.adapters
 
     def allows(self, need: Need) -> bool:
-        """`observe` and `operate` are not for keys with an allow-list: metrics name all adapters, a merge stops all."""
+        """Return whether the key meets `need`. Keys with an allow-list never meet `observe` and `operate`: metrics name
+        all adapters, and a merge affects all requests."""
         if need == "observe":
             return self.adapters is None
         if need == "operate":
@@ -82,7 +83,7 @@ class _KeyEntry(msgspec.Struct, forbid_unknown_fields=True):
 
     def as_key(self) -> Key:
         if (self.key is None) == (self.sha256 is None):
-            raise ValueError(f"give '{self.name}' either 'key' or 'sha256'")
+            raise ValueError(f"the key '{self.name}' must have either 'key' or 'sha256'")
         digest = self.sha256 or _digest(self.key or "")
         tenant = self.name if self.tenant is None else self.tenant
         limits = Limits(self.max_concurrent or 0, self.requests_per_minute or 0, self.tokens_per_minute or 0)
@@ -97,14 +98,14 @@ ANYONE = Key("", "", ALL_SCOPES)
 
 
 class KeyRing:
-    """The configured keys. Empty means that no key is asked for, which only a loopback server may do."""
+    """The configured API keys. An empty ring requires no key, which is only allowed on loopback."""
 
     def __init__(self, keys: Sequence[Key] = ()):
         self._keys = tuple(keys)
 
     @classmethod
     def load(cls, config: ServeConfig) -> "KeyRing":
-        """Keys of `--api-key` and `--keys-file`. Raises `ConfigError` naming the entry that cannot be used."""
+        """Load the keys of `--api-key` and `--keys-file`. Raises `ConfigError` that names the unusable entry."""
         keys = []
         if config.api_key:
             keys.append(Key("api-key", _digest(config.api_key), ALL_SCOPES, tenant="api-key"))
@@ -116,7 +117,7 @@ class KeyRing:
         return bool(self._keys)
 
     def find(self, secret: str) -> Key | None:
-        """Compares with every key in constant time, so that timing tells nothing about any of them."""
+        """Return the key with this secret. Compares with every key in constant time, so that timing reveals nothing."""
         digest = _digest(secret)
         found = None
         for key in self._keys:
@@ -126,9 +127,9 @@ class KeyRing:
 
 
 def check_bind(config: ServeConfig, keys: KeyRing) -> None:
-    """Refuse to listen beyond loopback while anyone could call everything."""
+    """Refuse to listen beyond loopback without API keys."""
     if not keys and not _is_loopback(config.host):
-        raise ConfigError(f"--host {config.host} is reachable by others: set --api-key or --keys-file first")
+        raise ConfigError(f"--host {config.host} is reachable from other machines; set --api-key or --keys-file")
 
 
 def _is_loopback(host: str) -> bool:
@@ -148,15 +149,15 @@ def _read_keys_file(path: Path) -> list[Key]:
         keys = [entry.as_key() for entry in found.keys]
         _check_weights(keys)
         return keys
-    except (OSError, ValueError) as error:  # msgspec's and tomllib's errors are ValueErrors that say where
-        raise ConfigError(f"--keys-file {path}: {error}") from error
+    except (OSError, ValueError) as error:  # msgspec's and tomllib's errors are ValueErrors that name the place
+        raise ConfigError(f"--keys-file {path} is not usable: {error}") from error
 
 
 def _check_weights(keys: Sequence[Key]) -> None:
     weights = {key.tenant: key.weight for key in keys}
     for key in keys:
         if key.weight != weights[key.tenant]:
-            raise ValueError(f"the keys of tenant '{key.tenant}' have different weights")
+            raise ValueError(f"the keys of tenant '{key.tenant}' have different weights; give all the same weight")
 
 
 def need_of(path: str) -> Need:
@@ -164,7 +165,7 @@ def need_of(path: str) -> Need:
 
 
 class AuthMiddleware:
-    """Pure ASGI, so that a refusal costs nothing: FastAPI would read a whole upload before asking who sent it."""
+    """Checks the API key of every request. Pure ASGI, because FastAPI would read a whole upload before checking it."""
 
     def __init__(self, app: ASGIApp, keys: KeyRing):
         self._app = app
@@ -192,16 +193,16 @@ class AuthMiddleware:
         if key is None:
             raise ApiError(
                 401,
-                "A valid API key is needed: send 'Authorization: Bearer <key>'.",
+                "A valid API key is required; send the header 'Authorization: Bearer <key>'.",
                 code="invalid_api_key",
                 headers={"www-authenticate": "Bearer"},
             )
         if not key.allows(need):
-            raise ApiError(403, "This API key may not do that.", code="insufficient_scope")
+            raise ApiError(403, "This API key lacks the scope for this route.", code="insufficient_scope")
         return key
 
 
 async def key_of(request: Request) -> Key:
-    """Dependency of routes that need to know the caller."""
+    """Return the caller's API key; a dependency of routes."""
     key: Key = request.state.key
     return key

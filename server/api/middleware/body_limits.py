@@ -1,4 +1,4 @@
-"""What may be sent: content types and body sizes, judged by the headers first, counted and timed while reading."""
+"""Limits on content types and body sizes, checked by the headers first and enforced again while the body is read."""
 
 import asyncio
 
@@ -8,13 +8,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server.api.errors import ApiError, error_response
 
 MAX_JSON_BYTES = 4 << 20
-IDLE_SECONDS = 30.0  # between two pieces of a body
+IDLE_SECONDS = 30.0  # maximum time between two chunks of a body
 _MULTIPART_OVERHEAD = 64 << 10  # boundaries and form fields around the files
 _UPLOAD_PATH = "/v1/adapters"
 
 
-class LimitsMiddleware:
-    """Refuses by the headers before the body is read; what lies about its length is cut off while reading."""
+class BodyLimitsMiddleware:
+    """Rejects requests by their headers before the body is read, and bodies that exceed the declared length."""
 
     def __init__(self, app: ASGIApp, max_upload_bytes: int):
         self._app = app
@@ -38,9 +38,13 @@ class LimitsMiddleware:
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
         upload = kind == "multipart/form-data" and path == _UPLOAD_PATH
         if not upload and kind != "application/json":
-            raise ApiError(415, "Send the body as application/json.", code="unsupported_media_type")
+            raise ApiError(
+                415,
+                "The content type is not supported; send the body as application/json.",
+                code="unsupported_media_type",
+            )
         if upload and length is None:
-            raise ApiError(411, "An upload needs a Content-Length.", code="length_required")
+            raise ApiError(411, "An upload needs a Content-Length header.", code="length_required")
         limit = self._max_upload_bytes if upload else MAX_JSON_BYTES
         if length is not None and length > limit:
             raise _too_large(limit)
@@ -52,21 +56,21 @@ def _content_length(headers: Headers) -> int | None:
     if value is None:
         return None
     if not value.isascii() or not value.isdigit() or len(value) > 18:
-        raise ApiError(400, "Content-Length is not a number.", code="invalid_value")
+        raise ApiError(400, "The Content-Length header is not a number.", code="invalid_value")
     return int(value)
 
 
 def _too_large(limit: int) -> ApiError:
-    return ApiError(413, f"The body is larger than {limit} bytes.", code="too_large")
+    return ApiError(413, f"The body exceeds the limit of {limit} bytes.", code="too_large")
 
 
 def _bounded(receive: Receive, limit: int) -> Receive:
-    """`receive`, but for a body of more than `limit` bytes or one that stops arriving."""
+    """Wrap `receive` so that it raises for a body of more than `limit` bytes, or one that stops arriving."""
     read, complete = 0, False
 
     async def bounded_receive() -> Message:
         nonlocal read, complete
-        message = await (receive() if complete else _soon(receive))
+        message = await (receive() if complete else _receive_in_time(receive))
         complete = complete or not message.get("more_body", False)
         read += len(message.get("body", b""))
         if read > limit:
@@ -76,9 +80,9 @@ def _bounded(receive: Receive, limit: int) -> Receive:
     return bounded_receive
 
 
-async def _soon(receive: Receive) -> Message:
+async def _receive_in_time(receive: Receive) -> Message:
     try:
         async with asyncio.timeout(IDLE_SECONDS):
             return await receive()
     except TimeoutError:
-        raise ApiError(408, "Nothing came of the body for too long.", code="timeout") from None
+        raise ApiError(408, f"No data of the body arrived for {IDLE_SECONDS:g} seconds.", code="timeout") from None

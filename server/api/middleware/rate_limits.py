@@ -1,4 +1,4 @@
-"""How much a key or an adapter may be used: requests at once, requests per minute, tokens per minute."""
+"""Limits on the use of a key or an adapter: concurrent requests, requests per minute, tokens per minute."""
 
 import math
 import time
@@ -9,13 +9,13 @@ from typing import NamedTuple
 from server.api.errors import ApiError
 
 Clock = Callable[[], float]
-_ANY_MOMENT = 1.0  # seconds; when a running request will end is not known
+_UNKNOWN_WAIT = 1.0  # seconds; the end of a running request is not predictable
 _ROUNDING = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """0 is no limit."""
+    """Limits of one key or adapter; 0 means no limit."""
 
     max_concurrent: int = 0
     requests_per_minute: int = 0
@@ -23,7 +23,7 @@ class Limits:
 
 
 class Bucket:
-    """Fills steadily with `per_minute` and holds as much. It can be overdrawn: then it has to fill up again first."""
+    """A token bucket that refills at `per_minute` and holds as much. Its level may become negative."""
 
     def __init__(self, per_minute: int, clock: Clock):
         self._capacity = self._level = float(per_minute)
@@ -31,7 +31,7 @@ class Bucket:
         self._updated = clock()
 
     def wait(self, amount: float) -> float:
-        """Seconds until `amount` is there, or as much as it holds: what is more goes on credit. 0 is now."""
+        """Return the seconds until min(amount, capacity) tokens are available; any excess is borrowed."""
         self._refill()
         missing = min(amount, self._capacity) - self._level
         return missing * 60 / self._capacity if missing > _ROUNDING else 0.0
@@ -48,24 +48,24 @@ class Bucket:
 
 class Refusal(NamedTuple):
     seconds: float
-    limit: str  # a phrase for the client
+    limit: str  # a noun phrase for the error message
 
 
 class Meter:
-    """What one key or one adapter has used."""
+    """Usage of one key or one adapter."""
 
     def __init__(self, owner: str, limits: Limits, clock: Clock):
-        self.owner = owner  # a phrase for the client
+        self.owner = owner  # a noun phrase for the error message
         self._limits = limits
         self._running = 0
         self._requests = Bucket(limits.requests_per_minute, clock) if limits.requests_per_minute else None
         self._tokens = Bucket(limits.tokens_per_minute, clock) if limits.tokens_per_minute else None
 
     def refusal(self, tokens: int) -> Refusal | None:
-        """Why a request with such a prompt cannot begin now; the reason that lasts longest."""
+        """Return the limit that delays a request with `tokens` prompt tokens the longest; None if it may begin."""
         limits, found = self._limits, []
         if limits.max_concurrent and self._running >= limits.max_concurrent:
-            found.append(Refusal(_ANY_MOMENT, f"{limits.max_concurrent} requests at once"))
+            found.append(Refusal(_UNKNOWN_WAIT, f"{limits.max_concurrent} concurrent requests"))
         if self._requests is not None and (wait := self._requests.wait(1)):
             found.append(Refusal(wait, f"{limits.requests_per_minute} requests per minute"))
         if self._tokens is not None and (wait := self._tokens.wait(tokens)):
@@ -87,7 +87,7 @@ class Meter:
 
 
 class Lease:
-    """One request's place under its limits. `close` gives it back; twice is no error."""
+    """One request's use of its limits. `close` ends it and may be called twice."""
 
     def __init__(self, meters: Iterable[Meter] = ()):
         self._meters = list(meters)
@@ -106,9 +106,9 @@ class Lease:
 class RateLimits:
     """The meters of all keys and adapters that have limits.
 
-    The prompt's tokens are taken when the request begins, the answer's as they come, on credit if need be. Reserving
-    `max_tokens` instead would refuse requests for tokens that most of them never use: a chat may use the whole context
-    unless the client says otherwise. The price is that what runs at once can overdraw a bucket once.
+    Prompt tokens are charged when the request begins, output tokens as they are generated, even if the level becomes
+    negative. Reserving `max_tokens` instead would refuse requests for tokens that most of them never use, because a
+    chat may use the whole context by default. As a consequence, concurrent requests can overdraw a bucket once.
     """
 
     def __init__(self, adapters: Limits, clock: Clock = time.monotonic):
@@ -117,8 +117,10 @@ class RateLimits:
         self._keys: dict[str, Meter] = {}
         self._adapters: dict[str, Meter] = {}
 
-    def check(self, key_id: str, limits: Limits, adapters: Iterable[str], prompt_tokens: int = 0) -> list[Meter]:
-        """The meters of such a request. Raises 429 when it cannot begin now."""
+    def check_request(
+        self, key_id: str, limits: Limits, adapters: Iterable[str], prompt_tokens: int = 0
+    ) -> list[Meter]:
+        """Return the meters of a request. Raises 429 if the request cannot begin now."""
         meters = self._meters(key_id, limits, adapters)
         found = [(refusal, meter) for meter in meters if (refusal := meter.refusal(prompt_tokens)) is not None]
         if found:
@@ -126,9 +128,9 @@ class RateLimits:
             raise _too_many(meter.owner, refusal)
         return meters
 
-    def admit(self, key_id: str, limits: Limits, adapters: Iterable[str], prompt_tokens: int) -> Lease:
-        """Begin a request. Raises 429, nothing being taken from any meter."""
-        meters = self.check(key_id, limits, adapters, prompt_tokens)
+    def begin_request(self, key_id: str, limits: Limits, adapters: Iterable[str], prompt_tokens: int) -> Lease:
+        """Begin a request and charge its prompt. Raises 429 without charging any meter."""
+        meters = self.check_request(key_id, limits, adapters, prompt_tokens)
         for meter in meters:
             meter.begin(prompt_tokens)
         return Lease(meters)

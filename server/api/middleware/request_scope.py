@@ -1,5 +1,5 @@
-"""What every request gets: an id, an answer whatever happens, a place in the metrics, and an end when its client
-leaves."""
+"""The outermost middleware: request ids, a response to unexpected exceptions, request counts, and cancellation when
+the client disconnects."""
 
 import asyncio
 import logging
@@ -22,11 +22,11 @@ log = logging.getLogger(__name__)
 
 _REQUEST_ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
 _COUNTED_ROUTES = ("/v1/chat/completions", "/v1/completions")
-_CLIENT_LEFT = 499  # for metrics only; there is nobody to send it to
+_CLIENT_LEFT = 499  # for metrics only, as the client is gone
 
 
 class RequestMiddleware:
-    """The outermost layer. It is the one place of the API that catches what nobody foresaw."""
+    """The outermost middleware, and the only place in the API that catches all exceptions."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics):
         self._app = app
@@ -55,7 +55,7 @@ class RequestMiddleware:
         except Exception:
             log.exception("request %s failed", request_id)
             if status:
-                raise  # the answer is half sent: only closing the connection tells the client
+                raise  # the response is partly sent, so only a closed connection tells the client
             await error_response(server_error())(scope, receive, send_with_id)
         finally:
             self._count(scope, state.get("status", status))
@@ -68,14 +68,13 @@ class RequestMiddleware:
 
 
 def _request_id(scope: Scope) -> str:
-    """The client's own id if it is harmless in logs and headers, else a new one."""
+    """Return the client's request id if it is safe in logs and headers, otherwise a new one."""
     given = Headers(scope=scope).get("x-request-id", "")
     return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
 
 
 async def unless_disconnected(receive: Receive, work: Awaitable[T], *signs: Awaitable[None]) -> T:
-    """Run `work`, but cancel it and raise `ClientDisconnect` as soon as the client is gone, which `receive` says or
-    the end of one of `signs`."""
+    """Run `work`; cancel it and raise `ClientDisconnect` when `receive` reports a disconnect or one of `signs` ends."""
     task = asyncio.ensure_future(work)
     watchers = [asyncio.ensure_future(sign) for sign in (_disconnected(receive), *signs)]
     try:

@@ -1,1 +1,1 @@
-"""From text to token ids and back, adapters' own tokenizers and templates included."""
+"""Tokenizers and chat templates, including those of adapters."""

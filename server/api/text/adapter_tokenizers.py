@@ -1,4 +1,4 @@
-"""Tokenizers of adapters that bring their own tokenizer or chat template: one per version, loaded when asked for."""
+"""Tokenizers of adapters that bring their own tokenizer or chat template: one per version, loaded on first use."""
 
 import asyncio
 from collections.abc import Mapping
@@ -12,11 +12,11 @@ from server.api.text.template_sandbox import TemplateFailed, TemplateSandbox
 from server.api.text.tokenizer import Tokenizer
 
 _KEPT = 16
-_MARK = "CONTINUE_FINAL_MESSAGE_TAG "  # transformers' own, which templates may trim
+_MARK = "CONTINUE_FINAL_MESSAGE_TAG "  # the mark that transformers uses; templates may trim it
 
 
 class AdapterTokenizers:
-    """The most recently used ones; every other adapter has the base model's."""
+    """A cache of the most recently used tokenizers. Adapters without one use the base model's."""
 
     def __init__(self, base: Tokenizer, store: AdapterStore, sandbox: TemplateSandbox):
         self._base = base
@@ -25,7 +25,7 @@ class AdapterTokenizers:
         self._loaded: dict[str, asyncio.Future[Tokenizer]] = {}  # oldest first
 
     async def of(self, digest: str | None, traits: Traits) -> Tokenizer:
-        """The tokenizer of a version (None: the base model). Raises `FileNotFoundError` when it was deleted."""
+        """Return the tokenizer of a version (None: the base model). Raises `FileNotFoundError` if it was deleted."""
         if digest is None or not (traits.tokenizer or traits.chat_template):
             return self._base
         loaded = self._loaded.pop(digest, None) or asyncio.ensure_future(asyncio.to_thread(self._load, digest))
@@ -33,7 +33,7 @@ class AdapterTokenizers:
         if len(self._loaded) > _KEPT:
             del self._loaded[next(iter(self._loaded))]
         try:
-            return await asyncio.shield(loaded)  # others may wait for it too
+            return await asyncio.shield(loaded)  # other requests may wait for it too
         finally:
             if loaded.done() and loaded.exception() is not None:
                 self._loaded.pop(digest, None)
@@ -41,7 +41,7 @@ class AdapterTokenizers:
     def _load(self, digest: str) -> Tokenizer:
         files = read_tokenizer_files(self._store.path(digest))
         if digest not in self._store:
-            raise FileNotFoundError  # it left while we read
+            raise FileNotFoundError  # it was deleted while it was read
         base, end = self._base, files.special_tokens.get("eos_token")
         backend = files.build() if files.tokenizer is not None else base.backend
         end_id = None if end is None else backend.token_to_id(end)
@@ -56,7 +56,7 @@ class AdapterTokenizers:
 
 
 class _SandboxedTemplate:
-    """An adapter's own template. Its renderings take turns, so that one adapter keeps one worker busy at most."""
+    """The chat template of an adapter. Renders one conversation at a time, so that an adapter occupies one worker."""
 
     def __init__(self, sandbox: TemplateSandbox, source: str):
         self._sandbox = sandbox
@@ -87,8 +87,10 @@ def _marked(messages: list[dict[str, str]]) -> list[dict[str, str]]:
 
 
 def _up_to_mark(text: str) -> str:
-    """What comes before the end of the last message; templates that trim messages trimmed the mark."""
+    """Return the text up to the end of the last message. Templates that trim messages have trimmed the mark as well."""
     before, mark, after = text.rpartition(_MARK.strip())
     if not mark:
-        raise bad_request("The adapter's chat template does not show the last message.", "messages")
+        raise bad_request(
+            "The adapter's chat template does not render the last message, so it cannot be continued.", "messages"
+        )
     return before if after.startswith(" ") else before.rstrip()

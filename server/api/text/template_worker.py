@@ -1,8 +1,8 @@
-"""The process that compiles and renders chat templates which came with adapters: a question per line of its standard
-input, an answer per line of its output. It imports nothing of the server and ends with its input, or when one question
-takes the seconds of its argument.
+"""The worker process that compiles and renders chat templates of adapters. Reads one request per line of standard input
+and writes one response per line of standard output. Imports nothing from the server; ends with its input, or when a
+request takes longer than the seconds in its argument.
 
-The environment is the one that transformers renders templates in.
+The Jinja environment is the same as in transformers.
 """
 
 import json
@@ -34,7 +34,7 @@ _LIMITS = {
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks what an assistant said, for training; here it only shows its contents."""
+    """`{% generation %}` marks assistant text for training; here it only renders its contents."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -54,7 +54,7 @@ class _Dict:
 
 
 class _Namespace(Namespace):
-    """Jinja's, but without names that mean something to Python."""
+    """Jinja's namespace without attributes that have a meaning in Python."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:
         self, *rest = args
@@ -89,7 +89,7 @@ def _strftime_now(pattern: str) -> str:
 
 @lru_cache(maxsize=16)
 def _compile(template: str) -> Template:
-    """Every template has an environment of its own, so that none can leave anything behind for another."""
+    """Compile a template in its own environment, so that templates cannot share state."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
@@ -111,34 +111,34 @@ def _render(template: Template, context: dict[str, Any]) -> str:
             raise TemplateError(f"more than {MAX_OUTPUT_CHARS} characters")
         parts.append(part)
     text = "".join(parts)
-    text.encode()  # raises for half a surrogate pair, which is no character
+    text.encode()  # raises for a lone surrogate
     return text
 
 
-def answer(question: dict[str, Any]) -> dict[str, str]:
-    """`text`, or the reason why there is none in `error`. Without a `context` the template is only compiled."""
+def respond(request: dict[str, Any]) -> dict[str, str]:
+    """Return `text`, or the reason for a failure in `error`. Without a `context` the template is only compiled."""
     try:
-        template = _compile(question["template"])
-        return {"text": _render(template, question["context"]) if "context" in question else ""}
+        template = _compile(request["template"])
+        return {"text": _render(template, request["context"]) if "context" in request else ""}
     except MemoryError:
         return {"error": "it needs too much memory"}
-    except Exception as error:  # a template is a program: it fails in its own ways
+    except Exception as error:  # a template is a program and may raise anything
         return {"error": _printable(str(error) or type(error).__name__)}
 
 
 def _printable(reason: str) -> str:
-    """No control characters, and no addresses, which Python shows of its objects."""
+    """Escape control characters and remove addresses, which Python shows in the text of objects."""
     return re.sub(r"0x[0-9a-f]+", "...", ascii(reason[:_MAX_REASON_CHARS])[1:-1])
 
 
 def main(give_up_seconds: float, write: Callable[[bytes], object] = sys.stdout.buffer.write) -> None:
     for limit, value in _LIMITS.items():
         resource.setrlimit(limit, (value, value))
-    write(b"\n")  # it is ready
+    write(b"\n")  # tells the server that the worker is ready
     sys.stdout.flush()
     for line in sys.stdin.buffer:
-        signal.setitimer(signal.ITIMER_REAL, give_up_seconds)  # its signal ends the process, even within one operation
-        reply = json.dumps(answer(json.loads(line)))
+        signal.setitimer(signal.ITIMER_REAL, give_up_seconds)  # the signal ends the process, even within one operation
+        reply = json.dumps(respond(json.loads(line)))
         signal.setitimer(signal.ITIMER_REAL, 0)
         write(reply.encode() + b"\n")
         sys.stdout.flush()

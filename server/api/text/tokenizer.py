@@ -1,4 +1,4 @@
-"""Between text and token ids: the tokenizer with its chat template, and incremental detokenizing with stop strings."""
+"""The tokenizer with its chat template, and incremental detokenization with stop strings."""
 
 import asyncio
 from collections.abc import Collection, Mapping, Sequence
@@ -11,16 +11,16 @@ from transformers import AutoTokenizer
 
 from server.api.errors import bad_request
 
-_CHARS_PER_TOKEN = 16  # no sane text has more; tokenizing a longer one would only burn a core
-_CONTEXT_TOKENS = 4  # of the prompt that a detokenizer needs to see, so that a first word keeps its space
+_CHARS_PER_TOKEN = 16  # an upper bound for real text; avoids tokenizing prompts that cannot fit
+_CONTEXT_TOKENS = 4  # of the prompt, which the detokenizer needs to keep the space of the first word
 
 
 class TokenizerUnusable(Exception):
-    """The model's tokenizer has no fast (Rust) backend, which incremental decoding needs."""
+    """The tokenizer has no fast (Rust) backend, which incremental decoding requires."""
 
 
 class ChatTemplate(Protocol):
-    """Makes the text of a prompt out of a conversation. Raises `ApiError` when it refuses to."""
+    """Renders a conversation to the text of a prompt. Raises `ApiError` if the template fails."""
 
     async def render(
         self, messages: list[dict[str, str]], special_tokens: Mapping[str, str], *, continue_final: bool
@@ -28,10 +28,10 @@ class ChatTemplate(Protocol):
 
 
 class Tokenizer:
-    """Text goes through the Rust backend directly, which threads may share.
+    """A tokenizer over the Rust backend, which is thread-safe.
 
-    `special_tokens` are known to the chat template by their names; `end_ids` end an answer, besides those that end the
-    base model's.
+    `special_tokens` are variables of the chat template; `end_ids` end an output in addition to the base model's EOS
+    tokens.
     """
 
     def __init__(
@@ -51,9 +51,9 @@ class Tokenizer:
 
     @classmethod
     def of(cls, tokenizer: Any) -> "Tokenizer":
-        """A transformers tokenizer, whose chat template is trusted. Raises `TokenizerUnusable`."""
+        """Wrap a transformers tokenizer, whose chat template is trusted. Raises `TokenizerUnusable`."""
         if not tokenizer.is_fast:
-            raise TokenizerUnusable(f"{type(tokenizer).__name__} has no fast version")
+            raise TokenizerUnusable(f"{type(tokenizer).__name__} has no fast (Rust) version, which the server needs")
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
         template = None if tokenizer.chat_template is None else _OwnTemplate(tokenizer)
@@ -64,7 +64,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, model: str) -> "Tokenizer":
-        """The tokenizer that belongs to `model`: a folder, a .gguf file or a hub id."""
+        """Load the tokenizer of `model`: a folder, a .gguf file or a hub id."""
         if model.endswith(".gguf"):
             return cls.of(AutoTokenizer.from_pretrained(Path(model).parent, gguf_file=Path(model).name))
         return cls.of(AutoTokenizer.from_pretrained(model, trust_remote_code=False))
@@ -75,7 +75,7 @@ class Tokenizer:
     async def render(
         self, messages: list[dict[str, str]], max_tokens: int, *, continue_final: bool = False
     ) -> list[int]:
-        """Token ids of a conversation in the chat template."""
+        """Render a conversation with the chat template and return its token ids."""
         if self.template is None:
             raise bad_request("This model has no chat template; use /v1/completions.", "model", "unsupported")
         _check_length(sum(len(message["content"]) for message in messages), max_tokens)
@@ -93,7 +93,7 @@ class Tokenizer:
         return text
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The exact bytes of one token, which need not be whole characters."""
+        """Return the exact bytes of one token, which may be part of a character."""
         token = self.backend.id_to_token(token_id)
         if token is None:
             return b""
@@ -107,7 +107,7 @@ class Tokenizer:
 
 
 class _OwnTemplate:
-    """The base model's template, rendered in this process."""
+    """The chat template of the base model, rendered in this process."""
 
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
@@ -126,21 +126,21 @@ class _OwnTemplate:
                 continue_final_message=continue_final,
                 **special_tokens,
             )
-        except Exception as error:  # a template is a program: it refuses what it does not expect in its own ways
-            raise bad_request("The model's chat template refuses these messages.", "messages") from error
+        except Exception as error:  # a template is a program and may raise anything
+            raise bad_request("The model's chat template does not accept these messages.", "messages") from error
         return text
 
 
 def _check_length(chars: int, max_tokens: int) -> None:
     if chars > _CHARS_PER_TOKEN * max_tokens:
         raise bad_request(
-            f"The prompt of {chars} characters cannot fit into the context of {max_tokens} tokens.",
+            f"The prompt of {chars} characters does not fit into the context of {max_tokens} tokens; shorten it.",
             code="context_length_exceeded",
         )
 
 
 def _byte_level_alphabet() -> dict[str, bytes]:
-    """GPT-2's mapping of characters in the vocabulary to bytes: printable ones stand for themselves."""
+    """Return GPT-2's mapping from vocabulary characters to bytes, in which printable characters map to themselves."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     alphabet = {chr(byte): bytes([byte]) for byte in printable}
@@ -151,10 +151,10 @@ _BYTES = _byte_level_alphabet()
 
 
 class Detokenizer:
-    """Turns one sequence's tokens into text as they come.
+    """Turns the tokens of one sequence into text incrementally.
 
-    Held back are bytes of an unfinished character and any ending that could be the start of a stop string, so what
-    was released never has to be taken back. A stop string and what follows it are not released.
+    Holds back the bytes of an incomplete character and any suffix that may begin a stop string, so that released text
+    is final. A stop string and the text after it are not released.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str] = (), min_tokens: int = 0):
@@ -165,12 +165,12 @@ class Detokenizer:
         self._min_tokens = min_tokens
         self._num_tokens = 0
         self._held = ""
-        self.decoded_chars = 0  # of all tokens so far, released or not
+        self.decoded_chars = 0  # of all tokens so far, whether released or not
         self.stopped = False
 
     def feed(self, token_id: int) -> str:
-        """Text that this token releases; may be empty."""
-        if not self._stop:  # then nothing is ever held back
+        """Return the text that this token releases; may be empty."""
+        if not self._stop:  # then no text is held back
             return self._decode(token_id)
         self._num_tokens += 1
         self._held += self._decode(token_id)
@@ -183,7 +183,7 @@ class Detokenizer:
         return self._release(len(self._held) - self._stop_prefix_length())
 
     def flush(self) -> str:
-        """The rest, once no token will follow: an unfinished character becomes the replacement character."""
+        """Return the remaining text after the last token; an incomplete character becomes the replacement character."""
         if self.stopped:
             return ""
         if self._undecoded:
@@ -193,7 +193,7 @@ class Detokenizer:
     def _decode(self, token_id: int) -> str:
         try:
             text = self._stream.step(self._tokenizer.backend, token_id)
-        except Exception:  # the backend raises a bare one when a token changes what was decoded before it
+        except Exception:  # the backend raises a bare Exception if a token changes the text before it
             self._stream = DecodeStream(skip_special_tokens=True)
             text = self._stream.step(self._tokenizer.backend, token_id)
         if text is None:
@@ -208,7 +208,7 @@ class Detokenizer:
         return released
 
     def _stop_prefix_length(self) -> int:
-        """Length of the longest ending of the held text that begins a stop string."""
+        """Return the length of the longest suffix of the held text that begins a stop string."""
         longest = min(len(self._held), max(map(len, self._stop)) - 1)
         for length in range(longest, 0, -1):
             if any(stop.startswith(self._held[-length:]) for stop in self._stop):
@@ -217,11 +217,11 @@ class Detokenizer:
 
 
 def _priming(tokenizer: Tokenizer, prompt: Sequence[int]) -> list[int]:
-    """The prompt's end, unless it ends within a character: then the stream would emit the priming itself."""
+    """Return the last tokens of the prompt; none if they end within a character, which the stream would emit."""
     ids = list(prompt[-_CONTEXT_TOKENS:])
     return [] if tokenizer.decode(ids).endswith("\ufffd") else ids
 
 
 def finite(logprob: float) -> float:
-    """JSON has no infinity: what cannot happen is as unlikely as OpenAI says it, -9999."""
+    """Replace minus infinity, which JSON cannot express, with -9999 as OpenAI does."""
     return max(logprob, -9999.0)

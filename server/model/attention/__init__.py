@@ -1,7 +1,7 @@
-"""The first seam into the model: one attention function, registered with transformers' `AttentionInterface`.
+"""Paged attention for transformers models: one function, registered with transformers' `AttentionInterface`.
 
-transformers calls it per layer with the queries, keys and values of the step's flattened tokens and with whatever
-keywords the model was called with; ours is `batch` (the `ForwardBatch`) and `kv_cache`.
+transformers calls it per layer with the queries, keys and values of the step's flattened tokens and with the keywords
+of the model call; those of the server are `batch` (the `ForwardBatch`) and `kv_cache`.
 """
 
 from functools import cache
@@ -18,7 +18,7 @@ from server.model.kv_cache import KVCache
 
 IMPLEMENTATION = "loraplex_paged"
 
-# Keywords that models pass along and that do not change what attention computes here.
+# Keywords that models pass and that do not change the result here.
 _INERT = {
     "dropout", "position_ids", "output_attentions", "output_hidden_states", "use_cache", "cache_position",
     "position_embeddings", "logits_to_keep", "return_dict", "is_causal", "layer_type", "past_key_values",
@@ -27,7 +27,7 @@ _INERT = {
 
 
 class PagedAttention(Protocol):
-    """Writes a step's keys and values and attends through the block tables; see `paged.paged_attention`."""
+    """An implementation of paged attention with the contract of `paged.paged_attention`."""
 
     def __call__(
         self,
@@ -45,14 +45,14 @@ class PagedAttention(Protocol):
 
 @cache
 def choose(device_type: str, dtype: torch.dtype) -> tuple[PagedAttention, str]:
-    """The implementation for a device, and the reason in words for the log.
+    """Return the implementation for a device, and the reason as text for the log.
 
-    cuda    Triton: one pass over the pages for prefill and decode together; made for graphs
-    cpu     C++, where there is a compiler: reads keys and values where they are
-    others  plain torch: runs anywhere, and is what the others are tested against
+    cuda    Triton: one pass over the pages for prefill and decode together; suits CUDA graphs
+    cpu     C++, if there is a compiler: reads keys and values in place
+    others  plain torch: runs anywhere, and is the reference in tests
 
-    A library's kernels (FlashInfer, FlashAttention) would be one more line here. There is none yet: none was measured
-    against ours on a GPU.
+    A library's kernels (FlashInfer, FlashAttention) could be added here. None is, because none has been measured
+    against these kernels on a GPU.
     """
     if device_type == "cpu":
         reason = why_unavailable(dtype)
@@ -60,7 +60,7 @@ def choose(device_type: str, dtype: torch.dtype) -> tuple[PagedAttention, str]:
             return native.paged_attention, "native C++ kernel"
         return paged.paged_attention, f"plain torch: {reason}"
     if device_type != "cuda":
-        return paged.paged_attention, f"plain torch: there is no faster one for {device_type}"
+        return paged.paged_attention, f"plain torch: there is no faster implementation for {device_type}"
     try:
         from server.model.attention import triton_paged
     except ImportError as error:
@@ -69,7 +69,7 @@ def choose(device_type: str, dtype: torch.dtype) -> tuple[PagedAttention, str]:
 
 
 class UnsupportedAttention(ValueError):
-    """The model asks its attention for something that the paged implementation does not compute."""
+    """The model uses an attention feature that the paged implementation does not compute."""
 
 
 def _attention(
@@ -86,15 +86,15 @@ def _attention(
     softcap: float | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """`query` `[1, heads, rows, head_dim]`, `key` and `value` `[1, kv_heads, rows, head_dim]`.
+    """Attend with `query` `[1, heads, rows, head_dim]`, `key` and `value` `[1, kv_heads, rows, head_dim]`.
 
-    Returns `[1, rows, heads, head_dim]`. Raises `UnsupportedAttention` for keywords with a meaning that is not ours.
+    Returns `[1, rows, heads, head_dim]`. Raises `UnsupportedAttention` for keywords that would change the result.
     """
     unknown = [
         name for name, given in others.items() if name not in _INERT and given is not None and given is not False
     ]
     if unknown or attention_mask is not None:
-        raise UnsupportedAttention(f"attention with {', '.join(unknown) or 'an explicit mask'}")
+        raise UnsupportedAttention(f"attention with {', '.join(unknown) or 'an explicit mask'} is not supported")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     paged_attention, _ = choose(query.device.type, query.dtype)
     out = paged_attention(

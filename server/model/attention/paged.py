@@ -1,4 +1,4 @@
-"""Attention over the paged KV cache in plain torch, for any device; the reference for every faster one."""
+"""Attention over the paged KV cache in plain torch, for any device; the reference for faster implementations."""
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -21,7 +21,8 @@ def paged_attention(
     """Write the step's keys and values into the cache, then attend through the block tables.
 
     query `[heads, rows, head_dim]`, key and value `[kv_heads, rows, head_dim]`; returns `[rows, heads, head_dim]`.
-    `window`: how many latest keys, its own included, a token sees. `softcap`: scores become `cap * tanh(score / cap)`.
+    `window`: number of latest keys, its own included, that a token sees. `softcap`: scores become
+    `cap * tanh(score / cap)`.
     """
     cache.write(layer, key.transpose(0, 1), value.transpose(0, 1), batch.slot_mapping)
     out = query.new_empty(query.shape[1], query.shape[0], value.shape[-1])
@@ -41,7 +42,8 @@ def _decode(
     window: int | None,
     softcap: float | None,
 ) -> torch.Tensor:
-    """One query per sequence: `[B, heads, head_dim]`. Heads that share keys become the query positions of one head."""
+    """Attend with one query per sequence; returns `[B, heads, head_dim]`. Query heads that share a key head become
+    query positions of one head."""
     keys = cache.keys[layer][group.block_tables].flatten(1, 2).transpose(1, 2)  # [B, kv_heads, keys, head_dim]
     values = cache.values[layer][group.block_tables].flatten(1, 2).transpose(1, 2)
     kv_heads = keys.shape[1]
@@ -62,7 +64,7 @@ def _prefill(
     window: int | None,
     softcap: float | None,
 ) -> torch.Tensor:
-    """Many queries of one sequence: `[new tokens, heads, head_dim]`."""
+    """Attend with the new tokens of one sequence; returns `[new tokens, heads, head_dim]`."""
     queries = query[:, chunk.start : chunk.end]
     num_new = chunk.end - chunk.start
     if num_new == chunk.context_len:  # the whole context is in this step: no need to read it back
@@ -84,7 +86,7 @@ def _attend(
     scale: float,
     softcap: float | None,
 ) -> torch.Tensor:
-    """Masked attention over `[batch, heads, positions, head_dim]`."""
+    """Compute masked attention over `[batch, heads, positions, head_dim]`."""
     if softcap is None:
         return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
     scores = softcap * torch.tanh((query @ key.transpose(-1, -2)) * scale / softcap)

@@ -1,4 +1,4 @@
-"""A step's attention work as tiles: for the Triton kernels, one int32 tensor that a captured graph can keep reading."""
+"""A step's attention work as tiles for the Triton kernels: one int32 tensor that captured graphs can read."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ import torch
 from adapters.device.transfers import upload
 from server.model.batch import SequenceRows
 
-FIELDS = 4  # of a tile: first row, tokens, position of the first, start of its block table
+FIELDS = 4  # per tile: first row, number of tokens, position of the first token, start of its block table
 TILE_TOKENS = 16  # of a prefill tile; a program takes all query heads that share a key head, so rows are a multiple
 
 Tile = tuple[int, int, int, int]
@@ -18,8 +18,8 @@ Tile = tuple[int, int, int, int]
 
 @dataclass(frozen=True, slots=True)
 class AttentionLayout:
-    """`metadata` is `num_decodes` tiles of one token, `num_prefills` tiles of up to `TILE_TOKENS` and the block tables
-    end to end."""
+    """The tiles of one step. `metadata` contains `num_decodes` tiles of one token, `num_prefills` tiles of up to
+    `TILE_TOKENS` tokens, and the concatenated block tables."""
 
     metadata: torch.Tensor
     num_decodes: int
@@ -44,12 +44,12 @@ def build_layout(sequences: Sequence[SequenceRows], block_size: int, device: tor
 
 
 def static_layout(rows: int, num_blocks: int, device: torch.device) -> AttentionLayout:
-    """Room for a decode step of `rows` rows whose block tables have `num_blocks` blocks together; empty."""
+    """Return an empty layout for decode steps of up to `rows` rows and `num_blocks` blocks in all block tables."""
     return AttentionLayout(upload(_packed(_padding(0, rows), [0] * num_blocks), device), rows, 0)
 
 
 def refill(layout: AttentionLayout, sequences: Sequence[SequenceRows], block_size: int) -> bool:
-    """Make `layout`, from `static_layout`, describe a step in its place; False, and no change, if that does not fit."""
+    """Overwrite `layout`, made by `static_layout`, with a step. Returns False without a change if it does not fit."""
     decodes, prefills, tables = _tiles(sequences, block_size)
     if prefills or len(decodes) > layout.num_decodes or len(tables) > len(layout.tables):
         return False
@@ -74,7 +74,7 @@ def _tiles(sequences: Sequence[SequenceRows], block_size: int) -> tuple[list[Til
 
 
 def _padding(start: int, end: int) -> list[Tile]:
-    """Rows beyond the step: what they compute is nobody's, but the layers after attention read it."""
+    """Return tiles for rows beyond the step. Their results are unused, but later layers read them."""
     return [(row, 1, 0, 0) for row in range(start, end)]
 
 

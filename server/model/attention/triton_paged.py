@@ -1,12 +1,13 @@
-"""Attention over the paged KV cache in Triton, for CUDA; it needs nothing but Triton.
+"""Attention over the paged KV cache in Triton, for CUDA. It has no other dependencies.
 
-One program takes one tile of one sequence's new tokens and one key head, with all query heads that share it. Prefill
-tiles walk their keys alone. Decode tiles share out long contexts among `SPLITS` programs, and a second kernel merges
-their parts in order (split keys as in Flash-Decoding; online softmax as in FlashAttention). How a context is split
-depends on its length alone, so a row's result does not depend on its batch. Keys past a sequence's end are not read.
+One program computes one tile of one sequence's new tokens and one key head, with all query heads that share it. A
+prefill tile reads its keys in one program. Decode tiles divide long contexts among `SPLITS` programs, and a second
+kernel reduces the partial results in order (split keys as in Flash-Decoding; online softmax as in FlashAttention). The
+split depends on the context length alone, so a row's result does not depend on its batch. Keys past a sequence's end
+are not read.
 
-Grids depend on the layout's capacities only: a captured graph serves any decode step that fits its layout. Tile sizes
-are chosen by arithmetic and are not yet measured on a GPU.
+Grids depend on the layout's capacities only, so a captured graph can run any decode step that fits its layout. Tile
+sizes are calculated and not yet measured on a GPU.
 """
 
 import math
@@ -21,8 +22,8 @@ from server.model.batch import ForwardBatch
 from server.model.kv_cache import KVCache
 
 SPLITS = 16
-MIN_SPLIT = 256  # keys: less is not worth a program of its own
-MIN_ROWS = 16  # of a tile, the least that tensor cores multiply
+MIN_SPLIT = 256  # keys; fewer do not justify a separate program
+MIN_ROWS = 16  # of a tile: the minimum for tensor cores
 
 
 @triton.jit
@@ -85,7 +86,7 @@ def _attend(
         seen = inside[None, :] & (n[None, :] <= q_position[:, None])
         if WINDOW > 0:
             seen &= n[None, :] > q_position[:, None] - WINDOW
-        scores = tl.where(seen, scores * 1.4426950408889634, float("-inf"))  # log2(e): exp2 is the cheaper one
+        scores = tl.where(seen, scores * 1.4426950408889634, float("-inf"))  # log2(e), because exp2 is cheaper than exp
         new_highest = tl.maximum(highest, tl.max(scores, 1))
         level = tl.where(new_highest == float("-inf"), 0.0, new_highest)  # a row may see no key of this block
         weights = tl.exp2(scores - level[:, None])
@@ -106,7 +107,7 @@ def _attend(
 
 
 @triton.jit
-def _merge(
+def _reduce_splits(
     tiles, out, maxima, sums, parts,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, NUM_SPLITS: tl.constexpr,
 ):  # fmt: skip
@@ -115,7 +116,7 @@ def _merge(
     part = (tile * HEADS + head) * NUM_SPLITS + split
     highest, total = tl.load(maxima + part), tl.load(sums + part)
     weights = tl.exp2(highest - tl.max(highest, 0))
-    # A split without keys has sum 0. NaN is not 0: it is merged, and shows.
+    # A split without keys has sum 0. NaN is not 0, so it is reduced and remains visible.
     used = (total != 0)[:, None] & (d < HEAD_DIM)[None, :]
     acc = tl.load(parts + part.to(tl.int64)[:, None] * HEAD_DIM + d[None, :], mask=used, other=0.0)
     merged = tl.sum(acc * weights[:, None], 0) / tl.sum(total * weights, 0)
@@ -134,10 +135,10 @@ def paged_attention(
     window: int | None,
     softcap: float | None,
 ) -> torch.Tensor:
-    """As `paged.paged_attention`: write the step's keys and values, attend through the block tables.
+    """Implement `paged.paged_attention`: write the step's keys and values, attend through the block tables.
 
     query `[heads, rows, head_dim]`, key and value `[kv_heads, rows, head_dim]`, each dense in its last dimension;
-    returns `[rows, heads, head_dim]`. Rows whose slot is -1 are attended for but not written.
+    returns `[rows, heads, head_dim]`. Rows whose slot is -1 are computed but their keys and values are not stored.
     """
     if batch.attention_plan is None:
         batch.attention_plan = build_layout(batch.sequences, cache.block_size, query.device)
@@ -168,7 +169,7 @@ def paged_attention(
             query, keys, values, layout.decode_tiles, layout.tables, out, maxima, sums, parts, *strides,
             ROWS=_tile_rows(heads // kv_heads), NUM_SPLITS=SPLITS, **shape,
         )  # fmt: skip
-        _merge[(layout.num_decodes, heads)](
+        _reduce_splits[(layout.num_decodes, heads)](
             layout.decode_tiles, out, maxima, sums, parts,
             HEADS=heads, HEAD_DIM=head_dim, BLOCK_D=block_d, NUM_SPLITS=SPLITS,
         )  # fmt: skip

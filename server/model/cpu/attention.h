@@ -13,7 +13,7 @@
 namespace {
 
 struct Work {  // rows [row, row + rows) are neighbours of one sequence; the first of them sees `context` keys
-    int64_t row, rows, context, table;  // where its block table begins in the list of all
+    int64_t row, rows, context, table;  // table: start of its block table in the list of all
 };
 
 struct Shape {
@@ -22,7 +22,7 @@ struct Shape {
 };
 
 constexpr int QUERIES = 8;
-constexpr int KEYS = 64;  // whose scores are taken at once: positions [i * KEYS, (i + 1) * KEYS), whatever the query
+constexpr int KEYS = 64;  // scored at once: positions [i * KEYS, (i + 1) * KEYS) for every query
 
 template <typename T>
 struct Queries {  // of one sequence, that share a key head; query i sees keys [first(i), last[i])
@@ -33,7 +33,7 @@ struct Queries {  // of one sequence, that share a key head; query i sees keys [
     int64_t first(int i) const { return window ? std::max<int64_t>(0, last[i] - window) : 0; }
 };
 
-// The keys of one pass: lane j is position start + j; lanes [from, to) are seen by a query at least
+// The keys of one pass: lane j is position start + j; at least one query sees lanes [from, to)
 template <typename T>
 struct Pass {
     int64_t start, from, to;
@@ -81,7 +81,7 @@ struct Scorer {
 
 #ifdef __AMX_BF16__
 template <int N>
-struct TileScorer {  // the same by the matrix unit, sixteen neighbouring keys a tile
+struct TileScorer {  // the same with the matrix unit, sixteen neighboring keys per tile
     static bool suits(const Shape& s) { return s.dim % TILE_DEPTH == 0 && s.block_size % TILE_ROWS == 0; }
     static int64_t room(const Shape& s) { return N * s.dim / 2; }
 
@@ -115,13 +115,13 @@ struct TileScorer {  // the same by the matrix unit, sixteen neighbouring keys a
 };
 #endif
 
-// scores become weights, of which `totals` are the sums so far, lane by lane; returns by how much what was summed up
-// before has to be multiplied (the online softmax)
+// turns scores into weights and adds them to `totals`, lane by lane; returns the factor for all earlier sums (the online
+// softmax)
 inline float softmax_pass(float* scores, vec& totals, float& largest) {
     vec top = all(largest);
     for (int j = 0; j < KEYS; j += W) {
         vec v = load(scores + j);
-        top = v > top ? v : top;  // a NaN comes through by its weight
+        top = v > top ? v : top;  // a NaN propagates through its weight
     }
     float lanes[W], highest = largest;
     store(lanes, top, W);
@@ -139,7 +139,7 @@ inline float softmax_pass(float* scores, vec& totals, float& largest) {
 }
 
 // sums [N][dim] times corrections, and the values of lanes [from, to) times weights [N][KEYS], for P registers of
-// outputs from d on. A key that is not seen, if not all of them are, may hold anything.
+// outputs from d on. Unless all keys are seen, an unseen key may contain anything.
 template <typename T, int N, int P>
 void add_values(float* sums, const float* corrections, const float* weights, const Pass<T>& pass, bool all_seen,
                 int64_t dim, int64_t d) {
@@ -165,7 +165,7 @@ template <typename T, int N, typename Scores>
 void attend(const Queries<T>& queries, const T* keys, const T* values, const int64_t* table, int64_t kv_head,
             const Shape& s) {
     static thread_local std::vector<float> scratch;
-    constexpr int P = W == 16 ? (N <= 4 ? 4 : 2) : (N <= 2 ? 4 : N <= 4 ? 2 : 1);  // as many as there are registers for
+    constexpr int P = W == 16 ? (N <= 4 ? 4 : 2) : (N <= 2 ? 4 : N <= 4 ? 2 : 1);  // limited by the number of registers
     int64_t dim = s.dim, end = 0, begin = queries.last[0];
     scratch.resize(size_t(N * (dim + KEYS) + Scores::room(s)));
     float *sums = scratch.data(), *scores = sums + N * dim, corrections[N], largest[N];
@@ -229,7 +229,7 @@ void attend(const Queries<T>& queries, int count, const T* keys, const T* values
     }
 }
 
-// The next two share their work out among the threads of the parallel region that calls them.
+// The next two divide their work among the threads of the calling parallel region.
 template <typename T>
 void attention(T* out, const T* q, int64_t q_row, int64_t q_head, const T* keys, const T* values, const Work* work,
                int64_t num_work, const int64_t* tables, const Shape& s) {

@@ -1,4 +1,4 @@
-"""Paged attention on a CPU that reads keys and values where they are, prefill and decode in one call."""
+"""Paged attention on a CPU, which reads keys and values in place; prefill and decode in one call."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,13 +10,13 @@ from server.model.batch import ForwardBatch, SequenceRows
 from server.model.cpu.library import function
 from server.model.kv_cache import KVCache
 
-_ROWS = 8  # of a prefill that one work item takes: enough items for all threads
+_ROWS = 8  # of a prefill per work item; small enough to give all threads work
 
 
 @dataclass(slots=True)
 class NativePlan:
-    """`work` `[items, 4]` int64: (first row, rows, keys that the first row sees, start of the sequence's block table in
-    `tables`). `step` is what decoder_layer.py keeps."""
+    """The attention work of one step. `work` `[items, 4]` int64: (first row, rows, keys that the first row sees, start
+    of the sequence's block table in `tables`). `step` belongs to decoder_layer.py."""
 
     work: torch.Tensor
     tables: torch.Tensor
@@ -24,7 +24,7 @@ class NativePlan:
 
 
 def plan(batch: ForwardBatch) -> NativePlan:
-    """Made once per step, with the first layer."""
+    """Return the plan of a step, created in the first layer and reused by the others."""
     if batch.attention_plan is None:
         items: list[tuple[int, int, int, int]] = []
         tables: list[int] = []
@@ -57,7 +57,7 @@ def paged_attention(
     window: int | None,
     softcap: float | None,
 ) -> torch.Tensor:
-    """As `server.model.attention.paged.paged_attention`."""
+    """Implement `server.model.attention.paged.paged_attention`."""
     cache.write(layer, key.transpose(0, 1), value.transpose(0, 1), batch.slot_mapping)
     query = query.transpose(0, 1)
     if query.stride(2) != 1:

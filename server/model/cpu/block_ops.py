@@ -1,4 +1,4 @@
-"""`server.model.fusion.BlockOps` in C++."""
+"""C++ implementation of `server.model.fusion.BlockOps`."""
 
 import torch
 from torch import nn
@@ -12,7 +12,7 @@ from server.model.llama_layer import LayerParts
 
 
 class NativeBlockOps:
-    """For one dtype. Tensors are contiguous but for the strides that are named."""
+    """Block operations for one dtype. Tensors are contiguous except for the strides that are passed."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self._dtype = dtype

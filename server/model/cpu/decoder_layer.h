@@ -1,4 +1,4 @@
-// A whole decoder layer of Llama's structure, adapters' A and B included.
+// A whole decoder layer of Llama's structure, including the A and B of adapters.
 #pragma once
 #include <vector>
 
@@ -8,7 +8,7 @@
 
 namespace {
 
-// adapters/kernels/lora_cpu.cpp, of which this library knows the addresses only
+// functions of adapters/kernels/lora_cpu.cpp, called by address
 struct LoRA {
     void* (*prepare)(void* y, int64_t ldy, const void* x, int64_t ldx, const void* a, const void* b, int64_t in,
                      int64_t columns, const int64_t* sizes, int64_t linears, const void* segments, const float* scales,
@@ -17,10 +17,10 @@ struct LoRA {
     void (*expand)(void* call);
 };
 
-struct Linears {  // siblings over one input, stacked, and the rank columns that adapters have in them
+struct Linears {  // stacked siblings over one input, with the rank columns of adapters
     const bf16 *packed, *bias;
     int64_t in, out;
-    const void *a, *b;  // a: null where no adapter of the step has anything
+    const void *a, *b;  // a: null if no adapter of the step changes these linears
     int64_t columns, siblings, sizes[3];
 };
 
@@ -39,14 +39,14 @@ struct Step {
     int64_t num_work;
     const int64_t* tables;
     int64_t block_size;
-    LoRA lora;  // null without adapters, and the next three with it
+    LoRA lora;  // null without adapters, as are the next three
     const void* segments;
     const float* scales;
     int64_t num_segments;
     int threads;
 };
 
-// The adapters' A are read beside the base's weights: the threads wait for each other once more, and not twice.
+// The adapters' A are read together with the base weights, which costs one more barrier instead of two.
 void apply(bf16* y, const bf16* x, const Linears& l, const Step& s) {
     void* lora = nullptr;
     if (s.lora.prepare && l.a)
@@ -70,7 +70,7 @@ void add(bf16* to, const bf16* a, const bf16* b, int64_t rows, int64_t size, int
         }
 }
 
-// Every operation as it is by itself, so that the bits are those of the modules one after the other.
+// Every operation is computed as by the separate modules, so that the results are bit-identical.
 void decoder_layer(bf16* to, const bf16* hidden, bf16* keys, bf16* values, const Layer& l, const Step& s) {
     static thread_local std::vector<bf16> scratch;
     int64_t rows = s.rows, size = l.qkv.in, attended = l.o.in, inner = l.down.in;

@@ -1,8 +1,8 @@
-"""A whole decoder layer of Llama's structure in one call of C++ (decoder_layer.h), where nothing but the A and B of
-adapters changes what its linears say.
+"""A whole decoder layer of Llama's structure in one C++ call (decoder_layer.h), used if only LoRA A and B change the
+outputs of its linears.
 
-By modules, a layer is a hundred Python calls, which take as long as the arithmetic of a step with one row. The bits are
-the same either way.
+By modules, a layer takes a hundred Python calls, which take as long as the arithmetic of a step with one row. Both ways
+are bit-identical.
 """
 
 import ctypes
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from adapters.kernels.cpu import NativeKernel
 from adapters.kernels.cpu import NativePlan as LoRAPlan
-from adapters.runtime.layers import LoRAGroup, OverlayHook
+from adapters.runtime.layers import LoRAGroup, ModuleOverrideHook
 from adapters.runtime.stacked_linear import StackedLinear
 from server.model.batch import ForwardBatch
 from server.model.cpu import attention
@@ -42,7 +42,7 @@ class _Layer(ctypes.Structure):
     ]  # fmt: skip
 
     def linears(self) -> list[_Linears]:
-        """In the order of `LayerParts.groups`."""
+        """Return the linears in the order of `LayerParts.groups`."""
         return [self.qkv, self.o, self.gate_up, self.down]
 
 
@@ -55,7 +55,7 @@ class _Step(ctypes.Structure):
 
 
 class NativeLayer:
-    """One layer of a bf16 model; `layer` holds all of `parts`."""
+    """One layer of a bf16 model; `layer` contains all of `parts`."""
 
     def __init__(self, layer: nn.Module, parts: LayerParts) -> None:
         self._inner = [module for module in layer.modules() if module is not layer]
@@ -65,21 +65,21 @@ class NativeLayer:
         self._bases: list[nn.Module | None] = []
         self._hooks: list[dict[int, Callable[..., Any]]] = []
         self._described: _Layer | None = None
-        self._modules: frozenset[str] | None = None  # with A and B, as `_described` has it
+        self._modules: frozenset[str] | None = None  # modules with A and B in `_described`
 
     def is_whole(self) -> bool:
-        """Whether this step can compute the layer in one piece: every linear is ours, adapters have nothing but A and
-        B, and nobody listens in between."""
+        """Return whether this step can compute the layer in one call: every linear is native, adapters have only A and
+        B, and no hook is active in between."""
         bases = [group._modules["base"] for group in self._parts.groups]
-        if bases != self._bases:  # for the first time, or an adapter was merged, or taken out
+        if bases != self._bases:  # first call, or an adapter was merged or unmerged
             self._bases, self._described, self._hooks = bases, self._description(), self._all_hooks(bases)
             self._modules = None
         if self._described is None or not self._plan.is_lora_alone():
             return False
-        return not any(self._hooks) or self._hears_nothing()
+        return not any(self._hooks) or self._hooks_are_idle()
 
     def __call__(self, hidden: Tensor, cos: Tensor, sin: Tensor, batch: ForwardBatch, cache: KVCache) -> Tensor:
-        assert self._described is not None, "is_whole() said so"
+        assert self._described is not None, "is_whole() must have returned True"
         keys, values = cache.keys[self._parts.index], cache.values[self._parts.index]
         if self._plan.active and self._plan.modules is not self._modules:
             self._choose_adapted(self._described)
@@ -102,7 +102,7 @@ class NativeLayer:
         return _Layer(*linears, *weights, *epsilons, parts.scale, kv_heads, parts.head_dim, parts.window or 0)
 
     def _choose_adapted(self, described: _Layer) -> None:
-        """Have the linears that no adapter of the step touches computed without any."""
+        """Compute linears without adapters if no adapter of the step changes them."""
         self._modules = self._plan.modules
         for linears, group in zip(described.linears(), self._parts.groups, strict=True):
             linears.a = group.columns.a.data_ptr() if self._plan.touches(group.names) else None
@@ -112,14 +112,14 @@ class NativeLayer:
         modules = [*self._inner, *bases, *(member for stack in stacks for member in stack.members)]
         return [hooks for module in modules if module for hooks in (module._forward_hooks, module._forward_pre_hooks)]
 
-    def _hears_nothing(self) -> bool:
-        """Overlays, whose hooks stay, do nothing in a step without any."""
-        heard = (hook for hooks in self._hooks for hook in hooks.values())
-        return all(isinstance(getattr(hook, "__self__", None), OverlayHook) for hook in heard)
+    def _hooks_are_idle(self) -> bool:
+        """Return whether all hooks are those of module overrides, which stay registered and are idle in this step."""
+        hooks = (hook for hooks in self._hooks for hook in hooks.values())
+        return all(isinstance(getattr(hook, "__self__", None), ModuleOverrideHook) for hook in hooks)
 
     def _step(self, batch: ForwardBatch, cos: Tensor, sin: Tensor, block_size: int) -> _Step:
-        """Made in the first layer, read by the others."""
-        own, lora = attention.plan(batch), self._plan.plan if self._plan.active else None
+        """Return the description of the step, created in the first layer and reused by the others."""
+        own, lora = attention.plan(batch), self._plan.kernel_plan if self._plan.active else None
         if own.step is None or own.step[0] is not lora or own.step[1] is not cos:
             own.step = lora, cos, self._described_step(batch, own, lora, cos, sin, block_size)
         step: _Step = own.step[2]
@@ -143,7 +143,7 @@ class NativeLayer:
 
 
 def _linears(group: LoRAGroup) -> _Linears | None:
-    """None when the base is not computed by `NativeLinear`."""
+    """Describe the linears of a group; None if its base is not a `NativeLinear`."""
     inner = group.base.inner if isinstance(group.base, StackedLinear) else group.base
     if type(inner) is not NativeLinear:
         return None

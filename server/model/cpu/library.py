@@ -1,4 +1,4 @@
-"""ops.cpp, compiled and declared."""
+"""The compiled functions of ops.cpp with their signatures."""
 
 import ctypes
 from functools import cache
@@ -19,7 +19,7 @@ _SIGNATURES: dict[str, list[Any]] = {
     "linear": [_POINTER, _SIZE, _POINTER, _SIZE, _POINTER, _POINTER, _SIZE, _SIZE, _SIZE, _INT],
     "silu_mul": [_POINTER, _POINTER, _SIZE, _SIZE, _INT],
     "rms_norm": [*[_POINTER] * 3, *[_SIZE] * 2, _FLOAT, _INT],
-    "likeliest": [*[_POINTER] * 2, *[_SIZE] * 2, _INT],
+    "argmax": [*[_POINTER] * 2, *[_SIZE] * 2, _INT],
     "attention": [
         *[_POINTER] * 2, *[_SIZE] * 2, *[_POINTER] * 3, _SIZE, _POINTER, *[_SIZE] * 5, *[_FLOAT] * 2, _INT,
     ],
@@ -32,15 +32,15 @@ _SIGNATURES: dict[str, list[Any]] = {
 
 @cache
 def function(name: str, dtype: torch.dtype) -> "ctypes._NamedFuncPointer":
-    """The function of ops.cpp for `dtype`. Raises `NativeUnavailable`."""
+    """Return the function of ops.cpp for `dtype`. Raises `NativeUnavailable`."""
     return declared(load(SOURCE), f"{name}_{SUFFIXES[dtype]}", _SIGNATURES[name])
 
 
 @cache
 def why_unavailable(dtype: torch.dtype) -> str | None:
-    """The reason why there are no functions for `dtype`; None when there are."""
+    """Return the reason why there are no native functions for `dtype`; None if there are."""
     if dtype not in SUFFIXES:
-        return f"there are none for {dtype}"
+        return f"there are no native functions for {dtype}"
     try:
         load(SOURCE)
     except NativeUnavailable as unavailable:
@@ -49,7 +49,7 @@ def why_unavailable(dtype: torch.dtype) -> str | None:
 
 
 def thread_ids(threads: int) -> list[int]:
-    """The kernel's ids of the threads that compute for the calling one. Raises `NativeUnavailable`."""
+    """Return the kernel's ids of the threads of the caller's OpenMP team. Raises `NativeUnavailable`."""
     ids = (_SIZE * threads)()
     declared(load(SOURCE), "thread_ids", [_POINTER, _INT])(ids, threads)
     return list(ids)

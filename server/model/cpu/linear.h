@@ -1,5 +1,5 @@
-// bf16 linears: by the matrix unit, by dot products of bf16, or with weights widened in registers, whichever the
-// processor has.
+// bf16 linears: with the matrix unit, with bf16 dot products, or with weights widened in registers, depending on the
+// processor.
 #pragma once
 #include <algorithm>
 #include <vector>
@@ -12,7 +12,7 @@
 namespace {
 
 constexpr int PANEL = 32;  // outputs whose weights lie together: packed [out / 32][in / 2][32][2], padded with zeros
-constexpr int DEPTH = 32;  // of which `in` is padded to a multiple
+constexpr int DEPTH = 32;  // `in` is padded to a multiple of this
 constexpr int ROWS = 6;
 
 inline int64_t padded(int64_t in) { return (in + DEPTH - 1) / DEPTH * DEPTH; }

@@ -1,16 +1,16 @@
-"""bf16 linears in C++ (linear.h), with their weights in the layout that they are computed in."""
+"""bf16 linears in C++ (linear.h), with weights stored in the kernel's layout."""
 
 import torch
 from torch import nn
 
 from server.model.cpu.library import function
 
-_TILE = 32  # to a multiple of which inputs and outputs are padded (linear.h)
+_TILE = 32  # inputs and outputs are padded to a multiple of this (linear.h)
 
 
 class NativeLinear(nn.Module):
-    """Takes the place of an `nn.Linear` in bf16, whose own copy of the weight is let go. Sums are fp32, in one order
-    whatever the batch, and rounded once."""
+    """Replaces a bf16 `nn.Linear` and does not keep its weight tensor. Sums are fp32, rounded once, in an order that
+    does not depend on the batch."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -23,7 +23,7 @@ class NativeLinear(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The weight `[out_features, in_features]`, unpacked into a copy, bit for bit."""
+        """An exact, unpacked copy of the weight `[out_features, in_features]`."""
         weight = torch.empty(self.out_features, self.in_features, dtype=torch.bfloat16)
         self._move(weight, unpack=True)
         return weight

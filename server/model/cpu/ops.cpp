@@ -1,4 +1,4 @@
-// What a decoder block does on a CPU, as Python calls it; what is behind each is in the header of its name.
+// The operations of a decoder block on a CPU, as Python calls them; each is implemented in the header of its name.
 //
 // Plain C interface. Arithmetic is fp32 throughout and results are rounded once. No sum depends on how many rows or
 // sequences are in the batch, or on the number of threads.
@@ -10,7 +10,7 @@
 
 extern "C" {
 
-// the kernel's ids of the threads that a parallel region of this size is computed by
+// the kernel's ids of the threads that run a parallel region of this size
 void thread_ids(int64_t* ids, int threads) {
 #pragma omp parallel num_threads(threads)
     ids[omp_get_thread_num()] = syscall(SYS_gettid);
@@ -34,7 +34,7 @@ void linear_bf16(void* y, int64_t ldy, const void* x, int64_t ldx, const void* p
     linear((bf16*)y, ldy, inputs, (const bf16*)packed, (const bf16*)bias, out);
 }
 
-// What the layer makes of hidden [rows, size]: `to`, of the same shape. keys and values are its part of the cache.
+// Writes the layer's output for hidden [rows, size] to `to`, of the same shape. keys and values are its cache.
 void decoder_layer_bf16(void* to, const void* hidden, void* keys, void* values, const Layer* layer, const Step* step) {
     decoder_layer((bf16*)to, (const bf16*)hidden, (bf16*)keys, (bf16*)values, *layer, *step);
 }
@@ -50,8 +50,8 @@ void decoder_layer_bf16(void* to, const void* hidden, void* keys, void* values, 
         rms_norm((T*)y, (const T*)x, (const T*)weight, rows, dim, eps, threads);                                       \
     }                                                                                                                  \
     /* out [rows] from x [rows, size] */                                                                               \
-    void likeliest_##SUFFIX(int64_t* out, const void* x, int64_t rows, int64_t size, int threads) {                    \
-        likeliest(out, (const T*)x, rows, size, threads);                                                              \
+    void argmax_##SUFFIX(int64_t* out, const void* x, int64_t rows, int64_t size, int threads) {                    \
+        argmax(out, (const T*)x, rows, size, threads);                                                              \
     }                                                                                                                  \
     /* out [rows, heads, dim]; a head of a query is at q + row * q_row + head * q_head */                              \
     void attention_##SUFFIX(void* out, const void* q, int64_t q_row, int64_t q_head, const void* keys,                 \

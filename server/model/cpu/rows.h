@@ -1,4 +1,4 @@
-// What is done to each row by itself: SiLU·mul, norms, rotary embedding.
+// Operations on single rows: SiLU·mul, norms, rotary embedding, argmax.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -32,7 +32,7 @@ void rotate(T* head, const T* cos, const T* sin, int64_t half) {
 }
 
 // The sum in the order of torch's reduction over one contiguous dimension (ATen's SumKernel.cpp: four chains of eight
-// lanes, folded after every 16, 256 and 4096 additions). A norm then has the very bits of the model's own, and a tie of
+// lanes, folded after every 16, 256 and 4096 additions). A norm is then bit-identical to the model's own, and a tie of
 // two tokens is decided the same way.
 float sum_as_torch(const float* x, int64_t size) {
     typedef float octet __attribute__((vector_size(32)));
@@ -102,9 +102,9 @@ void rms_norm(T* y, const T* x, const T* weight, int64_t rows, int64_t dim, floa
     }
 }
 
-// The first of the largest numbers; -1 when one is not finite. The place is looked for in one block only.
+// The index of the first of the largest numbers; -1 if one is not finite. Only one block is searched for the index.
 template <typename T>
-int64_t likeliest_of(const T* x, int64_t size) {
+int64_t argmax_row(const T* x, int64_t size) {
     constexpr int64_t BLOCK = 64 * W;
     float best = -INFINITY;
     int64_t from = 0;
@@ -133,9 +133,9 @@ int64_t likeliest_of(const T* x, int64_t size) {
 }
 
 template <typename T>
-void likeliest(int64_t* out, const T* x, int64_t rows, int64_t size, int threads) {
+void argmax(int64_t* out, const T* x, int64_t rows, int64_t size, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (rows > 1)
-    for (int64_t row = 0; row < rows; row++) out[row] = likeliest_of(x + row * size, size);
+    for (int64_t row = 0; row < rows; row++) out[row] = argmax_row(x + row * size, size);
 }
 
 }  // namespace

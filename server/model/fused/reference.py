@@ -1,4 +1,4 @@
-"""The specification: every implementation is tested against this. Here `delta` is a tensor like the input, or 0."""
+"""The specification, against which every implementation is tested. Here `delta` is a tensor like the input, or 0."""
 
 import torch
 from torch import Tensor

@@ -1,11 +1,11 @@
 """The fused functions in Triton, for CUDA. See the contract in this package's docstring.
 
-One program takes a row (norms), a row and a piece of it (SiLU), or a row and a head (RoPE). With adapters, the expand
-of the LoRA product happens where its consumer reads the linear's output: the row's `v` is loaded, each of its rank
-columns reads a piece of B, and the sum is never written. That is made for decode, where B is read for few rows.
+One program computes a row (norms), a piece of a row (SiLU), or a head of a row (RoPE). With adapters, the expand of the
+LoRA product happens where its consumer reads the linear's output: the row's `v` is loaded, each of its rank columns
+reads a piece of B, and the sum is never written. This is designed for decode, where B is read for few rows.
 
-Piece sizes are chosen by arithmetic and are not yet measured on a GPU. The server uses none of the variants with a
-delta: each has to measure faster than the expand kernel first (load_tests/gpu).
+Piece sizes are calculated and not yet measured on a GPU. The server does not use the variants with a delta: each must
+first measure faster than the expand kernel (load_tests/gpu).
 """
 
 from typing import Any
@@ -26,7 +26,7 @@ def row_delta(
     v, b, lora_rows, blocks, num_rows, num_blocks, row, linear, N, n, mask,
     PARTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """What the adapters of `row` add to the outputs `n` of a linear with N of them; `b` is that linear's own."""
+    """Return the adapters' contribution to outputs `n` of `row`, for a linear with N outputs and B at `b`."""
     inside = row < num_rows
     own = lora_rows + row * 3
     tile_row = tl.load(own, mask=inside, other=0)
@@ -200,7 +200,7 @@ def rope_kv_write(
 
 
 def _lora(delta: Delta | None, unused: torch.Tensor, step: int = 16) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What every kernel takes of a delta; without one, anything that is a tensor or a number."""
+    """Return the kernel arguments of a delta; placeholders if there is none."""
     if delta is None:
         return (unused, unused, unused, unused, 0, 0, 0), {
             "LORA": False,

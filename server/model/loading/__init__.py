@@ -1,1 +1,1 @@
-"""From a folder, a hub id or a GGUF file to a model that is known to be served exactly."""
+"""Loading of the base model from a folder, a hub id or a GGUF file, and the checks that it is served exactly."""

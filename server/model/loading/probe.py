@@ -1,7 +1,7 @@
-"""What a freshly loaded model shows of itself when a short prompt runs through it.
+"""Probing of a loaded model with a short prompt.
 
-Nothing here goes by a model's name: the shapes of its KV cache, which linears see every token, and whether the paged
-attention gives the logits of the stock one are all observed. A model that does not pass is refused at start.
+Nothing depends on a model's name: the shapes of its KV cache, the linears that see every token, and whether the paged
+attention reproduces the logits of the stock one are all observed. A model that fails is refused at startup.
 """
 
 import logging
@@ -34,7 +34,7 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 3e-2}
 
 @dataclass(slots=True)
 class Observation:
-    """`kv[layer]` is (heads, head_dim), `windows[layer]` the sliding window that the layer asked for."""
+    """Observations of one forward pass: `kv[layer]` is (heads, head_dim), `windows[layer]` the layer's window."""
 
     kv: dict[int, tuple[int, int]] = field(default_factory=dict)
     windows: dict[int, int | None] = field(default_factory=dict)
@@ -42,20 +42,22 @@ class Observation:
     inputs: dict[str, list[torch.Tensor]] = field(default_factory=dict)  # by module: first argument of each call
 
     def plain_windows(self) -> dict[int, int | None]:
-        """Of the layers without a soft cap on their scores."""
+        """Return the windows of the layers without a soft cap on their scores."""
         return {layer: window for layer, window in self.windows.items() if self.softcaps[layer] is None}
 
 
 def probe(loaded: LoadedModel, max_rank: int) -> tuple[CacheShape, ModelSpec]:
-    """Shape of the model's KV cache, and what it offers to adapters. Raises `ModelRefused`.
+    """Return the shape of the model's KV cache, and its adaptable modules. Raises `ModelRefused`.
 
-    Adaptable is a module that sees exactly the step's rows (or, the head, the sampled rows) in one call: only then do
-    the segments of the step describe its input.
+    A module is adaptable if it receives exactly the step's rows (the head: the sampled rows) in one call, because only
+    then do the segments of the step describe its input.
     """
     seen = _observe(loaded)
     _check_windows(loaded.config, seen)
     if sorted(seen.kv) != list(range(len(seen.kv))) or not seen.kv:
-        raise ModelRefused("its attention layers do not go through transformers' attention interface")
+        raise ModelRefused(
+            "its attention layers do not use transformers' attention interface, which the paged attention needs"
+        )
     shape = CacheShape(tuple(seen.kv[layer] for layer in range(len(seen.kv))), loaded.dtype, seen.plain_windows())
     return shape, _spec(loaded, seen, max_rank)
 
@@ -83,9 +85,9 @@ def _spec(loaded: LoadedModel, seen: Observation, max_rank: int) -> ModelSpec:
 
 
 def _siblings(seen: Observation, linears: Collection[str]) -> tuple[tuple[str, ...], ...]:
-    """Linears of one parent that were given the same tensor, in the order of their calls."""
+    """Return groups of linears of one parent that received the same tensor, in the order of their calls."""
     groups: dict[tuple[str, int], list[str]] = {}
-    for name, calls in seen.inputs.items():  # `seen` keeps the tensors, so their ids are theirs alone
+    for name, calls in seen.inputs.items():  # `seen` keeps the tensors alive, so their ids are unique
         if name in linears:
             groups.setdefault((name.rpartition(".")[0], id(calls[0])), []).append(name)
     return tuple(tuple(names) for names in groups.values() if 1 < len(names) <= MAX_SIBLINGS)
@@ -96,7 +98,7 @@ def _has_rows(size: torch.Size, rows: int) -> bool:
 
 
 def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Without quantised weights: PEFT has no meaning for a copy of one."""
+    """Return the shapes of a module's own parameters, without quantized weights, of which PEFT stores no copies."""
     parameters = module.named_parameters(recurse=False)
     return {name: tuple(parameter.shape) for name, parameter in parameters if parameter.is_floating_point()}
 
@@ -115,7 +117,7 @@ def _observe(loaded: LoadedModel) -> Observation:
         module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **options: Any
     ) -> tuple[torch.Tensor, None]:
         if key.shape != value.shape:
-            raise ModelRefused("its keys and values differ in shape")
+            raise ModelRefused("its keys and values differ in shape, which the KV cache does not support")
         layer = int(module.layer_idx)  # type: ignore[arg-type]
         seen.kv[layer] = (key.shape[1], key.shape[3])
         seen.windows[layer] = options.get("sliding_window")
@@ -148,7 +150,7 @@ def _forward(loaded: LoadedModel, implementation: str, **options: Any) -> torch.
 
 
 def _check_windows(config: Any, seen: Observation) -> None:
-    """A layer that should slide must say so to the attention function, or its window would be lost in silence."""
+    """Raise `ModelRefused` if a sliding layer does not pass its window to the attention function."""
     layer_types = getattr(config, "layer_types", None)
     if layer_types:
         sliding = [layer for layer, kind in enumerate(layer_types) if kind == "sliding_attention"]
@@ -163,9 +165,10 @@ def _check_windows(config: Any, seen: Observation) -> None:
 
 @torch.inference_mode()
 def check(loaded: LoadedModel, shape: CacheShape, block_size: int) -> torch.Tensor:
-    """Compare the paged attention with the stock one, and leave the model on it: its logits. Raises `ModelRefused`.
+    """Compare the paged attention with the stock one; return its logits and leave the model on it. Raises
+    `ModelRefused`.
 
-    The linears may be wrapped, and where ours are faster than torch's should be."""
+    Call it after the linears are wrapped and packed, so that the comparison covers them."""
     expected = _forward(loaded, "eager").float()
     paged = _paged_logits(loaded, shape, block_size).float()
     rows = [sum(PROBE_CHUNKS[: n + 1]) - 1 for n in range(len(PROBE_CHUNKS))]
@@ -179,7 +182,7 @@ def check(loaded: LoadedModel, shape: CacheShape, block_size: int) -> torch.Tens
 
 
 def relative_error(logits: torch.Tensor, expected: torch.Tensor) -> float:
-    """RMS of the difference in units of the spread of `expected`; NaN where either is not finite."""
+    """Return the RMS difference relative to the spread of `expected`; NaN if either is not finite."""
     return float((logits - expected).square().mean().sqrt() / expected.std().clamp(min=1e-6))
 
 
@@ -187,25 +190,25 @@ def relative_error(logits: torch.Tensor, expected: torch.Tensor) -> float:
 def fuse_checked(
     loaded: LoadedModel, shape: CacheShape, block_size: int, ops: BlockOps | None, before: torch.Tensor
 ) -> int:
-    """Fuse the blocks of the model, whose linears are wrapped, unless that changes what it says, which was `before`;
-    how many modules."""
+    """Fuse the blocks of the model, whose linears must be wrapped, unless that changes its logits `before`. Returns the
+    number of fused modules."""
     if ops is None:
         return 0
     fused, undo = fuse(loaded.model, ops, shape.windows)
     try:
         error = relative_error(_paged_logits(loaded, shape, block_size).float(), before)
-    except (AssertionError, RuntimeError, TypeError):  # a block of this structure that is called in another way
-        log.exception("the fused blocks do not run")
+    except (AssertionError, RuntimeError, TypeError):  # such a block is called in an unexpected way
+        log.exception("the fused blocks cannot run")
         error = math.nan
     if error < TOLERANCE[loaded.dtype]:
         return fused
-    log.warning("the model runs without fused blocks: they differ by %.2g of the logits' spread", error)
+    log.warning("fused blocks are disabled: their logits differ by %.2g of the logits' spread", error)
     undo()
     return 0
 
 
 def _paged_logits(loaded: LoadedModel, shape: CacheShape, block_size: int) -> torch.Tensor:
-    """Logits after each of `PROBE_CHUNKS`, computed as the engine would."""
+    """Return the logits after each of `PROBE_CHUNKS`, computed like the engine."""
     model: Any = loaded.model
     attention.register()
     model.set_attn_implementation(attention.IMPLEMENTATION)

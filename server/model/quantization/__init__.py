@@ -1,1 +1,1 @@
-"""Linears of a 4-bit base."""
+"""Linear layers of a 4-bit base model."""

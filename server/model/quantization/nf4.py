@@ -1,10 +1,10 @@
-"""What becomes of the linears of a 4-bit base: `--nf4-policy`.
+"""The implementation of the linears of a 4-bit base model: `--nf4-policy`.
 
-nf4        they stay 4-bit. On a GPU of compute capability 9.0, products that bitsandbytes would do by dequantising
-           the whole weight are done by our Triton kernel; every other one is bitsandbytes'.
-bf16-copy  they are dequantised once, into plain linears of the base's dtype: what bitsandbytes multiplies with
-           beyond a few rows, at 3.5 times the memory
-auto       on a GPU the copy, when it takes at most a quarter of the free memory; on a CPU nf4
+nf4        linears stay 4-bit. On a GPU of compute capability 9.0, the server's Triton kernel replaces those products
+           for which bitsandbytes would dequantize the whole weight; bitsandbytes computes all others.
+bf16-copy  linears are dequantized once into plain linears of the base model's dtype, which bitsandbytes also multiplies
+           with beyond a few rows; takes 3.5 times the memory
+auto       on a GPU the copy, if it takes at most a quarter of the free memory; on a CPU nf4
 """
 
 from typing import Literal
@@ -16,14 +16,14 @@ from adapters.runtime.dora import dense_weight, quant_state
 
 Policy = Literal["auto", "nf4", "bf16-copy"]
 
-SHARE = 4  # the copy may take one part in so many of the free memory
-# (outputs, rows): from so many outputs on, bitsandbytes 0.50 has a fused kernel on compute capability 9.0 for so many
-# rows. Beyond, it writes the dequantised weight and reads it again.
+SHARE = 4  # the copy may take this fraction (1 / SHARE) of the free memory
+# (outputs, rows): from this many outputs on, bitsandbytes 0.50 has a fused kernel on compute capability 9.0 for up to
+# this many rows. Beyond that, it writes the dequantized weight and reads it again.
 _FUSED_ROWS = ((25344, 64), (16896, 48), (8448, 32), (4224, 16), (0, 7))
 
 
 class NF4Linear(nn.Module):
-    """A bitsandbytes linear, with our kernel where it has none for the number of rows."""
+    """A bitsandbytes linear that uses the server's kernel where bitsandbytes has no fused kernel for the rows."""
 
     def __init__(self, inner: nn.Module) -> None:
         from server.model.quantization.triton_nf4 import nf4_weight
@@ -58,18 +58,18 @@ class NF4Linear(nn.Module):
 
 
 def fused_rows(out_features: int) -> int:
-    """The most rows for which bitsandbytes does not dequantise the whole weight."""
+    """Return the largest number of rows for which bitsandbytes does not dequantize the whole weight."""
     return next(rows for outputs, rows in _FUSED_ROWS if out_features >= outputs)
 
 
 def apply_policy(model: nn.Module, policy: Policy, dtype: torch.dtype, device: torch.device) -> str:
-    """Put in place of the 4-bit linears of `model` what `policy` says; returns what was done, in words."""
+    """Replace the 4-bit linears of `model` according to `policy`, and return a description."""
     found = {name: module for name, module in model.named_modules() if _is_quantized(module)}
     if dtype is not torch.bfloat16:
         for module in found.values():
             multiply_as_asked(module)
     taken = sum(int(m.in_features) * int(m.out_features) for m in found.values()) * dtype.itemsize
-    chosen, reason = (policy, "asked for") if policy != "auto" else _chosen(taken, device)
+    chosen, reason = (policy, "configured") if policy != "auto" else _chosen(taken, device)
     if chosen == "bf16-copy":
         for name, module in found.items():
             model.set_submodule(name, dense_linear(module, dtype))
@@ -80,13 +80,13 @@ def apply_policy(model: nn.Module, policy: Policy, dtype: torch.dtype, device: t
 
 
 def multiply_as_asked(linear: nn.Module) -> None:
-    """On processors with bf16 arithmetic bitsandbytes has a kernel that rounds inputs and scales to bf16, also where
-    float32 was asked for. Without it, weights are dequantised and multiplied in the dtype of their input."""
+    """Disable bitsandbytes' kernel for processors with bf16 arithmetic, which rounds inputs and scales to bf16 even for
+    float32. Without it, weights are dequantized and multiplied in the dtype of their input."""
     linear.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def dense_linear(quantized: nn.Module, dtype: torch.dtype) -> nn.Linear:
-    """A plain linear with the dequantised weight of a bitsandbytes one, on its device."""
+    """Return a plain linear with the dequantized weight of a bitsandbytes linear, on its device."""
     weight = dense_weight(quantized).detach().to(dtype)
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
@@ -100,14 +100,14 @@ def _is_quantized(module: nn.Module) -> bool:
 
 def _chosen(taken: int, device: torch.device) -> tuple[Policy, str]:
     if device.type != "cuda":
-        return "nf4", "on a CPU, what 4 bits save is mostly why they were asked for"
+        return "nf4", "on a CPU, 4 bits are mostly chosen to save memory"
     free, _ = torch.cuda.mem_get_info(device)
-    mib = f"the copy takes {taken >> 20} of {free >> 20} MiB that are free"
+    mib = f"the copy takes {taken >> 20} of {free >> 20} MiB of free memory"
     return ("bf16-copy", mib) if taken * SHARE <= free else ("nf4", mib)
 
 
 def _with_our_kernel(linear: nn.Module) -> nn.Module:
-    """Itself where Triton is missing or its layout is none that our kernel knows."""
+    """Return a linear that uses the server's kernel; `linear` itself if Triton is missing or the layout unsupported."""
     try:
         return NF4Linear(linear)
     except (ImportError, ValueError):

@@ -1,11 +1,11 @@
-"""Products with a weight that stays in bitsandbytes' NF4 layout, for decode batches, in Triton.
+"""Products with weights in bitsandbytes' NF4 layout, for decode batches, in Triton.
 
-    packed  uint8 [out_features, in_features / 2]   two weights a byte, the one with the lower index in the high half
-    absmax  float32 [out_features, in_features / 64]  one scale per 64 weights; nested scales are undone at load
+    packed  uint8 [out_features, in_features / 2]   two weights per byte, the lower index in the high half
+    absmax  float32 [out_features, in_features / 64]  one scale per 64 weights; nested scales are resolved at load
 
-A step of the loop takes the 64 inputs of one scale, so the scale is applied to the float32 partial sum and not to each
-weight. bitsandbytes rounds `code * absmax` to the compute dtype instead; both round each weight once. Not yet measured
-on a GPU, and so not chosen by the server: the benchmark compares it (load_tests/gpu).
+An iteration of the loop covers the 64 inputs of one scale, so the scale is applied to the float32 partial sum and not
+to each weight. bitsandbytes rounds `code * absmax` to the compute dtype instead; both round each weight once. Not yet
+measured on a GPU, and therefore not used by default; the benchmark compares it (load_tests/gpu).
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 BLOCK = 64  # weights per scale
-MAX_ROWS = 64  # beyond, the weight is better dequantised once and multiplied by a library
+MAX_ROWS = 64  # beyond this, dequantizing the weight once and using a library is faster
 BLOCK_OUT = 64
 PART_IN = 1024  # in_features of one program
 CODE = (
@@ -68,11 +68,11 @@ def _code(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
 
 
 def nf4_weight(packed: torch.Tensor, state: Any) -> NF4Weight:
-    """From the bytes and the `QuantState` of a bitsandbytes 4-bit weight. Raises ValueError for what is not NF4 in
+    """Convert the bytes and the `QuantState` of a bitsandbytes 4-bit weight. Raises ValueError unless it is NF4 in
     blocks of 64 along whole rows."""
     out_features, in_features = state.shape
     if state.quant_type != "nf4" or state.blocksize != BLOCK or in_features % BLOCK:
-        raise ValueError(f"{state.quant_type} in blocks of {state.blocksize} over {in_features} inputs")
+        raise ValueError(f"{state.quant_type} in blocks of {state.blocksize} over {in_features} inputs is unsupported")
     absmax = state.absmax
     if state.nested:
         from bitsandbytes.functional import dequantize_blockwise
@@ -83,7 +83,7 @@ def nf4_weight(packed: torch.Tensor, state: Any) -> NF4Weight:
 
 
 def nf4_matmul(x: torch.Tensor, weight: NF4Weight) -> torch.Tensor:
-    """`x @ W.T` for x `[rows, in_features]` of at most `MAX_ROWS` rows; sums in float32, rounded once."""
+    """Return `x @ W.T` for x `[rows, in_features]` of at most `MAX_ROWS` rows; sums in float32, rounded once."""
     rows, in_features, out_features = len(x), weight.in_features, len(weight.packed)
     assert 0 < rows <= MAX_ROWS and x.shape[1] == in_features, x.shape
     parts = triton.cdiv(in_features, PART_IN)

@@ -1,1 +1,1 @@
-"""From logits to tokens and log-probabilities."""
+"""Sampling of tokens and log-probabilities from logits."""

@@ -1,15 +1,15 @@
-"""Drawing a token for each row by one uniform number: inversion of the cumulative distribution.
+"""Categorical sampling with one uniform number per row, by inversion of the cumulative distribution.
 
-A row's form is chosen by its own parameters (on a CPU also by its own numbers), so what it draws does not depend on
-its neighbours:
+The method for a row depends on its own parameters (on a CPU also on its own logits), so its token does not depend on
+other rows:
 
-  plain  nothing is excluded: in the order of the vocabulary, without sorting it
-  few    top-k of at most `FEW` tokens: those are selected and sorted
+  plain  no token is excluded: in the order of the vocabulary, without sorting
+  few    top-k of at most `FEW` tokens: these are selected and sorted
   many   anything else: the whole vocabulary is sorted
 
-Sorting is by far the dearest: on a CPU, rows with top-p or min-p are drawn from their `FEW` likeliest tokens first,
-and only those of which more are kept are sorted. That looks at the numbers, and a GPU
-would have to be waited for.
+Sorting is by far the most expensive: on a CPU, rows with top-p or min-p are sampled from their `FEW` most probable
+tokens first, and only rows that keep more are sorted. This inspects the logits, for which a GPU would have to
+synchronize.
 """
 
 import hashlib
@@ -37,11 +37,11 @@ class Form(IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Draws:
-    """Parameters of the rows that are drawn for, ordered by form: so many are plain, so many few, the rest many.
-    `in_order`: that order leaves every row of the logits in its place.
+class CategoricalParams:
+    """Parameters of the rows to sample, ordered by form: `num_plain` plain rows, `num_few` few, the rest many.
+    `in_order`: this order equals that of the logits' rows.
 
-    rows `[draws]` int64; the others `[draws, 1]`, top_k int64 (off: the size of the vocabulary), the rest float32.
+    rows `[n]` int64; the others `[n, 1]`, top_k int64 (off: the size of the vocabulary), the rest float32.
     """
 
     rows: torch.Tensor
@@ -54,15 +54,15 @@ class Draws:
     num_few: int
     in_order: bool
 
-    def part(self, which: slice | torch.Tensor) -> "Draws":
-        """Those of some of the rows, which are drawn for in one way."""
+    def part(self, which: slice | torch.Tensor) -> "CategoricalParams":
+        """Return the parameters of some rows, which all have one form."""
         numbers = self.temperature[which], self.top_p[which], self.min_p[which], self.uniform[which]
-        return Draws(self.rows[which], self.top_k[which], *numbers, 0, 0, False)
+        return CategoricalParams(self.rows[which], self.top_k[which], *numbers, 0, 0, False)
 
 
-def plan_draws(seqs: Sequence[TokenSequence], vocab: int, on_cpu: bool) -> tuple[list[Array], int, int, bool]:
-    """On the host: what `draws_of` takes once it is on the device, how many rows are plain and few, and whether they
-    are in order."""
+def plan_categorical(seqs: Sequence[TokenSequence], vocab: int, on_cpu: bool) -> tuple[list[Array], int, int, bool]:
+    """Return the host arrays that `categorical_params` takes after their upload, the numbers of plain and few rows, and
+    whether the rows are in order."""
     forms = {row: _form(seq.sampling, on_cpu) for row, seq in enumerate(seqs) if seq.sampling.temperature > 0}
     rows = sorted(forms, key=forms.__getitem__)
     top_k = [[seqs[row].sampling.top_k or vocab] for row in rows]
@@ -72,10 +72,12 @@ def plan_draws(seqs: Sequence[TokenSequence], vocab: int, on_cpu: bool) -> tuple
     return arrays, counts.count(Form.PLAIN), counts.count(Form.FEW), rows == [*range(len(seqs))]
 
 
-def draws_of(uploaded: Sequence[torch.Tensor], num_plain: int, num_few: int, in_order: bool) -> Draws:
+def categorical_params(
+    uploaded: Sequence[torch.Tensor], num_plain: int, num_few: int, in_order: bool
+) -> CategoricalParams:
     rows, top_k, numbers = uploaded
     temperature, top_p, min_p, uniform = numbers
-    return Draws(rows, top_k, temperature, top_p, min_p, uniform, num_plain, num_few, in_order)
+    return CategoricalParams(rows, top_k, temperature, top_p, min_p, uniform, num_plain, num_few, in_order)
 
 
 def _form(params: SamplingParams, on_cpu: bool) -> Form:
@@ -86,71 +88,72 @@ def _form(params: SamplingParams, on_cpu: bool) -> Form:
 
 def _numbers(seq: TokenSequence) -> tuple[float, float, float, float]:
     params = seq.sampling
-    # Below 1e-5 it is greedy anyway, and logits divided by it would overflow.
+    # Below 1e-5 sampling is greedy anyway, and the division of logits would overflow.
     return max(params.temperature, 1e-5), params.top_p, params.min_p, _uniform(seq)
 
 
 def _uniform(seq: TokenSequence) -> float:
-    """A number in [0, 1), a function of the sequence's seed (or its id, without one) and position alone."""
+    """Return a number in [0, 1) that depends only on the sequence's seed (without one, its id) and position."""
     seed = seq.seq_id if seq.sampling.seed is None else f"seed:{seq.sampling.seed}"
     digest = hashlib.blake2b(f"{seed}:{seq.num_output_tokens}".encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 11) / (1 << 53)
 
 
-def draw(logits: torch.Tensor, draws: Draws) -> torch.Tensor:
-    """Tokens `[draws]` int64 from logits `[rows, vocab]` float32. What a row with NaN gives is some token."""
-    logits = logits if draws.in_order else logits[draws.rows]
-    probs = (logits / draws.temperature).softmax(-1)
-    plain = draws.num_plain
-    few = plain + draws.num_few
+def sample_categorical(logits: torch.Tensor, params: CategoricalParams) -> torch.Tensor:
+    """Sample tokens `[n]` int64 from logits `[rows, vocab]` float32. A row with NaN gives an arbitrary token."""
+    logits = logits if params.in_order else logits[params.rows]
+    probs = (logits / params.temperature).softmax(-1)
+    plain = params.num_plain
+    few = plain + params.num_few
     parts = []
     if plain:
-        parts.append(_invert(probs[:plain].cumsum(-1), draws.uniform[:plain]))
+        parts.append(_invert(probs[:plain].cumsum(-1), params.uniform[:plain]))
     if few > plain:
-        parts.append(_draw_few(probs[plain:few], draws.part(slice(plain, few))))
+        parts.append(_sample_few(probs[plain:few], params.part(slice(plain, few))))
     if few < len(probs):
-        parts.append(_draw_sorted(probs[few:], draws.part(slice(few, None))))
+        parts.append(_sample_sorted(probs[few:], params.part(slice(few, None))))
     return torch.cat(parts)
 
 
 def _invert(cumulative: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """The first place of each row whose cumulative probability is beyond `uniform` of the total.
+    """Return the first index of each row whose cumulative probability exceeds `uniform` times the total.
 
-    Rounding must not pick a place with probability 0: the target stays below the total, which the last place with any
-    probability is the first to reach.
+    Rounding must not select an index with probability 0: the target stays below the total, which is first reached at
+    the last index with a nonzero probability.
     """
     total = cumulative[:, -1:]
     target = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
     picked = torch.searchsorted(cumulative, target, right=True)
-    return picked.clamp_(max=cumulative.shape[-1] - 1).squeeze(-1)  # a row of NaN is beyond everything
+    return picked.clamp_(max=cumulative.shape[-1] - 1).squeeze(-1)  # a row of NaN gives an index past the end
 
 
-def _draw_few(probs: torch.Tensor, draws: Draws) -> torch.Tensor:
+def _sample_few(probs: torch.Tensor, params: CategoricalParams) -> torch.Tensor:
     best, order = probs.topk(min(FEW, probs.shape[-1]), -1)
-    kept = _truncated(best, draws)
-    tokens = order.gather(-1, _invert(kept.cumsum(-1), draws.uniform)[:, None]).squeeze(-1)
+    kept = _truncated(best, params)
+    tokens = order.gather(-1, _invert(kept.cumsum(-1), params.uniform)[:, None]).squeeze(-1)
     if probs.device.type == "cpu" and best.shape[-1] < probs.shape[-1]:
-        beyond = (kept[:, -1] > 0) & (draws.top_k[:, 0] > FEW)  # more than these may be kept
+        beyond = (kept[:, -1] > 0) & (params.top_k[:, 0] > FEW)  # more tokens than these may be kept
         if beyond.any():
-            tokens[beyond] = _draw_sorted(probs[beyond], draws.part(beyond))
+            tokens[beyond] = _sample_sorted(probs[beyond], params.part(beyond))
     return tokens
 
 
-def _draw_sorted(probs: torch.Tensor, draws: Draws) -> torch.Tensor:
+def _sample_sorted(probs: torch.Tensor, params: CategoricalParams) -> torch.Tensor:
     probs, order = probs.sort(-1, descending=True)
-    picked = _invert(_truncated(probs, draws).cumsum(-1), draws.uniform)
+    picked = _invert(_truncated(probs, params).cumsum(-1), params.uniform)
     return order.gather(-1, picked[:, None]).squeeze(-1)
 
 
-def _truncated(probs: torch.Tensor, draws: Draws) -> torch.Tensor:
-    """Zero what top-k, top-p and min-p exclude; `probs` `[draws, candidates]` is sorted, the best always stays."""
-    keep = torch.arange(probs.shape[-1], device=probs.device) < draws.top_k
+def _truncated(probs: torch.Tensor, params: CategoricalParams) -> torch.Tensor:
+    """Zero the probabilities that top-k, top-p and min-p exclude. `probs` `[n, candidates]` is sorted; the first column
+    always stays."""
+    keep = torch.arange(probs.shape[-1], device=probs.device) < params.top_k
     kept = probs * keep
-    before = kept.cumsum(-1) - kept  # mass of the likelier ones
+    before = kept.cumsum(-1) - kept  # mass of the more probable tokens
     mass = torch.where(
-        draws.top_k > probs.shape[-1], 1.0, kept.sum(-1, keepdim=True)
-    )  # top-k is off: that of all tokens
-    keep &= (before < draws.top_p * mass) | (draws.top_p >= 1)
-    keep &= probs >= draws.min_p * probs[:, :1]
+        params.top_k > probs.shape[-1], 1.0, kept.sum(-1, keepdim=True)
+    )  # top-k is off: the mass of all tokens
+    keep &= (before < params.top_p * mass) | (params.top_p >= 1)
+    keep &= probs >= params.min_p * probs[:, :1]
     keep[:, 0] = True
     return probs * keep

@@ -1,10 +1,11 @@
-"""From logits to tokens, for all rows of a step at once.
+"""Sampling of tokens from logits, for all rows of a step at once.
 
-Order of operations, as in OpenAI's and vLLM's servers: log-probabilities are taken of the untouched distribution; then
-logit bias, penalties, temperature, top-k, top-p, min-p, and one uniform number per row picks from what is left. That
-number is a hash of the row's seed and position, so a seeded answer does not depend on who else was in the batch.
+The order of operations is that of OpenAI's and vLLM's servers: log-probabilities are computed from the unmodified
+distribution; then logit bias, penalties, temperature, top-k, top-p and min-p apply, and one uniform number per row
+selects a token. That number is a hash of the row's seed and position, so a seeded output does not depend on the batch.
 
-What the rows ask for goes to the device in one copy, and what was found comes back in one. Nothing waits in between.
+The parameters of all rows go to the device in one copy, and the results come back in one. Nothing synchronizes in
+between.
 """
 
 from collections import Counter
@@ -15,17 +16,23 @@ import numpy as np
 import torch
 
 from adapters.device.transfers import download, upload_all
-from server.model.cpu.argmax import likeliest
+from server.model.cpu.argmax import argmax
 from server.model.cpu.library import why_unavailable
-from server.model.sampling.categorical import Array, Draws, draw, draws_of, plan_draws
+from server.model.sampling.categorical import (
+    Array,
+    CategoricalParams,
+    categorical_params,
+    plan_categorical,
+    sample_categorical,
+)
 from server.sequence import SamplingParams, Sequence, TokenLogprobs
 
-Entries = tuple[int, list[int], list[float] | float]  # a row, tokens of it, and a number for each or for all
+Entries = tuple[int, list[int], list[float] | float]  # a row, some tokens, and a number for each or for all
 
 
 @dataclass(slots=True)
 class Sample:
-    """`token_id` is -1 when the row's logits were not finite: nothing can be sampled from those."""
+    """A sampled token. `token_id` is -1 if the row's logits were not finite, so that no token can be sampled."""
 
     token_id: int
     logprobs: TokenLogprobs | None = None
@@ -33,18 +40,19 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """`tokens` `[rows]` int64 on the device, -1 where a number is not finite; the call of `collect` waits for them."""
+    """Sampling that is queued on the device: `tokens` `[rows]` int64, -1 if a row is not finite. `collect` waits for
+    the results."""
 
     tokens: torch.Tensor
     collect: Callable[[], list[Sample]]
 
 
 @dataclass(frozen=True, slots=True)
-class _Asked:
-    """What the rows ask for, on the device. `scored` are the rows that want log-probabilities, `num_top` the most that
-    any of them wants; `limits` `[rows, 1]` are vocabulary sizes, None when nothing is beyond them."""
+class _SamplingPlan:
+    """The sampling parameters of all rows, on the device. `scored` are the rows with log-probabilities and `num_top` is
+    their largest number; `limits` `[rows, 1]` are vocabulary sizes, None if no row has a smaller one."""
 
-    draws: Draws
+    categorical: CategoricalParams
     scored: torch.Tensor
     num_top: int
     limits: torch.Tensor | None
@@ -54,32 +62,32 @@ class _Asked:
 def sample(
     logits: torch.Tensor, seqs: list[Sequence], eos_token_ids: frozenset[int], vocab_sizes: list[int] | None = None
 ) -> list[Sample]:
-    """Next tokens of `seqs` from `logits` `[len(seqs), vocab]` (any float dtype), each from the first
-    `vocab_sizes[row]` of them (None: from all)."""
-    return start(logits, seqs, eos_token_ids, vocab_sizes).collect()
+    """Sample the next tokens of `seqs` from `logits` `[len(seqs), vocab]` (any float dtype), each from the first
+    `vocab_sizes[row]` tokens (None: from all)."""
+    return start_sampling(logits, seqs, eos_token_ids, vocab_sizes).collect()
 
 
-def start(
+def start_sampling(
     logits: torch.Tensor, seqs: list[Sequence], eos_token_ids: frozenset[int], vocab_sizes: list[int] | None = None
 ) -> Started:
     """Queue the work of `sample` on the device without waiting for it."""
     if not seqs:
         return Started(torch.empty(0, dtype=torch.int64, device=logits.device), list)
-    asked = _ask(logits, seqs, eos_token_ids, vocab_sizes)
-    chosen, *scores = [_likeliest(logits)] if asked is None else _sampled(logits.float(), asked)
+    plan = _plan(logits, seqs, eos_token_ids, vocab_sizes)
+    chosen, *scores = [_greedy(logits)] if plan is None else _sampled(logits.float(), plan)
     found = download(torch.cat([chosen.double(), *scores]))
-    return Started(chosen, lambda: _samples(found().tolist(), seqs, 0 if asked is None else asked.num_top))
+    return Started(chosen, lambda: _samples(found().tolist(), seqs, 0 if plan is None else plan.num_top))
 
 
 def looks_back(params: SamplingParams) -> bool:
-    """Whether a token depends on which ones came before it by more than the model's numbers."""
+    """Return whether sampling depends on earlier tokens directly, not only through the logits."""
     return bool(params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0)
 
 
-def _likeliest(logits: torch.Tensor) -> torch.Tensor:
-    """`[rows]` int64; -1 where a number is not finite."""
+def _greedy(logits: torch.Tensor) -> torch.Tensor:
+    """Return the most probable tokens `[rows]` int64; -1 if a row is not finite."""
     if logits.device.type == "cpu" and why_unavailable(logits.dtype) is None:
-        return likeliest(logits)
+        return argmax(logits)
     logits = logits.float()
     return torch.where(_is_finite(logits), logits.argmax(-1), -1)
 
@@ -88,34 +96,34 @@ def _is_finite(logits: torch.Tensor) -> torch.Tensor:
     return torch.isfinite(logits.amax(-1)) & torch.isfinite(logits.amin(-1))
 
 
-def _sampled(logits: torch.Tensor, asked: _Asked) -> list[torch.Tensor]:
-    """Tokens `[rows]` int64, -1 where a number is not finite, and then what `_scores` finds, flat."""
+def _sampled(logits: torch.Tensor, plan: _SamplingPlan) -> list[torch.Tensor]:
+    """Return tokens `[rows]` int64, -1 if a row is not finite, and the flattened result of `_scores` if needed."""
     finite = _is_finite(logits)
-    if asked.limits is not None:
-        beyond = torch.arange(logits.shape[-1], device=logits.device) >= asked.limits
+    if plan.limits is not None:
+        beyond = torch.arange(logits.shape[-1], device=logits.device) >= plan.limits
         logits = logits.masked_fill(beyond, -torch.inf)
-    changed = _changed(logits, asked.changes)
+    changed = _changed(logits, plan.changes)
     chosen = changed.argmax(-1)
-    if len(asked.draws.rows):
-        chosen.index_copy_(0, asked.draws.rows, draw(changed, asked.draws))
+    if len(plan.categorical.rows):
+        chosen.index_copy_(0, plan.categorical.rows, sample_categorical(changed, plan.categorical))
     tokens = torch.where(finite, chosen, -1)
-    return [tokens, _scores(logits, chosen, asked).flatten()] if len(asked.scored) else [tokens]
+    return [tokens, _scores(logits, chosen, plan).flatten()] if len(plan.scored) else [tokens]
 
 
-def _ask(
+def _plan(
     logits: torch.Tensor, seqs: list[Sequence], eos_token_ids: frozenset[int], vocab_sizes: list[int] | None
-) -> _Asked | None:
-    """None when every row takes the likeliest of all tokens and nothing else is asked."""
+) -> _SamplingPlan | None:
+    """Return the sampling plan; None if every row is plainly greedy over the whole vocabulary."""
     vocab, device = logits.shape[-1], logits.device
     sizes = vocab_sizes if vocab_sizes is not None and min(vocab_sizes) < vocab else []
-    if not sizes and not any(_asks(seq) for seq in seqs):
+    if not sizes and not any(_needs_plan(seq) for seq in seqs):
         return None
     scored = [row for row, seq in enumerate(seqs) if seq.sampling.logprobs is not None]
-    draws, num_plain, num_few, in_order = plan_draws(seqs, vocab, device.type == "cpu")
+    categorical, num_plain, num_few, in_order = plan_categorical(seqs, vocab, device.type == "cpu")
     own = [np.array(rows, dtype=np.int64) for rows in (scored, sizes)]
-    uploaded = upload_all([*own, *draws, *_changes(seqs, eos_token_ids)], device)
-    return _Asked(
-        draws_of(uploaded[2:5], num_plain, num_few, in_order),
+    uploaded = upload_all([*own, *categorical, *_changes(seqs, eos_token_ids)], device)
+    return _SamplingPlan(
+        categorical_params(uploaded[2:5], num_plain, num_few, in_order),
         uploaded[0],
         max((seqs[row].sampling.logprobs or 0 for row in scored), default=0),
         uploaded[1][:, None] if sizes else None,
@@ -123,14 +131,14 @@ def _ask(
     )
 
 
-def _asks(seq: Sequence) -> bool:
+def _needs_plan(seq: Sequence) -> bool:
     p = seq.sampling
     changed = looks_back(p) or p.logit_bias or seq.num_output_tokens < p.min_tokens
     return bool(p.temperature > 0 or p.logprobs is not None or changed)
 
 
 def _changes(seqs: list[Sequence], eos_token_ids: frozenset[int]) -> list[Array]:
-    """Bias, repetition penalties, and what counts after those: three tables of (row, token) `[2, entries]` int64 and
+    """Return bias, repetition penalties, and later additions as three tables of (row, token) `[2, entries]` int64 and
     numbers `[entries]` float32."""
     bias: list[Entries] = []
     repeated: list[Entries] = []
@@ -139,7 +147,7 @@ def _changes(seqs: list[Sequence], eos_token_ids: frozenset[int]) -> list[Array]
         params = seq.sampling
         if params.logit_bias:
             bias.append((row, [*params.logit_bias], [*params.logit_bias.values()]))
-        if params.repetition_penalty != 1.0:  # over prompt and answer, as in transformers
+        if params.repetition_penalty != 1.0:  # over prompt and output, as in transformers
             repeated.append((row, [*set(seq.token_ids)], params.repetition_penalty))
         if params.presence_penalty or params.frequency_penalty:
             counts = Counter(seq.output_token_ids)
@@ -159,7 +167,7 @@ def _table(entries: list[Entries]) -> tuple[Array, Array]:
 
 
 def _changed(logits: torch.Tensor, changes: list[torch.Tensor]) -> torch.Tensor:
-    """Logits after bias, penalties and `min_tokens`; a copy only where a row asks for any of them."""
+    """Apply bias, penalties and `min_tokens` to a copy of the logits; return the original if no row has any."""
     bias_at, bias, repeated, repetition, after_at, after = changes
     if len(bias) + len(repetition) + len(after) == 0:
         return logits
@@ -174,14 +182,13 @@ def _changed(logits: torch.Tensor, changes: list[torch.Tensor]) -> torch.Tensor:
     return logits
 
 
-def _scores(logits: torch.Tensor, chosen: torch.Tensor, asked: _Asked) -> torch.Tensor:
-    """Per scored row: the chosen token's log-probability and rank, then the likeliest tokens and theirs.
-
-    `[scored, 2 + 2 * num_top]` in float64, which holds all of these exactly."""
-    logprobs = logits[asked.scored].log_softmax(-1)
-    own = logprobs.gather(-1, chosen[asked.scored][:, None])
+def _scores(logits: torch.Tensor, chosen: torch.Tensor, plan: _SamplingPlan) -> torch.Tensor:
+    """Return per scored row the sampled token's log-probability and rank, then the top tokens and their
+    log-probabilities: `[scored, 2 + 2 * num_top]` in float64, which represents all of them exactly."""
+    logprobs = logits[plan.scored].log_softmax(-1)
+    own = logprobs.gather(-1, chosen[plan.scored][:, None])
     rank = (logprobs > own).sum(-1, keepdim=True) + 1
-    values, tokens = logprobs.topk(asked.num_top, -1)
+    values, tokens = logprobs.topk(plan.num_top, -1)
     return torch.cat([part.double() for part in (own, rank, tokens, values)], 1)
 
 

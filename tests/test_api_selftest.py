@@ -51,7 +51,7 @@ async def test_a_replacement_that_fails_keeps_what_was_there(tmp_path: Path) -> 
 
 async def test_what_the_engine_cannot_load_is_refused(tmp_path: Path) -> None:
     async with serving(tmp_path) as api:
-        api.engine.trial_error = ("invalid", "weights beyond torch.bfloat16")
+        api.engine.selftest_error = ("invalid", "weights beyond torch.bfloat16")
         (problem,) = assert_error(await api.upload("acme"), 422, "adapter_invalid")["problems"]
         assert problem["found"] == "weights beyond torch.bfloat16"
         assert stored(api) == []
@@ -59,6 +59,6 @@ async def test_what_the_engine_cannot_load_is_refused(tmp_path: Path) -> None:
 
 async def test_a_full_device_is_no_fault_of_the_adapter(tmp_path: Path) -> None:
     async with serving(tmp_path) as api:
-        api.engine.trial_error = ("no_room", "no device slot became free")
+        api.engine.selftest_error = ("no_room", "no device slot became free")
         record = (await api.upload("acme")).json()
         assert record["report"]["selftest"] == {"skipped": "no device slot became free"}

@@ -1,4 +1,4 @@
-"""Adapters trained beside a base that their start was taken out of, made plain: against PEFT's own conversion."""
+"""Conversion of adapters trained on a residual base to plain LoRA, compared with PEFT's own conversion."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def train(folder: Path, **config: Any) -> Tensor:
-    """Leaves `start`, `trained` and, where PEFT can convert, `by peft` in `folder`; returns the trained logits."""
+    """Write `start`, `trained` and, where PEFT can convert, `by peft` to `folder`; return the trained logits."""
     settings = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", **config}
     torch.manual_seed(0)
     with warnings.catch_warnings():
@@ -59,7 +59,7 @@ def changed(folder: Path, into: Path, **changes: Any) -> Path:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_converted_adapter_does_to_the_plain_base_what_the_trained_one_did(case: str, tmp_path: Path) -> None:
+def test_the_converted_adapter_has_the_same_effect_on_the_unmodified_base(case: str, tmp_path: Path) -> None:
     logits = train(tmp_path, **CASES[case])
     (tmp_path / "plain").mkdir()
     plain_lora.save(tmp_path / "plain", *convert(tmp_path / "trained", tmp_path / "start"))
@@ -78,7 +78,7 @@ def test_the_converted_adapter_does_to_the_plain_base_what_the_trained_one_did(c
             torch.testing.assert_close(ours[name], theirs[name], atol=1e-6, rtol=1e-6, msg=name)
 
 
-def test_a_config_that_says_true_is_what_peft_s_guide_leaves(tmp_path: Path) -> None:
+def test_a_config_with_init_lora_weights_true_is_converted_as_in_peft_s_guide(tmp_path: Path) -> None:
     train(tmp_path, init_lora_weights="pissa")
     trained = changed(tmp_path / "trained", tmp_path / "true", init_lora_weights=True)
     for ours, theirs in zip(
@@ -87,7 +87,7 @@ def test_a_config_that_says_true_is_what_peft_s_guide_leaves(tmp_path: Path) -> 
         assert str(ours) == str(theirs)
 
 
-def test_what_cannot_be_converted(tmp_path: Path) -> None:
+def test_adapters_that_cannot_be_converted(tmp_path: Path) -> None:
     plain = write_adapter(tiny_llama(), tmp_path / "plain")
     wider = write_adapter(tiny_llama(), tmp_path / "wider", r=9)
     other = write_adapter(tiny_llama(), tmp_path / "other", target_modules=["q_proj"])

@@ -1,4 +1,4 @@
-"""Combinations of adapters: what PEFT makes of the same folders on a real model, and what the engine then serves."""
+"""Weighted combinations of adapters: equal to PEFT's on a real model, and served by the engine."""
 
 import shutil
 from pathlib import Path
@@ -42,7 +42,7 @@ def parts(folder: Path, *names: str) -> list[Factors]:
 
 
 def deltas(folder: Path) -> dict[str, Tensor]:
-    """What the adapter in `folder` adds to each module's weight, as the server reads it."""
+    """The delta of each module's weight for the adapter in `folder`, as the server reads it."""
     factors = load(folder, spec_of(tiny_llama())).factors
     return {module: f.scaling * f.b.float() @ f.a.float() for module, f in factors.items()}
 
@@ -177,7 +177,7 @@ def test_parts_that_do_not_go_together(folder: Path) -> None:
 
 
 def test_names_are_never_peft_s_to_read(folder: Path, tmp_path: Path) -> None:
-    """A module may be called what a regular expression or an attribute would be."""
+    """A module's name may look like a regular expression or an attribute."""
     shutil.copytree(folder / "a", tmp_path / "odd")
     file = tmp_path / "odd" / "adapter_model.safetensors"
     tensors = load_file(file)

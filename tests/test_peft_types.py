@@ -1,4 +1,4 @@
-"""Adapters of other types than LORA become the very delta that PEFT computes, or are refused with every reason."""
+"""Adapters of types other than LORA are converted to the delta that PEFT computes, or refused with every reason."""
 
 import copy
 import dataclasses
@@ -31,9 +31,9 @@ from adapters.model_spec import ModelSpec
 from adapters.peft.lora_config import SERVED_TYPES
 from adapters.traits import Traits
 from adapters.validation.inspect import inspect, load
-from adapters.validation.peft_types.convert import FAMILIES
+from adapters.validation.peft_types.convert import PEFT_TYPES
 from adapters.validation.peft_types.lycoris import _factorised
-from tests.adapter_factory import spec_of, tiny_llama, with_peft, write_family
+from tests.adapter_factory import spec_of, tiny_llama, with_peft, write_peft_adapter
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -68,7 +68,7 @@ def spec(model: LlamaForCausalLM) -> ModelSpec:
 @pytest.fixture(scope="module")
 def good(model: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("good")
-    return {name: write_family(model, root / name, config) for name, config in CONFIGS.items()}
+    return {name: write_peft_adapter(model, root / name, config) for name, config in CONFIGS.items()}
 
 
 def change_config(folder: Path, **changes: Any) -> None:
@@ -83,7 +83,7 @@ def change_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) 
 
 
 def refused(folder: Path, spec: ModelSpec) -> list[Problem]:
-    """The problems, which `inspect` and `load` agree on."""
+    """Return the problems, which are the same for `inspect` and `load`."""
     with pytest.raises(AdapterInvalid) as inspected:
         inspect(folder, spec)
     with pytest.raises(AdapterInvalid) as loaded:
@@ -97,13 +97,13 @@ def refused(folder: Path, spec: ModelSpec) -> list[Problem]:
 
 
 def test_the_types_that_are_served() -> None:
-    assert {"LORA", *FAMILIES} == set(SERVED_TYPES)
-    assert {config.peft_type.value for config in CONFIGS.values()} == set(FAMILIES)
+    assert {"LORA", *PEFT_TYPES} == set(SERVED_TYPES)
+    assert {config.peft_type.value for config in CONFIGS.values()} == set(PEFT_TYPES)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_key_of_peft_is_in_exactly_one_table(name: str) -> None:
-    table = FAMILIES[CONFIGS[name].peft_type.value].keys
+    table = PEFT_TYPES[CONFIGS[name].peft_type.value].keys
     known = [*table.served, *table.harmless, *table.refused]
     assert len(known) == len(set(known))
     assert set(known) == {field.name for field in dataclasses.fields(CONFIGS[name])}
@@ -132,7 +132,7 @@ def delta(folder: Path, spec: ModelSpec, module: str) -> Tensor:
 
 
 def peft_delta(layer: Any) -> Tensor:
-    """What the layer adds to its base, seen from outside."""
+    """Return the difference that the layer makes to its base's output weight."""
     inputs = torch.eye(layer.in_features)
     with torch.inference_mode():
         added: Tensor = layer(inputs) - layer.base_layer(inputs)
@@ -166,7 +166,7 @@ def test_deltas_are_pefts(name: str, model: LlamaForCausalLM, good: dict[str, Pa
 def test_lokr_of_odd_sizes(r: int, factor: int, both: bool, tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(13, 64), nn.Linear(64, 96), nn.Linear(96, 60))
     config = LoKrConfig(r=r, alpha=3, decompose_both=both, decompose_factor=factor, target_modules=["0", "1", "2"])
-    assert_deltas_are_pefts(model, write_family(model, tmp_path, config, scale=0.8))
+    assert_deltas_are_pefts(model, write_peft_adapter(model, tmp_path, config, scale=0.8))
 
 
 def test_sizes_are_factorised_as_peft_does() -> None:
@@ -215,7 +215,7 @@ def test_patterns_are_features(model: LlamaForCausalLM, spec: ModelSpec, tmp_pat
     config = LoHaConfig(
         r=2, rank_pattern={"v_proj": 5}, alpha_pattern={"q_proj": 9}, layers_to_transform=[1], **TARGETS
     )
-    inspected = inspect(write_family(model, tmp_path, config), spec)
+    inspected = inspect(write_peft_adapter(model, tmp_path, config), spec)
     assert inspected.rank == 25
     assert inspected.report["features"] == ["loha", "rank_pattern", "alpha_pattern", "layers_to_transform"]
 
@@ -225,7 +225,7 @@ def test_patterns_are_features(model: LlamaForCausalLM, spec: ModelSpec, tmp_pat
 def test_half_precision_is_converted_in_float32(
     name: str, dtype: torch.dtype, good: dict[str, Path], spec: ModelSpec, tmp_path: Path
 ) -> None:
-    """Rounded when it was stored, and no more after that."""
+    """The values are rounded when they are stored, and not again."""
     halves, wide = (Path(shutil.copytree(good[name], tmp_path / kind)) for kind in ("halves", "wide"))
 
     def to(*dtypes: torch.dtype) -> Callable[[dict[str, Tensor]], object]:
@@ -403,14 +403,14 @@ def test_refuses_bad_configs_by_key(
 
 
 def test_names_the_rank_that_it_would_take(model: LlamaForCausalLM, tmp_path: Path) -> None:
-    folder = write_family(model, tmp_path, LoHaConfig(r=5, target_modules=["q_proj"], layers_to_transform=[0]))
+    folder = write_peft_adapter(model, tmp_path, LoHaConfig(r=5, target_modules=["q_proj"], layers_to_transform=[0]))
     (problem,) = refused(folder, spec_of(model, max_rank=24))
     assert (problem.found, problem.expected, problem.code) == ("25 as a LoRA", "at most 24", "rank_too_large")
 
 
 def test_vera_without_its_projections(model: LlamaForCausalLM, spec: ModelSpec, tmp_path: Path) -> None:
     config = VeraConfig(r=4, save_projection=True, **TARGETS)
-    folder = write_family(model, tmp_path, config)
+    folder = write_peft_adapter(model, tmp_path, config)
     change_config(folder, save_projection=False)
     change_tensors(folder, lambda t: (t.pop("base_model.vera_A"), t.pop("base_model.vera_B")))
     problem = refused(folder, spec)[0]
@@ -444,11 +444,11 @@ def test_refuses_another_base_and_broken_files(
 
 
 def test_a_layer_that_lost_every_rank(model: LlamaForCausalLM, spec: ModelSpec, tmp_path: Path) -> None:
-    """AdaLoRA saves it as empty tensors."""
+    """AdaLoRA saves such a layer as empty tensors."""
     names = [f"model.layers.{layer}.self_attn.q_proj" for layer in (0, 1)]
     pattern = {f"{names[0]}.lora_E": [False] * 4, f"{names[1]}.lora_E": [True, False, True, True]}
     config = AdaLoraConfig(init_r=4, total_step=9, target_modules=["q_proj"], rank_pattern=copy.deepcopy(pattern))
-    folder = write_family(model, tmp_path, config)
+    folder = write_peft_adapter(model, tmp_path, config)
     assert inspect(folder, spec).rank == 3
     assert delta(folder, spec, names[0]).count_nonzero() == 0
     reference = with_peft(model, folder).base_model.model.get_submodule(names[1])

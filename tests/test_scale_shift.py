@@ -1,4 +1,4 @@
-"""Scale and shift by slot: every row gets its own adapter's, all others keep their bits."""
+"""Scale and shift by slot: every row gets its own adapter's vectors, and all other rows are bit-identical."""
 
 import random
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from adapters.kernels.segments import SlotRows, SlotUse, build_segments
-from adapters.runtime.scale_shift import AffineTables
+from adapters.runtime.scale_shift import ScaleShiftTables
 
 CPU = torch.device("cpu")
 
@@ -19,7 +19,7 @@ def vectors(seed: int, outputs: int = 5) -> torch.Tensor:
 @pytest.mark.parametrize("seed", range(20))
 def test_every_row_gets_its_slots_vectors(seed: int, dtype: torch.dtype) -> None:
     chance = random.Random(seed)
-    tables = AffineTables(CPU)
+    tables = ScaleShiftTables(CPU)
     given = {slot: vectors(slot) for slot in chance.sample(range(8), 4)}
     for slot, pair in given.items():
         tables.write(slot, {"m": pair})
@@ -31,7 +31,7 @@ def test_every_row_gets_its_slots_vectors(seed: int, dtype: torch.dtype) -> None
         if slot in given:
             expected[row] = (given[slot][1] + y[row].float() * given[slot][0]).to(dtype)
     uses = [((SlotUse(slot),) if slot >= 0 else (), count) for slot, count in rows]
-    plan = tables.plan(build_segments(uses, {slot: [(0, 16)] for slot in range(8)}).rows)
+    plan = tables.plan_rows(build_segments(uses, {slot: [(0, 16)] for slot in range(8)}).rows)
     if plan is not None:
         tables.apply(y, "m", plan)
     touched = torch.tensor([slot in given for slot in slot_of_row])
@@ -40,11 +40,11 @@ def test_every_row_gets_its_slots_vectors(seed: int, dtype: torch.dtype) -> None
 
 
 def test_a_module_without_vectors_leaves_the_rows_alone() -> None:
-    """Also where another adapter's vectors made a table before, or make one later."""
-    tables = AffineTables(CPU)
+    """The module may have a table of another adapter's vectors, made before or after."""
+    tables = ScaleShiftTables(CPU)
     tables.write(0, {"early": vectors(0)})
     tables.write(5, {"late": vectors(1)})
-    plan = tables.plan([SlotRows(5, 0, 2), SlotRows(0, 2, 4)])
+    plan = tables.plan_rows([SlotRows(5, 0, 2), SlotRows(0, 2, 4)])
     assert plan is not None
     for name, changed in (("early", [False, True]), ("late", [True, False]), ("never", [False, False])):
         y = torch.ones(4, 5)
@@ -52,27 +52,27 @@ def test_a_module_without_vectors_leaves_the_rows_alone() -> None:
         assert [not torch.equal(y[at : at + 2], torch.ones(2, 5)) for at in (0, 2)] == changed
 
 
-def test_a_slot_keeps_nothing_of_its_last_owner() -> None:
-    tables = AffineTables(CPU)
+def test_a_slot_keeps_nothing_of_its_previous_adapter() -> None:
+    tables = ScaleShiftTables(CPU)
     tables.write(0, {"a": vectors(0)})
     tables.write(1, {"a": vectors(1)})
     tables.write(0, {"b": vectors(2)})
     y = torch.ones(2, 5)
-    plan = tables.plan([SlotRows(0, 0, 2)])
+    plan = tables.plan_rows([SlotRows(0, 0, 2)])
     assert plan is not None
     tables.apply(y, "a", plan)
     assert torch.equal(y, torch.ones(2, 5))
     tables.write(0, {})
-    assert tables.plan([SlotRows(0, 0, 2)]) is None
-    assert tables.plan([SlotRows(1, 0, 2)]) is not None
+    assert tables.plan_rows([SlotRows(0, 0, 2)]) is None
+    assert tables.plan_rows([SlotRows(1, 0, 2)]) is not None
     tables.write(1, {})
     assert not tables._tables
 
 
 def test_a_copy_is_made_only_where_there_are_vectors() -> None:
-    tables = AffineTables(CPU)
+    tables = ScaleShiftTables(CPU)
     tables.write(1, {"a": vectors(0)})
-    plan = tables.plan([SlotRows(1, 2, 4)])
+    plan = tables.plan_rows([SlotRows(1, 2, 4)])
     assert plan is not None
     x = torch.ones(1, 6, 5)
     changed = tables.applied(x, "a", plan)
