@@ -217,7 +217,7 @@ async def test_a_full_queue(tmp_path: Path) -> None:
 
 async def test_drain_finishes_then_aborts(tmp_path: Path) -> None:
     async with serving(tmp_path) as api:
-        api.engine.waits_after = lambda submit: 5 if submit.sampling.max_tokens == 5 else 1
+        api.waits_after(1)
         stuck = asyncio.create_task(api.chat(stream=True))
         short = asyncio.create_task(api.chat(max_tokens=5))
         await eventually(lambda: len(api.context.in_flight) == 2)
@@ -226,6 +226,7 @@ async def test_drain_finishes_then_aborts(tmp_path: Path) -> None:
         draining = asyncio.create_task(api.context.drain(timeout=3600))
         await asyncio.sleep(0)
         assert_error(await api.chat(), 503, "draining")
+        api.engine.waits_after = lambda submit: 5 if submit.sampling.max_tokens == 5 else 1
         assert (await short).json()["usage"]["completion_tokens"] == 5
         assert not draining.done()
         leap(3600)

@@ -88,12 +88,25 @@ def add_segments(
     """Add each segment's delta to `y` in place, with two matmuls for each; `a` and `b`, both `[columns, features]`,
     belong to one linear."""
     for s in segments:
-        y[s.start : s.end].addmm_(x[s.start : s.end] @ a[s.lo : s.hi].T, b[s.lo : s.hi], alpha=s.scale)
+        _add_product(y[s.start : s.end], _shrunk(x[s.start : s.end], a[s.lo : s.hi]), b[s.lo : s.hi], s.scale)
 
 
 def _add_dense(y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, plan: DensePlan) -> None:
-    v = x[plan.start : plan.end] @ a[plan.lo : plan.hi].T
+    v = _shrunk(x[plan.start : plan.end], a[plan.lo : plan.hi])
     if plan.scales is not None:
         v *= plan.scales
     v.masked_fill_(plan.foreign, 0)  # not a product with 0: another adapter's overflow must not become NaN
-    y[plan.start : plan.end].addmm_(v, b[plan.lo : plan.hi])
+    _add_product(y[plan.start : plan.end], v, b[plan.lo : plan.hi])
+
+
+def _shrunk(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+    """Return `x @ a.T`, on a CPU in float32: rounded to bf16 in between, adapters of large ranks lost too much."""
+    return x.float() @ a.float().T if x.device.type == "cpu" else x @ a.T
+
+
+def _add_product(y: torch.Tensor, v: torch.Tensor, b: torch.Tensor, scale: float = 1.0) -> None:
+    """Add `scale * (v @ b)` to `y` in place, rounded once."""
+    if v.dtype is y.dtype:
+        y.addmm_(v, b, alpha=scale)
+    else:
+        y.copy_(torch.addmm(y.float(), v, b.float(), alpha=scale))
