@@ -58,7 +58,7 @@ def fast_byte_tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerF
 
 
 def tokenizer_files(*added: str, template: str | None = TEMPLATE, **special: str) -> dict[str, bytes]:
-    """What transformers saves of the byte tokenizer with more tokens; the `special` ones by name, as `eos_token`."""
+    """Save the byte tokenizer with more tokens, as transformers does; `special` has names such as `eos_token`."""
     fast = fast_byte_tokenizer(template)
     fast.add_tokens([*added])
     fast.add_special_tokens(special)
@@ -113,7 +113,7 @@ class Api:
     http: httpx.AsyncClient
 
     def says(self, text: str, *, end: bool = True) -> None:
-        """What the fake model answers from now on; without `end` it goes on for ever."""
+        """Set the output of the fake model from now on; without `end` it never stops."""
         tokens = ids(self.context.tokenizer, text)
         self.engine.script = lambda _: tokens + self.engine.info.eos_token_ids if end else tokens * 1000
 

@@ -1,4 +1,4 @@
-"""What a streamed token may cost, counted: wake-ups, events, encoder calls, timers and tasks. No times."""
+"""The cost of a streamed token, in counts: wake-ups, events, encoder calls, timers and tasks. No times."""
 
 import asyncio
 import json

@@ -46,7 +46,7 @@ def request(seq_id: str, max_tokens: int = 8, adapter: str | None = None) -> Sub
 
 
 async def outputs_of(stream: Stream) -> list[SequenceOutput]:
-    """Of a stream of one sequence, to its end."""
+    """Collect a stream of one sequence to its end."""
     outputs = await stream.take()
     while outputs[-1].finish_reason is None:
         outputs += await stream.take()

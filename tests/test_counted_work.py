@@ -114,7 +114,7 @@ def decoding(driver: Driver, adapters: list[str | None], prompt_tokens: int = 8)
 
 
 def calls(step: Callable[[], Any]) -> int:
-    """Of Python functions, by this thread."""
+    """Count the calls of Python functions by this thread."""
     count = 0
 
     def seen(_: FrameType, event: str, __: Any) -> None:
@@ -130,7 +130,7 @@ def calls(step: Callable[[], Any]) -> int:
 
 
 def calls_at_depth(layers: int, folder: Path, dtype: str) -> int:
-    """Of a decode step with one adapter on all linears."""
+    """Count the calls of a decode step with one adapter on all linears."""
     deep = tiny_llama(num_hidden_layers=layers)
     copy.deepcopy(deep).to(getattr(torch, dtype)).save_pretrained(folder / "model")
     driver = make_driver(folder / "model", folder, dtype=dtype)

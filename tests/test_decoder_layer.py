@@ -38,7 +38,7 @@ def driver(form: str, model: nn.Module, tmp_path: Path) -> Iterator[Driver]:
 
 @pytest.fixture
 def wholes(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """What each layer of each step said of itself."""
+    """Record what `is_whole` returns for each layer of each step."""
     said: list[bool] = []
     own = NativeLayer.is_whole
 

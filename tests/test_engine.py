@@ -431,7 +431,7 @@ def test_reads_that_nobody_waits_for_any_more_are_dropped(
     driver: Driver, adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both reader threads are busy. Of the reads in their queue those of an aborted request go; those that another
-    request, a load or a trial waits for stay."""
+    request, a load or a self-test waits for stay."""
     digests = [driver.add_adapter(folder) for folder in adapters.values()]
     names = dict(zip(digests, adapters, strict=True))
     gate, read, begun = threading.Event(), driver.engine.residency._read, []

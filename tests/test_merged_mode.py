@@ -27,7 +27,7 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def answers(adapters: dict[str, Path]) -> dict[tuple[str, int], list[int]]:
-    """Of PEFT alone, by adapter and prompt."""
+    """Compute the outputs of PEFT alone, by adapter and prompt."""
     models = {name: with_peft(tiny_llama(), folder) for name, folder in adapters.items()} | {"base": tiny_llama()}
     return {
         (name, i): greedy(model, prompt, NEW_TOKENS)

@@ -1,4 +1,4 @@
-"""What becomes of a 4-bit base's linears, and that each choice gives bitsandbytes' numbers."""
+"""The implementation of a 4-bit base model's linears; each choice gives bitsandbytes' numbers."""
 
 from pathlib import Path
 
@@ -72,5 +72,5 @@ def test_auto_copies_on_a_gpu_that_has_four_times_the_room(monkeypatch: pytest.M
 
 
 def test_bitsandbytes_has_fused_kernels_for_more_rows_the_more_outputs_there_are() -> None:
-    """Of Llama-3.1-8B: k and v, o and down, qkv, gate and up alone, the two together."""
+    """The shapes of Llama-3.1-8B: k and v, o and down, qkv, gate and up alone, the two together."""
     assert [nf4.fused_rows(size) for size in (1024, 4096, 6144, 14336, 28672)] == [7, 7, 16, 32, 64]

@@ -1,4 +1,4 @@
-"""What PEFT computes for an adapter alone is what its rows get in a mixed batch, by feature and by kind of base."""
+"""An adapter's rows in a mixed batch match PEFT with that adapter alone, by feature and by kind of base model."""
 
 import dataclasses
 from collections import defaultdict
@@ -402,7 +402,7 @@ def test_beside_others(kind: str, case: str, base: str, world: Callable[[str, st
 
 @pytest.mark.parametrize(("kind", "case", "base"), ALL_CASES)
 def test_the_self_test_agrees(kind: str, case: str, base: str, world: Callable[[str, str], World]) -> None:
-    """What an upload is tried against says the same as the serving path, which says the same as PEFT."""
+    """The self-test's reference agrees with the serving path, which agrees with PEFT."""
     driver = world(kind, base).driver
     driver.engine.handle(RunSelfTest(1, world(kind, base).digests[case]))
     driver.run()

@@ -1,4 +1,4 @@
-"""Who goes first: shares between tenants, priorities within one, and that neither lets anybody wait for ever."""
+"""The order of admission: shares among tenants, priorities within a tenant, and no starvation under either."""
 
 import random
 from collections.abc import Iterable
@@ -34,7 +34,7 @@ def arrive(policy: Policy, *sequences: Sequence) -> None:
 
 
 def cost(sequences: Iterable[Sequence]) -> int:
-    """Of what they computed so far, without what ran twice."""
+    """Return the cost of the computed tokens, not counting recomputed ones."""
     return sum(seq.num_prompt_tokens + 2 * seq.num_output_tokens for seq in sequences if seq.num_output_tokens)
 
 

@@ -102,7 +102,7 @@ def requests(seed: int, digests: list[str], late: bool) -> list[Submit]:
 
 
 def disturbance(chance: random.Random, digests: list[str], ids: Iterator[int], merges: bool) -> list[ToEngine]:
-    """What an operator or a client may do meanwhile; mostly nothing."""
+    """Choose an action of an operator or a client; mostly none."""
     digest, kind = chance.choice(digests), chance.randrange(20)
     if kind == 0:
         return [Abort([f"s{chance.randrange(REQUESTS)}"])]

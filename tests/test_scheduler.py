@@ -56,7 +56,7 @@ class FakeSlots:
         return self.broken.get(digest)
 
     def tick(self) -> None:
-        """What was asked for first gets a free slot, or that of an idle version."""
+        """Give requested versions, the earliest first, a free slot or that of an idle version."""
         for digest in self.asked:
             if digest in self.held or digest in self.resident:
                 continue

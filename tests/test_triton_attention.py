@@ -165,7 +165,7 @@ def test_numbers_that_are_not_finite_show_in_their_own_sequence_only() -> None:
 
 
 def test_a_static_layout_serves_one_step_after_another() -> None:
-    """What a captured graph does; rows beyond the step are finite and are not written to the cache."""
+    """A captured graph's step: rows beyond the step are finite and are not written to the cache."""
     layout = triton_layout.static_layout(4, 40, DEVICE)
     for contexts in ([(40, 1), (300, 1)], [(1, 1)], [(17, 1), (16, 1), (90, 1), (33, 1)]):
         step = Step(contexts, 4, 2, 16, torch.float32, seed=6)

@@ -36,7 +36,7 @@ def _probe_batch(runner: ModelRunner, vocab_size: int) -> ForwardBatch:
     """Tokens from all over the vocabulary, the logits of each wanted."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, vocab_size, (TRIAL_TOKENS,), generator=generator).tolist()
-    seq = Sequence("trial", ids, SamplingParams(max_tokens=1), block_table=[0])
+    seq = Sequence("selftest", ids, SamplingParams(max_tokens=1), block_table=[0])
     batch = build_batch(ScheduledBatch([ScheduledSequence(seq, TRIAL_TOKENS)]), TRIAL_TOKENS, runner.device)
     batch.sample_rows = torch.arange(TRIAL_TOKENS, device=runner.device)
     return batch
