@@ -10,8 +10,8 @@ from adapters.peft.config_keys import REFUSED_KEYS
 from adapters.peft.lora_config import SERVED_TYPES
 from adapters.validation.peft_types.convert import PEFT_TYPES
 from docs.tables import REFERENCE, Rows, render, table
-from tests.peft_corpus import CORPUS
-from tests.test_peft_parity import BASES, CASES, NOT_ON_NF4
+from tests.fixtures.parity_cases import BASES, CASES, NOT_ON_NF4
+from tests.fixtures.peft_corpus import CORPUS
 
 DOCUMENT = REFERENCE / "compatibility.md"
 ENDS = {"lm_head", "embed_tokens"}

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from transformers import LlamaForCausalLM
 
 from adapters.peft.files import CONFIG_FILE, WEIGHTS_FILE
-from tests.adapter_factory import tiny_llama
-from tests.engine_driver import Driver, make_driver
+from tests.fixtures.adapter_factory import tiny_llama
+from tests.fixtures.engine_driver import Driver, make_driver
 
 VOCAB_SIZE = 256
 HEAD = "base_model.model.lm_head"

@@ -8,7 +8,7 @@ import psutil
 
 from load_tests.right_answers import ABSENT
 from load_tests.world import Mismatch, World, found_state
-from tests.timing import wait_for
+from tests.fixtures.timing import wait_for
 
 SWEEPER = "sweeper"
 

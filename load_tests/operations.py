@@ -12,7 +12,7 @@ import httpx
 
 from load_tests.right_answers import ABSENT, Name, State
 from load_tests.world import SLOTS, Answer, Asked, Mismatch, World, found_state
-from tests.tiny_server import sse_events
+from tests.fixtures.tiny_server import sse_events
 
 LENGTHS = (8, 24, 64)
 PROMPTS = ((40, 41, 42), tuple(range(60, 100)), (7,) * 17)

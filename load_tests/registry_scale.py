@@ -148,7 +148,7 @@ def _median_ms(function: Callable[[Any], Any], arguments: Any) -> float:
 
 async def _measure_api(folder: Path) -> dict[str, float]:
     """The routes over a fake engine, in this process; `folder` has the data folder under `data`."""
-    async with import_module("tests.api_server").serving(folder) as api:
+    async with import_module("tests.fixtures.api_server").serving(folder) as api:
         routes = {
             "GET /v1/adapters": "/v1/adapters",
             "GET /v1/adapters, last page": f"/v1/adapters?after={name_of(96)}",
@@ -171,7 +171,7 @@ def _measure_server(data_dir: Path, model: Path) -> dict[str, float]:
     """Start to ready of `loraplex serve`, and the memory of its API process."""
     started = time.perf_counter()
     flags = ("--model", str(model), "--served-model-name", "tiny", "--threads", "1")
-    with import_module("tests.tiny_server").running_server(data_dir, *flags) as server:
+    with import_module("tests.fixtures.tiny_server").running_server(data_dir, *flags) as server:
         ready = _ms_since(started)
         return {"ready_ms": ready, "rss_bytes": _rss_bytes(server.process.pid)}
 
@@ -192,7 +192,7 @@ def run(count: int, with_server: bool) -> dict[str, Any]:
         result["full"] = _in_fresh_process(full, count)
         result["api"] = asyncio.run(_measure_api(full.parent))
         if with_server:
-            model = import_module("tests.tiny_server").write_tiny_model(root / "model")
+            model = import_module("tests.fixtures.tiny_server").write_tiny_model(root / "model")
             rounds = [(_measure_server(empty, model), _measure_server(full, model)) for _ in range(_STARTS)]
             starts = dict(zip(("empty", "full"), zip(*rounds, strict=True), strict=True))
             result["server"] = {which: min(runs, key=lambda run: run["ready_ms"]) for which, runs in starts.items()}

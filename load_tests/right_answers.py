@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from adapters.registry.registry import RETAINED_VERSIONS
 from server.api.text.tokenizer import Detokenizer, Tokenizer
 from server.sequence import ScaledAdapter
-from tests.engine_driver import make_driver
+from tests.fixtures.engine_driver import make_driver
 
 FOREVER = float("inf")
 Parts = tuple[ScaledAdapter, ...]

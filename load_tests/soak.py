@@ -13,8 +13,8 @@ from load_tests.invariants import Invariants
 from load_tests.operations import Client, run_round
 from load_tests.right_answers import Answers, Name
 from load_tests.world import SLOTS, Mismatch, World
-from tests.adapter_factory import write_adapter
-from tests.tiny_server import BASE, running_server, write_tiny_model
+from tests.fixtures.adapter_factory import write_adapter
+from tests.fixtures.tiny_server import BASE, running_server, write_tiny_model
 
 CHECK_EVERY = 100  # operations
 VERSIONS = 10

@@ -13,8 +13,8 @@ import httpx
 
 from load_tests.right_answers import ABSENT, FOREVER, Answers, Name, Parts, State
 from server.sequence import ScaledAdapter
-from tests.timing import wait_for
-from tests.tiny_server import BASE, RunningServer
+from tests.fixtures.timing import wait_for
+from tests.fixtures.tiny_server import BASE, RunningServer
 
 SLOTS = 4
 LOGGED = 200

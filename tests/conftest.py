@@ -10,10 +10,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-import tests.triton_device  # noqa: F401  (first: it decides how Triton runs)
-from tests.adapter_factory import tiny_llama
-from tests.engine_driver import Driver, make_driver
-from tests.timing import HANG_SECONDS
+import tests.fixtures.triton_device  # noqa: F401  (first: it decides how Triton runs)
+from tests.fixtures.adapter_factory import tiny_llama
+from tests.fixtures.engine_driver import Driver, make_driver
+from tests.fixtures.timing import HANG_SECONDS
 
 torch.set_num_threads(1)  # tiny models: a second thread only costs
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])

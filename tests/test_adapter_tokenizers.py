@@ -18,8 +18,8 @@ from server.api.text.adapter_tokenizers import AdapterTokenizers
 from server.api.text.template_sandbox import TemplateSandbox
 from server.api.text.tokenizer import Tokenizer
 from server.model.loading.default_model import prepare_default_model
-from tests.api_server import EOS, Api, assert_error, events, ids, serving, tokenizer_files
-from tests.timing import HANG_SECONDS, eventually, leap
+from tests.fixtures.api_server import EOS, Api, assert_error, events, ids, serving, tokenizer_files
+from tests.fixtures.timing import HANG_SECONDS, eventually, leap
 
 TOOL = 258  # the first id past the base's vocabulary
 OWN_TEMPLATE = "{{ bos_token }}{% for m in messages %}({{ m.role }}) {{ m.content }}\n{% endfor %}<tool>"

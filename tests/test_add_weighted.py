@@ -13,8 +13,8 @@ from adapters.convert import peft_folder as plain_lora
 from adapters.convert.add_weighted import METHODS, Factors, Method, Recipe, combine
 from adapters.convert.folders import FolderError
 from adapters.validation.inspect import load
-from tests.adapter_factory import spec_of, tiny_llama, with_peft, write_adapter
-from tests.engine_driver import make_driver
+from tests.fixtures.adapter_factory import spec_of, tiny_llama, with_peft, write_adapter
+from tests.fixtures.engine_driver import make_driver
 
 WEIGHTS = [0.7, -0.4]
 PATTERNS: dict[str, Any] = {"rank_pattern": {"layers.1.self_attn.q_proj": 3}, "alpha_pattern": {"v_proj": 5}}

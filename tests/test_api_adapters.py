@@ -11,8 +11,8 @@ import pytest
 from server.api.adapters.schemas import AdapterBody
 from server.ipc.messages import PinAdapter, ToEngine
 from server.sequence import ScaledAdapter
-from tests.api_server import BASE, Api, adapter_files, assert_error, events, form, listening, serving
-from tests.timing import eventually, leap, wait_for
+from tests.fixtures.api_server import BASE, Api, adapter_files, assert_error, events, form, listening, serving
+from tests.fixtures.timing import eventually, leap, wait_for
 
 BAD_NAMES = [
     "../x",

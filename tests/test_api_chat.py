@@ -18,7 +18,7 @@ from server.api.middleware.auth import ANYONE
 from server.api.middleware.rate_limits import Lease
 from server.api.schemas import ChatCompletion, ChatCompletionChunk, GenerationRequest
 from server.sequence import SamplingParams
-from tests.api_server import (
+from tests.fixtures.api_server import (
     BASE,
     MAX_MODEL_LEN,
     LiveServer,
@@ -30,7 +30,7 @@ from tests.api_server import (
     scripted,
     serving,
 )
-from tests.timing import HANG_SECONDS, wait_for
+from tests.fixtures.timing import HANG_SECONDS, wait_for
 
 
 async def test_answers_in_openai_shape(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from server.api.schemas import Completion, CompletionChunk
-from tests.api_server import BASE, MAX_MODEL_LEN, assert_error, events, ids, scripted, serving
+from tests.fixtures.api_server import BASE, MAX_MODEL_LEN, assert_error, events, ids, scripted, serving
 
 
 async def test_answers_in_openai_shape(tmp_path: Path) -> None:

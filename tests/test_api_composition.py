@@ -15,9 +15,9 @@ from adapters.traits import Traits
 from server.api.middleware.auth import KeyRing
 from server.config import ServeConfig
 from server.sequence import ScaledAdapter
-from tests.api_server import BASE, Api, assert_error, events, serving
+from tests.fixtures.api_server import BASE, Api, assert_error, events, serving
+from tests.fixtures.timing import eventually
 from tests.test_metrics import samples
-from tests.timing import eventually
 
 HALF_AND_HALF = [{"name": "one", "scale": 0.5}, {"name": "two", "scale": -2}]
 

@@ -9,8 +9,8 @@ import httpx
 import pytest
 
 from server.api.middleware.body_limits import MAX_JSON_BYTES
-from tests.api_server import BASE, Api, LiveServer, assert_error, events, listening, serving
-from tests.timing import cpu_seconds, eventually, leap
+from tests.fixtures.api_server import BASE, Api, LiveServer, assert_error, events, listening, serving
+from tests.fixtures.timing import cpu_seconds, eventually, leap
 
 CHAT = "/v1/chat/completions"
 EXTREMES = ["NaN", "Infinity", "-Infinity", "1e999", "-1", "0", str(2**31), str(2**63), str(10**4000), "1" + "0" * 5000]

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.api_server import BASE, Api, assert_error, serving
+from tests.fixtures.api_server import BASE, Api, assert_error, serving
 from tests.test_metrics import samples
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from server.ipc.messages import SelfTest
-from tests.api_server import Api, assert_error, form, serving
+from tests.fixtures.api_server import Api, assert_error, form, serving
 
 
 def stored(api: Api) -> list[str]:

@@ -20,7 +20,7 @@ from server.api.schemas import GenerationRequest
 from server.ipc.client import Stream
 from server.ipc.messages import StepOutputs
 from server.sequence import SamplingParams
-from tests.api_server import BASE, Api, serving
+from tests.fixtures.api_server import BASE, Api, serving
 
 
 class Sent:

@@ -9,8 +9,8 @@ import transformers
 from transformers import PreTrainedModel
 
 from server.model.loading.loader import ModelRefused
-from tests.adapter_factory import greedy, with_peft, write_adapter
-from tests.engine_driver import make_driver
+from tests.fixtures.adapter_factory import greedy, with_peft, write_adapter
+from tests.fixtures.engine_driver import make_driver
 
 SIZES: dict[str, Any] = {
     "vocab_size": 101,

@@ -7,7 +7,7 @@ from fastapi.routing import APIRoute
 
 from server.api.middleware.auth import KeyRing, check_bind
 from server.config import ConfigError, ServeConfig
-from tests.api_server import Api, assert_error, listening, serving
+from tests.fixtures.api_server import Api, assert_error, listening, serving
 
 KEYS = f"""
 [[keys]]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from server.engine.block_manager import BlockManager
 from server.sequence import SamplingParams, ScaledAdapter, Sequence
-from tests.engine_driver import plain
+from tests.fixtures.engine_driver import plain
 
 BLOCK = 4
 

@@ -7,8 +7,8 @@ import torch
 
 from server.model import fusion as blocks
 from server.model.cpu.block_ops import NativeBlockOps
-from tests.engine_driver import make_driver
-from tests.native_forms import native
+from tests.fixtures.engine_driver import make_driver
+from tests.fixtures.native_forms import native
 from tests.test_architectures import build
 
 __all__ = ["native"]

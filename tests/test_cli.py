@@ -12,8 +12,8 @@ from adapters.peft.files import FILES
 from server import config, serve
 from server.cli.main import app
 from server.config import ConfigError, ServeConfig
-from tests.adapter_factory import tiny_llama, write_adapter
-from tests.api_server import LiveServer, listening
+from tests.fixtures.adapter_factory import tiny_llama, write_adapter
+from tests.fixtures.api_server import LiveServer, listening
 
 runner = CliRunner()
 

@@ -33,10 +33,10 @@ from server.ipc.messages import (
     ToEngine,
 )
 from server.sequence import SamplingParams
-from tests.adapter_factory import tiny_llama, write_adapter
-from tests.engine_driver import MIB, make_driver, plain
+from tests.fixtures.adapter_factory import tiny_llama, write_adapter
+from tests.fixtures.engine_driver import MIB, make_driver, plain
+from tests.fixtures.timing import Clock, eventually
 from tests.test_architectures import greedy
-from tests.timing import Clock, eventually
 
 PROMPT = [5, 9, 33, 2, 60]
 

@@ -9,8 +9,8 @@ import torch
 
 from server.ipc.messages import RetireAdapter
 from server.sequence import ScaledAdapter
-from tests.adapter_factory import greedy, tiny_llama, with_peft, write_adapter
-from tests.engine_driver import Driver, make_driver
+from tests.fixtures.adapter_factory import greedy, tiny_llama, with_peft, write_adapter
+from tests.fixtures.engine_driver import Driver, make_driver
 
 ADAPTERS: dict[str, dict[str, Any]] = {
     "attention": {"r": 4},

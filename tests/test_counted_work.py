@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from adapters.residency.slots import Slot, pages_of
 from adapters.runtime.pack import pack
 from adapters.validation.inspect import load
-from tests.adapter_factory import tiny_llama, write_adapter
-from tests.engine_driver import Driver, make_driver
-from tests.native_forms import form
+from tests.fixtures.adapter_factory import tiny_llama, write_adapter
+from tests.fixtures.engine_driver import Driver, make_driver
+from tests.fixtures.native_forms import form
 
 __all__ = ["form"]
 

@@ -15,7 +15,7 @@ from server.model.cpu.argmax import argmax
 from server.model.cpu.block_ops import NativeBlockOps
 from server.model.cpu.linear import NativeLinear
 from server.model.kv_cache import CacheShape, KVCache
-from tests.native_forms import form
+from tests.fixtures.native_forms import form
 
 __all__ = ["form"]
 pytestmark = pytest.mark.usefixtures("form")

@@ -13,9 +13,9 @@ from adapters.runtime.pool import StepPlan
 from server.ipc.messages import Merge, Submit, Unmerge
 from server.model.cpu.decoder_layer import NativeLayer
 from server.sequence import SamplingParams
-from tests.adapter_factory import tiny_llama, write_adapter
-from tests.engine_driver import Driver, make_driver, plain
-from tests.native_forms import form
+from tests.fixtures.adapter_factory import tiny_llama, write_adapter
+from tests.fixtures.engine_driver import Driver, make_driver, plain
+from tests.fixtures.native_forms import form
 
 __all__ = ["form"]
 LAYERS = 2

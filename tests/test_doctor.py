@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from adapters.device.forms import FORCED, FORMS, NONE
 from server.cli.main import app
-from tests.native_forms import forget
+from tests.fixtures.native_forms import forget
 
 
 def asked(*arguments: str) -> str:

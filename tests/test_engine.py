@@ -17,10 +17,10 @@ from adapters.runtime.pool import page_bytes
 from server.ipc.messages import Abort, MoveAdapter, PinAdapter, RetireAdapter, Submit
 from server.model.loading.loader import ModelRefused
 from server.sequence import SamplingParams, Sequence
-from tests.adapter_factory import tiny_llama, with_peft, write_adapter
-from tests.engine_driver import Driver, make_driver, plain
+from tests.fixtures.adapter_factory import tiny_llama, with_peft, write_adapter
+from tests.fixtures.engine_driver import Driver, make_driver, plain
+from tests.fixtures.timing import HANG_SECONDS, Clock, patience
 from tests.test_architectures import greedy
-from tests.timing import HANG_SECONDS, Clock, patience
 
 BLOCK_BYTES = 2 * 2 * 2 * 16 * 4 * 16  # layers, keys and values, heads, head dimension, bytes, tokens
 EOS = 2

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from adapters.device.forms import NONE
-from tests.adapter_factory import tiny_llama, write_adapter
-from tests.engine_driver import Driver, make_driver
-from tests.native_forms import form_or_none
+from tests.fixtures.adapter_factory import tiny_llama, write_adapter
+from tests.fixtures.engine_driver import Driver, make_driver
+from tests.fixtures.native_forms import form_or_none
 
 __all__ = ["form_or_none"]
 WIDE = {"hidden_size": 288, "intermediate_size": 768}  # wide enough for a library to change its kernel with the rows

@@ -11,10 +11,10 @@ from adapters.sources import download
 from server.api.adapters import fetching
 from server.api.adapters.schemas import RegisterRequest
 from server.api.context import AppContext
-from tests import remote_servers
-from tests.api_server import adapter_files, assert_error, serving
-from tests.remote_servers import Remote
-from tests.timing import eventually
+from tests.fixtures import remote_servers
+from tests.fixtures.api_server import adapter_files, assert_error, serving
+from tests.fixtures.remote_servers import Remote
+from tests.fixtures.timing import eventually
 
 
 @pytest.fixture

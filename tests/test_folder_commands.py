@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 from adapters.convert import peft_folder as plain_lora
 from server.cli.main import app
-from tests.adapter_factory import tiny_llama, write_adapter
-from tests.api_server import LiveServer, listening
+from tests.fixtures.adapter_factory import tiny_llama, write_adapter
+from tests.fixtures.api_server import LiveServer, listening
 
 runner = CliRunner()
 

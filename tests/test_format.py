@@ -22,7 +22,7 @@ from adapters.peft.lora_config import LoraSettings, parse_config
 from adapters.peft.patterns import ModulePatterns
 from adapters.peft.safetensors_header import read_header
 from adapters.peft.weights import parse_tensor_name, version_digest
-from tests.timing import cpu_seconds
+from tests.fixtures.timing import cpu_seconds
 
 PLAIN = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]}
 

@@ -13,7 +13,7 @@ from adapters.device import forms
 from adapters.device.forms import FORCED, FORMS, NONE, Form, FormRefused, NativeUnavailable, chosen_form
 from adapters.kernels import cpu as native
 from server.model.cpu import library
-from tests.native_forms import NAMES, forget, form_named, skip_unless_it_runs
+from tests.fixtures.native_forms import NAMES, forget, form_named, skip_unless_it_runs
 
 SOURCES = [native.SOURCE, library.SOURCE]
 CHECKS = Path(__file__).parent / "native" / "checks.cpp"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.triton_device import require_triton
+from tests.fixtures.triton_device import require_triton
 
 require_triton()
 

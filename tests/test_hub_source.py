@@ -13,8 +13,8 @@ from huggingface_hub import constants
 from adapters.errors import AdapterError, AdapterTooLarge, SourceNotAllowed, SourceNotFound, SourceUnavailable
 from adapters.registry import store
 from adapters.sources import check_source, copy_from, download, hub
-from tests import remote_servers
-from tests.remote_servers import COMMIT, Remote
+from tests.fixtures import remote_servers
+from tests.fixtures.remote_servers import COMMIT, Remote
 
 CONFIG, WEIGHTS = store.FILES
 FILES = {CONFIG: b"{}" * 50, WEIGHTS: b"\1weights" * 1000}

@@ -325,6 +325,14 @@ def test_accounting_needs_no_torch(place: str) -> None:
                 todo.append(other)
 
 
+@pytest.mark.parametrize("folder", ["load_tests", "docs", "examples"])
+def test_of_the_tests_only_the_fixtures_are_shared(folder: str) -> None:
+    for file in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            for other in imported(node, file):
+                assert within(other, "tests.fixtures") or not within(other, "tests"), f"{file} imports {other}"
+
+
 def test_nothing_on_the_serving_path_can_run_foreign_code() -> None:
     """No pickle, no eval, no remote code: adapters and messages are data."""
     banned_modules = {"pickle", "marshal", "dill", "shelve"}

@@ -24,8 +24,8 @@ from adapters.residency.slots import PAGE_COLUMNS, Slot
 from adapters.runtime.columns import RankColumns
 from adapters.runtime.pack import PackedAdapter
 from adapters.runtime.pool import AdapterPool
-from tests.native_forms import NAMES as NATIVE_FORMS
-from tests.native_forms import forget, form_named, skip_unless_it_runs
+from tests.fixtures.native_forms import NAMES as NATIVE_FORMS
+from tests.fixtures.native_forms import forget, form_named, skip_unless_it_runs
 
 CPU = torch.device("cpu")
 RANKS = (1, 4, 8, 16, 24, 40, 64)

@@ -11,7 +11,7 @@ import pytest
 
 from load_tests.client import Clock, Record, complete, new_client
 from load_tests.schedule import Planned
-from tests.timing import HANG_SECONDS
+from tests.fixtures.timing import HANG_SECONDS
 
 PLANNED = Planned(0.0, "sql", "head", "hello", 3)
 USAGE = {"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 3}}

@@ -10,9 +10,9 @@ from typer.testing import CliRunner
 
 from load_tests.__main__ import app
 from load_tests.scenarios import FOLDER
-from tests.adapter_factory import write_adapter
-from tests.timing import HANG_SECONDS
-from tests.tiny_server import RunningServer, running_server, write_tiny_model
+from tests.fixtures.adapter_factory import write_adapter
+from tests.fixtures.timing import HANG_SECONDS
+from tests.fixtures.tiny_server import RunningServer, running_server, write_tiny_model
 
 ANY = str(HANG_SECONDS)  # a bound that nothing reaches
 FLAGS = ("--served-model-name", "tiny-base", "--dtype", "float32", "--threads", "1", "--kv-cache-bytes", "33554432")

@@ -13,7 +13,7 @@ from load_tests.plots import token_times
 from load_tests.publishing import Change
 from load_tests.report import Report, html, report_of, text, write
 from load_tests.runner import Run
-from tests.load_run import answered, refused, run_of
+from tests.fixtures.load_run import answered, refused, run_of
 
 
 def busy_run() -> Run:

@@ -14,8 +14,8 @@ from load_tests.publishing import NEWCOMER
 from load_tests.runner import Run, run, send
 from load_tests.scenarios import Bounds, Churn, Closed, Models, Poisson
 from load_tests.schedule import Planned
-from tests.load_run import scenario
-from tests.timing import HANG_SECONDS
+from tests.fixtures.load_run import scenario
+from tests.fixtures.timing import HANG_SECONDS
 
 ANSWER = (
     'data: {"choices": [{"text": "a"}]}\n\n'

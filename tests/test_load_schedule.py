@@ -22,7 +22,7 @@ from load_tests.scenarios import (
     Uniform,
 )
 from load_tests.schedule import Planned, arrival_times, build, model_classes, token_counts
-from tests.load_run import scenario
+from tests.fixtures.load_run import scenario
 
 ADAPTERS = [f"adapter-{index}" for index in range(8)]
 MANY = 20_000

@@ -9,7 +9,7 @@ from load_tests.publishing import Change
 from load_tests.scenarios import Bounds, Closed, Slo, Thresholds
 from load_tests.summary import Goodput, Percentiles, is_good, percentiles, summarize
 from load_tests.verdict import verdicts
-from tests.load_run import answered, refused, run_of
+from tests.fixtures.load_run import answered, refused, run_of
 
 
 def test_percentiles_are_those_of_the_standard_library() -> None:

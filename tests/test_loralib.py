@@ -16,7 +16,7 @@ from adapters.convert.folders import FolderError
 from adapters.convert.loralib import Layers, convert, read_checkpoint
 from adapters.model_spec import ModelSpec
 from adapters.validation.inspect import load
-from tests.adapter_factory import with_peft
+from tests.fixtures.adapter_factory import with_peft
 
 MASK = (True, False, True)
 ALPHA, R, SIZE = 6, 4, 32

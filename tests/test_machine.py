@@ -16,7 +16,7 @@ import pytest
 from server.engine import machine, sizing
 from server.engine import threads as engine_threads
 from server.engine.machine import CGROUPS, PROC
-from tests.engine_driver import make_driver
+from tests.fixtures.engine_driver import make_driver
 
 ROOT = Path(__file__).parent.parent
 MIB, GIB = 1 << 20, 1 << 30

@@ -17,9 +17,10 @@ from adapters.runtime.weight_merge import FreeMemory, MergedModules, merge
 from adapters.validation.inspect import load
 from server.model.cpu.linear import NativeLinear
 from server.model.packed_linear import PackedLinear, packed
-from tests.adapter_factory import with_peft, write_adapter
-from tests.engine_driver import Driver, make_driver
-from tests.test_peft_parity import GPT2_CASES, LLAMA_CASES, build
+from tests.fixtures.adapter_factory import with_peft, write_adapter
+from tests.fixtures.engine_driver import Driver, make_driver
+from tests.fixtures.parity_cases import GPT2_CASES, LLAMA_CASES
+from tests.test_peft_parity import build
 
 PLENTY = FreeMemory(1 << 40)
 LINEAR = ["plain", "rslora", "patterns", "expressions", "lora_bias", "bias lora_only", "bias all", "lora_bias and bias"]

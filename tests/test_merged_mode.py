@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from server.ipc.messages import Merge, RetireAdapter, StepOutputs, Unmerge
-from tests.adapter_factory import tiny_llama, with_peft, write_adapter
-from tests.engine_driver import Driver, make_driver
+from tests.fixtures.adapter_factory import tiny_llama, with_peft, write_adapter
+from tests.fixtures.engine_driver import Driver, make_driver
+from tests.fixtures.timing import HANG_SECONDS, Clock, patience
 from tests.test_architectures import greedy
 from tests.test_merge import weights_digest
-from tests.timing import HANG_SECONDS, Clock, patience
 
 PROMPTS = [[5, 17, 42, 9, 88, 3], [7, 7, 21]]
 NEW_TOKENS = 60

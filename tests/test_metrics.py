@@ -4,8 +4,8 @@ from pathlib import Path
 from prometheus_client.parser import text_string_to_metric_families
 
 from server.metrics import MAX_ADAPTER_LABELS, METRICS, Metrics
-from tests.api_server import Api, serving
-from tests.timing import eventually
+from tests.fixtures.api_server import Api, serving
+from tests.fixtures.timing import eventually
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 

@@ -9,8 +9,8 @@ from torch import nn
 from adapters.runtime.dora import dense_weight, quant_state
 from server.model.loading.loader import LoadedModel, load_model
 from server.model.quantization import nf4
-from tests.adapter_factory import tiny_llama, write_adapter
-from tests.engine_driver import make_driver
+from tests.fixtures.adapter_factory import tiny_llama, write_adapter
+from tests.fixtures.engine_driver import make_driver
 
 CPU = torch.device("cpu")
 PROMPT = [5, 17, 42, 9, 88, 3]

@@ -7,8 +7,8 @@ import httpx
 import openai
 import pytest
 
-from tests.api_server import BASE, LiveServer, form, listening
-from tests.timing import HANG_SECONDS
+from tests.fixtures.api_server import BASE, LiveServer, form, listening
+from tests.fixtures.timing import HANG_SECONDS
 
 
 @pytest.fixture

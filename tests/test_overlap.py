@@ -13,7 +13,7 @@ import torch
 from server.engine import engine as engine_module
 from server.ipc.messages import Abort
 from server.model.sampling.sampler import Started, start_sampling
-from tests.engine_driver import Driver, make_driver
+from tests.fixtures.engine_driver import Driver, make_driver
 from tests.test_engine import BLOCK_BYTES, assert_the_cache_is_finite, prompt_of
 
 Make = Callable[..., Driver]

@@ -7,7 +7,7 @@ from torch import nn
 from adapters.device.forms import NONE
 from server.model.cpu.linear import NativeLinear
 from server.model.packed_linear import PackedLinear, pack_linears, packed
-from tests.native_forms import form_or_none
+from tests.fixtures.native_forms import form_or_none
 
 __all__ = ["form_or_none"]
 HAS_ONEDNN = torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -13,7 +13,7 @@ from load_tests.peers.http_server import summary
 from load_tests.peers.process import Group, PeerFailed
 from load_tests.peers.report import Report, plot, table
 from load_tests.peers.setting import CASES, NEW_TOKENS, Case, Measured
-from tests.timing import HANG_SECONDS
+from tests.fixtures.timing import HANG_SECONDS
 
 GROUND = Ground(Path(), [], Path(), Path())
 

@@ -17,9 +17,9 @@ from transformers import LlamaForSequenceClassification, LlamaForTokenClassifica
 from adapters.errors import AdapterInvalid
 from adapters.traits import Traits
 from adapters.validation.inspect import inspect
-from tests.adapter_factory import resized, tiny_llama, with_peft, write_adapter, write_peft_adapter
-from tests.engine_driver import Driver, make_driver
-from tests.peft_corpus import CORPUS, INVOCATION, LORA, Entry
+from tests.fixtures.adapter_factory import resized, tiny_llama, with_peft, write_adapter, write_peft_adapter
+from tests.fixtures.engine_driver import Driver, make_driver
+from tests.fixtures.peft_corpus import CORPUS, INVOCATION, LORA, Entry
 from tests.test_peft_parity import NEW_TOKENS, build, logits_on, recorded
 
 VOCAB_SIZE = 97

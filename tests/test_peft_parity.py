@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,15 +11,7 @@ import bitsandbytes
 import pytest
 import torch
 from peft import (
-    AdaLoraConfig,
-    DeloraConfig,
-    IA3Config,
-    LoHaConfig,
-    LoKrConfig,
-    MissConfig,
     PeftConfig,
-    VBLoRAConfig,
-    VeraConfig,
 )
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
@@ -40,147 +32,15 @@ from adapters.peft.weights import LoraFactors
 from adapters.residency.slots import PAGE_COLUMNS
 from adapters.runtime.dora import dora_scale
 from server.ipc.messages import Abort, RunSelfTest
-from tests.adapter_factory import tiny_llama, with_peft, write_adapter, write_peft_adapter
-from tests.engine_driver import Driver, make_driver
+from tests.fixtures.adapter_factory import tiny_llama, with_peft, write_adapter, write_peft_adapter
+from tests.fixtures.engine_driver import Driver, make_driver
+from tests.fixtures.parity_cases import BASES, CASES, INVOCATION, LLAMA_CASES, LLAMA_PEFT_TYPES, NOT_ON_NF4
 
-ALL = {"target_modules": "all-linear", "r": 4, "lora_alpha": 6, "scale": 0.2}
-GPT2 = {**ALL, "fan_in_fan_out": True}
-INVOCATION = [5, 9, 4]  # in every prompt
-SAVED_ENDS = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]}
-EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-LLAMA_CASES: dict[str, dict[str, Any]] = {
-    "plain": ALL,
-    "rslora": {**ALL, "use_rslora": True},
-    "patterns": {**ALL, "rank_pattern": {"v_proj": 3, "layers.1.mlp.up_proj": 17}, "alpha_pattern": {"q_proj": 9}},
-    "lora_bias": {**ALL, "lora_bias": True},
-    "bias lora_only": {**ALL, "target_modules": ["q_proj", "down_proj"], "bias": "lora_only"},
-    "bias all": {**ALL, "target_modules": ["v_proj", "up_proj"], "bias": "all"},
-    "lora_bias and bias": {**ALL, "lora_bias": True, "bias": "lora_only"},
-    "dora": {**ALL, "use_dora": True},
-    "dora, rslora": {**ALL, "use_dora": True, "use_rslora": True, "r": 20},
-    "dora, bias all": {**ALL, "use_dora": True, "bias": "all", "target_modules": ["k_proj", "gate_proj"]},
-    "dora on lm_head": {**ALL, "use_dora": True, "target_modules": ["lm_head", "o_proj"]},
-    "lm_head with its weight": {**ALL, "target_modules": ["lm_head"], "save_embedding_layers": True},
-    "expressions": {**ALL, "target_modules": r".*layers\.\d\..*(q|up)_proj", "alpha_pattern": {r".*1\..*q_proj": 2}},
-    "embedding": {**ALL, "target_modules": ["embed_tokens", "q_proj"], "save_embedding_layers": True},
-    "embedding, dora": {**ALL, "target_modules": ["embed_tokens", "v_proj"], "use_dora": True},
-    "saved head and norms": {**ALL, "modules_to_save": ["lm_head", "norm", "input_layernorm"]},
-    "saved embedding and linear": {**ALL, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "v_proj"]},
-    "tokens": {**ALL, "trainable_token_indices": [7, 30, 90]},
-    "tokens at both ends": {**ALL, "trainable_token_indices": {"embed_tokens": [7, 30], "lm_head": [8, 30, 31]}},
-    "larger vocabulary": {**ALL, **SAVED_ENDS, "vocab_size": 103},
-    "smaller vocabulary": {**ALL, **SAVED_ENDS, "vocab_size": 90},
-    "larger vocabulary, all of its wrappers": {**ALL, **SAVED_ENDS, "vocab_size": 103, "save_embedding_layers": True},
-    "larger vocabulary, tokens": {
-        **ALL,
-        "trainable_token_indices": [7, 97, 98, 99],
-        "vocab_size": 100,
-        "save_embedding_layers": True,
-    },
-    "larger vocabulary, adapted": {
-        **ALL,
-        "target_modules": ["lm_head", "embed_tokens", "o_proj"],
-        "save_embedding_layers": True,
-        "vocab_size": 101,
-    },
-    "qalora": {**ALL, "use_qalora": True, "qalora_group_size": 8},
-    "gaussian": {**ALL, "init_lora_weights": "gaussian"},
-    "alora": {**ALL, "alora_invocation_tokens": INVOCATION},
-    "parameter of a linear": {**ALL, "target_modules": ["q_proj"], "target_parameters": ["mlp.up_proj.weight"]},
-}
-TIED_CASES: dict[str, dict[str, Any]] = {
-    "plain": ALL,
-    "head": {**ALL, "target_modules": ["lm_head", "q_proj"], "save_embedding_layers": True},
-    "embedding": {**ALL, "target_modules": ["embed_tokens", "q_proj"]},
-    "embedding, tied": {**ALL, "target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True},
-    "saved head": {**ALL, "modules_to_save": ["lm_head"]},
-    "saved embedding": {**ALL, "modules_to_save": ["embed_tokens"]},
-    "saved embedding, tied": {**ALL, "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
-    "tokens": {**ALL, "trainable_token_indices": [7, 30, 90]},
-    "larger vocabulary": {**ALL, "target_modules": ["v_proj"], "vocab_size": 103, "save_embedding_layers": True},
-    "larger vocabulary, tokens": {
-        **ALL,
-        "trainable_token_indices": [7, 97, 98, 99],
-        "vocab_size": 100,
-        "save_embedding_layers": True,
-    },
-}
-MIXTRAL_CASES: dict[str, dict[str, Any]] = {
-    "plain": {**ALL, "target_modules": ["q_proj", "v_proj"]},
-    "experts": {**ALL, "target_modules": ["q_proj"], "target_parameters": EXPERTS},
-    "router": {**ALL, "target_modules": ["o_proj"], "target_parameters": ["mlp.gate.weight"]},
-    "experts and router": {**ALL, "target_modules": [], "target_parameters": [*EXPERTS, "mlp.gate.weight"]},
-    "one of the experts' layers": {**ALL, "target_modules": [], "target_parameters": EXPERTS[1:], "use_rslora": True},
-    "norms": {**ALL, "target_modules": ["q_proj"], "modules_to_save": ["post_attention_layernorm"]},
-}
-GPT2_CASES: dict[str, dict[str, Any]] = {
-    "plain": GPT2,
-    "lora_bias": {**GPT2, "lora_bias": True},
-    "bias lora_only": {**GPT2, "bias": "lora_only"},
-    "dora": {**GPT2, "use_dora": True},
-    "dora, bias": {**GPT2, "use_dora": True, "bias": "lora_only", "target_modules": ["c_attn", "c_fc"]},
-    "bias all, norms' as well": {**GPT2, "bias": "all", "target_modules": ["c_attn"]},
-    "saved norms": {**GPT2, "target_modules": ["c_proj"], "modules_to_save": ["ln_f", "ln_1"]},
-    "saved projection": {**GPT2, "target_modules": ["c_attn"], "modules_to_save": ["c_fc"]},
-}
-# A copy of a quantised weight means nothing to PEFT, nor to us.
-NOT_ON_NF4 = {"saved embedding and linear", "saved projection"}
-EVERY = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-LLAMA_PEFT_TYPES: dict[str, dict[str, Any] | PeftConfig] = {
-    "plain": ALL,
-    "ia3": IA3Config(feedforward_modules=[], **EVERY),
-    "ia3, feedforward": IA3Config(
-        target_modules=["k_proj", "v_proj", "down_proj", "lm_head"], feedforward_modules=["down_proj"]
-    ),
-    "ia3, inputs by a pattern": IA3Config(
-        target_modules=".*_proj|lm_head", feedforward_modules=r".*(up|o|k)_proj|lm_head"
-    ),
-    "loha": LoHaConfig(r=4, alpha=6, **EVERY),
-    "loha, patterns": LoHaConfig(r=4, rank_pattern={"v_proj": 7, "o_proj": 1}, alpha_pattern={"q_proj": 9}, **EVERY),
-    "lokr": LoKrConfig(r=3, alpha=5, decompose_factor=4, **EVERY),
-    "lokr, whole": LoKrConfig(r=64, alpha=200, **EVERY),
-    "lokr, both": LoKrConfig(r=3, alpha=5, decompose_both=True, rank_pattern={"layers.1.mlp.up_proj": 2}, **EVERY),
-    "delora": DeloraConfig(r=5, rank_pattern={"v_proj": 3}, **EVERY),
-    "miss": MissConfig(r=7, **EVERY),
-    "miss, mini": MissConfig(r=16, mini_r=8, init_weights="mini", **EVERY),
-    "vera": VeraConfig(r=12, **EVERY),
-    "vera, one layer": VeraConfig(r=40, target_modules=["k_proj", "up_proj"], layers_to_transform=[1]),
-    "vblora": VBLoRAConfig(r=4, num_vectors=20, vector_length=16, topk=3, **EVERY),
-    "vblora, weights": VBLoRAConfig(r=6, num_vectors=300, vector_length=32, save_only_topk_weights=True, **EVERY),
-    "adalora": AdaLoraConfig(init_r=6, lora_alpha=9, total_step=10, **EVERY),
-    "adalora, ranks": AdaLoraConfig(
-        init_r=3,
-        lora_alpha=9,
-        total_step=10,
-        target_modules=["q_proj", "down_proj"],
-        rank_pattern={
-            "model.layers.0.self_attn.q_proj.lora_E": [True, False, True],
-            "model.layers.1.self_attn.q_proj.lora_E": [False, False, False],
-            "model.layers.0.mlp.down_proj.lora_E": [True, True, True],
-        },
-    ),
-}
-GPT2_PEFT_TYPES: dict[str, dict[str, Any] | PeftConfig] = {
-    "plain": GPT2,
-    "ia3": IA3Config(target_modules=["c_attn", "mlp.c_proj"], feedforward_modules=["mlp.c_proj"], fan_in_fan_out=True),
-    "vera": VeraConfig(r=12, fan_in_fan_out=True, **EVERY),
-    "vblora": VBLoRAConfig(r=4, num_vectors=20, vector_length=16, fan_in_fan_out=True, **EVERY),
-    "adalora": AdaLoraConfig(init_r=6, total_step=10, fan_in_fan_out=True, **EVERY),
-}
-CASES: dict[str, Mapping[str, dict[str, Any] | PeftConfig]] = {
-    "llama": LLAMA_CASES,
-    "gpt2": GPT2_CASES,
-    "tied": TIED_CASES,
-    "mixtral": MIXTRAL_CASES,
-    "llama PEFT types": LLAMA_PEFT_TYPES,
-    "gpt2 PEFT types": GPT2_PEFT_TYPES,
-}
 KERNELS: dict[str, Any] = {
     "chosen": choose_kernel,
     "reference": lambda *_: (ReferenceKernel(), "the specification"),
     "grouped": lambda device, _: (GroupedKernel(device), "torch matmuls"),
 }
-BASES = {"fp32": torch.float32, "bf16": torch.bfloat16, "nf4": torch.float32}
 NEW_TOKENS = 6
 
 

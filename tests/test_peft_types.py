@@ -33,7 +33,7 @@ from adapters.traits import Traits
 from adapters.validation.inspect import inspect, load
 from adapters.validation.peft_types.convert import PEFT_TYPES
 from adapters.validation.peft_types.lycoris import _factorised
-from tests.adapter_factory import spec_of, tiny_llama, with_peft, write_peft_adapter
+from tests.fixtures.adapter_factory import spec_of, tiny_llama, with_peft, write_peft_adapter
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."

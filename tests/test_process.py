@@ -19,11 +19,11 @@ from server.ipc import process_transport as process
 from server.ipc.client import EngineClient, EngineState, EngineUnavailable, Stream
 from server.ipc.messages import SequenceOutput
 from server.ipc.process_transport import ProcessTransport
-from tests.adapter_factory import tiny_llama, write_adapter
-from tests.engine_driver import MIB, make_driver
+from tests.fixtures.adapter_factory import tiny_llama, write_adapter
+from tests.fixtures.engine_driver import MIB, make_driver
+from tests.fixtures.timing import HANG_SECONDS, Clock, eventually, wait_for
 from tests.test_architectures import greedy
 from tests.test_client import PROMPT, collect, request
-from tests.timing import HANG_SECONDS, Clock, eventually, wait_for
 
 ROOT = Path(__file__).parent.parent
 

@@ -7,8 +7,8 @@ import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from tests.adapter_factory import write_adapter
-from tests.tiny_server import running_server, write_tiny_model
+from tests.fixtures.adapter_factory import write_adapter
+from tests.fixtures.tiny_server import running_server, write_tiny_model
 
 LESSONS = {"knock knock": " who is there?", "one two": " three four five", "to be or": " not to be"}
 

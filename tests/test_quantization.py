@@ -8,8 +8,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from server.ipc.messages import EngineInfo
-from tests.adapter_factory import tiny_llama, write_adapter
-from tests.engine_driver import Driver, make_driver
+from tests.fixtures.adapter_factory import tiny_llama, write_adapter
+from tests.fixtures.engine_driver import Driver, make_driver
 
 PROMPT = [5, 17, 42, 9, 88, 3]
 

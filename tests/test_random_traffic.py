@@ -22,8 +22,8 @@ from server.ipc.messages import (
     Unmerge,
 )
 from server.sequence import SamplingParams, ScaledAdapter
-from tests.adapter_factory import tiny_llama, write_adapter
-from tests.engine_driver import Driver, make_driver
+from tests.fixtures.adapter_factory import tiny_llama, write_adapter
+from tests.fixtures.engine_driver import Driver, make_driver
 from tests.test_engine import BLOCK_BYTES, assert_the_cache_is_finite
 
 ADAPTERS: list[dict[str, Any]] = [

@@ -12,9 +12,9 @@ import pytest
 from server.api.errors import ApiError
 from server.api.middleware.auth import KeyRing
 from server.api.middleware.rate_limits import Bucket, Lease, Limits, RateLimits
-from tests.api_server import BASE, Api, assert_error, serving
+from tests.fixtures.api_server import BASE, Api, assert_error, serving
+from tests.fixtures.timing import Clock, eventually
 from tests.test_auth import bearer, ring
-from tests.timing import Clock, eventually
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from adapters.residency import residency as residency_module
 from adapters.residency.host_cache import HostCache
 from adapters.residency.residency import RETRY_SECONDS, Move, Residency
 from adapters.residency.slots import Slot, SlotTable
-from tests.timing import HANG_SECONDS, Clock, patience
+from tests.fixtures.timing import HANG_SECONDS, Clock, patience
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from adapters.convert import peft_folder as plain_lora
 from adapters.convert.folders import FolderError
 from adapters.convert.residual_base import convert
 from adapters.validation.inspect import load
-from tests.adapter_factory import spec_of, tiny_llama, with_peft, write_adapter
+from tests.fixtures.adapter_factory import spec_of, tiny_llama, with_peft, write_adapter
 
 TOKENS = torch.arange(3, 30).unsqueeze(0)
 PATTERNS: dict[str, Any] = {"rank_pattern": {"layers.1.self_attn.q_proj": 3}, "alpha_pattern": {"v_proj": 5}}

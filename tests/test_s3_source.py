@@ -8,8 +8,8 @@ import pytest
 from adapters.errors import AdapterTooLarge, SourceNotAllowed, SourceNotFound, SourceUnavailable
 from adapters.registry import store
 from adapters.sources import check_source, copy_from, download, s3
-from tests import remote_servers
-from tests.remote_servers import KEY_ID, REGION, SECRET, Remote
+from tests.fixtures import remote_servers
+from tests.fixtures.remote_servers import KEY_ID, REGION, SECRET, Remote
 
 CONFIG, WEIGHTS = store.FILES
 FILES = {CONFIG: b"{}" * 50, WEIGHTS: b"\1weights" * 1000}

@@ -15,7 +15,7 @@ from adapters.residency.slots import SlotTable
 from server.engine.block_manager import BlockManager
 from server.engine.scheduler import PREFETCH_DEPTH, Scheduler
 from server.sequence import SamplingParams, ScaledAdapter, ScheduledBatch, Sequence, SequenceStatus
-from tests.timing import patience
+from tests.fixtures.timing import patience
 
 BLOCK = 4
 

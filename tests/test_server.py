@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM
 
 from adapters.records import PendingAdapter
 from adapters.registry.registry import AdapterRegistry
-from tests.adapter_factory import write_adapter
-from tests.timing import HANG_SECONDS, wait_for
-from tests.tiny_server import RunningServer, running_server, sse_events, write_tiny_model
+from tests.fixtures.adapter_factory import write_adapter
+from tests.fixtures.timing import HANG_SECONDS, wait_for
+from tests.fixtures.tiny_server import RunningServer, running_server, sse_events, write_tiny_model
 
 VERSIONS = 8
 STREAMS = 8

@@ -19,9 +19,9 @@ from server.api.text.tokenizer import Tokenizer
 from server.ipc.messages import MoveAdapter
 from server.model.loading.default_model import DEFAULT_MODEL, prepare_default_model
 from server.model.loading.loader import load_model
-from tests.adapter_factory import greedy, write_adapter
-from tests.engine_driver import make_driver
-from tests.tiny_server import RunningServer, running_server
+from tests.fixtures.adapter_factory import greedy, write_adapter
+from tests.fixtures.engine_driver import make_driver
+from tests.fixtures.tiny_server import RunningServer, running_server
 
 pytestmark = pytest.mark.smollm2
 ROOT = Path(__file__).parent.parent

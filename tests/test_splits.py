@@ -8,7 +8,7 @@ import pytest
 
 from server.api.middleware.auth import Key, KeyRing
 from server.sequence import ScaledAdapter
-from tests.api_server import BASE, Api, assert_error, serving
+from tests.fixtures.api_server import BASE, Api, assert_error, serving
 from tests.test_api_composition import digest, identity, upload_two
 from tests.test_metrics import samples
 

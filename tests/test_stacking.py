@@ -11,7 +11,7 @@ from adapters.model_spec import ModelSpec
 from adapters.runtime.layers import attach
 from adapters.runtime.pool import AdapterPool
 from adapters.runtime.stacked_linear import StackedLinear, is_stackable, stack
-from tests.engine_driver import make_driver
+from tests.fixtures.engine_driver import make_driver
 from tests.test_architectures import build
 
 QKV, GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")

@@ -14,11 +14,11 @@ from typer.testing import CliRunner
 
 from adapters.validation.inspect import digest_of
 from server.cli.main import app
-from tests import remote_servers
-from tests.adapter_factory import tiny_llama, write_adapter, write_peft_adapter
-from tests.api_server import LiveServer, listening
-from tests.remote_servers import COMMIT, Remote
-from tests.timing import HANG_SECONDS, wait_for
+from tests.fixtures import remote_servers
+from tests.fixtures.adapter_factory import tiny_llama, write_adapter, write_peft_adapter
+from tests.fixtures.api_server import LiveServer, listening
+from tests.fixtures.remote_servers import COMMIT, Remote
+from tests.fixtures.timing import HANG_SECONDS, wait_for
 
 runner = CliRunner()
 

@@ -14,7 +14,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from server.api.text import template_sandbox, template_worker
 from server.api.text.template_sandbox import WORKERS, TemplateFailed, TemplateSandbox
-from tests.timing import HANG_SECONDS, eventually, wait_for
+from tests.fixtures.timing import HANG_SECONDS, eventually, wait_for
 
 MESSAGES = [{"role": "system", "content": 'Be brief, "é" <b>.'}, {"role": "user", "content": "hi 😀"}]
 ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"

@@ -5,7 +5,7 @@ import pytest
 from server.api.errors import ApiError
 from server.api.text.tokenizer import Detokenizer, Tokenizer, TokenizerUnusable, finite
 from server.model.loading.default_model import prepare_default_model
-from tests.api_server import byte_tokenizer, ids
+from tests.fixtures.api_server import byte_tokenizer, ids
 
 TEXT = "Grüße, 世界! 👩‍👩‍👧 e\u0301 and <|plain|> words.\n"
 

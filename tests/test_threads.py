@@ -8,7 +8,7 @@ import torch
 
 from server.engine import threads
 from server.engine.threads import INTERVAL, LONGEST_PATIENCE, AdaptiveThreads, ThreadCount, Usage, adaptive_threads
-from tests.native_forms import native
+from tests.fixtures.native_forms import native
 
 __all__ = ["native"]
 QUIET = Usage(clock=0.25, waited=0.01, idle=0.02)

@@ -11,8 +11,8 @@ from adapters.errors import AdapterInvalid
 from adapters.peft.tokenizer_files import TokenizerFiles, check_tokenizer, read_tokenizer_files
 from adapters.traits import Traits
 from adapters.validation.inspect import inspect
-from tests.adapter_factory import spec_of, tiny_llama, write_adapter
-from tests.api_server import EOS, TEMPLATE, tokenizer_files
+from tests.fixtures.adapter_factory import spec_of, tiny_llama, write_adapter
+from tests.fixtures.api_server import EOS, TEMPLATE, tokenizer_files
 
 JSON = json.loads(tokenizer_files("<tool>")["tokenizer.json"])
 LETTER, END, TOOL = 64, 256, 258  # "a" of the 256 bytes, <|end|>, and after <|start|> the added one

@@ -10,7 +10,7 @@ import torch
 from server.model.attention import paged
 from server.model.batch import ForwardBatch, SequenceRows
 from server.model.kv_cache import CacheShape, KVCache
-from tests.triton_device import DEVICE, DTYPES, EPSILON, require_triton
+from tests.fixtures.triton_device import DEVICE, DTYPES, EPSILON, require_triton
 
 require_triton()
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.triton_device import require_triton
+from tests.fixtures.triton_device import require_triton
 
 require_triton()
 
@@ -16,7 +16,11 @@ ROOT = Path(__file__).parent.parent
 def test_every_kernel_compiles_for_compute_capability_9(tmp_path: Path) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.compile_triton"], cwd=ROOT, env=environment, capture_output=True, text=True
+        [sys.executable, "-m", "tests.fixtures.compile_triton"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     compiled = {line.split()[0] for line in done.stdout.splitlines()}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.triton_device import DEVICE, INTERPRETED, require_triton
+from tests.fixtures.triton_device import DEVICE, INTERPRETED, require_triton
 
 require_triton()
 if not INTERPRETED:
@@ -16,8 +16,8 @@ from adapters.kernels.triton_lora import TritonKernel
 from server.model import attention, runner
 from server.model.attention import triton_paged
 from server.model.graphs import DecodeGraphs, bucket_sizes
-from tests.adapter_factory import tiny_llama, write_adapter
-from tests.engine_driver import Driver, make_driver
+from tests.fixtures.adapter_factory import tiny_llama, write_adapter
+from tests.fixtures.engine_driver import Driver, make_driver
 
 # Rows of a tile beyond its tokens see no key; numpy, in the interpreter, warns of their 0 / 0.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered in divide:RuntimeWarning")

@@ -9,8 +9,8 @@ import torch
 
 from adapters.kernels.segments import Segments, SlotUse, build_segments
 from server.model.fused import reference
+from tests.fixtures.triton_device import DEVICE, DTYPES, EPSILON, require_triton
 from tests.test_kernels import Pool, make_pool
-from tests.triton_device import DEVICE, DTYPES, EPSILON, require_triton
 
 require_triton()
 

@@ -6,8 +6,8 @@ import torch
 
 from adapters.kernels import triton_plan
 from adapters.kernels.segments import Segment, Segments, SlotUse, build_segments
+from tests.fixtures.triton_device import DEVICE, DTYPES, EPSILON, require_triton
 from tests.test_kernels import POPULARITIES, SIZES, Pool, Uses, exact, make_pool, uses_of_rows
-from tests.triton_device import DEVICE, DTYPES, EPSILON, require_triton
 
 require_triton()
 

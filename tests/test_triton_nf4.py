@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.triton_device import DEVICE, DTYPES, EPSILON, require_triton
+from tests.fixtures.triton_device import DEVICE, DTYPES, EPSILON, require_triton
 
 require_triton()
 

@@ -18,8 +18,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 from adapters.errors import AdapterInvalid, Problem
 from adapters.model_spec import ModelSpec
 from adapters.validation.inspect import inspect, load
-from tests.adapter_factory import spec_of, tiny_llama, with_peft, write_adapter
-from tests.timing import cpu_seconds
+from tests.fixtures.adapter_factory import spec_of, tiny_llama, with_peft, write_adapter
+from tests.fixtures.timing import cpu_seconds
 
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
 K0 = "base_model.model.model.layers.0.self_attn.k_proj"

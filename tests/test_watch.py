@@ -16,9 +16,9 @@ from server.api.adapters import watcher as watch
 from server.api.adapters.watcher import FolderWatcher
 from server.ipc.client import EngineUnavailable
 from server.ipc.messages import RunSelfTest, ToEngine
-from tests.api_server import BASE, Api, adapter_files, assert_error, serving
+from tests.fixtures.api_server import BASE, Api, adapter_files, assert_error, serving
+from tests.fixtures.timing import eventually
 from tests.test_api_composition import digest
-from tests.timing import eventually
 
 
 @pytest.fixture

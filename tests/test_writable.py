@@ -17,9 +17,9 @@ from server.ipc.sockets import address
 from server.launch import complete
 from server.model.loading.default_model import DEFAULT_MODEL
 from server.writable import use_writable_folders
-from tests.adapter_factory import write_adapter
-from tests.timing import HANG_SECONDS
-from tests.tiny_server import RunningServer, running_server, write_tiny_model
+from tests.fixtures.adapter_factory import write_adapter
+from tests.fixtures.timing import HANG_SECONDS
+from tests.fixtures.tiny_server import RunningServer, running_server, write_tiny_model
 
 READ_ONLY_ROOT = """
 set -e

@@ -44,7 +44,7 @@ def main() -> None:
 def interpreted() -> Iterator[None]:
     """The GPU path on a CPU, in Triton's interpreter."""
     os.environ["TRITON_INTERPRET"] = "1"
-    from tests.triton_device import DEVICE, require_triton
+    from tests.fixtures.triton_device import DEVICE, require_triton
 
     require_triton()
     from adapters.kernels.triton_lora import TritonKernel
