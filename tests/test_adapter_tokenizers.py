@@ -251,6 +251,7 @@ async def test_files_of_a_tokenizer_have_sizes(tmp_path: Path) -> None:
         assert (await publish_template(api, "own", "x" * (1 << 20))).status_code == 201
 
 
+@pytest.mark.slow
 @pytest.mark.smollm2
 async def test_the_default_model_s_own_files_change_nothing(tmp_path: Path) -> None:
     """As an adapter's files, they give the same tokens as transformers with the base model."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from adapters.convert import peft_folder as plain_lora
 from adapters.convert.add_weighted import METHODS, Factors, Method, Recipe, combine
 from adapters.convert.folders import FolderError
-from adapters.validation.inspect import load
+from adapters.load import load
 from tests.fixtures.adapter_factory import spec_of, tiny_llama, with_peft, write_adapter
 from tests.fixtures.engine_driver import make_driver
 

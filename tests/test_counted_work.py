@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from adapters.load import load
 from adapters.residency.slots import Slot, pages_of
 from adapters.runtime.pack import pack
-from adapters.validation.inspect import load
 from tests.fixtures.adapter_factory import tiny_llama, write_adapter
 from tests.fixtures.engine_driver import Driver, make_driver
 from tests.fixtures.native_forms import form

@@ -18,10 +18,11 @@ from safetensors.torch import save_file
 from adapters.errors import Problem
 from adapters.peft.config_keys import HARMLESS_KEYS, REFUSED_KEYS, SERVED_KEYS
 from adapters.peft.config_reader import MAX_CONFIG_BYTES
+from adapters.peft.digest import version_digest
 from adapters.peft.lora_config import LoraSettings, parse_config
 from adapters.peft.patterns import ModulePatterns
 from adapters.peft.safetensors_header import read_header
-from adapters.peft.weights import parse_tensor_name, version_digest
+from adapters.peft.tensor_names import parse_tensor_name
 from tests.fixtures.timing import cpu_seconds
 
 PLAIN = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]}

@@ -133,6 +133,7 @@ def compiler_for(form: Form, monkeypatch: pytest.MonkeyPatch) -> str:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
 def test_every_form_compiles(name: str, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,6 +52,7 @@ def shortened(folder: Path, name: str, **lines: str) -> str:
     return str(folder / f"short-{name}.toml")
 
 
+@pytest.mark.slow
 def test_the_smoke_scenario(folder: Path, server: RunningServer) -> None:
     scenario = shortened(
         folder, "smoke", rate="20.0", warm_up_s="0.2", duration_s="1.0", request_timeout_s=ANY, ttft_s=ANY, itl_s=ANY

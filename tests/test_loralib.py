@@ -14,8 +14,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from adapters.convert import peft_folder as plain_lora
 from adapters.convert.folders import FolderError
 from adapters.convert.loralib import Layers, convert, read_checkpoint
+from adapters.load import load
 from adapters.model_spec import ModelSpec
-from adapters.validation.inspect import load
 from tests.fixtures.adapter_factory import with_peft
 
 MASK = (True, False, True)

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from adapters.errors import AdapterInvalid, MoveRefused
-from adapters.peft.weights import AdapterWeights, LoraFactors
+from adapters.load import load
 from adapters.runtime.dora import dense_weight, quant_state
 from adapters.runtime.stacked_linear import StackedLinear
 from adapters.runtime.weight_merge import FreeMemory, MergedModules, merge
-from adapters.validation.inspect import load
+from adapters.weights import AdapterWeights, LoraFactors
 from server.model.cpu.linear import NativeLinear
 from server.model.packed_linear import PackedLinear, packed
 from tests.fixtures.adapter_factory import with_peft, write_adapter

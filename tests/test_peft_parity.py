@@ -28,9 +28,9 @@ from adapters.errors import AdapterInvalid
 from adapters.kernels import choose_kernel
 from adapters.kernels.grouped import GroupedKernel
 from adapters.kernels.reference import ReferenceKernel
-from adapters.peft.weights import LoraFactors
 from adapters.residency.slots import PAGE_COLUMNS
 from adapters.runtime.dora import dora_scale
+from adapters.weights import LoraFactors
 from server.ipc.messages import Abort, RunSelfTest
 from tests.fixtures.adapter_factory import tiny_llama, with_peft, write_adapter, write_peft_adapter
 from tests.fixtures.engine_driver import Driver, make_driver

@@ -27,10 +27,11 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from adapters.errors import AdapterInvalid, Problem
+from adapters.load import load
 from adapters.model_spec import ModelSpec
 from adapters.peft.lora_config import SERVED_TYPES
 from adapters.traits import Traits
-from adapters.validation.inspect import inspect, load
+from adapters.validation.inspect import inspect
 from adapters.validation.peft_types.convert import PEFT_TYPES
 from adapters.validation.peft_types.lycoris import _factorised
 from tests.fixtures.adapter_factory import spec_of, tiny_llama, with_peft, write_peft_adapter

@@ -111,6 +111,7 @@ async def test_a_killed_engine_is_noticed_replaced_and_leaves_nothing_behind(
     assert len(folders) == 2 and not any(folder is not None and folder.exists() for folder in folders)
 
 
+@pytest.mark.slow
 async def test_an_engine_that_hangs_is_replaced(
     llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

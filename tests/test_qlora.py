@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
@@ -40,6 +41,7 @@ def train(folder: Path, out: Path, steps: int = 60) -> Any:
     return model.eval()
 
 
+@pytest.mark.slow
 def test_what_was_learned_on_four_bits_is_said_on_the_same_four_bits(tmp_path: Path) -> None:
     base = write_tiny_model(tmp_path / "model", intermediate_size=128)
     trained = train(base, tmp_path / "adapter")

@@ -15,7 +15,7 @@ from torch import Tensor
 from adapters.convert import peft_folder as plain_lora
 from adapters.convert.folders import FolderError
 from adapters.convert.residual_base import convert
-from adapters.validation.inspect import load
+from adapters.load import load
 from tests.fixtures.adapter_factory import spec_of, tiny_llama, with_peft, write_adapter
 
 TOKENS = torch.arange(3, 30).unsqueeze(0)

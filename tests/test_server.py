@@ -245,6 +245,7 @@ def test_a_model_that_cannot_be_served_ends_the_start_with_the_reason(tmp_path: 
     assert "error:" in ended.stderr and "Traceback" not in ended.stderr
 
 
+@pytest.mark.slow
 def test_a_hub_id_is_served_out_of_the_hub_s_cache(tiny: Path, tmp_path: Path) -> None:
     """As `huggingface-cli download` leaves it: nothing is fetched."""
     snapshot = tmp_path / "hub" / "models--acme--tiny" / "snapshots" / ("0" * 40)

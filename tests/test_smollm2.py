@@ -133,6 +133,7 @@ def test_an_unknown_model_is_a_404_for_the_official_client(client: OpenAI) -> No
         client.completions.create(model=DEFAULT_MODEL, prompt="x", temperature=3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TRAITS)
 def test_a_demo_adapter_has_its_trait_and_the_base_does_not(client: OpenAI, name: str) -> None:
     """On prompts held out of the training: at least 80 % of the adapter's answers, at most 20 % of the base's."""

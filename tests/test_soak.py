@@ -2,9 +2,12 @@
 
 from pathlib import Path
 
+import pytest
+
 from load_tests.soak import operations
 
 
+@pytest.mark.slow
 def test_random_operations_with_a_crash(tmp_path: Path) -> None:
     counts = operations(tmp_path, count=200, clients=6, seed=3, crash_every=200)
     assert counts.total() == 200 and counts["crash killed"] == 1

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.fixtures.triton_device import require_triton
 
 require_triton()
@@ -13,6 +15,7 @@ require_triton()
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.mark.slow
 def test_every_kernel_compiles_for_compute_capability_9(tmp_path: Path) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(

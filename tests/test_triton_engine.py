@@ -51,6 +51,7 @@ def answers(driver: Driver, models: Path) -> dict[str, list[int]]:
     return {name: driver.tokens(name) for name in PROMPTS}
 
 
+@pytest.mark.slow
 def test_the_engine_answers_as_on_the_plain_implementations(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

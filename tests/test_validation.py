@@ -16,8 +16,9 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from adapters.errors import AdapterInvalid, Problem
+from adapters.load import load
 from adapters.model_spec import ModelSpec
-from adapters.validation.inspect import inspect, load
+from adapters.validation.inspect import inspect
 from tests.fixtures.adapter_factory import spec_of, tiny_llama, with_peft, write_adapter
 from tests.fixtures.timing import cpu_seconds
 

@@ -156,6 +156,7 @@ def shared_memory(pid: int) -> list[str]:
     return [place for place in found if "/dev/shm/sem." not in place]
 
 
+@pytest.mark.slow
 def test_a_server_writes_to_its_data_folder_alone_and_needs_no_shared_memory(tmp_path: Path) -> None:
     data = tmp_path / ("data" * 25)  # its sockets' paths are longer than a socket's address may be
     data.mkdir()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from adapters.convert import peft_folder as plain_lora
 from adapters.convert.folders import FolderError
-from adapters.peft.weights import LoraFactors
+from adapters.weights import LoraFactors
 
 Method = Literal[
     "linear",

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from adapters.convert.folders import FolderError
 from adapters.errors import AdapterInvalid
+from adapters.load import load
 from adapters.model_spec import ModelSpec
 from adapters.peft.config_reader import MAX_CONFIG_BYTES, MAX_RANK
 from adapters.peft.files import CONFIG_FILE, FILES, WEIGHTS_FILE
 from adapters.peft.lora_config import parse_config
 from adapters.peft.safetensors_header import read_header
-from adapters.peft.weights import LoraFactors, parse_tensor_name
-from adapters.validation.inspect import load
+from adapters.peft.tensor_names import parse_tensor_name
+from adapters.weights import LoraFactors
 
 
 def read(folder: Path, origin: Path | None = None) -> dict[str, LoraFactors]:

@@ -15,7 +15,7 @@ from adapters.convert import peft_folder as plain_lora
 from adapters.convert.folders import FolderError
 from adapters.peft.files import CONFIG_FILE, WEIGHTS_FILE
 from adapters.peft.safetensors_header import unique_keys
-from adapters.peft.weights import LoraFactors
+from adapters.weights import LoraFactors
 
 _RESIDUAL_INITS = ("pissa", "olora", "corda", "lora_ga")
 # Keys that only configure the initialisation.

@@ -10,7 +10,7 @@ from adapters.peft.config_reader import shown
 from adapters.peft.lora_config import LoraSettings
 from adapters.peft.patterns import dotted_suffixes
 from adapters.peft.safetensors_header import TensorInfo, read_header
-from adapters.peft.weights import TensorKind, parse_tensor_name
+from adapters.peft.tensor_names import TensorKind, parse_tensor_name
 
 KINDS: dict[str, str] = {
     "A": "lora_A",

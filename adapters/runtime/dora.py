@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from adapters.peft.weights import LoraFactors
+from adapters.weights import LoraFactors
 
 _ROWS = 1024  # rows of a weight that are converted to float32 at a time
 

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from adapters.errors import AdapterInvalid, Problem
-from adapters.peft.weights import AdapterWeights, LoraFactors
 from adapters.residency.slots import PAGE_COLUMNS, pages_of
 from adapters.runtime.columns import RankColumns
 from adapters.runtime.dora import dora_scale, output_vectors
@@ -20,6 +19,7 @@ from adapters.runtime.module_overrides import (
     nbytes,
     replaced,
 )
+from adapters.weights import AdapterWeights, LoraFactors
 
 
 @dataclass(frozen=True, slots=True)

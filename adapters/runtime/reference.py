@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 from transformers.pytorch_utils import Conv1D
 
-from adapters.peft.weights import AdapterWeights, LoraFactors
 from adapters.runtime.dora import dense_weight
+from adapters.weights import AdapterWeights, LoraFactors
 
 
 @dataclass(frozen=True, slots=True)

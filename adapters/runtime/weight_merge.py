@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from adapters.errors import AdapterInvalid, MoveRefused, Problem
-from adapters.peft.weights import AdapterWeights, LoraFactors
 from adapters.runtime.dora import dense_weight, dora_scale, output_vectors, quant_state, updated_rows
 from adapters.runtime.layers import LoRAGroup, LoRALinear
 from adapters.runtime.stacked_linear import Finish, stack
+from adapters.weights import AdapterWeights, LoraFactors
 
 _HOST = torch.device("cpu")
 

@@ -1,14 +1,13 @@
 """Checks of a LoRA against a base model: they report every problem, with the tensor or the key."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from adapters.errors import Problem
 from adapters.model_spec import ModelSpec
 from adapters.peft.config_reader import shown
 from adapters.peft.files import CONFIG_FILE, WEIGHTS_FILE
-from adapters.peft.finite import number_problems
 from adapters.peft.lora_config import LoraSettings
 from adapters.peft.lora_tensors import (
     KINDS,
@@ -23,7 +22,8 @@ from adapters.peft.lora_tensors import (
     targeted_parameters,
 )
 from adapters.peft.patterns import dotted_suffixes
-from adapters.peft.weights import TensorKind
+from adapters.peft.tensor_bytes import largest_finite
+from adapters.peft.tensor_names import TensorKind
 from adapters.validation.saved_checks import copy_problems, token_problems
 
 MAX_STACKED_BYTES = 1 << 30  # size in float32 of all parameters of which the adapter needs a changed copy
@@ -39,9 +39,9 @@ class LoraChecks:
     tensors: LoraTensors
     spec: ModelSpec
 
-    def problems(self, settings: LoraSettings | None, with_numbers: bool = True) -> list[Problem]:
-        """Return every problem. `with_numbers` also reads the tensors, to compare copies and to find NaN and
-        infinity."""
+    def problems(self, settings: LoraSettings | None, magnitudes: Mapping[str, float] | None = None) -> list[Problem]:
+        """Return every problem. `magnitudes` are the largest absolute values of all tensors; without them, numbers are
+        not checked, and copies not compared."""
         found = [*self.tensors.misnamed, *self._modules()]
         if settings:
             found += [*self._targets(settings), *self._saved_targets(settings), *self._sizes(settings)]
@@ -52,9 +52,8 @@ class LoraChecks:
                 *self._invocation(settings),
             ]
         found += [*self._saved(), *self._vocabulary(settings)]
-        if with_numbers:
-            scalings = self._scalings(settings) if settings else {}
-            found += [*copy_problems(self.tensors), *number_problems(self.tensors, scalings)]
+        if magnitudes is not None:
+            found += [*copy_problems(self.tensors), *self._numbers(settings, magnitudes)]
         return found
 
     # -- which modules -------------------------------------------------------------------------------------------
@@ -123,6 +122,16 @@ class LoraChecks:
             for kind in _SCALED
             if kind in names
         }
+
+    def _numbers(self, settings: LoraSettings | None, magnitudes: Mapping[str, float]) -> Iterator[Problem]:
+        """Yield a problem for every tensor with NaN or infinity, and for every tensor that would overflow its own
+        dtype when multiplied by its scaling."""
+        scalings = self._scalings(settings) if settings else {}
+        for name, info in self.tensors.infos.items():
+            if not math.isfinite(magnitudes[name]):
+                yield problem(name, "NaN or infinity", "finite numbers", "nonfinite")
+            elif magnitudes[name] * scalings.get(name, 1.0) > largest_finite(info.dtype):
+                yield problem(name, "infinity once scaled by alpha", "finite numbers", "nonfinite")
 
     # -- linears -------------------------------------------------------------------------------------------------
 

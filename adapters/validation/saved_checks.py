@@ -7,7 +7,7 @@ from adapters.model_spec import ModelSpec
 from adapters.peft.files import CONFIG_FILE
 from adapters.peft.lora_config import LoraSettings
 from adapters.peft.lora_tensors import LoraTensors, names_module, problem, token_target
-from adapters.peft.weights import read_chunks
+from adapters.peft.tensor_bytes import read_chunks
 
 _KEY = f"{CONFIG_FILE}: trainable_token_indices"
 

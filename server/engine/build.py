@@ -6,6 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from adapters.device.forms import FormRefused, described_choice
 from adapters.errors import MoveRefused
+from adapters.load import load
 from adapters.model_spec import ModelSpec
 from adapters.registry.store import AdapterStore
 from adapters.residency.host_cache import HostCache
@@ -17,7 +18,7 @@ from adapters.runtime.pool import page_bytes
 from adapters.runtime.reference import Reference
 from adapters.runtime.weight_merge import merge
 from adapters.traits import Traits
-from adapters.validation.inspect import inspect, load
+from adapters.validation.inspect import inspect
 from server.config import ServeConfig
 from server.engine.block_manager import BlockManager
 from server.engine.engine import Engine

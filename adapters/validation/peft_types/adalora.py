@@ -7,12 +7,9 @@ mask of the kept ranks by `<layer>.lora_E`.
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch import Tensor
-
 from adapters.errors import Problem
 from adapters.peft.config_reader import config_problem, shown
-from adapters.peft.weights import LoraFactors
-from adapters.validation.peft_types.base import Layer, PeftTypeConfig, key_table
+from adapters.validation.peft_types.base import Arrays, Factors, Layer, PeftTypeConfig, key_table
 
 _SUFFIX = ".lora_E"
 # PEFT's AdaLoRA ignores these keys of its config.
@@ -79,8 +76,8 @@ class AdaLora(PeftTypeConfig):
     def rank(self, layer: Layer) -> int:
         return self._left.get(layer.name, self._init_r)
 
-    def convert(self, layer: Layer, tensors: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> LoraFactors:
-        return LoraFactors(tensors["lora_A"] * tensors["lora_E"], tensors["lora_B"], self._scaling)
+    def convert(self, layer: Layer, tensors: Arrays, shared: Arrays) -> Factors:
+        return Factors(tensors["lora_A"] * tensors["lora_E"], tensors["lora_B"], self._scaling)
 
 
 def _is_mask(value: Any, length: int) -> bool:

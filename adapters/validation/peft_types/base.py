@@ -5,11 +5,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from adapters.errors import Problem
 from adapters.peft.config_reader import ConfigReader, KeyTable
-from adapters.peft.weights import LoraFactors
 from adapters.traits import Traits
 
 PREFIX = "base_model.model."
@@ -42,11 +42,24 @@ class Layer:
         return f"{PREFIX}{self.name}.{kind}"
 
 
+Array = NDArray[np.float32]
+Arrays = Mapping[str, NDArray[Any]]  # float32, or whole numbers for kinds in `indices`
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """The layer adds `scaling * (b @ a @ x)`, with `a [r, in]` and `b [out, r]` in float32."""
+
+    a: Array
+    b: Array
+    scaling: float
+
+
 @dataclass(frozen=True, slots=True)
 class ChannelScale:
     """A factor for every input or else every output of a linear: `vector [channels]` in float32."""
 
-    vector: Tensor
+    vector: Array
     of_input: bool
 
 
@@ -77,10 +90,8 @@ class PeftTypeConfig(ConfigReader, ABC):
         """Return the rank of the LoRA to which the layer's tensors are converted; 0 for scales."""
 
     @abstractmethod
-    def convert(
-        self, layer: Layer, tensors: Mapping[str, Tensor], shared: Mapping[str, Tensor]
-    ) -> LoraFactors | ChannelScale:
-        """Convert tensors of the right shapes, in float32 or whole numbers. Raises `AdapterInvalid`."""
+    def convert(self, layer: Layer, tensors: Arrays, shared: Arrays) -> Factors | ChannelScale:
+        """Convert arrays of the right shapes. Raises `AdapterInvalid`."""
 
     def shared_shapes(self, layers: Mapping[str, Layer]) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the tensors in `shared`, all of which the file must have, by name."""

@@ -4,20 +4,19 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-from safetensors import safe_open
+import numpy as np
 
 from adapters.errors import AdapterInvalid, Problem
 from adapters.model_spec import ModelSpec
 from adapters.peft.config_reader import MAX_CONFIG_BYTES, canonical, read_json, shown
+from adapters.peft.digest import scan
 from adapters.peft.files import CONFIG_FILE, FILES, WEIGHTS_FILE
-from adapters.peft.finite import magnitudes
 from adapters.peft.lora_tensors import problem
 from adapters.peft.patterns import dotted_suffixes
 from adapters.peft.safetensors_header import INDEX_BYTES, ITEM_BYTES, read_header
-from adapters.peft.weights import AdapterWeights, LoraFactors, version_digest
+from adapters.peft.tensor_bytes import read_array
 from adapters.validation.peft_types.adalora import AdaLora
-from adapters.validation.peft_types.base import PREFIX, ChannelScale, Layer, PeftTypeConfig
+from adapters.validation.peft_types.base import PREFIX, ChannelScale, Factors, Layer, PeftTypeConfig
 from adapters.validation.peft_types.delora import DeLora
 from adapters.validation.peft_types.ia3 import IA3
 from adapters.validation.peft_types.lycoris import LoHa, LoKr
@@ -59,7 +58,8 @@ class Converted:
     def __init__(self, path: Path, type_config: PeftTypeConfig, config: str, spec: ModelSpec):
         self.type_config = type_config
         self.tensors = read_header(path, {**ITEM_BYTES, **INDEX_BYTES}, allow_empty=True)
-        self._path, self._config, self._spec = path, config, spec
+        self.scanned = scan(config, self.tensors, path)
+        self._path, self._spec = path, spec
         self._misnamed: list[str] = []
         shapes = self._shapes_by_module()
         self._unknown = shapes.keys() - spec.modules.keys()
@@ -87,10 +87,6 @@ class Converted:
     def nbytes(self) -> int:
         """Return the size of all tensors in bytes."""
         return sum(info.end - info.start for info in self.tensors.values())
-
-    def digest(self) -> str:
-        """Return the version digest."""
-        return version_digest(self._config, self.tensors, self._path)
 
     # -- checks ------------------------------------------------------------------------------------------------------
 
@@ -156,8 +152,7 @@ class Converted:
                 yield problem(where, found, f"at most {self._spec.max_rank}", "rank_too_large")
 
     def _value_problems(self) -> Iterator[Problem]:
-        floats = {name: info for name, info in self.tensors.items() if info.dtype in ITEM_BYTES and 0 not in info.shape}
-        for name, largest in magnitudes(self._path, floats):
+        for name, largest in self.scanned.magnitudes.items():
             if not math.isfinite(largest):
                 yield problem(name, "NaN or infinity", "finite numbers", "nonfinite")
 
@@ -165,39 +160,28 @@ class Converted:
 
     def check_values(self) -> None:
         """Convert one layer after the other and discard the results. Raises `AdapterInvalid`."""
-        for _ in self._parts():
+        for _ in self.parts():
             pass
 
-    def weights(self, digest: str) -> AdapterWeights:
-        """Convert all layers and return them with `digest`. Raises `AdapterInvalid`."""
-        weights = AdapterWeights(digest, self.rank, {}, self.nbytes())
-        for module, part in self._parts():
-            if isinstance(part, LoraFactors):
-                weights.factors[module] = part
-            else:
-                scales = weights.input_scales if part.of_input else weights.output_scales
-                scales[module] = part.vector
-        return weights
-
-    def _parts(self) -> Iterator[tuple[str, LoraFactors | ChannelScale]]:
+    def parts(self) -> Iterator[tuple[str, Factors | ChannelScale]]:
+        """Convert one layer after the other. Raises `AdapterInvalid` with all problems after the last."""
         problems = []
-        with safe_open(self._path, "pt") as file:
-            shared = {name: file.get_tensor(name).float() for name in self.type_config.shared}
-            for layer in self.layers.values():
-                tensors = {kind: file.get_tensor(layer.tensor(kind)) for kind in layer.shapes}
-                tensors = {kind: t.float() if t.is_floating_point() else t for kind, t in tensors.items()}
-                try:
+        shared = {name: read_array(self._path, self.tensors[name]) for name in self.type_config.shared}
+        for layer in self.layers.values():
+            tensors = {kind: read_array(self._path, self.tensors[layer.tensor(kind)]) for kind in layer.shapes}
+            try:
+                with np.errstate(all="ignore"):  # what is not finite is a problem, not a warning
                     part = self.type_config.convert(layer, tensors, shared)
                     _check_finite(layer, part)
-                    yield layer.name, part
-                except AdapterInvalid as error:
-                    problems += error.problems
+                yield layer.name, part
+            except AdapterInvalid as error:
+                problems += error.problems
         if problems:
             raise AdapterInvalid(problems)
 
 
-def _check_finite(layer: Layer, part: LoraFactors | ChannelScale) -> None:
-    tensors = (part.a, part.b * part.scaling) if isinstance(part, LoraFactors) else (part.vector,)
-    if not all(torch.isfinite(tensor).all() for tensor in tensors):
+def _check_finite(layer: Layer, part: Factors | ChannelScale) -> None:
+    arrays = (part.a, part.b * np.float32(part.scaling)) if isinstance(part, Factors) else (part.vector,)
+    if not all(np.isfinite(array).all() for array in arrays):
         found, expected = "NaN or infinity once multiplied out", "finite numbers"
         raise AdapterInvalid([problem(PREFIX + layer.name, found, expected, "nonfinite")])

@@ -4,10 +4,9 @@ inputs are weighted by the norms of the base's columns, which are in the file.""
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+import numpy as np
 
-from adapters.peft.weights import LoraFactors
-from adapters.validation.peft_types.base import Layer, PeftTypeConfig, key_table
+from adapters.validation.peft_types.base import Arrays, Factors, Layer, PeftTypeConfig, key_table
 
 _LEAST_NORM = 1e-4
 
@@ -36,8 +35,8 @@ class DeLora(PeftTypeConfig):
     def rank(self, layer: Layer) -> int:
         return int(self._ranks.get(layer.name, self._r))
 
-    def convert(self, layer: Layer, tensors: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> LoraFactors:
+    def convert(self, layer: Layer, tensors: Arrays, shared: Arrays) -> Factors:
         a, b = tensors["delora_A"], tensors["delora_B"]
-        norms = a.norm(dim=1).clamp(min=_LEAST_NORM) * b.norm(dim=0).clamp(min=_LEAST_NORM)
+        norms = np.maximum(np.linalg.norm(a, axis=1), _LEAST_NORM) * np.maximum(np.linalg.norm(b, axis=0), _LEAST_NORM)
         strengths = tensors["delora_lambda"] / self.rank(layer) / norms
-        return LoraFactors(a * tensors["delora_w_norm"], b * strengths, 1.0)
+        return Factors(a * tensors["delora_w_norm"], b * strengths, 1.0)

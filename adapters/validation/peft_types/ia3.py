@@ -4,10 +4,8 @@ of other layers, together with their bias."""
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
 from adapters.traits import Traits
-from adapters.validation.peft_types.base import ChannelScale, Layer, PeftTypeConfig, key_table
+from adapters.validation.peft_types.base import Arrays, ChannelScale, Layer, PeftTypeConfig, key_table
 
 
 class IA3(PeftTypeConfig):
@@ -38,7 +36,7 @@ class IA3(PeftTypeConfig):
     def rank(self, layer: Layer) -> int:
         return 0
 
-    def convert(self, layer: Layer, tensors: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> ChannelScale:
+    def convert(self, layer: Layer, tensors: Arrays, shared: Arrays) -> ChannelScale:
         return ChannelScale(tensors["ia3_l"].flatten(), self._scales_input(layer))
 
     def traits(self) -> Traits:

@@ -4,11 +4,9 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from adapters.peft.weights import LoraFactors
-from adapters.validation.peft_types.base import Layer, PeftTypeConfig, key_table
+from adapters.validation.peft_types.base import Array, Arrays, Factors, Layer, PeftTypeConfig, key_table
 
 _SERVED = {"r", "alpha", "rank_pattern", "alpha_pattern", "layers_to_transform"}
 _TRAINING = {"init_weights", "module_dropout", "rank_dropout"}
@@ -46,10 +44,10 @@ class LoHa(_Lycoris):
     def rank(self, layer: Layer) -> int:
         return self._r_of(layer) ** 2
 
-    def convert(self, layer: Layer, tensors: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> LoraFactors:
-        a = torch.einsum("pi,qi->pqi", tensors["hada_w1_b"], tensors["hada_w2_b"]).flatten(0, 1)
-        b = torch.einsum("op,oq->opq", tensors["hada_w1_a"], tensors["hada_w2_a"]).flatten(1, 2)
-        return LoraFactors(a, b, self._scaling(layer))
+    def convert(self, layer: Layer, tensors: Arrays, shared: Arrays) -> Factors:
+        a = tensors["hada_w1_b"][:, None, :] * tensors["hada_w2_b"][None, :, :]
+        b = tensors["hada_w1_a"][:, :, None] * tensors["hada_w2_a"][:, None, :]
+        return Factors(a.reshape(-1, layer.inputs), b.reshape(layer.outputs, -1), self._scaling(layer))
 
 
 class LoKr(_Lycoris):
@@ -86,9 +84,9 @@ class LoKr(_Lycoris):
     def rank(self, layer: Layer) -> int:
         return math.prod(min(rows, columns, inner or rows) for _, rows, columns, inner in self._matrices(layer))
 
-    def convert(self, layer: Layer, tensors: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> LoraFactors:
+    def convert(self, layer: Layer, tensors: Arrays, shared: Arrays) -> Factors:
         (left1, right1), (left2, right2) = (_halves(tensors, name) for name in ("lokr_w1", "lokr_w2"))
-        return LoraFactors(torch.kron(right1, right2), torch.kron(left1, left2), self._scaling(layer))
+        return Factors(np.kron(right1, right2), np.kron(left1, left2), self._scaling(layer))
 
 
 def _factorised(size: int, factor: int) -> tuple[int, int]:
@@ -101,7 +99,7 @@ def _factorised(size: int, factor: int) -> tuple[int, int]:
     return divisor, size // divisor
 
 
-def _halves(tensors: Mapping[str, Tensor], name: str) -> tuple[Tensor, Tensor]:
+def _halves(tensors: Arrays, name: str) -> tuple[Array, Array]:
     """Return W as a product `[rows, k] [k, columns]` of the least k that its shape allows."""
     whole = tensors.get(name)
     if whole is None:
@@ -110,4 +108,4 @@ def _halves(tensors: Mapping[str, Tensor], name: str) -> tuple[Tensor, Tensor]:
             return left, right
         whole = left @ right
     rows, columns = whole.shape
-    return (torch.eye(rows), whole) if rows <= columns else (whole, torch.eye(columns))
+    return (np.eye(rows, dtype=np.float32), whole) if rows <= columns else (whole, np.eye(columns, dtype=np.float32))

@@ -4,13 +4,11 @@ projected by a block `[r, out]`; the columns of a mini block are repeated."""
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from adapters.errors import Problem
 from adapters.peft.lora_tensors import problem
-from adapters.peft.weights import LoraFactors
-from adapters.validation.peft_types.base import Layer, PeftTypeConfig, key_table
+from adapters.validation.peft_types.base import Arrays, Factors, Layer, PeftTypeConfig, key_table
 
 
 class Miss(PeftTypeConfig):
@@ -43,7 +41,7 @@ class Miss(PeftTypeConfig):
     def rank(self, layer: Layer) -> int:
         return self._r
 
-    def convert(self, layer: Layer, tensors: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> LoraFactors:
+    def convert(self, layer: Layer, tensors: Arrays, shared: Arrays) -> Factors:
         block = tensors["miss_block"]
-        sums = torch.eye(self._r).repeat(1, -(-layer.inputs // self._r))[:, : layer.inputs]
-        return LoraFactors(sums, block.repeat(1, layer.outputs // block.shape[1]).T, 1.0)
+        sums = np.tile(np.eye(self._r, dtype=np.float32), -(-layer.inputs // self._r))[:, : layer.inputs]
+        return Factors(sums, np.tile(block, layer.outputs // block.shape[1]).T, 1.0)

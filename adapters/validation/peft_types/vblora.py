@@ -7,14 +7,12 @@ or the vectors' indices with all weights but the last, which is 1 minus their su
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from adapters.errors import AdapterInvalid, Problem
 from adapters.peft.lora_tensors import problem
-from adapters.peft.weights import LoraFactors
-from adapters.validation.peft_types.base import Layer, PeftTypeConfig, key_table
+from adapters.validation.peft_types.base import Array, Arrays, Factors, Layer, PeftTypeConfig, key_table
 
 _BANK = "base_model.vblora_vector_bank"
 _LOGITS = ("vblora_logits_A", "vblora_logits_B")
@@ -70,26 +68,30 @@ class VBLora(PeftTypeConfig):
     def rank(self, layer: Layer) -> int:
         return self._r
 
-    def convert(self, layer: Layer, tensors: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> LoraFactors:
+    def convert(self, layer: Layer, tensors: Arrays, shared: Arrays) -> Factors:
         a, b = (self._mixed(layer, tensors, kind, shared[_BANK]) for kind in _LOGITS)
-        return LoraFactors(a.reshape(self._r, -1), b.transpose(1, 2).reshape(-1, self._r), 1.0)
+        return Factors(a.reshape(self._r, -1), b.swapaxes(1, 2).reshape(-1, self._r), 1.0)
 
-    def _mixed(self, layer: Layer, tensors: Mapping[str, Tensor], kind: str, bank: Tensor) -> Tensor:
+    def _mixed(self, layer: Layer, tensors: Arrays, kind: str, bank: Array) -> Array:
         """Return the tiles of one factor, `[*tiles, vector_length]`."""
         if self._topk_only:
             indices = self._indices(layer, tensors[f"{kind}_topk_indices"], kind)
             weights = tensors[f"{kind}_topk_weights"]
             # As in PEFT, where a weight below 0 also gives NaN.
-            logits = torch.cat([weights, 1 - weights.sum(-1, keepdim=True)], dim=-1).log()
+            logits = np.log(np.concatenate([weights, 1 - weights.sum(-1, keepdims=True)], axis=-1))
         else:
-            logits, indices = tensors[kind].topk(self._topk)
-        weights = logits.softmax(-1).flatten(0, 1)
-        tiles = F.embedding_bag(indices.flatten(0, 1), bank, per_sample_weights=weights, mode="sum")
-        return tiles.view(*indices.shape[:2], self._vector_length)
+            indices = np.argsort(-tensors[kind], axis=-1, kind="stable")[..., : self._topk]
+            logits = np.take_along_axis(tensors[kind], indices, axis=-1)
+        weights = np.exp(logits - logits.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        tiles = np.zeros((*indices.shape[:2], self._vector_length), np.float32)
+        for chosen, weight in zip(np.moveaxis(indices, -1, 0), np.moveaxis(weights, -1, 0), strict=True):
+            tiles += weight[..., None] * bank[chosen]
+        return tiles
 
-    def _indices(self, layer: Layer, stored: Tensor, kind: str) -> Tensor:
-        indices = stored.long()
-        repeated = (indices.sort(-1).values.diff() == 0).any()
+    def _indices(self, layer: Layer, stored: NDArray[Any], kind: str) -> NDArray[Any]:
+        indices = stored.astype(np.int64)
+        repeated = (np.diff(np.sort(indices, axis=-1), axis=-1) == 0).any()
         if repeated or indices.min() < 0 or indices.max() >= self._num_vectors:
             name = layer.tensor(f"{kind}_topk_indices")
             expected = f"different numbers from 0 to {self._num_vectors - 1} for each tile"

@@ -6,10 +6,7 @@ The delta is `diag(lambda_b) B diag(lambda_d) A`, of which a layer uses the lead
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
-from adapters.peft.weights import LoraFactors
-from adapters.validation.peft_types.base import Layer, PeftTypeConfig, key_table
+from adapters.validation.peft_types.base import Arrays, Factors, Layer, PeftTypeConfig, key_table
 
 _A, _B = "base_model.vera_A", "base_model.vera_B"
 
@@ -45,6 +42,6 @@ class Vera(PeftTypeConfig):
     def rank(self, layer: Layer) -> int:
         return self._r
 
-    def convert(self, layer: Layer, tensors: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> LoraFactors:
+    def convert(self, layer: Layer, tensors: Arrays, shared: Arrays) -> Factors:
         b = tensors["vera_lambda_b"][:, None] * shared[_B][: layer.outputs] * tensors["vera_lambda_d"]
-        return LoraFactors(shared[_A][:, : layer.inputs], b, 1.0)
+        return Factors(shared[_A][:, : layer.inputs], b, 1.0)

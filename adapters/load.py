@@ -1,0 +1,143 @@
+"""Adapters in memory: reads the tensors of a validated folder, converted to what the runtime applies."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from adapters.errors import AdapterInvalid, Problem
+from adapters.model_spec import ModelSpec
+from adapters.peft.files import WEIGHTS_FILE
+from adapters.peft.lora_config import LoraSettings
+from adapters.peft.lora_tensors import LoraTensors, parameter_factors, scaling_of, shares_weight, token_target
+from adapters.peft.tensor_names import TensorKind
+from adapters.validation.inspect import check_lora
+from adapters.validation.peft_types.base import ChannelScale
+from adapters.validation.peft_types.convert import Converted, read_converted
+from adapters.weights import AdapterWeights, LoraFactors, TokenRows
+
+
+def load(folder: Path, spec: ModelSpec, digest: str | None = None) -> AdapterWeights:
+    """Validate the adapter in `folder` as `inspect` does, and read its tensors into memory.
+
+    With `digest`, the content must have this digest, and its numbers are not checked again, because they were checked
+    when the version was stored. Raises `AdapterInvalid`.
+    """
+    converted = read_converted(folder, spec)
+    if converted is not None:
+        return _converted(converted, _expected(digest, converted.scanned.digest))
+    checked = check_lora(folder, spec, with_numbers=digest is None)
+    found, tensors = _expected(digest, checked.digest), checked.tensors
+    reader = _Reader(load_file(tensors.path), tensors, checked.settings, spec)
+    return AdapterWeights(
+        found,
+        checked.rank,
+        reader.factors(),
+        tensors.nbytes(),
+        biases=reader.biases(),
+        embeddings=reader.embeddings(),
+        parameters=reader.parameters(),
+        replaced=reader.replaced(),
+        tokens=reader.tokens(),
+        vocab_size=tensors.vocab_size(spec),
+    )
+
+
+def _expected(digest: str | None, found: str) -> str:
+    if digest not in (None, found):
+        raise AdapterInvalid([Problem(WEIGHTS_FILE, f"content {found[:12]}", f"{digest:.12}", "malformed_file")])
+    return found
+
+
+def _converted(adapter: Converted, digest: str) -> AdapterWeights:
+    """Return the weights of an adapter of a type other than LORA."""
+    weights = AdapterWeights(digest, adapter.rank, {}, adapter.nbytes())
+    for module, part in adapter.parts():
+        if isinstance(part, ChannelScale):
+            scales = weights.input_scales if part.of_input else weights.output_scales
+            scales[module] = torch.from_numpy(part.vector)
+        else:
+            weights.factors[module] = LoraFactors(torch.from_numpy(part.a), torch.from_numpy(part.b), part.scaling)
+    return weights
+
+
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """The validated tensors, converted to the fields of `AdapterWeights`."""
+
+    loaded: dict[str, Tensor]
+    tensors: LoraTensors
+    settings: LoraSettings
+    spec: ModelSpec
+
+    def factors(self) -> dict[str, LoraFactors]:
+        found = {}
+        for module, names in self.tensors.modules.items():
+            inputs, _ = self.spec.modules[module]
+            factors = self._factors(names, ("A", "B"), scaling_of(module, self.settings, self.spec))
+            found[module] = replace(factors, a=_unpooled(factors.a, inputs))
+        return found
+
+    def embeddings(self) -> dict[str, LoraFactors]:
+        kinds: tuple[TensorKind, TensorKind] = ("embedding_A", "embedding_B")
+        embeddings = self.tensors.embeddings.items()
+        return {module: self._factors(names, kinds, self.settings.scaling(module)) for module, names in embeddings}
+
+    def parameters(self) -> dict[str, dict[str, LoraFactors]]:
+        return {
+            module: {
+                parameter: self._factors(names, ("A", "B"), self.settings.scaling(f"{module}.{parameter}"))
+                for parameter, names in parameter_factors(module, depths, self.settings, self.spec)
+            }
+            for module, depths in self.tensors.stacked.items()
+        }
+
+    def _factors(
+        self, names: dict[TensorKind, str], kinds: tuple[TensorKind, TensorKind], scaling: float
+    ) -> LoraFactors:
+        a, b = (self.loaded[names[kind]] for kind in kinds)
+        bias, magnitude = (self.loaded[names[k]] if k in names else None for k in ("lora_bias", "magnitude"))
+        return LoraFactors(a, b, scaling, bias, magnitude)
+
+    def biases(self) -> dict[str, Tensor]:
+        trained = {module: self.loaded[name] for module, name in self.tensors.biases.items()}
+        wrapped = {m: names["base_bias"] for m, names in self.tensors.modules.items() if "base_bias" in names}
+        return trained | {module: self.loaded[name] for module, name in wrapped.items()}
+
+    def replaced(self) -> dict[str, dict[str, Tensor]]:
+        found = {m: {p: self.loaded[name] for p, name in names.items()} for m, names in self.tensors.saved.items()}
+        if shares_weight(self.spec, self.settings):
+            _share(found, self.spec)
+        return found
+
+    def tokens(self) -> dict[str, TokenRows]:
+        found = {}
+        for module, name in self.tensors.tokens.items():
+            _, ids = token_target(module, self.settings, self.spec)
+            found[module] = TokenRows(ids, self.loaded[name])
+        if self.spec.tied and self.spec.embedding in found:
+            _, ids = token_target(self.spec.head, self.settings, self.spec)
+            if ids in ((), found[self.spec.embedding].ids):
+                found.setdefault(self.spec.head, found[self.spec.embedding])
+        return found
+
+
+def _share(replaced: dict[str, dict[str, Tensor]], spec: ModelSpec) -> None:
+    """Give both ends of a tied vocabulary the weight that is stored for only one of them."""
+    ends = [end for end in (spec.embedding, spec.head) if "weight" in replaced.get(end, {})]
+    if len(ends) == 1:
+        weight = replaced[ends[0]]["weight"]
+        for end in (spec.embedding, spec.head):
+            replaced.setdefault(end, {})["weight"] = weight
+
+
+def _unpooled(a: Tensor, inputs: int) -> Tensor:
+    """Return A for the unpooled input. QA-LoRA's A acts on the groups' means times the number of groups (PEFT's
+    `QALoraLinearVariant`); any other A is returned unchanged."""
+    groups = a.shape[1]
+    if groups == inputs:
+        return a
+    size = inputs // groups
+    return a.float().repeat_interleave(size, dim=1) * (groups / size)

@@ -1,0 +1,49 @@
+"""An adapter's tensors in host memory, as the runtime applies them."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class LoraFactors:
+    """One module's factors `a [r, in]` and `b [out, r]`, as stored. The module adds `scaling * (b @ a @ x + bias)`,
+    and DoRA's `magnitude` scales its rows. `bias` and `magnitude` are `[out]` or None."""
+
+    a: Tensor
+    b: Tensor
+    scaling: float
+    bias: Tensor | None = None
+    magnitude: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRows:
+    """Rows `values [n, hidden]` that replace the rows of the tokens `ids` in an embedding's weight."""
+
+    ids: tuple[int, ...]
+    values: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterWeights:
+    """An adapter in host memory: `rank` is the largest rank of its modules, `nbytes` the size of all tensors in bytes.
+
+    `factors` are those of linears, and `biases` replace the linears' own; `embeddings` are factors with `a [r, vocab]`
+    and `b [hidden, r]`. `parameters` are factors of any module's parameters, `a [experts·r, in]` and `b [out,
+    r·experts]`. `replaced` has whole parameters, and `tokens` rows of the embedding or the head. `input_scales`
+    multiply a linear's inputs, `output_scales` its outputs with their bias.
+    """
+
+    digest: str
+    rank: int
+    factors: dict[str, LoraFactors]
+    nbytes: int
+    biases: dict[str, Tensor] = field(default_factory=dict)
+    embeddings: dict[str, LoraFactors] = field(default_factory=dict)
+    parameters: dict[str, dict[str, LoraFactors]] = field(default_factory=dict)
+    replaced: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    tokens: dict[str, TokenRows] = field(default_factory=dict)
+    input_scales: dict[str, Tensor] = field(default_factory=dict)
+    output_scales: dict[str, Tensor] = field(default_factory=dict)
+    vocab_size: int | None = None  # where it is not the base's
