@@ -74,6 +74,7 @@ async def _serve_api(ready: Connection) -> None:
     from server.ipc.client import EngineClient
     from server.ipc.process_transport import ProcessTransport
     from server.metrics import Metrics
+    from server.model.loading.tokenizer import load_tokenizer
     from server.serve import Server
 
     model = str(prepare_default_model())
@@ -82,7 +83,13 @@ async def _serve_api(ready: Connection) -> None:
         engine = EngineClient(ProcessTransport(config, "load_tests.null_engine"))
         registry = AdapterRegistry(Path(folder))
         context = AppContext(
-            config, engine, registry, Tokenizer.load(model), KeyRing(), Metrics(), base_model=DEFAULT_MODEL
+            config,
+            engine,
+            registry,
+            KeyRing(),
+            Metrics(),
+            base_model=DEFAULT_MODEL,
+            base_tokenizer=Tokenizer.of(load_tokenizer(model)),
         )
         await engine.start()
         await _until_stopped(Server(context), ready)

@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from transformers import AutoTokenizer
-
 from adapters.registry.registry import RETAINED_VERSIONS
 from server.api.text.tokenizer import Detokenizer, Tokenizer
+from server.model.loading.tokenizer import load_tokenizer
 from server.sequence import ScaledAdapter
 from tests.fixtures.engine_driver import make_driver
 
@@ -86,7 +85,7 @@ class Answers:
     def __init__(self, model: Path, data_dir: Path, adapters: Collection[Path]):
         self._driver = make_driver(model, data_dir, threads=1)
         self._driver.check = False
-        self._tokenizer = Tokenizer.of(AutoTokenizer.from_pretrained(model))
+        self._tokenizer = Tokenizer.of(load_tokenizer(str(model)))
         self._lock = threading.Lock()
         self._texts: dict[tuple[Parts, tuple[int, ...], int], str] = {}
         self.folders = {self._driver.add_adapter(folder): folder for folder in adapters}

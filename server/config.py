@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-import yaml
-
 GIB = 1 << 30
 
 
@@ -140,6 +138,8 @@ def load(flags: Mapping[str, Any], config_file: Path | None = None) -> ServeConf
 def _from_file(path: Path | None) -> dict[str, Any]:
     if path is None:
         return {}
+    import yaml  # imported here because every command imports this module
+
     try:
         text = path.read_text()
         found = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text)

@@ -1,15 +1,16 @@
 """Startup of `loraplex serve`: imports only what starting the engine process needs. The engine process then loads torch
-and the model while this process loads torch and the API."""
+and the model while this process imports the API."""
 
 import dataclasses
+import subprocess
 from pathlib import Path
 
-from server.config import ConfigError, ServeConfig, default_data_dir
+from server.config import ConfigError, ServeConfig, StartFailed, default_data_dir
 from server.ipc.process_transport import ProcessTransport
 from server.model.loading.default_model import (
     DEFAULT_MODEL,
     DefaultModelMissing,
-    prepare_default_model,
+    prepare_in_child,
     prepared_default_model,
 )
 from server.writable import use_writable_folders
@@ -30,7 +31,7 @@ def launch(config: ServeConfig) -> None:
 
 
 def _run(config: ServeConfig, transport: ProcessTransport | None) -> None:
-    from server.serve import run  # torch, transformers and FastAPI take seconds
+    from server.serve import run  # importing the API takes most of a second, in which the engine's process starts
 
     run(config, transport)
 
@@ -46,9 +47,11 @@ def complete(config: ServeConfig) -> ServeConfig:
     model, name = config.model, config.served_model_name
     if not model:
         try:
-            model, name = str(prepared or prepare_default_model()), name or DEFAULT_MODEL
+            model, name = str(prepared or prepare_in_child()), name or DEFAULT_MODEL
         except DefaultModelMissing as missing:
             raise ConfigError(str(missing)) from missing
+        except subprocess.CalledProcessError as error:
+            raise StartFailed("the embedded model could not be prepared; the error is above") from error
     return dataclasses.replace(
         config, model=model, served_model_name=name or Path(model).stem.lower(), data_dir=data_dir
     )

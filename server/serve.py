@@ -9,13 +9,13 @@ import socket
 from pathlib import Path
 from types import FrameType
 
-import torch
 import uvicorn
 from rich.console import Console
 
 from adapters.errors import AdapterError, SourceNotAllowed
 from adapters.registry.registry import AdapterRegistry
 from adapters.sources import check_allow_source, copy_from
+from adapters.validation.inspect import check_files
 from server.api.adapters import fetching
 from server.api.adapters.merge import merge
 from server.api.adapters.publishing import examine
@@ -24,7 +24,7 @@ from server.api.app import create_app
 from server.api.context import AppContext
 from server.api.errors import ApiError
 from server.api.middleware.auth import KeyRing, check_bind
-from server.api.text.tokenizer import Tokenizer, TokenizerUnusable
+from server.api.text.tokenizer import Tokenizer
 from server.config import ConfigError, ServeConfig, StartFailed
 from server.ipc.client import AdapterMoveRefused, EngineClient, EngineTransport, EngineUnavailable
 from server.metrics import Metrics
@@ -41,6 +41,7 @@ def run(config: ServeConfig, transport: EngineTransport | None = None) -> None:
     `config` comes from `launch.complete`. Raises `ConfigError` or `StartFailed`.
     """
     _check_sources(config)
+    _check_named_adapters(config)
     keys = KeyRing.load(config)
     check_bind(config, keys)
     config.data_dir.mkdir(parents=True, exist_ok=True)
@@ -48,8 +49,6 @@ def run(config: ServeConfig, transport: EngineTransport | None = None) -> None:
         registry = AdapterRegistry(config.data_dir, reserved=[config.served_model_name])
     except AdapterError as error:
         raise StartFailed(str(error)) from error
-    if transport is not None:
-        torch.set_num_threads(1)  # validating uploads must not take cores from the engine
     try:
         asyncio.run(_serve(config, keys, registry, transport or _thread_transport(config)))
     finally:
@@ -66,16 +65,23 @@ def _check_sources(config: ServeConfig) -> None:
         raise ConfigError(f"--watch-adapters {config.watch_adapters} does not exist or is not a folder")
 
 
+def _check_named_adapters(config: ServeConfig) -> None:
+    """Check what can be checked before the engine has loaded the model, which takes seconds."""
+    for name, folder in _named_adapters(config):
+        try:
+            check_files(folder)
+        except (AdapterError, OSError) as error:
+            raise StartFailed(f"the adapter '{name}' of the command line cannot be registered: {error}") from error
+
+
 async def _serve(config: ServeConfig, keys: KeyRing, registry: AdapterRegistry, transport: EngineTransport) -> None:
     engine = EngineClient(transport, hang_seconds=config.hang_seconds)
     starting = asyncio.create_task(engine.start())
     try:
-        tokenizer = await asyncio.to_thread(_load_tokenizer, config.model)
         context = AppContext(
             config=config,
             engine=engine,
             registry=registry,
-            tokenizer=tokenizer,
             keys=keys,
             metrics=Metrics(),
             base_model=config.served_model_name,
@@ -92,13 +98,6 @@ async def _serve(config: ServeConfig, keys: KeyRing, registry: AdapterRegistry, 
     finally:
         starting.cancel()
         await engine.stop()
-
-
-def _load_tokenizer(model: str) -> Tokenizer:
-    try:
-        return Tokenizer.load(model)
-    except (OSError, ValueError, TokenizerUnusable) as error:
-        raise StartFailed(f"the tokenizer of '{model}' cannot be loaded: {error}") from error
 
 
 def _thread_transport(config: ServeConfig) -> EngineTransport:
@@ -136,8 +135,8 @@ class Server(uvicorn.Server):
         return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Exclude the objects that exist now from garbage collection: a full collection would scan all of torch and
-        transformers and delay every stream."""
+        """Exclude the objects that exist now from garbage collection: a full collection would scan every
+        imported module and delay every stream."""
         gc.collect()
         gc.freeze()
         await super().startup(sockets)
@@ -160,6 +159,7 @@ async def _bring_up(context: AppContext, starting: "asyncio.Task[None]", server:
     """Wait for the engine, register the adapters of the command line, restore pins, and print the startup message."""
     try:
         await starting
+        await _use_tokenizer(context)
         for name, folder in _named_adapters(context.config):
             await _register(context, name, folder)
         await _restore(context)
@@ -180,6 +180,12 @@ async def _bring_up(context: AppContext, starting: "asyncio.Task[None]", server:
     _greet(context, server.url)
     if context.config.watch_adapters:
         await FolderWatcher(context, Path(context.config.watch_adapters)).run()
+
+
+async def _use_tokenizer(context: AppContext) -> None:
+    info = context.engine.info
+    assert info is not None and info.tokenizer is not None
+    context.base_tokenizer = await asyncio.to_thread(Tokenizer.of, info.tokenizer)
 
 
 def _named_adapters(config: ServeConfig) -> list[tuple[str, Path]]:

@@ -18,6 +18,7 @@ from server.api.text.adapter_tokenizers import AdapterTokenizers
 from server.api.text.template_sandbox import TemplateSandbox
 from server.api.text.tokenizer import Tokenizer
 from server.model.loading.default_model import prepare_default_model
+from server.model.loading.tokenizer import load_tokenizer
 from tests.fixtures.api_server import EOS, Api, assert_error, events, ids, serving, tokenizer_files
 from tests.fixtures.timing import HANG_SECONDS, eventually, leap
 
@@ -255,7 +256,8 @@ async def test_files_of_a_tokenizer_have_sizes(tmp_path: Path) -> None:
 @pytest.mark.smollm2
 async def test_the_default_model_s_own_files_change_nothing(tmp_path: Path) -> None:
     """As an adapter's files, they give the same tokens as transformers with the base model."""
-    base, store = Tokenizer.load(str(prepare_default_model())), AdapterStore(tmp_path / "store")
+    base = Tokenizer.of(load_tokenizer(str(prepare_default_model())))
+    store = AdapterStore(tmp_path / "store")
     with store.stage() as folder:
         for name in FILES:
             (folder / name).write_bytes(b"x")
@@ -265,7 +267,7 @@ async def test_the_default_model_s_own_files_change_nothing(tmp_path: Path) -> N
         assert check_tokenizer(folder, 49152) == []
         store.commit(folder, "1" * 64)
     sandbox = TemplateSandbox()
-    own = await AdapterTokenizers(base, store, sandbox).of("1" * 64, Traits(tokenizer=True, chat_template=True))
+    own = await AdapterTokenizers(lambda: base, store, sandbox).of("1" * 64, Traits(tokenizer=True, chat_template=True))
     assert own.backend is not base.backend and own.special_tokens == base.special_tokens
     assert own.special_ids >= base.special_ids
     messages = [

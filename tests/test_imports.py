@@ -43,6 +43,7 @@ ARROWS: dict[str, set[str]] = {
         "adapters",
         "adapters.registry",
         "adapters.sources",
+        "adapters.validation",
         "server",
         "server.api.adapters",
         "server.api.app",
@@ -177,7 +178,7 @@ ARROWS: dict[str, set[str]] = {
         "server.metrics",
     },
     "server.api.middleware": {"server", "server.api.errors", "server.metrics"},
-    "server.api.text": {"adapters", "adapters.peft", "adapters.registry", "server.api.errors"},
+    "server.api.text": {"adapters", "adapters.peft", "adapters.registry", "server", "server.api.errors"},
     "server.api.inference": {
         "adapters",
         "adapters.registry",
@@ -218,9 +219,9 @@ WITHOUT_TORCH = [
     "adapters.sources",
     "adapters.traits",
     "adapters.validation",
-    "server.api.errors",
-    "server.api.middleware",
-    "server.api.schemas",
+    "server.api",
+    "server.base_tokenizer",
+    "server.cli",
     "server.config",
     "server.engine.block_manager",
     "server.engine.machine",
@@ -232,6 +233,7 @@ WITHOUT_TORCH = [
     "server.logs",
     "server.metrics",
     "server.sequence",
+    "server.serve",
     "server.writable",
 ]
 

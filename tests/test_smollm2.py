@@ -19,6 +19,7 @@ from server.api.text.tokenizer import Tokenizer
 from server.ipc.messages import MoveAdapter
 from server.model.loading.default_model import DEFAULT_MODEL, prepare_default_model
 from server.model.loading.loader import load_model
+from server.model.loading.tokenizer import load_tokenizer
 from tests.fixtures.adapter_factory import greedy, write_adapter
 from tests.fixtures.engine_driver import make_driver
 from tests.fixtures.tiny_server import RunningServer, running_server
@@ -82,8 +83,8 @@ def test_a_gguf_file_is_served_like_the_model_converted_from_it() -> None:
     assert all(torch.equal(value, weights[name]) for name, value in loaded.model.named_parameters())
     text = "Ahoy, wörld!"
     assert (
-        Tokenizer.load(str(file)).backend.encode(text).ids
-        == Tokenizer.load(str(prepare_default_model())).backend.encode(text).ids
+        Tokenizer.of(load_tokenizer(str(file))).backend.encode(text).ids
+        == Tokenizer.of(load_tokenizer(str(prepare_default_model()))).backend.encode(text).ids
     )
 
 

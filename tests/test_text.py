@@ -3,8 +3,10 @@ from typing import Any
 import pytest
 
 from server.api.errors import ApiError
-from server.api.text.tokenizer import Detokenizer, Tokenizer, TokenizerUnusable, finite
+from server.api.text.tokenizer import Detokenizer, Tokenizer, finite
 from server.model.loading.default_model import prepare_default_model
+from server.model.loading.loader import ModelRefused
+from server.model.loading.tokenizer import describe, load_tokenizer
 from tests.fixtures.api_server import byte_tokenizer, ids
 
 TEXT = "Grüße, 世界! 👩‍👩‍👧 e\u0301 and <|plain|> words.\n"
@@ -89,8 +91,8 @@ def test_slow_tokenizers_are_refused() -> None:
     class Slow:
         is_fast = False
 
-    with pytest.raises(TokenizerUnusable):
-        Tokenizer.of(Slow())
+    with pytest.raises(ModelRefused):
+        describe(Slow())
 
 
 def test_logprobs_are_finite() -> None:
@@ -99,7 +101,7 @@ def test_logprobs_are_finite() -> None:
 
 @pytest.mark.smollm2
 async def test_the_default_model_s_tokenizer() -> None:
-    tokenizer = Tokenizer.load(str(prepare_default_model()))
+    tokenizer = Tokenizer.of(load_tokenizer(str(prepare_default_model())))
     prompt = await tokenizer.render([{"role": "user", "content": "hi"}], 8192)
     assert tokenizer.backend.decode(prompt, skip_special_tokens=False).endswith("<|im_start|>assistant\n")
     encoded = await tokenizer.encode(TEXT, 8192)

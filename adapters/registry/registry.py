@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import threading
 import time
 from collections.abc import Collection, Iterator, Mapping
@@ -11,7 +10,8 @@ from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 
-from adapters.errors import AdapterConflict, AdapterNotFound, InvalidName
+from adapters.errors import AdapterConflict, AdapterNotFound
+from adapters.names import check_name
 from adapters.records import AdapterRecord, AdapterVersion, Entry, HistoryEntry, Inspected, PendingAdapter
 from adapters.registry.aliases import Alias, delete_alias, read_aliases, write_alias
 from adapters.registry.db import connect, point, read_entries, read_pending, transaction, was_set_aside
@@ -23,16 +23,6 @@ from adapters.registry.store import AdapterStore
 __all__ = ["AdapterRecord", "AdapterRegistry", "AdapterVersion", "HistoryEntry", "RegistryLocked", "check_name"]
 
 RETAINED_VERSIONS = 5
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
-
-
-def check_name(name: str) -> None:
-    """Raise `InvalidName` unless `name` is a valid adapter name."""
-    if not _NAME.fullmatch(name) or ".." in name:
-        raise InvalidName(
-            "An adapter's name has 1 to 64 characters of a-z, 0-9, '.', '_' and '-', begins with a letter or digit, "
-            "and has no '..'."
-        )
 
 
 class AdapterRegistry:

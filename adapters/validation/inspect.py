@@ -22,7 +22,7 @@ from adapters.peft.tokenizer_files import check_tokenizer, read_tokenizer_files
 from adapters.records import Inspected
 from adapters.traits import Traits
 from adapters.validation.lora_checks import LoraChecks
-from adapters.validation.peft_types.convert import Converted, read_converted
+from adapters.validation.peft_types.convert import Converted, read_converted, type_config_of
 
 
 def inspect(folder: Path, spec: ModelSpec) -> Inspected:
@@ -74,6 +74,29 @@ def digest_of(folder: Path) -> str:
     return version_digest(canonical(config), tensors, folder / WEIGHTS_FILE)
 
 
+def check_files(folder: Path) -> None:
+    """Check what does not depend on the base model: the files, the config's keys and the header of the weights. Raises
+    `AdapterInvalid` with every problem found, and `OSError` where a file cannot be read."""
+    _require_files(folder)
+    with (folder / CONFIG_FILE).open("rb") as file:
+        text = file.read(MAX_CONFIG_BYTES + 1)
+    config, _ = read_json(text)
+    type_config = None if config is None else type_config_of(config)
+    problems = parse_config(text)[1] if type_config is None else type_config.all_problems()
+    try:
+        read_header(folder / WEIGHTS_FILE, {**ITEM_BYTES, **INDEX_BYTES}, allow_empty=True)
+    except AdapterInvalid as error:
+        problems += error.problems
+    if problems:
+        raise AdapterInvalid(problems)
+
+
+def _require_files(folder: Path) -> None:
+    absent = [name for name in FILES if not (folder / name).is_file()]
+    if absent:
+        raise AdapterInvalid([Problem(name, "no file", "a file", "malformed_file") for name in absent])
+
+
 @dataclass(frozen=True, slots=True)
 class CheckedLora:
     """A LoRA that fits the base model."""
@@ -101,9 +124,7 @@ def check_lora(
     folder: Path, spec: ModelSpec, *, with_tokenizer: bool = False, with_numbers: bool = True
 ) -> CheckedLora:
     """Validate the LoRA in `folder` against the base model, and read its weights once. Raises `AdapterInvalid`."""
-    absent = [name for name in FILES if not (folder / name).is_file()]
-    if absent:
-        raise AdapterInvalid([Problem(name, "no file", "a file", "malformed_file") for name in absent])
+    _require_files(folder)
     with (folder / CONFIG_FILE).open("rb") as file:
         settings, problems = parse_config(file.read(MAX_CONFIG_BYTES + 1))
     try:

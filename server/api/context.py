@@ -113,10 +113,10 @@ class AppContext:
     config: ServeConfig
     engine: EngineClient
     registry: AdapterRegistry
-    tokenizer: Tokenizer  # the base model's
     keys: KeyRing
     metrics: Metrics
     base_model: str
+    base_tokenizer: Tokenizer | None = None  # until the engine is ready
     started: float = field(default_factory=time.time)
     draining: bool = False  # unready but still serving, because load balancers need time to notice
     accepting: bool = True
@@ -133,17 +133,28 @@ class AppContext:
     _locks: WeakValueDictionary[str, asyncio.Lock] = field(default_factory=WeakValueDictionary)
 
     def __post_init__(self) -> None:
-        self.tokenizers = AdapterTokenizers(self.tokenizer, self.registry.store, self.sandbox)
+        self.tokenizers = AdapterTokenizers(lambda: self.tokenizer, self.registry.store, self.sandbox)
         config = self.config
         per_adapter = Limits(config.adapter_max_concurrent, config.adapter_rpm, config.adapter_tpm)
         self.rate_limits = RateLimits(per_adapter)
 
     @property
+    def ready(self) -> bool:
+        return self.engine.state is EngineState.READY and self.base_tokenizer is not None
+
+    @property
     def info(self) -> EngineInfo:
         """Description of the loaded model. Raises `EngineUnavailable` while the engine is not ready."""
-        if self.engine.info is None or self.engine.state is not EngineState.READY:
+        if self.engine.info is None or not self.ready:
             raise EngineUnavailable(self.engine.reason)
         return self.engine.info
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The base model's tokenizer. Raises `EngineUnavailable` before the engine was ready for the first time."""
+        if self.base_tokenizer is None:
+            raise EngineUnavailable(self.engine.reason)
+        return self.base_tokenizer
 
     @property
     def spec(self) -> ModelSpec:

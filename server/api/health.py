@@ -10,7 +10,6 @@ from adapters.errors import AdapterNotFound
 from server.api.context import AppContext, Context
 from server.api.errors import engine_unavailable, error_responses, unavailable
 from server.api.schemas import Wire
-from server.ipc.client import EngineState
 from server.ipc.messages import Tier
 from server.metrics import CONTENT_TYPE
 
@@ -98,7 +97,7 @@ async def livez(context: Context) -> StatusBody:
 @router.get("/health", responses=error_responses(503), operation_id="health")
 async def readyz(context: Context) -> StatusBody:
     """Readiness probe; 503 when the server should receive no new requests."""
-    if context.engine.state is not EngineState.READY:
+    if not context.ready:
         raise engine_unavailable(context.engine.state)
     if context.draining:
         raise unavailable("The server is shutting down.", "draining")

@@ -22,7 +22,7 @@ import msgspec
 import typer
 
 from adapters.errors import AdapterInvalid, InvalidName
-from adapters.registry.registry import check_name
+from adapters.names import check_name
 from server.cli.http_client import all_adapters, call, fail, upload
 
 Action = Literal["unpin", "create", "replace", "delete", "pin"]

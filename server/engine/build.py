@@ -19,6 +19,7 @@ from adapters.runtime.reference import Reference
 from adapters.runtime.weight_merge import merge
 from adapters.traits import Traits
 from adapters.validation.inspect import inspect
+from server.base_tokenizer import BaseTokenizer
 from server.config import ServeConfig
 from server.engine.block_manager import BlockManager
 from server.engine.engine import Engine
@@ -32,6 +33,7 @@ from server.ipc.messages import EngineInfo
 from server.model import attention
 from server.model.loading.loader import LoadedModel, ModelRefused, load_model
 from server.model.loading.probe import probe
+from server.model.loading.tokenizer import load_tokenizer
 from server.model.packed_linear import packed
 from server.model.runner import ModelRunner
 
@@ -45,6 +47,7 @@ def build_engine(config: ServeConfig) -> tuple[Engine, EngineInfo]:
     loaded = load_model(
         config.model, config.dtype, config.quantization, config.device, config.max_model_len, config.nf4_policy
     )
+    tokenizer = load_tokenizer(config.model)
     shape, spec = probe(loaded, config.max_adapter_rank)
     num_blocks, max_model_len = size_kv_cache(config, loaded, shape)
     num_pages = size_pool(config, spec, loaded.dtype)
@@ -73,7 +76,7 @@ def build_engine(config: ServeConfig) -> tuple[Engine, EngineInfo]:
         max_model_len,
         overlap=runner.device.type == "cuda",  # launches are synchronous on a CPU
     )
-    return engine, _info(config, loaded, spec, runner, residency.slots, num_blocks, max_model_len, graphs)
+    return engine, _info(config, loaded, tokenizer, spec, runner, residency.slots, num_blocks, max_model_len, graphs)
 
 
 def _native_code() -> str:
@@ -130,6 +133,7 @@ def _merging(config: ServeConfig, spec: ModelSpec, runner: ModelRunner, schedule
 def _info(
     config: ServeConfig,
     loaded: LoadedModel,
+    tokenizer: BaseTokenizer,
     spec: ModelSpec,
     runner: ModelRunner,
     slots: SlotTable,
@@ -147,6 +151,7 @@ def _info(
         num_blocks=num_blocks,
         block_size=BLOCK_SIZE,
         eos_token_ids=sorted(loaded.eos_token_ids),
+        tokenizer=tokenizer,
         description={
             "device": str(loaded.device),
             "dtype": str(loaded.dtype).removeprefix("torch."),

@@ -6,6 +6,7 @@ from typing import Literal
 import msgspec
 
 from adapters.model_spec import ModelSpec
+from server.base_tokenizer import BaseTokenizer
 from server.sequence import SamplingParams, ScaledAdapter, TokenLogprobs
 
 Tier = Literal["disk", "host", "device"]
@@ -174,6 +175,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     block_size: int
     eos_token_ids: list[int]
     description: dict[str, str]  # device, dtype, quantization, attention, kernel: for logs and /version
+    tokenizer: BaseTokenizer | None = None  # None in engines that serve no text
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):

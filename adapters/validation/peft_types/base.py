@@ -81,6 +81,10 @@ class PeftTypeConfig(ConfigReader, ABC):
         self.target_modules = self._target_modules()
         self.features = (self.peft_type.lower(), *self._used(_FEATURES))
 
+    def all_problems(self) -> list[Problem]:
+        """Return the problems of the config's values and keys."""
+        return self.problems + self.keys.problems(self._config)
+
     @abstractmethod
     def shapes(self, layer: Layer) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the tensors that the layer must have, by kind."""

@@ -1,8 +1,9 @@
 """Adapters of types other than LORA: validated as a LoRA is, then converted layer by layer."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -37,11 +38,10 @@ def read_converted(folder: Path, spec: ModelSpec) -> "Converted | None":
         return None
     with (folder / CONFIG_FILE).open("rb") as file:
         config, _ = read_json(file.read(MAX_CONFIG_BYTES + 1))
-    peft_type = config and config.get("peft_type")
-    if config is None or not isinstance(peft_type, str) or peft_type not in PEFT_TYPES:
+    type_config = None if config is None else type_config_of(config)
+    if config is None or type_config is None:
         return None
-    type_config = PEFT_TYPES[peft_type](config)
-    problems = type_config.problems + type_config.keys.problems(config)
+    problems = type_config.all_problems()
     try:
         converted = Converted(folder / WEIGHTS_FILE, type_config, canonical(config), spec)
     except AdapterInvalid as error:
@@ -50,6 +50,12 @@ def read_converted(folder: Path, spec: ModelSpec) -> "Converted | None":
     if problems:
         raise AdapterInvalid(problems)
     return converted
+
+
+def type_config_of(config: Mapping[str, Any]) -> PeftTypeConfig | None:
+    """Return the parsed config of an adapter; None when its type is not one of `PEFT_TYPES`."""
+    peft_type = config.get("peft_type")
+    return PEFT_TYPES[peft_type](config) if isinstance(peft_type, str) and peft_type in PEFT_TYPES else None
 
 
 class Converted:

@@ -9,9 +9,10 @@ from starlette.requests import Request
 
 from adapters.errors import AdapterInvalid, AdapterNotFound, Problem
 from adapters.model_spec import ModelSpec
+from adapters.names import check_name
 from adapters.peft.tokenizer_files import CONFIG, TEMPLATE, read_tokenizer_files
 from adapters.records import Inspected
-from adapters.registry.registry import AdapterRecord, check_name
+from adapters.registry.registry import AdapterRecord
 from adapters.validation.inspect import inspect
 from server.api.adapters.multipart import receive_upload
 from server.api.adapters.schemas import DeletedBody, UploadForm

@@ -12,9 +12,9 @@ from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from pathlib import Path
 
 from adapters.errors import AdapterConflict, AdapterError, InvalidName, NoSpace
+from adapters.names import check_name
 from adapters.peft.files import FILES, TOKENIZER_FILES
 from adapters.records import Inspected, PendingAdapter
-from adapters.registry.registry import check_name
 from adapters.sources import copy_from
 from server.api.adapters.publishing import examine, publish
 from server.api.adapters.selftest import self_tested

