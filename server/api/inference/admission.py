@@ -9,6 +9,7 @@ from fastapi import Request
 
 from adapters.errors import AdapterNotFound
 from adapters.registry.registry import AdapterRecord
+from adapters.residency.room import shortage_of
 from adapters.residency.slots import PAGE_COLUMNS, pages_of
 from adapters.traits import Traits
 from server.api.context import BASE_NAME, AppContext
@@ -71,7 +72,9 @@ def resolve(context: AppContext, key: Key, body: GenerationRequest) -> Target:
         return Target(body.model, BASE_NAME, (), (), f"{base}-base")
     _check_additive(parts, [record for record, _ in found])
     pages = _pages(found)
-    check_room(context, pages)
+    no_room = room_error(context, pages)
+    if no_room is not None:
+        raise no_room
     versions = tuple((record.name, record.version.digest) for record, _ in found)
     for name, _ in versions:
         context.metrics.add_adapter(name)
@@ -151,19 +154,22 @@ def _pages(found: list[tuple[AdapterRecord, float]]) -> dict[str, int]:
     return pages
 
 
-def check_room(context: AppContext, pages: dict[str, int]) -> None:
-    """Raise 400 or 503 unless these versions fit on the device together."""
-    slots, all_pages = context.config.adapter_slots, context.info.adapter_pages
-    if len(pages) > slots:
-        raise bad_request(f"The device has slots for {slots} adapters; the request has {len(pages)}.", "adapters")
-    if sum(pages.values()) > all_pages:
-        room = all_pages * PAGE_COLUMNS
-        raise bad_request(
-            f"The device has room for a total rank of {room}; the request's adapters need more.", "adapters"
-        )
-    beside = {**context.engine.residency.pinned, **pages}
-    if len(pages) > 1 and (len(beside) > slots or sum(beside.values()) > all_pages):
-        raise unavailable("The adapters do not fit on the device beside the pinned ones; try again later.", "no_room")
+def room_error(context: AppContext, pages: dict[str, int]) -> ApiError | None:
+    """Return a 400 or 503 unless these versions fit on the device together."""
+    num_slots, num_pages = context.config.adapter_slots, context.info.adapter_pages
+    match shortage_of(pages, context.engine.residency.pinned, num_slots, num_pages):
+        case "slots":
+            message = f"The device has slots for {num_slots} adapters; the request has {len(pages)}."
+            return bad_request(message, "adapters")
+        case "pages":
+            rank = num_pages * PAGE_COLUMNS
+            message = f"The device has room for a total rank of {rank}; the request's adapters need more."
+            return bad_request(message, "adapters")
+        case "beside_pinned":
+            message = "The adapters do not fit on the device beside the pinned ones; try again later."
+            return unavailable(message, "no_room")
+        case None:
+            return None
 
 
 def _identity(adapters: tuple[ScaledAdapter, ...]) -> str:

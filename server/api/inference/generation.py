@@ -209,9 +209,8 @@ class Generation:
             )
         if self._context.engine.state is not EngineState.READY:
             return engine_unavailable(self._context.engine.state)
-        try:
-            admission.check_room(self._context, self.target.pages)  # other adapters may have been pinned meanwhile
-        except ApiError as no_room:
+        no_room = admission.room_error(self._context, self.target.pages)  # adapters may have been pinned meanwhile
+        if no_room is not None:
             return no_room
         return ApiError(500, failure.message, code="engine_error") if failure.message else server_error()
 
