@@ -11,18 +11,17 @@ import pytest
 from starlette.requests import ClientDisconnect
 
 from server.api.inference import streaming
-from server.api.inference.admission import resolve
-from server.api.inference.generation import Generation
+from server.api.inference.completions import CompletionFormatter
+from server.api.inference.generation import start_generation
 from server.api.inference.streaming import EventStream
-from server.api.middleware.auth import ANYONE
-from server.api.middleware.rate_limits import Lease
-from server.api.schemas import ChatCompletion, ChatCompletionChunk, GenerationRequest
+from server.api.schemas import ChatCompletion, ChatCompletionChunk
 from server.sequence import SamplingParams
 from tests.fixtures.api_server import (
     BASE,
     MAX_MODEL_LEN,
     LiveServer,
     assert_error,
+    base_plan,
     byte_tokenizer,
     events,
     ids,
@@ -252,10 +251,8 @@ async def test_a_reader_that_never_reads_is_given_up(tmp_path: Path, monkeypatch
 
     async with serving(tmp_path) as api:
         api.waits_after(1)
-        target = resolve(api.context, ANYONE, GenerationRequest(model=BASE))
-        generation = Generation(api.context, target, api.context.tokenizer, Lease(), "x", time.monotonic())
-        generation.submit(ANYONE, [[1]], 1, SamplingParams(max_tokens=100), [])
-        stream = EventStream(generation, lambda delta: {"text": delta.text}, kind="x", include_usage=False)
+        generation = start_generation(api.context, base_plan(api.context, SamplingParams(max_tokens=100)))
+        stream = EventStream(generation, CompletionFormatter(generation))
         with pytest.raises(ClientDisconnect):
             await stream({"type": "http", "state": {}}, silent, stuck)
         assert api.engine.aborted == [f"{generation.id}-0"] and len(api.context.in_flight) == 0

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,17 +9,14 @@ from typing import Any
 import pytest
 from starlette.types import Message
 
-from server.api.inference import streaming
-from server.api.inference.admission import resolve
-from server.api.inference.generation import Generation
+from server.api.inference import formatting
+from server.api.inference.completions import CompletionFormatter
+from server.api.inference.generation import start_generation
 from server.api.inference.streaming import EventStream
-from server.api.middleware.auth import ANYONE
-from server.api.middleware.rate_limits import Lease
-from server.api.schemas import GenerationRequest
 from server.ipc.client import Stream
 from server.ipc.messages import StepOutputs
 from server.sequence import SamplingParams
-from tests.fixtures.api_server import BASE, Api, serving
+from tests.fixtures.api_server import Api, base_plan, serving
 
 
 class Sent:
@@ -49,11 +45,8 @@ async def silent() -> Any:
 async def stream(api: Api, sent: Sent, tokens: int, n: int = 1) -> None:
     """`tokens` of each of `n` choices; the engine says one of each per message."""
     api.says("x", end=False)
-    target = resolve(api.context, ANYONE, GenerationRequest(model=BASE))
-    generation = Generation(api.context, target, api.context.tokenizer, Lease(), "x", time.monotonic())
-    generation.submit(ANYONE, [[1]], n, SamplingParams(max_tokens=tokens), [])
-    choice: Any = lambda delta: {"index": delta.index, "text": delta.text}  # noqa: E731
-    answer = EventStream(generation, choice, kind="x", include_usage=False)
+    generation = start_generation(api.context, base_plan(api.context, SamplingParams(max_tokens=tokens), n))
+    answer = EventStream(generation, CompletionFormatter(generation))
     await answer({"type": "http", "state": {}}, silent, sent)
 
 
@@ -97,13 +90,13 @@ async def test_a_reader_that_lags_gets_what_it_missed_in_one_event(tmp_path: Pat
 
 async def test_an_event_is_one_call_of_the_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     encoded: list[Any] = []
-    encode = streaming._encode
+    encode = formatting._encode
 
     def counted(value: Any) -> bytes:
         encoded.append(value)
         return encode(value)
 
-    monkeypatch.setattr(streaming, "_encode", counted)
+    monkeypatch.setattr(formatting, "_encode", counted)
     async with serving(tmp_path) as api:
         sent = Sent()
         await stream(api, sent, tokens=20)

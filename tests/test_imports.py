@@ -138,7 +138,6 @@ ARROWS: dict[str, set[str]] = {
         "adapters.convert",
         "adapters.device",
         "adapters.peft",
-        "adapters.registry",
         "adapters.validation",
         "server",
         "server.engine",

@@ -7,13 +7,14 @@ their results return through a queue that `poll` empties. A slot is marked ready
 import logging
 import queue
 import time
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Generic, Literal, Protocol, TypeVar
 
 from adapters.errors import AdapterError, MoveRefused
 from adapters.residency.host_cache import HostCache
+from adapters.residency.room import shortage_of
 from adapters.residency.slots import Slot, SlotTable
 
 log = logging.getLogger(__name__)
@@ -111,10 +112,10 @@ class Residency(Generic[P]):
 
     def fit(self, digests: Iterable[str]) -> bool:
         """Return True if these versions fit on the device together, beside the pinned ones."""
-        return self._have_room({**self.pinned(), **{digest: self._num_pages(digest) for digest in digests}})
+        return self._fit({digest: self._num_pages(digest) for digest in digests})
 
-    def _have_room(self, pages: Mapping[str, int]) -> bool:
-        return len(pages) <= self.slots.num_slots and sum(pages.values()) <= self.slots.num_pages
+    def _fit(self, pages: dict[str, int]) -> bool:
+        return shortage_of(pages, self.pinned(), self.slots.num_slots, self.slots.num_pages) is None
 
     def _num_pages(self, digest: str) -> int:
         """Return the pages of a version in memory; 1, the minimum, for any other."""
@@ -205,8 +206,7 @@ class Residency(Generic[P]):
         versions."""
         slot = self.slots.get(digest)
         assert slot is not None, digest
-        beside = {**self.pinned(), digest: len(slot.pages), "another": self._max_pages}
-        if not slot.pinned and not self._have_room(beside):
+        if not slot.pinned and not self._fit({digest: len(slot.pages), "another": self._max_pages}):
             raise MoveRefused("no_room", "pinning it would leave no room for other adapters on the device")
         slot.pinned = True
         self.changed = True

@@ -70,11 +70,11 @@ class InFlight:
     def __len__(self) -> int:
         return len(self._running)
 
-    def start(self, seq_id: str, names: frozenset[str], digests: frozenset[str]) -> None:
+    def add_sequence(self, seq_id: str, names: frozenset[str], digests: frozenset[str]) -> None:
         self._running[seq_id] = Running(names, digests)
         self._names.update(names)
 
-    def finish(self, seq_id: str) -> None:
+    def remove_sequence(self, seq_id: str) -> None:
         self._names.subtract(self._running.pop(seq_id).names)
         self._changed.set()
 

@@ -10,7 +10,7 @@ from adapters.registry.aliases import Alias
 from adapters.registry.registry import AdapterRecord
 from server.api.context import AppContext, Context
 from server.api.errors import error_responses
-from server.api.inference.admission import resolve_record
+from server.api.inference.targets import resolve_record
 from server.api.middleware.auth import Key, key_of
 from server.api.schemas import ModelBody, ModelList
 

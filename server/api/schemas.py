@@ -1,7 +1,7 @@
 """Request and response bodies with their bounds. Undeclared fields of requests are ignored, except where ignoring them
 would change the output (`_NEUTRAL`)."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -75,6 +75,9 @@ class AdapterPart(Wire):
 class GenerationRequest(Wire):
     """Fields common to chat completions and completions."""
 
+    id_prefix: ClassVar[str] = "gen"  # of the response's id
+    default_max_tokens: ClassVar[int | None] = None  # None: the rest of the context
+
     model: ModelName
     adapters: Annotated[list[AdapterPart], Field(max_length=8, fail_fast=True)] | None = (
         None  # `model` must be the base model
@@ -119,6 +122,16 @@ class GenerationRequest(Wire):
     def stop_strings(self) -> list[str]:
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
+    @property
+    def requested_tokens(self) -> int | None:
+        """The maximum number of output tokens that the request names."""
+        return self.max_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """The number of most probable tokens to report for each token; None reports no log-probabilities at all."""
+        return None
+
 
 class TextPart(Wire):
     type: Literal["text"]
@@ -141,6 +154,8 @@ class ChatMessage(Wire):
 
 
 class ChatCompletionRequest(GenerationRequest):
+    id_prefix = "chatcmpl"
+
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096, fail_fast=True)]
     max_completion_tokens: TokenCount | None = None
     logprobs: bool | None = None
@@ -155,8 +170,19 @@ class ChatCompletionRequest(GenerationRequest):
             raise PydanticCustomError("value_error", "continue_final_message needs an assistant message at the end")
         return self
 
+    @property
+    def requested_tokens(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
 
 class CompletionRequest(GenerationRequest):
+    id_prefix = "cmpl"
+    default_max_tokens = 16  # OpenAI's
+
     prompt: (
         Text
         | TokenIds
@@ -164,6 +190,10 @@ class CompletionRequest(GenerationRequest):
         | Annotated[list[TokenIds], Field(min_length=1, max_length=64, fail_fast=True)]
     )
     logprobs: int | None = Field(None, ge=0, le=5)
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
 
 
 class PromptTokensDetails(Wire):

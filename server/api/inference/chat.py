@@ -3,63 +3,34 @@
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from server.api.context import AppContext, Context
-from server.api.errors import error_responses
-from server.api.inference.admission import check_capacity, choose_target
-from server.api.inference.generation import Delta, Generation, TokenScore, collect, start_generation
-from server.api.inference.streaming import EventStream
+from server.api.inference.admission import admit_prompts, admit_request
+from server.api.inference.choices import Delta, TokenScore
+from server.api.inference.formatting import ChoicesFormatter
+from server.api.inference.responses import documented_responses, respond
 from server.api.middleware.auth import Key, key_of
-from server.api.schemas import (
-    AssistantMessage,
-    ChatChoice,
-    ChatCompletion,
-    ChatCompletionChunk,
-    ChatCompletionRequest,
-)
+from server.api.schemas import ChatCompletion, ChatCompletionChunk, ChatCompletionRequest
 from server.api.text.tokenizer import Tokenizer, finite
 
 router = APIRouter()
 
-_RESPONSES: dict[int | str, dict[str, Any]] = {
-    200: {"model": ChatCompletion, "content": {"text/event-stream": {"x-chunk": ChatCompletionChunk.__name__}}},
-    **error_responses(400, 401, 403, 404, 409, 413, 415, 429, 500, 503),
-}
 
-
-@router.post("/v1/chat/completions", responses=_RESPONSES, response_model=None, tags=["inference"])
+@router.post(
+    "/v1/chat/completions",
+    responses=documented_responses(ChatCompletion, ChatCompletionChunk),
+    response_model=None,
+    tags=["inference"],
+)
 async def create_chat_completion(
     request: Request, body: ChatCompletionRequest, context: Context, key: Annotated[Key, Depends(key_of)]
 ) -> Response:
     """Generate a reply to a conversation with the base model or an adapter."""
-    check_capacity(context)
-    target, tokenizer = await choose_target(request, context, key, body)
-    prompt = await _render(context, tokenizer, body)
-    generation = start_generation(
-        request,
-        context,
-        key,
-        body,
-        target,
-        tokenizer,
-        [prompt],
-        prefix="chatcmpl",
-        requested=body.max_completion_tokens or body.max_tokens,
-        default=None,
-        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-    )
-    encode = _Encoder(tokenizer, with_logprobs=bool(body.logprobs))
-    if body.stream:
-        return EventStream(
-            generation,
-            encode.chunk_choice,
-            kind="chat.completion.chunk",
-            include_usage=body.include_usage,
-            opening=_role,
-        )
-    deltas = await collect(request, generation)
-    return JSONResponse(_completion(generation, [encode.choice(delta) for delta in deltas]).model_dump())
+    admitted = await admit_request(request, context, key, body)
+    prompt = await _render(context, admitted.tokenizer, body)
+    plan = admit_prompts(context, admitted, body, [prompt])
+    return await respond(context, request, plan, ChatFormatter)
 
 
 async def _render(context: AppContext, tokenizer: Tokenizer, body: ChatCompletionRequest) -> list[int]:
@@ -72,42 +43,19 @@ def _role_of(role: str) -> str:
     return "system" if role == "developer" else role
 
 
-def _role(delta: Delta) -> dict[str, Any]:
-    return {
-        "index": delta.index,
-        "delta": {"role": "assistant", "content": ""},
-        "logprobs": None,
-        "finish_reason": None,
-    }
+class ChatFormatter(ChoicesFormatter):
+    """Choices as messages, or as deltas of messages. A stream opens with the role of each."""
 
+    body_model = ChatCompletion
+    chunk_model = ChatCompletionChunk
 
-def _completion(generation: Generation, choices: list[ChatChoice]) -> ChatCompletion:
-    return ChatCompletion(
-        id=generation.id,
-        created=generation.created,
-        model=generation.target.requested_model,
-        system_fingerprint=generation.target.fingerprint,
-        choices=choices,
-        usage=generation.usage(),
-    )
-
-
-class _Encoder:
-    """Encodes deltas as the choices of a response or of a chunk."""
-
-    def __init__(self, tokenizer: Tokenizer, with_logprobs: bool):
-        self._tokenizer = tokenizer
-        self._with_logprobs = with_logprobs
-
-    def choice(self, delta: Delta) -> ChatChoice:
-        return ChatChoice.model_validate(
-            {
-                "index": delta.index,
-                "message": AssistantMessage(content=delta.text),
-                "logprobs": self._logprobs(delta),
-                "finish_reason": delta.finish_reason,
-            }
-        )
+    def choice(self, delta: Delta) -> dict[str, Any]:
+        return {
+            "index": delta.index,
+            "message": {"content": delta.text},
+            "logprobs": self._logprobs(delta),
+            "finish_reason": delta.finish_reason,
+        }
 
     def chunk_choice(self, delta: Delta) -> dict[str, Any]:
         return {
@@ -115,6 +63,14 @@ class _Encoder:
             "delta": {"content": delta.text} if delta.text else {},
             "logprobs": self._logprobs(delta),
             "finish_reason": delta.finish_reason,
+        }
+
+    def opening_choice(self, index: int) -> dict[str, Any]:
+        return {
+            "index": index,
+            "delta": {"role": "assistant", "content": ""},
+            "logprobs": None,
+            "finish_reason": None,
         }
 
     def _logprobs(self, delta: Delta) -> dict[str, Any] | None:

@@ -3,91 +3,69 @@
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from server.api.context import AppContext, Context
-from server.api.errors import bad_request, error_responses
-from server.api.inference.admission import MAX_SEQUENCES, check_capacity, choose_target
-from server.api.inference.generation import Delta, TokenScore, collect, start_generation
-from server.api.inference.streaming import EventStream
+from server.api.errors import bad_request
+from server.api.inference.admission import admit_prompts, admit_request
+from server.api.inference.choices import Delta, TokenScore
+from server.api.inference.formatting import ChoicesFormatter
+from server.api.inference.responses import documented_responses, respond
 from server.api.middleware.auth import Key, key_of
-from server.api.schemas import Completion, CompletionChoice, CompletionChunk, CompletionRequest
+from server.api.schemas import Completion, CompletionChunk, CompletionRequest
 from server.api.text.tokenizer import Tokenizer, finite
 
 router = APIRouter()
 
-_DEFAULT_MAX_TOKENS = 16  # OpenAI's
-_RESPONSES: dict[int | str, dict[str, Any]] = {
-    200: {"model": Completion, "content": {"text/event-stream": {"x-chunk": CompletionChunk.__name__}}},
-    **error_responses(400, 401, 403, 404, 409, 413, 415, 429, 500, 503),
-}
+_MAX_CHOICES = 64  # prompts times n of one request
 
 
-@router.post("/v1/completions", responses=_RESPONSES, response_model=None, tags=["inference"])
+@router.post(
+    "/v1/completions",
+    responses=documented_responses(Completion, CompletionChunk),
+    response_model=None,
+    tags=["inference"],
+)
 async def create_completion(
     request: Request, body: CompletionRequest, context: Context, key: Annotated[Key, Depends(key_of)]
 ) -> Response:
     """Complete one or several prompts with the base model or an adapter."""
-    check_capacity(context)
-    target, tokenizer = await choose_target(request, context, key, body)
-    prompts = await _prompts(context, tokenizer, body)
-    generation = start_generation(
-        request,
-        context,
-        key,
-        body,
-        target,
-        tokenizer,
-        prompts,
-        prefix="cmpl",
-        requested=body.max_tokens,
-        default=_DEFAULT_MAX_TOKENS,
-        logprobs=body.logprobs,
-    )
-    encode = _Encoder(tokenizer, with_logprobs=body.logprobs is not None)
-    if body.stream:
-        return EventStream(generation, encode, kind="text_completion", include_usage=body.include_usage)
-    deltas = await collect(request, generation)
-    completion = Completion(
-        id=generation.id,
-        created=generation.created,
-        model=generation.target.requested_model,
-        system_fingerprint=generation.target.fingerprint,
-        choices=[CompletionChoice.model_validate(encode(delta)) for delta in deltas],
-        usage=generation.usage(),
-    )
-    return JSONResponse(completion.model_dump())
+    admitted = await admit_request(request, context, key, body)
+    prompts = await _encode_prompts(context, admitted.tokenizer, body)
+    plan = admit_prompts(context, admitted, body, prompts)
+    return await respond(context, request, plan, CompletionFormatter)
 
 
-async def _prompts(context: AppContext, tokenizer: Tokenizer, body: CompletionRequest) -> list[list[int]]:
+async def _encode_prompts(context: AppContext, tokenizer: Tokenizer, body: CompletionRequest) -> list[list[int]]:
     """Return the prompts as token ids. OpenAI allows a text, a list of texts, token ids, or a list of token ids."""
     given = body.prompt
     several = given if isinstance(given, list) and not isinstance(given[0], int) else [given]
-    if len(several) * (body.n or 1) > MAX_SEQUENCES:
-        raise bad_request(f"A request may have at most {MAX_SEQUENCES} choices (prompts times n).", "prompt")
-    return [await _prompt_ids(context, tokenizer, prompt) for prompt in several]
+    if len(several) * (body.n or 1) > _MAX_CHOICES:
+        raise bad_request(f"A request may have at most {_MAX_CHOICES} choices (prompts times n).", "prompt")
+    return [await _encode_prompt(context, tokenizer, prompt) for prompt in several]
 
 
-async def _prompt_ids(context: AppContext, tokenizer: Tokenizer, prompt: Any) -> list[int]:
+async def _encode_prompt(context: AppContext, tokenizer: Tokenizer, prompt: Any) -> list[int]:
     if isinstance(prompt, str):
         return await tokenizer.encode(prompt, context.info.max_model_len)
     return list(prompt)
 
 
-class _Encoder:
-    """Encodes deltas as the choices of a response or of a chunk, which have the same format."""
+class CompletionFormatter(ChoicesFormatter):
+    """Choices as text. Those of a body and of a chunk have the same format."""
 
-    def __init__(self, tokenizer: Tokenizer, with_logprobs: bool):
-        self._tokenizer = tokenizer
-        self._with_logprobs = with_logprobs
+    body_model = Completion
+    chunk_model = CompletionChunk
 
-    def __call__(self, delta: Delta) -> dict[str, Any]:
+    def choice(self, delta: Delta) -> dict[str, Any]:
         return {
             "index": delta.index,
             "text": delta.text,
             "logprobs": self._logprobs(delta.scores) if self._with_logprobs else None,
             "finish_reason": delta.finish_reason,
         }
+
+    chunk_choice = choice
 
     def _logprobs(self, scores: list[TokenScore]) -> dict[str, Any]:
         return {

@@ -2,161 +2,83 @@
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass, field
-from typing import Literal
 
 import msgspec
 from starlette.requests import Request
 
 from server.api.context import AdapterUse, AppContext
 from server.api.errors import ApiError, engine_unavailable, server_error, unavailable
-from server.api.inference import admission
-from server.api.inference.admission import Target
-from server.api.middleware.auth import Key
+from server.api.inference.choices import Choice, Delta, EngineFailure
+from server.api.inference.plan import GenerationPlan
+from server.api.inference.targets import room_error
 from server.api.middleware.rate_limits import Lease
 from server.api.middleware.request_scope import unless_disconnected
-from server.api.schemas import GenerationRequest, PromptTokensDetails, UsageBody
-from server.api.text.tokenizer import Detokenizer, Tokenizer
+from server.api.schemas import PromptTokensDetails, UsageBody
+from server.api.text.tokenizer import Detokenizer
 from server.ipc.client import EngineState, Stream
 from server.ipc.messages import SequenceOutput, Submit
 from server.metrics import RequestTimer
-from server.sequence import SamplingParams, TokenLogprobs
-
-
-@dataclass(slots=True)
-class TokenScore:
-    """A generated token with its log-probabilities and the offset of its text in the choice's text."""
-
-    token_id: int
-    logprobs: TokenLogprobs
-    offset: int
-
-
-@dataclass(slots=True)
-class Delta:
-    """New output of one choice since the previous delta: usually one token, more if the reader lags."""
-
-    index: int
-    text: str = ""
-    num_tokens: int = 0
-    scores: list[TokenScore] = field(default_factory=list)
-    finish_reason: Literal["stop", "length"] | None = None
-
-    def extend(self, delta: "Delta") -> None:
-        self.text += delta.text
-        self.num_tokens += delta.num_tokens
-        self.scores += delta.scores
-        self.finish_reason = delta.finish_reason
-
-
-class Choice:
-    """One sequence and the state of its text."""
-
-    def __init__(self, index: int, detokenizer: Detokenizer, stop_ids: frozenset[int]):
-        self.index = index
-        self.finished = False
-        self.num_tokens = 0
-        self.cached_tokens = 0
-        self.queue_seconds = 0.0
-        self._detokenizer = detokenizer
-        self._stop_ids = stop_ids
-
-    def absorb(self, output: SequenceOutput, delta: Delta) -> None:
-        """Add `output` to `delta`. Raises `EngineFailure` if the sequence was aborted or failed."""
-        if output.finish_reason == "error" or output.finish_reason == "abort":
-            self.finished = True
-            raise EngineFailure(output.finish_reason, output.error)
-        self.cached_tokens, self.queue_seconds = output.num_cached_tokens, output.queue_seconds
-        text_ends = output.finish_reason == "stop" and output.token_ids and output.token_ids[-1] in self._stop_ids
-        for i, token_id in enumerate(output.token_ids):
-            delta.num_tokens += 1
-            self.num_tokens += 1
-            if text_ends and i == len(output.token_ids) - 1:
-                break  # the token that ended the sequence is counted but is not part of the text
-            if output.logprobs is not None:
-                delta.scores.append(TokenScore(token_id, output.logprobs[i], self._detokenizer.decoded_chars))
-            delta.text += self._detokenizer.feed(token_id)
-            if self._detokenizer.stopped:
-                self._finish(delta, "stop")
-                return
-        if output.finish_reason is not None:
-            delta.text += self._detokenizer.flush()
-            self._finish(delta, output.finish_reason)
-
-    def _finish(self, delta: Delta, reason: Literal["stop", "length"]) -> None:
-        self.finished = True
-        delta.finish_reason = reason
-
-
-class EngineFailure(Exception):
-    """The engine aborted a sequence or failed to compute it."""
-
-    def __init__(self, reason: str, message: str | None):
-        super().__init__(message or reason)
-        self.reason = reason
-        self.message = message
+from server.sequence import SamplingParams
 
 
 class Generation:
     """The sequences of one request. `close` must be called when the request ends, for whatever reason."""
 
-    def __init__(
-        self, context: AppContext, target: Target, tokenizer: Tokenizer, lease: Lease, prefix: str, started: float
-    ):
-        self.id = f"{prefix}-{uuid.uuid4().hex}"
+    def __init__(self, context: AppContext, plan: GenerationPlan, lease: Lease):
+        self.plan = plan
+        self.id = f"{plan.id_prefix}-{uuid.uuid4().hex}"
         self.created = int(time.time())
-        self.target = target
-        self.prompt_tokens = 0
-        self.timer = RequestTimer(context.metrics, target.label, started)
         self._context = context
-        self._tokenizer = tokenizer
         self._lease = lease
+        self._timer = RequestTimer(context.metrics, plan.target.label, plan.received)
         self._choices: list[Choice] = []
-        self._n = 1
         self._stream = Stream()
         self._open: dict[str, Choice] = {}  # by sequence
         self._uses: list[AdapterUse] = []
 
-    def submit(
-        self,
-        key: Key,
-        prompts: Sequence[list[int]],
-        n: int,
-        sampling: SamplingParams,
-        stop: Sequence[str],
-        priority: int = 0,
-    ) -> None:
-        """Submit `n` sequences per prompt. If it raises `EngineUnavailable`, none is left running."""
-        stop_ids = frozenset((*self._context.info.eos_token_ids, *sampling.stop_token_ids))
-        self._n = n
-        self._uses = [self._context.in_flight.use(name) for name in self.target.names]
+    def submit(self) -> None:
+        """Submit the sequences of the plan. If it raises `EngineUnavailable`, none is left running."""
+        plan = self.plan
+        self._uses = [self._context.in_flight.use(name) for name in plan.target.names]
         for use in self._uses:
             use.requests += 1
             use.last_used = self.created
         try:
-            for prompt in prompts:
-                self.prompt_tokens += len(prompt)
-                adapters, active_from = self.target.on(prompt)
-                for i in range(n):
-                    seq_id = f"{self.id}-{len(self._choices)}"
-                    seeded = _with_seed(sampling, i)
-                    text = Detokenizer(self._tokenizer, prompt, stop, sampling.min_tokens)
-                    choice = Choice(len(self._choices), text, stop_ids)
-                    sequence = Submit(seq_id, prompt, seeded, adapters, key.tenant, active_from, priority, key.weight)
-                    self._start(choice, sequence)
+            for prompt in plan.prompts:
+                self._submit_prompt(prompt)
         except BaseException:
             self.close()
             raise
         for use in self._uses:
-            use.prompt_tokens += self.prompt_tokens
-        self.timer.submitted(self.prompt_tokens)
+            use.prompt_tokens += plan.prompt_tokens
+        self._timer.submitted(plan.prompt_tokens)
 
-    def _start(self, choice: Choice, submit: Submit) -> None:
+    def _submit_prompt(self, prompt: list[int]) -> None:
+        plan, key = self.plan, self.plan.key
+        adapters, active_from = plan.target.adapters_for(prompt)
+        stop_ids = frozenset((*self._context.info.eos_token_ids, *plan.sampling.stop_token_ids))
+        for i in range(plan.n):
+            index = len(self._choices)
+            detokenizer = Detokenizer(plan.tokenizer, prompt, plan.stop, plan.sampling.min_tokens)
+            submit = Submit(
+                f"{self.id}-{index}",
+                prompt,
+                _with_seed(plan.sampling, i),
+                adapters,
+                key.tenant,
+                active_from,
+                plan.priority,
+                key.weight,
+            )
+            self._submit_choice(Choice(index, detokenizer, stop_ids), submit)
+
+    def _submit_choice(self, choice: Choice, submit: Submit) -> None:
         self._context.engine.submit(submit, self._stream)
-        digests = frozenset(adapter.digest for adapter in self.target.adapters)
-        self._context.in_flight.start(submit.seq_id, self.target.names, digests)
+        target = self.plan.target
+        digests = frozenset(adapter.digest for adapter in target.adapters)
+        self._context.in_flight.add_sequence(submit.seq_id, target.names, digests)
         self._choices.append(choice)
         self._open[submit.seq_id] = choice
 
@@ -192,7 +114,7 @@ class Generation:
             use.rate.add(total)
         self._lease.generated(total)
         for delta in deltas:
-            self.timer.tokens(delta.index, delta.num_tokens, self._choices[delta.index].queue_seconds)
+            self._timer.tokens(delta.index, delta.num_tokens, self._choices[delta.index].queue_seconds)
         return deltas
 
     def _end(self, seq_ids: list[str], *, abort: bool) -> None:
@@ -200,7 +122,7 @@ class Generation:
             self._context.engine.abort(seq_ids)
         for seq_id in seq_ids:
             del self._open[seq_id]
-            self._context.in_flight.finish(seq_id)
+            self._context.in_flight.remove_sequence(seq_id)
 
     def _api_error(self, failure: EngineFailure) -> ApiError:
         if failure.reason == "abort":
@@ -209,9 +131,8 @@ class Generation:
             )
         if self._context.engine.state is not EngineState.READY:
             return engine_unavailable(self._context.engine.state)
-        try:
-            admission.check_room(self._context, self.target.pages)  # other adapters may have been pinned meanwhile
-        except ApiError as no_room:
+        no_room = room_error(self._context, self.plan.target.pages)  # adapters may have been pinned meanwhile
+        if no_room is not None:
             return no_room
         return ApiError(500, failure.message, code="engine_error") if failure.message else server_error()
 
@@ -219,15 +140,15 @@ class Generation:
         """Abort running sequences and release everything. May be called twice."""
         self._end(list(self._open), abort=bool(self._open))
         self._lease.close()
-        self.timer.ended()
+        self._timer.ended()
 
     def usage(self) -> UsageBody:
-        completion = sum(choice.num_tokens for choice in self._choices)
-        cached = sum(choice.cached_tokens for choice in self._choices[:: self._n])  # a prompt counts once
+        prompt_tokens, completion = self.plan.prompt_tokens, sum(choice.num_tokens for choice in self._choices)
+        cached = sum(choice.cached_tokens for choice in self._choices[:: self.plan.n])  # a prompt counts once
         return UsageBody(
-            prompt_tokens=self.prompt_tokens,
+            prompt_tokens=prompt_tokens,
             completion_tokens=completion,
-            total_tokens=self.prompt_tokens + completion,
+            total_tokens=prompt_tokens + completion,
             prompt_tokens_details=PromptTokensDetails(cached_tokens=cached),
         )
 
@@ -239,34 +160,16 @@ def _with_seed(sampling: SamplingParams, i: int) -> SamplingParams:
     return msgspec.structs.replace(sampling, seed=(sampling.seed + i) % (1 << 63))
 
 
-def start_generation(
-    request: Request,
-    context: AppContext,
-    key: Key,
-    body: GenerationRequest,
-    target: Target,
-    tokenizer: Tokenizer,
-    prompts: Sequence[list[int]],
-    *,
-    prefix: str,
-    requested: int | None,
-    default: int | None,
-    logprobs: int | None,
-) -> Generation:
-    """Validate and submit `prompts`, encoded by `tokenizer`. Raises 429 if a key or an adapter is at its limits."""
-    admission.check_still_there(context, target)
-    vocab_size = admission.vocab_size_of(context, target)
-    admission.check_prompts(prompts, vocab_size)
-    max_tokens = admission.token_budget(context, prompts, requested, default)
-    sampling = admission.sampling_params(vocab_size, body, max_tokens, logprobs, tokenizer.end_ids)
-    priority = admission.priority_of(context, body)
-    lease = context.rate_limits.begin_request(key.sha256, key.limits, target.adapter_names, sum(map(len, prompts)))
-    generation = Generation(context, target, tokenizer, lease, prefix, request.state.started)
-    generation.submit(key, prompts, body.n or 1, sampling, body.stop_strings, priority)
+def start_generation(context: AppContext, plan: GenerationPlan) -> Generation:
+    """Charge a plan to its limits and submit it. Raises 429 if a key or an adapter is at its limits."""
+    key, names = plan.key, plan.target.adapter_names
+    lease = context.rate_limits.begin_request(key.sha256, key.limits, names, plan.prompt_tokens)
+    generation = Generation(context, plan, lease)
+    generation.submit()
     return generation
 
 
-async def collect(request: Request, generation: Generation) -> list[Delta]:
+async def collect_output(request: Request, generation: Generation) -> list[Delta]:
     """Return the whole output, one delta per choice. Stops the sequences if the client disconnects."""
     try:
         return await unless_disconnected(request.receive, _collect(generation))

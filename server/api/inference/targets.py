@@ -1,0 +1,184 @@
+"""Targets of requests: the base model or the adapter versions that `model` and `adapters` name, and their room."""
+
+import hashlib
+from dataclasses import dataclass, field
+
+import msgspec
+
+from adapters.errors import AdapterNotFound
+from adapters.registry.registry import AdapterRecord
+from adapters.residency.room import shortage_of
+from adapters.residency.slots import PAGE_COLUMNS, pages_of
+from adapters.traits import Traits
+from server.api.context import BASE_NAME, AppContext
+from server.api.errors import ApiError, bad_request, model_not_found, unavailable
+from server.api.middleware.auth import Key
+from server.api.schemas import AdapterPart, GenerationRequest
+from server.metrics import COMPOSED_LABEL
+from server.sequence import ScaledAdapter
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """The base model, or one or several adapter versions, fixed for the whole request.
+
+    `label` is the metrics label; `versions` are names and digests in the order of the request.
+    """
+
+    requested_model: str
+    label: str
+    versions: tuple[tuple[str, str], ...]
+    adapters: tuple[ScaledAdapter, ...]  # sorted
+    fingerprint: str
+    traits: Traits = field(default_factory=Traits)  # of the adapter, if there is exactly one
+    pages: dict[str, int] = field(default_factory=dict)  # pages of device memory, by digest
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Names for usage accounting."""
+        return frozenset(name for name, _ in self.versions) or frozenset([BASE_NAME])
+
+    @property
+    def adapter_names(self) -> list[str]:
+        return [name for name, _ in self.versions]
+
+    def adapters_for(self, prompt: list[int]) -> tuple[tuple[ScaledAdapter, ...], int]:
+        """Return the adapters that apply to this prompt and the first token they apply to. An activated LoRA applies
+        from its last invocation on, and not at all to a prompt without one."""
+        if not self.traits.invocation_tokens:
+            return self.adapters, 0
+        start = _last_occurrence(list(self.traits.invocation_tokens), prompt)
+        return ((), 0) if start is None else (self.adapters, start)
+
+
+def _last_occurrence(needle: list[int], tokens: list[int]) -> int | None:
+    starts = (at for at in range(len(tokens) - len(needle), -1, -1) if tokens[at] == needle[0])
+    return next((at for at in starts if tokens[at : at + len(needle)] == needle), None)
+
+
+def resolve_target(context: AppContext, key: Key, body: GenerationRequest) -> Target:
+    """Resolve the model of a request. The request keeps these versions, even if others are published meanwhile."""
+    base = context.info.base_fingerprint
+    parts = _parts(context, body)
+    records = [_serving_record(context, key, part.name, body.user) for part in parts]
+    found = zip(records, parts, strict=True)
+    adapters = tuple(sorted(ScaledAdapter(record.version.digest, part.scale) for record, part in found))
+    _refuse_if_merged(context, adapters)
+    if not records:
+        return Target(body.model, BASE_NAME, (), (), f"{base}-base")
+    _check_additive(parts, records)
+    pages = _pages(records)
+    no_room = room_error(context, pages)
+    if no_room is not None:
+        raise no_room
+    versions = tuple((record.name, record.version.digest) for record in records)
+    for name, _ in versions:
+        context.metrics.add_adapter(name)
+    label, traits = _label_and_traits(records)
+    return Target(body.model, label, versions, adapters, f"{base}-{_identity(adapters)}", traits, pages)
+
+
+def _parts(context: AppContext, body: GenerationRequest) -> list[AdapterPart]:
+    """Return the adapters of the request, whether given in `model` or in `adapters`."""
+    is_base = body.model == context.base_model
+    if body.adapters and not is_base:
+        raise bad_request("With 'adapters', 'model' must be the base model.", "model")
+    if is_base and body.adapter_scale not in (None, 1):
+        raise bad_request(
+            "'adapter_scale' needs an adapter as 'model'; use 'adapters' to scale adapters of the base model.",
+            "adapter_scale",
+        )
+    if is_base:
+        return body.adapters or []
+    return [AdapterPart(name=body.model, scale=1.0 if body.adapter_scale is None else body.adapter_scale)]
+
+
+def _check_additive(parts: list[AdapterPart], records: list[AdapterRecord]) -> None:
+    for part, record in zip(parts, records, strict=True):
+        traits = record.version.traits
+        if not traits.additive and (len(parts) > 1 or part.scale != 1):
+            why = (
+                "applies to a part of the prompt only"
+                if traits.invocation_tokens
+                else "does more than add B A x to outputs"
+            )
+            raise bad_request(f"The adapter '{part.name}' cannot be scaled or combined with others because it {why}.")
+
+
+def _pages(records: list[AdapterRecord]) -> dict[str, int]:
+    pages = {record.version.digest: pages_of(record.version.rank) for record in records}
+    if len(pages) < len(records):
+        raise bad_request("'adapters' contains the same adapter version twice.", "adapters")
+    return pages
+
+
+def _label_and_traits(records: list[AdapterRecord]) -> tuple[str, Traits]:
+    if len(records) > 1:
+        return COMPOSED_LABEL, Traits()
+    return records[0].name, records[0].version.traits
+
+
+def room_error(context: AppContext, pages: dict[str, int]) -> ApiError | None:
+    """Return a 400 or 503 unless these versions fit on the device together."""
+    num_slots, num_pages = context.config.adapter_slots, context.info.adapter_pages
+    match shortage_of(pages, context.engine.residency.pinned, num_slots, num_pages):
+        case "slots":
+            message = f"The device has slots for {num_slots} adapters; the request has {len(pages)}."
+            return bad_request(message, "adapters")
+        case "pages":
+            rank = num_pages * PAGE_COLUMNS
+            message = f"The device has room for a total rank of {rank}; the request's adapters need more."
+            return bad_request(message, "adapters")
+        case "beside_pinned":
+            message = "The adapters do not fit on the device beside the pinned ones; try again later."
+            return unavailable(message, "no_room")
+        case None:
+            return None
+
+
+def _identity(adapters: tuple[ScaledAdapter, ...]) -> str:
+    """Return 12 hex digits that identify the version, or all versions and scales together."""
+    if len(adapters) == 1 and adapters[0].scale == 1:
+        return adapters[0].digest[:12]
+    return hashlib.sha256(msgspec.json.encode(adapters)).hexdigest()[:12]
+
+
+def _refuse_if_merged(context: AppContext, adapters: tuple[ScaledAdapter, ...]) -> None:
+    merged = context.engine.requested_merge
+    if context.config.merge_others == "refuse" and merged is not None and adapters != (ScaledAdapter(merged),):
+        raise ApiError(
+            409,
+            "Another adapter is merged into the base model, and the server refuses requests for other models.",
+            code="merged",
+            param="model",
+        )
+
+
+def _serving_record(context: AppContext, key: Key, name: str, user: str | None) -> AdapterRecord:
+    """Return the adapter for `name`; for an alias, the member that its weights assign to `user`. A key that may use an
+    alias need not see its members, and errors do not reveal them."""
+    alias = context.registry.aliases.get(name)
+    if alias is None:
+        return resolve_record(context, key, name)
+    try:
+        record = context.registry.resolve(alias.pick(user))
+    except AdapterNotFound:  # the member is damaged
+        raise model_not_found(name) from None
+    if not key.sees(name):
+        raise model_not_found(name)
+    return record
+
+
+def resolve_record(context: AppContext, key: Key, model: str) -> AdapterRecord:
+    """Return the adapter for `name` or `name@version`. Unknown adapters and adapters that the key may not see raise the
+    same 404."""
+    try:
+        record = context.registry.resolve(model)
+    except AdapterNotFound:
+        pending = context.registry.pending.get(model)
+        if pending is not None and pending.error is None and key.sees(model):
+            raise unavailable("The adapter is being fetched; try again later.", "adapter_loading") from None
+        raise model_not_found(model) from None
+    if not key.sees(record.name):
+        raise model_not_found(model)
+    return record
