@@ -52,6 +52,12 @@ def server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run
         yield running
 
 
+def test_the_process_of_the_api_has_no_torch_and_is_small(server: RunningServer) -> None:
+    assert "libtorch" not in Path(f"/proc/{server.process.pid}/maps").read_text()
+    assert "libtorch" in Path(f"/proc/{server.engine_pid()}/maps").read_text()
+    assert psutil.Process(server.process.pid).memory_info().rss < 200 << 20
+
+
 def answer_of(server: RunningServer, client: httpx.Client, model: str, prompt: str = "hello") -> str:
     return str(server.complete(client, model, prompt)["choices"][0]["text"])
 
