@@ -19,16 +19,18 @@ from adapters.validation.peft_types.convert import Converted, read_converted
 from adapters.weights import AdapterWeights, LoraFactors, TokenRows
 
 
-def load(folder: Path, spec: ModelSpec, digest: str | None = None) -> AdapterWeights:
+def load(folder: Path, spec: ModelSpec, digest: str | None = None, *, verify: bool = True) -> AdapterWeights:
     """Validate the adapter in `folder` as `inspect` does, and read its tensors into memory.
 
     With `digest`, the content must have this digest, and its numbers are not checked again, because they were checked
-    when the version was stored. Raises `AdapterInvalid`.
+    when the version was stored. Without `verify` the caller knows that the content has this digest. Raises
+    `AdapterInvalid`.
     """
-    converted = read_converted(folder, spec)
+    known = None if verify else digest
+    converted = read_converted(folder, spec, known)
     if converted is not None:
-        return _converted(converted, _expected(digest, converted.scanned.digest))
-    checked = check_lora(folder, spec, with_numbers=digest is None)
+        return _converted(converted, _expected(digest, converted.digest))
+    checked = check_lora(folder, spec, with_numbers=digest is None, known_digest=known)
     found, tensors = _expected(digest, checked.digest), checked.tensors
     reader = _Reader(load_file(tensors.path), tensors, checked.settings, spec)
     return AdapterWeights(

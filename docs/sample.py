@@ -1,6 +1,6 @@
 """Print docstrings and comments of the code, drawn at random, for a reader to judge their English.
 
-    python -m docs.sample [--count 60] [--seed 16]
+python -m docs.sample [--count 60] [--seed 16]
 """
 
 import argparse

@@ -18,7 +18,7 @@ from adapters.sources import check_allow_source, copy_from
 from adapters.validation.inspect import check_files
 from server.api.adapters import fetching
 from server.api.adapters.merge import merge
-from server.api.adapters.publishing import examine
+from server.api.adapters.publishing import Publication, publish_from
 from server.api.adapters.watcher import FolderWatcher
 from server.api.app import create_app
 from server.api.context import AppContext
@@ -202,11 +202,16 @@ def _named_adapters(config: ServeConfig) -> list[tuple[str, Path]]:
 
 async def _register(context: AppContext, name: str, folder: Path) -> None:
     """Publish an adapter of the command line. Unchanged bytes change nothing."""
-    source = folder.resolve().as_uri()
-    with context.registry.store.stage() as staged:
-        await asyncio.to_thread(copy_from, source, [source], staged, max_bytes=context.config.max_upload_bytes)
-        inspected = await examine(context, staged, context.spec)
-        await asyncio.to_thread(context.registry.publish, name, inspected, staged, source=source, replace=True)
+    source, max_bytes = folder.resolve().as_uri(), context.config.max_upload_bytes
+
+    async def fill(staged: Path) -> Publication:
+        await asyncio.to_thread(copy_from, source, [source], staged, max_bytes=max_bytes)
+        return Publication(name, source, replace=True)
+
+    try:
+        await publish_from(context, fill)
+    except AdapterMoveRefused as refused:
+        log.warning("adapter %s has a new version, which could not be pinned: %s", name, refused)
 
 
 async def _restore(context: AppContext) -> None:

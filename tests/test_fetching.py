@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from adapters.registry.registry import AdapterRecord
 from adapters.sources import download
 from server.api.adapters import fetching
+from server.api.adapters.publishing import Published
 from server.api.adapters.schemas import RegisterRequest
 from server.api.context import AppContext
 from tests.fixtures import remote_servers
@@ -141,7 +141,7 @@ async def test_an_engine_that_is_away_fails_no_lazy_adapter(tmp_path: Path, monk
     attempts: list[RegisterRequest] = []
     register = fetching.register
 
-    async def noted(context: AppContext, body: RegisterRequest) -> tuple[AdapterRecord, bool]:
+    async def noted(context: AppContext, body: RegisterRequest) -> Published:
         attempts.append(body)
         return await register(context, body)
 

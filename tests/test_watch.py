@@ -12,6 +12,7 @@ import pytest
 
 from adapters.errors import NoSpace
 from server import serve
+from server.api.adapters import publishing
 from server.api.adapters import watcher as watch
 from server.api.adapters.watcher import FolderWatcher
 from server.ipc.client import EngineUnavailable
@@ -226,7 +227,7 @@ async def test_trouble_of_the_server_is_no_fault_of_the_folder(
     async with serving(tmp_path) as api:
         watcher = FolderWatcher(api.context, root)
         put(root / "acme")
-        monkeypatch.setattr(watch, "examine", examine)
+        monkeypatch.setattr(publishing, "examine", examine)
         await polls(watcher, 3)
         assert api.context.registry.pending == {}
         monkeypatch.undo()

@@ -171,6 +171,11 @@ def point(db: sqlite3.Connection, name: str, version: AdapterVersion, source: st
     )
 
 
+def update_report(db: sqlite3.Connection, digest: str, report: str) -> None:
+    """Replace the report of a version. Call in a transaction."""
+    db.execute("UPDATE versions SET report = ? WHERE digest = ?", (report, digest))
+
+
 def read_entries(db: sqlite3.Connection, store: AdapterStore, name: str | None = None) -> dict[str, Entry]:
     """Read the entry of `name`, if there is one, or all entries, by name."""
     query = _ROWS.format(where="WHERE names.name = ?" if name else "")

@@ -28,11 +28,13 @@ class GarbageCollector:
         named = {row["digest"] for row in db.execute("SELECT digest FROM history")}
         self._candidates = (rows if keep_orphans else rows.union(store.digests())) - named
 
-    def commit(self, folder: Path, digest: str) -> None:
-        """Store the staged `folder` as a candidate, unless it is stored already. Raises `NoSpace`."""
-        if digest not in self._store:
+    def commit(self, folder: Path, digest: str) -> bool:
+        """Store the staged `folder` as a candidate; returns False if it is stored already. Raises `NoSpace`."""
+        is_new = digest not in self._store
+        if is_new:
             self._candidates.add(digest)
         self._store.commit(folder, digest)
+        return is_new
 
     def hold(self, digest: str) -> None:
         """Protect `digest` from collection until `release`."""

@@ -14,7 +14,7 @@ from adapters.errors import AdapterConflict, AdapterNotFound
 from adapters.names import check_name
 from adapters.records import AdapterRecord, AdapterVersion, Entry, HistoryEntry, Inspected, PendingAdapter
 from adapters.registry.aliases import Alias, delete_alias, read_aliases, write_alias
-from adapters.registry.db import connect, point, read_entries, read_pending, transaction, was_set_aside
+from adapters.registry.db import connect, point, read_entries, read_pending, transaction, update_report, was_set_aside
 from adapters.registry.folder_lock import RegistryLocked, lock
 from adapters.registry.gc import GarbageCollector
 from adapters.registry.index import RegistryIndex
@@ -123,7 +123,8 @@ class AdapterRegistry:
         replace: bool = False,
         pinned: bool = False,
     ) -> tuple[AdapterRecord, bool]:
-        """Store the staged `folder` and point `name` at it: both or neither, also across a crash.
+        """Store the staged `folder` and point `name` at it: both or neither, also across a crash. A version that is
+        held or stored already needs no files in `folder`.
 
         Returns the record, and False when `name` pointed to this content already. `pinned` pins the adapter; it never
         unpins. A pending adapter of this name is removed from `pending`. Raises `InvalidName`, `AdapterConflict`
@@ -139,16 +140,20 @@ class AdapterRegistry:
             with transaction(self._db):
                 if known is None or known.damage or not same:
                     point(self._db, name, _as_version(inspected), source, pinned, RETAINED_VERSIONS)
+                elif known.record.version.report != inspected.report:
+                    update_report(self._db, inspected.digest, json.dumps(inspected.report))
                 self._db.execute("DELETE FROM pending WHERE name = ?", (name,))
             self._refresh(name)
             self.pending = {key: value for key, value in self.pending.items() if key != name}
             return self._entry(name).record, not same
 
-    def hold(self, digest: str, folder: Path) -> None:
-        """Store the staged `folder` before any name points at it, and keep it until `release`. Raises `NoSpace`."""
+    def hold(self, digest: str, folder: Path) -> bool:
+        """Store the staged `folder` before any name points at it, and keep it until `release`. Returns False if the
+        version was stored already. Raises `NoSpace`."""
         with self._writing:
-            self._collector.commit(folder, digest)
+            is_new = self._collector.commit(folder, digest)
             self._collector.hold(digest)
+            return is_new
 
     def release(self, digest: str) -> None:
         """End a `hold`; the next `collect_garbage` deletes the files unless a name points at them by then."""

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from adapters.errors import NoSpace
-from adapters.peft.files import FILES, TOKENIZER_FILES
+from adapters.peft.files import FILES, TOKENIZER_FILES, WEIGHTS_FILE
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -43,6 +43,12 @@ class AdapterStore:
                 yield folder
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
+
+    def flush(self, folder: Path) -> None:
+        """Start to make a staged folder durable: write its weights file to disk, so that `commit` has little left to
+        write. Raises `NoSpace`."""
+        with _no_space(), suppress(FileNotFoundError):  # the folder may be no adapter
+            _fsync(folder / WEIGHTS_FILE)
 
     def commit(self, folder: Path, digest: str) -> Path:
         """Make the staged `folder`, an adapter's files, durable and move it to its place; returns that place.

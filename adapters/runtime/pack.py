@@ -67,7 +67,7 @@ def pack(
         if scale_shift is not None:
             vectors[name] = scale_shift
             _check_finite(name, dtype, [scale_shift])
-    if not columns.flat.sum(dtype=torch.float32).isfinite():  # a sum over a non-finite number is not finite
+    if not _is_finite(columns.flat):
         for name, pair in modules.items():
             _check_finite(name, dtype, [*pair])
     for name, stack in module_overrides.items():
@@ -173,6 +173,11 @@ def _fill(a: Tensor, b: Tensor, factors: LoraFactors, scale: Tensor | None) -> N
     rank = len(factors.a)
     a[:rank] = factors.a
     b[:rank] = scaled.T
+
+
+def _is_finite(flat: Tensor) -> bool:
+    """Return whether all numbers are finite. `aminmax` propagates NaN, and is 20 times as fast as a sum of bf16."""
+    return not flat.numel() or bool(torch.stack(torch.aminmax(flat)).isfinite().all())
 
 
 def _check_finite(name: str, dtype: torch.dtype, tensors: list[Tensor]) -> None:

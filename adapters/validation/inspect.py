@@ -9,7 +9,7 @@ from typing import Any
 from adapters.errors import AdapterInvalid, Problem
 from adapters.model_spec import ModelSpec
 from adapters.peft.config_reader import MAX_CONFIG_BYTES, canonical, read_json
-from adapters.peft.digest import scan, version_digest
+from adapters.peft.digest import Scan, scan, version_digest
 from adapters.peft.files import CONFIG_FILE, FILES, WEIGHTS_FILE
 from adapters.peft.lora_config import LoraSettings, parse_config
 from adapters.peft.lora_tensors import (
@@ -54,7 +54,7 @@ def _inspect_converted(adapter: Converted, folder: Path, spec: ModelSpec) -> Ins
     report: dict[str, Any] = {"applied": applied, "features": list(adapter.type_config.features)}
     if traits := adapter.type_config.traits().described():
         report["traits"] = traits
-    return Inspected(adapter.scanned.digest, adapter.rank, _last_parts(adapter.layers), adapter.nbytes(), report)
+    return Inspected(adapter.digest, adapter.rank, _last_parts(adapter.layers), adapter.nbytes(), report)
 
 
 def _last_parts(modules: Iterable[str]) -> tuple[str, ...]:
@@ -121,9 +121,17 @@ class CheckedLora:
 
 
 def check_lora(
-    folder: Path, spec: ModelSpec, *, with_tokenizer: bool = False, with_numbers: bool = True
+    folder: Path,
+    spec: ModelSpec,
+    *,
+    with_tokenizer: bool = False,
+    with_numbers: bool = True,
+    known_digest: str | None = None,
 ) -> CheckedLora:
-    """Validate the LoRA in `folder` against the base model, and read its weights once. Raises `AdapterInvalid`."""
+    """Validate the LoRA in `folder` against the base model. Raises `AdapterInvalid`.
+
+    Reads the weights once, for their digest and their numbers; not at all if the caller knows the digest.
+    """
     _require_files(folder)
     with (folder / CONFIG_FILE).open("rb") as file:
         settings, problems = parse_config(file.read(MAX_CONFIG_BYTES + 1))
@@ -131,8 +139,13 @@ def check_lora(
         tensors = LoraTensors.read(folder / WEIGHTS_FILE, spec)
     except AdapterInvalid as error:
         raise AdapterInvalid(problems + error.problems) from None
-    scanned = scan(settings.canonical if settings else "", tensors.infos, tensors.path)
-    problems += LoraChecks(tensors, spec).problems(settings, scanned.magnitudes if with_numbers else None)
+    scanned = (
+        Scan(known_digest, {})
+        if known_digest
+        else scan(settings.canonical if settings else "", tensors.infos, tensors.path)
+    )
+    magnitudes = scanned.magnitudes if with_numbers and not known_digest else None
+    problems += LoraChecks(tensors, spec).problems(settings, magnitudes)
     if with_tokenizer:
         problems += check_tokenizer(folder, tensors.vocab_size(spec) or spec.vocab_size)
     if problems or settings is None:

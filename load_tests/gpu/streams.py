@@ -15,6 +15,7 @@ from server.engine.engine import Engine
 from server.engine.merging import Merging
 from server.engine.scheduler import Scheduler
 from server.engine.selftest import SelfTests
+from server.engine.weights_reader import WeightsReader
 from server.ipc.messages import StepOutputs, Submit
 from server.model.graphs import DecodeGraphs
 from server.model.runner import ModelRunner
@@ -45,7 +46,7 @@ def _engine(runner: ModelRunner, report: Report) -> Engine:
     residency = Residency(SlotTable(slots, slots * pages), HostCache(1 << 20), lambda _: packed, runner.pool.write)
     blocks = BlockManager(len(runner.kv_cache.keys[0]), PAGE)
     scheduler = Scheduler(blocks, residency, setting.streams, max_batch_tokens=2048, max_wait_steps=256)
-    selftests = SelfTests(runner, residency, _nobody_asks, scheduler.gate, lambda: None)
+    selftests = SelfTests(runner, residency, WeightsReader(_nobody_asks), scheduler.gate, lambda: None)
     merging = Merging(scheduler, _nobody_asks)
     return Engine(runner, scheduler, residency, selftests, merging, frozenset(), setting.context + setting.new_tokens)
 

@@ -1,7 +1,6 @@
 """Composition of the engine: config → model → cache and pool → scheduler → engine."""
 
 import logging
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from adapters.device.forms import FormRefused, described_choice
@@ -15,10 +14,10 @@ from adapters.residency.slots import SlotTable, pages_of
 from adapters.runtime.copies import writer
 from adapters.runtime.pack import PackedAdapter, pack
 from adapters.runtime.pool import page_bytes
-from adapters.runtime.reference import Reference
 from adapters.runtime.weight_merge import merge
 from adapters.traits import Traits
 from adapters.validation.inspect import inspect
+from adapters.weights import AdapterWeights
 from server.base_tokenizer import BaseTokenizer
 from server.config import ServeConfig
 from server.engine.block_manager import BlockManager
@@ -29,6 +28,7 @@ from server.engine.scheduler import Scheduler
 from server.engine.selftest import SelfTests
 from server.engine.sizing import BLOCK_SIZE, host_cache_bytes, room, size_kv_cache, size_pool
 from server.engine.threads import set_threads, stay_single_threaded, step_aside
+from server.engine.weights_reader import WeightsReader
 from server.ipc.messages import EngineInfo
 from server.model import attention
 from server.model.loading.loader import LoadedModel, ModelRefused, load_model
@@ -54,7 +54,8 @@ def build_engine(config: ServeConfig) -> tuple[Engine, EngineInfo]:
     runner = ModelRunner(loaded, shape, spec, num_blocks=num_blocks, block_size=BLOCK_SIZE, num_pages=num_pages)
     runner.check(loaded)
     graphs = "none: --eager" if config.eager else runner.capture_graphs(config.max_num_seqs, max_model_len)
-    residency = _residency(config, spec, runner, num_pages)
+    reader = _weights_reader(config, spec)
+    residency = _residency(config, spec, runner, num_pages, reader)
     scheduler = Scheduler(
         BlockManager(num_blocks, BLOCK_SIZE),
         residency,
@@ -63,8 +64,7 @@ def build_engine(config: ServeConfig) -> tuple[Engine, EngineInfo]:
         max_wait_steps=config.max_wait_steps,
         policy=FairShare() if config.scheduling_policy == "fair" else FirstCome(),
     )
-    load_reference = _reference_reader(config, spec, runner)
-    selftests = SelfTests(runner, residency, load_reference, scheduler.gate, stay_single_threaded)
+    selftests = SelfTests(runner, residency, reader, scheduler.gate, stay_single_threaded)
     merging = _merging(config, spec, runner, scheduler)
     engine = Engine(
         runner,
@@ -86,12 +86,18 @@ def _native_code() -> str:
         raise ModelRefused(str(refused)) from refused
 
 
-def _residency(config: ServeConfig, spec: ModelSpec, runner: ModelRunner, num_pages: int) -> Residency[PackedAdapter]:
+def _weights_reader(config: ServeConfig, spec: ModelSpec) -> WeightsReader[AdapterWeights]:
     store = AdapterStore(config.data_dir / "store")
+    return WeightsReader(lambda digest, verify: load(store.path(digest), spec, digest, verify=verify))
+
+
+def _residency(
+    config: ServeConfig, spec: ModelSpec, runner: ModelRunner, num_pages: int, reader: WeightsReader[AdapterWeights]
+) -> Residency[PackedAdapter]:
     on_gpu = runner.device.type == "cuda"
 
     def read(digest: str) -> PackedAdapter:
-        return pack(load(store.path(digest), spec, digest), runner.pool.dtype, runner.bases, pinned=on_gpu)
+        return pack(reader.read(digest), runner.pool.dtype, runner.bases, pinned=on_gpu)
 
     return Residency(
         SlotTable(config.adapter_slots, num_pages),
@@ -102,11 +108,6 @@ def _residency(config: ServeConfig, spec: ModelSpec, runner: ModelRunner, num_pa
         threads=1 if runner.device.type == "cpu" else 2,
         on_thread_start=step_aside if runner.device.type == "cpu" else stay_single_threaded,
     )
-
-
-def _reference_reader(config: ServeConfig, spec: ModelSpec, runner: ModelRunner) -> Callable[[str], Reference]:
-    store = AdapterStore(config.data_dir / "store")
-    return lambda digest: Reference.of(load(store.path(digest), spec, digest), runner.bases)
 
 
 def _merging(config: ServeConfig, spec: ModelSpec, runner: ModelRunner, scheduler: Scheduler) -> Merging:

@@ -9,7 +9,9 @@ from adapters.errors import AdapterError
 from adapters.residency.residency import Residency
 from adapters.runtime.pack import PackedAdapter
 from adapters.runtime.reference import Reference
+from adapters.weights import AdapterWeights
 from server.engine.scheduler import MergeGate
+from server.engine.weights_reader import WeightsReader
 from server.ipc.messages import Reply, RunSelfTest, SelfTest
 from server.model.loading.probe import TOLERANCE, relative_error
 from server.model.runner import ModelRunner
@@ -32,13 +34,13 @@ class SelfTests:
         self,
         runner: ModelRunner,
         residency: Residency[PackedAdapter],
-        load_reference: Callable[[str], Reference],
+        reader: WeightsReader[AdapterWeights],
         gate: MergeGate,
         on_thread_start: Callable[[], None],
     ) -> None:
         self._runner = runner
         self._residency = residency
-        self._load_reference = load_reference
+        self._reader = reader
         self._gate = gate
         self._threads = ThreadPoolExecutor(1, "adapter-reference", initializer=on_thread_start)
         self._pending: list[_Pending] = []
@@ -51,7 +53,8 @@ class SelfTests:
 
     def add(self, request: RunSelfTest) -> None:
         self._residency.expect(request.digest)
-        self._pending.append(_Pending(request, self._threads.submit(self._load_reference, request.digest)))
+        self._reader.share(request.digest, verify=request.verify)
+        self._pending.append(_Pending(request, self._threads.submit(self._reference, request.digest)))
 
     def advance(self) -> list[Reply]:
         """Run the self-tests that are ready; return replies to them and to those that cannot run."""
@@ -60,11 +63,15 @@ class SelfTests:
             reply = self._advance(test)
             if reply is not None:
                 self._pending.remove(test)
+                self._reader.unshare(test.request.digest)
                 replies.append(reply)
         return replies
 
     def close(self) -> None:
         self._threads.shutdown(wait=True, cancel_futures=True)
+
+    def _reference(self, digest: str) -> Reference:
+        return Reference.of(self._reader.read(digest), self._runner.bases)
 
     def _advance(self, test: _Pending) -> Reply | None:
         request = test.request

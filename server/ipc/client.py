@@ -177,9 +177,10 @@ class EngineClient:
         if pinned:
             self._pins.add(digest)
 
-    async def run_selftest(self, digest: str) -> SelfTest:
-        """Compare a version with the reference arithmetic. Raises `AdapterMoveRefused`, `EngineUnavailable`."""
-        result = await self._call(RunSelfTest(next(self._request_ids), digest))
+    async def run_selftest(self, digest: str, *, verify: bool = True) -> SelfTest:
+        """Compare a version with the reference arithmetic; `verify` has the engine check the digest of the stored
+        files first. Raises `AdapterMoveRefused`, `EngineUnavailable`."""
+        result = await self._call(RunSelfTest(next(self._request_ids), digest, verify))
         assert result is not None
         return result
 

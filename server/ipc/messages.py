@@ -54,10 +54,12 @@ class PinAdapter(msgspec.Struct, frozen=True, tag=True):
 
 
 class RunSelfTest(msgspec.Struct, frozen=True, tag=True):
-    """Compare the logits of a version with the reference arithmetic. Answered by `Reply` with a `SelfTest`."""
+    """Compare the logits of a version with the reference arithmetic. Answered by `Reply` with a `SelfTest`. With
+    `verify` false, the sender has just hashed the stored files and the engine does not hash them again."""
 
     request_id: int
     digest: str
+    verify: bool = True
 
 
 class RetireAdapter(msgspec.Struct, frozen=True, tag=True):

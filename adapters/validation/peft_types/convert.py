@@ -10,7 +10,7 @@ import numpy as np
 from adapters.errors import AdapterInvalid, Problem
 from adapters.model_spec import ModelSpec
 from adapters.peft.config_reader import MAX_CONFIG_BYTES, canonical, read_json, shown
-from adapters.peft.digest import scan
+from adapters.peft.digest import Scan, scan
 from adapters.peft.files import CONFIG_FILE, FILES, WEIGHTS_FILE
 from adapters.peft.lora_tensors import problem
 from adapters.peft.patterns import dotted_suffixes
@@ -29,10 +29,11 @@ _TYPES: tuple[type[PeftTypeConfig], ...] = (AdaLora, DeLora, IA3, LoHa, LoKr, Mi
 PEFT_TYPES = {config_class.peft_type: config_class for config_class in _TYPES}
 
 
-def read_converted(folder: Path, spec: ModelSpec) -> "Converted | None":
+def read_converted(folder: Path, spec: ModelSpec, known_digest: str | None = None) -> "Converted | None":
     """Return the adapter in `folder`, validated against the base model; None when its type is not one of `PEFT_TYPES`.
 
-    Raises `AdapterInvalid` with every problem that can be found without the conversion.
+    Raises `AdapterInvalid` with every problem that can be found without the conversion. With `known_digest`, the
+    weights are not read, and their numbers not checked.
     """
     if not all((folder / name).is_file() for name in FILES):
         return None
@@ -43,7 +44,7 @@ def read_converted(folder: Path, spec: ModelSpec) -> "Converted | None":
         return None
     problems = type_config.all_problems()
     try:
-        converted = Converted(folder / WEIGHTS_FILE, type_config, canonical(config), spec)
+        converted = Converted(folder / WEIGHTS_FILE, type_config, canonical(config), spec, known_digest)
     except AdapterInvalid as error:
         raise AdapterInvalid(problems + error.problems) from None
     problems += converted.problems()
@@ -61,10 +62,12 @@ def type_config_of(config: Mapping[str, Any]) -> PeftTypeConfig | None:
 class Converted:
     """The tensors of a weights file for the layers of the base model; `layers` are those that both have."""
 
-    def __init__(self, path: Path, type_config: PeftTypeConfig, config: str, spec: ModelSpec):
+    def __init__(
+        self, path: Path, type_config: PeftTypeConfig, config: str, spec: ModelSpec, known_digest: str | None = None
+    ):
         self.type_config = type_config
         self.tensors = read_header(path, {**ITEM_BYTES, **INDEX_BYTES}, allow_empty=True)
-        self.scanned = scan(config, self.tensors, path)
+        self._scanned = Scan(known_digest, {}) if known_digest else scan(config, self.tensors, path)
         self._path, self._spec = path, spec
         self._misnamed: list[str] = []
         shapes = self._shapes_by_module()
@@ -89,6 +92,11 @@ class Converted:
     def rank(self) -> int:
         """The largest rank; 1 for an adapter without factors."""
         return max(1, *map(self.type_config.rank, self.layers.values()))
+
+    @property
+    def digest(self) -> str:
+        """The version digest."""
+        return self._scanned.digest
 
     def nbytes(self) -> int:
         """Return the size of all tensors in bytes."""
@@ -158,7 +166,7 @@ class Converted:
                 yield problem(where, found, f"at most {self._spec.max_rank}", "rank_too_large")
 
     def _value_problems(self) -> Iterator[Problem]:
-        for name, largest in self.scanned.magnitudes.items():
+        for name, largest in self._scanned.magnitudes.items():
             if not math.isfinite(largest):
                 yield problem(name, "NaN or infinity", "finite numbers", "nonfinite")
 

@@ -4,19 +4,15 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from adapters.errors import AdapterConflict, AdapterError
-from adapters.records import Inspected, PendingAdapter
-from adapters.registry.registry import AdapterRecord
+from adapters.records import PendingAdapter
 from adapters.sources import check_source, copy_from
-from server.api.adapters.publishing import examine, publish
+from server.api.adapters.publishing import Publication, Published, publish_from
 from server.api.adapters.schemas import RegisterRequest
-from server.api.adapters.selftest import self_tested
 from server.api.context import AppContext
 from server.ipc.client import AdapterMoveRefused, EngineUnavailable
 
@@ -25,28 +21,14 @@ log = logging.getLogger(__name__)
 _ENGINE_POLL_SECONDS = 1.0
 
 
-async def register(context: AppContext, body: RegisterRequest) -> tuple[AdapterRecord, bool]:
-    """Fetch an adapter from an allowed source, validate and publish it."""
-    async with _fetched(context, body.source) as (folder, inspected, source):
-        return await publish(
-            context, body.name, inspected, folder, source=source, replace=body.replace, pinned=body.pinned
-        )
+async def register(context: AppContext, body: RegisterRequest, *, dry_run: bool = False) -> Published:
+    """Fetch an adapter from an allowed source, validate it, and publish it unless this is a dry run."""
 
+    async def fill(folder: Path) -> Publication:
+        source = await _copy(context, body.source, folder)
+        return Publication(body.name, source, replace=body.replace, pinned=body.pinned, dry_run=dry_run)
 
-async def fetch_dry_run(context: AppContext, source: str) -> Inspected:
-    """Fetch and validate an adapter without publishing it."""
-    async with _fetched(context, source) as (_, inspected, _):
-        return inspected
-
-
-@asynccontextmanager
-async def _fetched(context: AppContext, source: str) -> AsyncIterator[tuple[Path, Inspected, str]]:
-    """Yield a staged folder, its validated content, and the resolved source."""
-    with context.registry.store.stage() as folder:
-        resolved = await _copy(context, source, folder)
-        inspected = await examine(context, folder, context.spec)
-        async with self_tested(context, inspected, folder):
-            yield folder, inspected, resolved
+    return await publish_from(context, fill)
 
 
 async def _copy(context: AppContext, source: str, folder: Path) -> str:

@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+from collections.abc import AsyncIterable, AsyncIterator
 from contextlib import aclosing
 from pathlib import Path
 from typing import BinaryIO
@@ -17,6 +18,7 @@ from server.api.errors import ApiError, bad_request
 _KNOWN = (*FILES, *TOKENIZER_FILES)
 _MAX_FIELD_BYTES = 1024
 _MAX_FIELDS = 8
+_BATCH_BYTES = 1 << 20
 
 
 async def receive_upload(request: Request, folder: Path) -> dict[str, str]:
@@ -28,9 +30,23 @@ async def receive_upload(request: Request, folder: Path) -> dict[str, str]:
     _, options = parse_options_header(request.headers["content-type"])
     with _Upload(options.get(b"boundary", b""), folder) as upload:
         async with aclosing(request.stream()) as chunks:
-            async for chunk in chunks:
-                await asyncio.to_thread(upload.feed, chunk)
+            async for batch in _batches(chunks):
+                await asyncio.to_thread(upload.feed, batch)
         return upload.finish()
+
+
+async def _batches(chunks: AsyncIterable[bytes]) -> AsyncIterator[list[bytes]]:
+    """Yield the chunks in lists of about `_BATCH_BYTES`: a thread for each chunk of 64 KiB would take longer than what
+    it does."""
+    batch: list[bytes] = []
+    size = 0
+    async for chunk in chunks:
+        batch.append(chunk)
+        size += len(chunk)
+        if size >= _BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    yield batch
 
 
 class _Upload:
@@ -70,9 +86,10 @@ class _Upload:
         for file in self._files.values():
             file.close()
 
-    def feed(self, chunk: bytes) -> None:
+    def feed(self, chunks: list[bytes]) -> None:
         try:
-            self._parser.write(chunk)
+            for chunk in chunks:
+                self._parser.write(chunk)
         except FormParserError:
             raise _malformed() from None
 

@@ -1,11 +1,10 @@
-"""Publication and deletion of adapters: stage, validate, publish; retire, drain, free."""
+"""Publication and deletion of adapters: stage, fill, examine, self-test, publish; retire, drain, free."""
 
 import asyncio
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
-
-from starlette.requests import Request
 
 from adapters.errors import AdapterInvalid, AdapterNotFound, Problem
 from adapters.model_spec import ModelSpec
@@ -14,14 +13,15 @@ from adapters.peft.tokenizer_files import CONFIG, TEMPLATE, read_tokenizer_files
 from adapters.records import Inspected
 from adapters.registry.registry import AdapterRecord
 from adapters.validation.inspect import inspect
-from server.api.adapters.multipart import receive_upload
-from server.api.adapters.schemas import DeletedBody, UploadForm
-from server.api.adapters.selftest import self_tested
+from server.api.adapters.schemas import DeletedBody
+from server.api.adapters.selftest import earlier_result, self_tested
 from server.api.context import AppContext
 from server.api.errors import ApiError, model_not_found
 from server.api.middleware.auth import Key
 from server.api.text.template_sandbox import TemplateFailed
 from server.ipc.client import AdapterMoveRefused, EngineUnavailable
+
+UPLOAD = "upload"  # the source of adapters that a client sent
 
 
 def find(context: AppContext, key: Key, name: str) -> AdapterRecord:
@@ -44,22 +44,79 @@ def check_writable(key: Key, name: str) -> None:
         raise ApiError(403, "This API key may not publish under this name.", code="insufficient_scope")
 
 
-async def upload(
-    context: AppContext, request: Request, parse: Callable[[dict[str, str]], UploadForm], key: Key, *, dry_run: bool
-) -> tuple[UploadForm, Inspected, tuple[AdapterRecord, bool] | None]:
-    """Receive, validate and publish an upload. A dry run does not publish, and returns None as the third value."""
+@dataclass(frozen=True, slots=True)
+class Publication:
+    """A request to publish the content of a folder under `name`; `source` is where the content comes from. A dry run
+    ends after the self-test."""
+
+    name: str
+    source: str
+    replace: bool = False
+    pinned: bool = False
+    dry_run: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """The result of a publication under `name`. `record` is None for a dry run, and where the name was left as it is;
+    `created` is False if the name pointed at this version already."""
+
+    name: str
+    inspected: Inspected
+    record: AdapterRecord | None = None
+    created: bool = False
+
+
+def _as_asked(publication: Publication, _: Inspected) -> Publication:
+    return publication
+
+
+async def publish_from(
+    context: AppContext,
+    fill: Callable[[Path], Awaitable[Publication]],
+    decide: Callable[[Publication, Inspected], Publication | None] = _as_asked,
+) -> Published:
+    """Publish an adapter; uploads, sources, the watched folder and the command line all use this function.
+
+    `fill` writes the files into a staged folder and returns what to publish. `decide` may change that when the version
+    is known, or return None to leave the name as it is. Raises an `AdapterError`, and `AdapterMoveRefused` if the
+    engine refuses the pin.
+    """
     spec = context.spec
     with context.registry.store.stage() as folder:
-        form = parse(await receive_upload(request, folder))
-        check_writable(key, form.name)
-        inspected = await examine(context, folder, spec)
-        async with self_tested(context, inspected, folder):
-            if dry_run:
-                return form, inspected, None
-            published = await publish(
-                context, form.name, inspected, folder, source="upload", replace=form.replace, pinned=form.pinned
-            )
-            return form, inspected, published
+        publication = await fill(folder)
+        check_name(publication.name)
+        inspected = await _examined(context, publication, folder, spec)
+        decided = decide(publication, inspected)
+        if decided is None:
+            return Published(publication.name, inspected)
+        async with _tested(context, decided, inspected, folder):
+            if decided.dry_run:
+                return Published(publication.name, inspected)
+            return await _publish(context, decided, inspected, folder)
+
+
+async def _examined(context: AppContext, publication: Publication, folder: Path, spec: ModelSpec) -> Inspected:
+    """Examine the folder while its weights are written to disk. A folder that is read again is usually unchanged, so
+    its weights are not written before its version is known."""
+    if publication.source != UPLOAD and publication.name in context.registry:
+        return await examine(context, folder, spec)
+    flushing = asyncio.create_task(asyncio.to_thread(context.registry.store.flush, folder))
+    try:
+        return await examine(context, folder, spec)
+    finally:
+        await flushing
+
+
+def _tested(
+    context: AppContext, publication: Publication, inspected: Inspected, folder: Path
+) -> AbstractAsyncContextManager[None]:
+    """Return the self-test; it is omitted for a version that passed it and has this name already."""
+    result = earlier_result(context, publication.name, inspected.digest)
+    if result is None or publication.dry_run:
+        return self_tested(context, inspected, folder)
+    inspected.report["selftest"] = result
+    return nullcontext()
 
 
 async def examine(context: AppContext, folder: Path, spec: ModelSpec) -> Inspected:
@@ -88,26 +145,18 @@ async def _template_problems(context: AppContext, folder: Path) -> list[Problem]
     return []
 
 
-async def publish(
-    context: AppContext,
-    name: str,
-    inspected: Inspected,
-    folder: Path,
-    *,
-    source: str,
-    replace: bool,
-    pinned: bool,
-) -> tuple[AdapterRecord, bool]:
-    """Point `name` at the staged content and update the engine. The flag is False if it pointed there already."""
+async def _publish(context: AppContext, publication: Publication, inspected: Inspected, folder: Path) -> Published:
+    """Point the name at the content and update the engine."""
+    name, registry = publication.name, context.registry
     async with context.lock(name):
         old = _current(context, name)
         record, created = await asyncio.to_thread(
-            context.registry.publish, name, inspected, folder, source=source, replace=replace
+            registry.publish, name, inspected, folder, source=publication.source, replace=publication.replace
         )
         await follow(context, old, record)
-        if pinned and not record.pinned:
+        if publication.pinned and not record.pinned:
             record = await pin(context, record)
-        return record, created
+        return Published(name, inspected, record, created)
 
 
 def _current(context: AppContext, name: str) -> AdapterRecord | None:

@@ -5,6 +5,7 @@ import heapq
 import os
 from collections.abc import Iterator
 from itertools import islice
+from pathlib import Path
 from typing import Annotated, Any, BinaryIO
 
 from fastapi import APIRouter, Depends, Query, Request
@@ -12,10 +13,11 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ValidationError
 
 from adapters.peft.files import FILES, TOKENIZER_FILES
-from adapters.records import Inspected
 from server.api.adapters import aliases, fetching, publishing
 from server.api.adapters.aliases import AliasBody
 from server.api.adapters.bodies import pending_body, pending_state, record_body, state_of
+from server.api.adapters.multipart import receive_upload
+from server.api.adapters.publishing import UPLOAD, Publication, Published, publish_from
 from server.api.adapters.schemas import (
     AdapterBody,
     AdapterList,
@@ -93,25 +95,29 @@ async def create_adapter(request: Request, context: Context, key: Caller, dry_ru
 
 
 async def _create_from_upload(request: Request, context: AppContext, key: Key, dry_run: bool) -> JSONResponse:
-    form, inspected, published = await publishing.upload(context, request, _parse_form, key, dry_run=dry_run)
-    if published is None:
-        return _json(_dry_run_body(form.name, inspected), 200)
-    record, created = published
-    return _json(record_body(context, record), 201 if created else 200)
+    async def fill(folder: Path) -> Publication:
+        form = _parse_form(await receive_upload(request, folder))
+        publishing.check_writable(key, form.name)
+        return Publication(form.name, UPLOAD, replace=form.replace, pinned=form.pinned, dry_run=dry_run)
+
+    return _created(context, await publish_from(context, fill))
 
 
 async def _create_from_source(context: AppContext, key: Key, body: RegisterRequest, dry_run: bool) -> JSONResponse:
     publishing.check_writable(key, body.name)
-    if dry_run:
-        return _json(_dry_run_body(body.name, await fetching.fetch_dry_run(context, body.source)), 200)
-    if body.lazy:
+    if body.lazy and not dry_run:
         return _json(pending_body(context, await fetching.register_lazily(context, body)), 202)
-    record, created = await fetching.register(context, body)
-    return _json(record_body(context, record), 201 if created else 200)
+    return _created(context, await fetching.register(context, body, dry_run=dry_run))
 
 
-def _dry_run_body(name: str, inspected: Inspected) -> DryRunBody:
-    return DryRunBody(name=name, version=f"sha256:{inspected.digest}", rank=inspected.rank, report=inspected.report)
+def _created(context: AppContext, published: Published) -> JSONResponse:
+    """Return the response to a registration: the record, or the report of a dry run."""
+    if published.record is not None:
+        return _json(record_body(context, published.record), 201 if published.created else 200)
+    inspected = published.inspected
+    version = f"sha256:{inspected.digest}"
+    body = DryRunBody(name=published.name, version=version, rank=inspected.rank, report=inspected.report)
+    return _json(body, 200)
 
 
 def _parse_form(fields: dict[str, str]) -> UploadForm:

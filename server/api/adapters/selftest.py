@@ -4,12 +4,22 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 from adapters.errors import AdapterInvalid, Problem
 from adapters.records import Inspected
 from server.api.context import AppContext
 from server.ipc.client import AdapterMoveRefused
 from server.ipc.messages import SelfTest
+
+
+def earlier_result(context: AppContext, name: str, digest: str) -> dict[str, Any] | None:
+    """Return the recorded result of the self-test if `name` points at this version and the version passed."""
+    record = context.registry.record(name) if name in context.registry else None
+    if record is None or record.version.digest != digest:
+        return None
+    result = record.version.report.get("selftest")
+    return result if isinstance(result, dict) and "max_abs_logit_diff" in result else None
 
 
 @asynccontextmanager
@@ -20,9 +30,10 @@ async def self_tested(context: AppContext, inspected: Inspected, folder: Path) -
     Raises `AdapterInvalid` if the engine cannot load the adapter or its logits differ from the reference.
     """
     registry, digest = context.registry, inspected.digest
-    await asyncio.to_thread(registry.hold, digest, folder)
+    is_new = await asyncio.to_thread(registry.hold, digest, folder)
     try:
-        inspected.report["selftest"] = await _selftest(context, digest)
+        # Bytes that were stored earlier are not those that were hashed a moment ago.
+        inspected.report["selftest"] = await _selftest(context, digest, verify=not is_new)
         yield
     finally:
         await asyncio.to_thread(registry.release, digest)
@@ -31,10 +42,10 @@ async def self_tested(context: AppContext, inspected: Inspected, folder: Path) -
             await asyncio.to_thread(registry.collect_garbage, context.in_flight.digests())
 
 
-async def _selftest(context: AppContext, digest: str) -> dict[str, float | str]:
+async def _selftest(context: AppContext, digest: str, *, verify: bool) -> dict[str, float | str]:
     """Return the self-test's entry in the report. A full device skips the test and is not an error."""
     try:
-        result = await context.engine.run_selftest(digest)
+        result = await context.engine.run_selftest(digest, verify=verify)
     except AdapterMoveRefused as refused:
         if refused.code == "no_room":
             return {"skipped": str(refused)}

@@ -31,12 +31,12 @@ async def load_lora_adapter(body: VllmLoadRequest, context: Context, key: Caller
     source = body.lora_path if "://" in body.lora_path else f"file://{quote(body.lora_path)}"
     try:
         request = RegisterRequest(name=body.lora_name, source=source, replace=body.load_inplace, lazy=False)
-        _, created = await fetching.register(context, request)
+        published = await fetching.register(context, request)
     except (AdapterConflict, AdapterInvalid, SourceNotAllowed) as error:
         raise bad_request(str(error), code=error.code) from None
     except ValidationError as error:  # the path as a URL may exceed the maximum length of a source
         raise validation_error(error.errors()) from None
-    if not created and not body.load_inplace:
+    if not published.created and not body.load_inplace:
         raise bad_request(
             f"The adapter '{body.lora_name}' is already loaded; set load_inplace to replace it.", "lora_name"
         )

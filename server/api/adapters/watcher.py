@@ -8,7 +8,8 @@ import asyncio
 import logging
 import os
 import time
-from contextlib import AbstractAsyncContextManager, nullcontext, suppress
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from adapters.errors import AdapterConflict, AdapterError, InvalidName, NoSpace
@@ -16,8 +17,7 @@ from adapters.names import check_name
 from adapters.peft.files import FILES, TOKENIZER_FILES
 from adapters.records import Inspected, PendingAdapter
 from adapters.sources import copy_from
-from server.api.adapters.publishing import examine, publish
-from server.api.adapters.selftest import self_tested
+from server.api.adapters.publishing import Publication, publish_from
 from server.api.context import AppContext
 from server.ipc.client import AdapterMoveRefused, EngineUnavailable
 
@@ -25,6 +25,10 @@ log = logging.getLogger(__name__)
 
 POLL_SECONDS = 5.0
 Signature = tuple[tuple[str, int, int, int], ...]  # per file: name, inode, size in bytes, modification time in ns
+
+
+class _FolderChanged(Exception):
+    """The folder changed while it was copied."""
 
 
 class FolderWatcher:
@@ -61,8 +65,9 @@ class FolderWatcher:
 
     async def _handle(self, name: str, signature: Signature) -> None:
         try:
-            if not await self._register(name, signature):
-                return
+            await self._register(name, signature)
+        except _FolderChanged:
+            return
         except (EngineUnavailable, NoSpace) as error:  # not a failure of the folder; the next poll retries
             log.warning("adapter %s of the watched folder is retried later: %s", name, error)
             return
@@ -70,23 +75,27 @@ class FolderWatcher:
             await self._report(name, str(error))
         self._handled[name] = signature
 
-    async def _register(self, name: str, signature: Signature) -> bool:
-        """Publish a folder as an upload would. Returns False if the folder changed meanwhile."""
+    async def _register(self, name: str, signature: Signature) -> None:
+        """Publish a folder. Raises `_FolderChanged` if it changed meanwhile."""
         check_name(name)
-        context, folder = self._context, self._root / name
-        source, max_bytes = folder.as_uri(), context.config.max_upload_bytes
-        with context.registry.store.stage() as staged:
+        folder, max_bytes = self._root / name, self._context.config.max_upload_bytes
+        source = folder.as_uri()
+
+        async def fill(staged: Path) -> Publication:
             await asyncio.to_thread(copy_from, source, [self._root.as_uri()], staged, max_bytes=max_bytes)
             if await asyncio.to_thread(_signature, folder) != signature:
-                return False
-            inspected = await examine(context, staged, context.spec)
-            if self._was_left(name, inspected.digest):
-                return True
-            replace = self._may_replace(name, source, inspected.digest)
-            async with self._selftest(name, inspected, staged):
-                await publish(context, name, inspected, staged, source=source, replace=replace, pinned=False)
-        log.info("adapter %s is published from the watched folder", name)
-        return True
+                raise _FolderChanged
+            return Publication(name, source)
+
+        published = await publish_from(self._context, fill, self._decide)
+        if published.record is not None:
+            log.info("adapter %s is published from the watched folder", name)
+
+    def _decide(self, publication: Publication, inspected: Inspected) -> Publication | None:
+        name, digest = publication.name, inspected.digest
+        if self._was_left(name, digest):
+            return None
+        return replace(publication, replace=self._may_replace(name, publication.source, digest))
 
     def _was_left(self, name: str, digest: str) -> bool:
         """Return whether an earlier process published this version and it was rolled back or replaced since. Such a
@@ -104,11 +113,6 @@ class FolderWatcher:
                 f"The name '{name}' already has an adapter from another source; delete it or rename the folder."
             )
         return record is not None
-
-    def _selftest(self, name: str, inspected: Inspected, staged: Path) -> AbstractAsyncContextManager[None]:
-        """Return the self-test of a version; none for a version that is published already."""
-        known = name in self._context.registry.names_of(inspected.digest)
-        return nullcontext() if known else self_tested(self._context, inspected, staged)
 
     async def _report(self, name: str, reason: str) -> None:
         """Log the failure, and store it in the adapter's record if there is one."""
