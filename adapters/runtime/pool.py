@@ -1,7 +1,8 @@
-"""Device tier: the tensors that hold the rank columns of the resident adapters, and the per-step plans that read
+"""Device tier: the tensors that hold the rank columns of the resident adapters, and the plans of the steps that read
 them."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -12,31 +13,10 @@ from adapters.kernels.contract import LoRAKernel, split_b
 from adapters.kernels.segments import NO_SEGMENTS, Segments, SlotRows
 from adapters.model_spec import ModelSpec
 from adapters.residency.slots import PAGE_COLUMNS, Slot
-from adapters.runtime.module_overrides import ModuleOverridePlan, ModuleOverrideTable
+from adapters.runtime.module_overrides import ModuleOverrideTable
 from adapters.runtime.pack import PackedAdapter
-from adapters.runtime.scale_shift import ScaleShiftPlan, ScaleShiftTables
-
-
-class StepPlan:
-    """The inputs of all modules of one kind during a step; set before the forward. All modules share one object."""
-
-    __slots__ = ("active", "input_scale_shift", "kernel_plan", "module_overrides", "modules", "scale_shift")
-
-    def __init__(self) -> None:
-        self.active = False
-        self.kernel_plan: Any = None
-        self.modules: frozenset[str] | None = None  # those with A and B of an adapter of the step; None: any
-        self.scale_shift: ScaleShiftPlan | None = None  # None unless an adapter of the step has output vectors
-        self.input_scale_shift: ScaleShiftPlan | None = None  # the same for input vectors
-        self.module_overrides: ModuleOverridePlan | None = None  # None unless an adapter of the step has overrides
-
-    def is_lora_alone(self) -> bool:
-        """Return True if the step's adapters have nothing but A and B."""
-        return self.scale_shift is None and self.input_scale_shift is None and self.module_overrides is None
-
-    def touches(self, names: Iterable[str]) -> bool:
-        """Return True if A and B have to be added in any of `names`."""
-        return self.active and (self.modules is None or not self.modules.isdisjoint(names))
+from adapters.runtime.scale_shift import ScaleShiftTables
+from adapters.runtime.step import NO_ADAPTERS, StepPlan, StepState
 
 
 class Stack(NamedTuple):
@@ -72,7 +52,7 @@ class AdapterPool:
         self.scale_shift = ScaleShiftTables(device)
         self.input_scale_shift = ScaleShiftTables(device)
         self.module_overrides = ModuleOverrideTable(device)
-        self.install_hook: Callable[[str], None] | None = None  # set by `attach`
+        self.state = StepState()
         self._vocab_sizes: dict[int, int] = {}  # by slot, where the vocabulary differs from the base's
         self._modules: dict[int, frozenset[str]] = {}  # by slot, the modules with A and B
         self.buffers: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -85,8 +65,16 @@ class AdapterPool:
             for name, own_a, own_b in zip(names, a, split_b(b, columns, sizes), strict=True):
                 self.buffers[name] = own_a, own_b
                 self._stacks[name,] = Stack(own_a[None], own_b.flatten(), (own_b.shape[1],))
-        self.token_plan = StepPlan()  # for linears that see every token of the step
-        self.head_plan = StepPlan()  # for the output head, which sees only the rows to sample
+
+    @property
+    def token_plan(self) -> StepPlan:
+        """The plan of the step in progress for modules that see all of its rows."""
+        return self.state.tokens.plan
+
+    @property
+    def head_plan(self) -> StepPlan:
+        """The plan of the step in progress for the output head."""
+        return self.state.head.plan
 
     def stacked(self, names: tuple[str, ...]) -> Stack:
         """Return the `add_lora` buffers of a group of siblings of the spec, or of one module."""
@@ -113,22 +101,36 @@ class AdapterPool:
                     own = slice(index * PAGE_COLUMNS, (index + 1) * PAGE_COLUMNS)
                     a[rows], b[rows] = source[0][own], source[1][own]
 
-    def set_step(
+    def step(
         self, tokens: Segments, head: Segments = NO_SEGMENTS, *, num_tokens: int = 0, num_head: int = 0
-    ) -> None:
-        """Set the segments of the next forward: `tokens` over its `num_tokens` rows, `head` over the `num_head`
-        sampled rows."""
-        steps = ((self.token_plan, tokens, num_tokens), (self.head_plan, head, num_head))
-        for plan, segments, num_rows in steps:
-            plan.active = bool(segments)
-            plan.kernel_plan = self.kernel.plan_segments(segments) if segments else None
-            plan.modules = self._modules_of(segments.rows) if segments.rows else None
-            plan.scale_shift = self.scale_shift.plan_rows(segments.rows) if segments else None
-            plan.input_scale_shift = self.input_scale_shift.plan_rows(segments.rows) if segments else None
-            plan.module_overrides = self.module_overrides.plan_rows(segments.rows, num_rows) if segments else None
-            if plan.module_overrides is not None:
-                assert self.install_hook is not None
-                self.module_overrides.hook(plan.module_overrides, self.install_hook)
+    ) -> AbstractContextManager[None]:
+        """Return the context of a step: until it ends, forwards compute with the segments `tokens` over all
+        `num_tokens` rows, and with `head` over the `num_head` sampled rows."""
+        return self.state.during(self._plan_step(tokens, num_tokens), self._plan_step(head, num_head))
+
+    def recorded_step(self, kernel_plan: Any) -> AbstractContextManager[None]:
+        """Return the context of a step whose adapters have only A and B and sample every row, given the kernel's plan;
+        without one, of a step without adapters."""
+        plan = NO_ADAPTERS if kernel_plan is None else StepPlan(active=True, kernel_plan=kernel_plan)
+        return self.state.during(plan, plan)
+
+    def have_only_lora(self, rows: Iterable[SlotRows]) -> bool:
+        """Return True if the adapters of `rows` have nothing but A and B."""
+        tables = self.scale_shift, self.input_scale_shift, self.module_overrides
+        return not any(owned.slot in table for table in tables for owned in rows)
+
+    def _plan_step(self, segments: Segments, num_rows: int) -> StepPlan:
+        if not segments:
+            return NO_ADAPTERS
+        rows = segments.rows
+        return StepPlan(
+            True,
+            self.kernel.plan_segments(segments),
+            self._modules_of(rows) if rows else None,
+            self.scale_shift.plan_rows(rows),
+            self.input_scale_shift.plan_rows(rows),
+            self.module_overrides.plan_rows(rows, num_rows),
+        )
 
     def _modules_of(self, rows: Iterable[SlotRows]) -> frozenset[str] | None:
         modules = {self._modules.get(owned.slot) for owned in rows}

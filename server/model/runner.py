@@ -6,6 +6,7 @@ import torch
 
 from adapters.kernels import choose_kernel
 from adapters.model_spec import ModelSpec
+from adapters.runtime.hooks import ModuleOverrideHooks
 from adapters.runtime.layers import LoRAGroup, attach, wrapped
 from adapters.runtime.pool import AdapterPool
 from server.model.batch import ForwardBatch
@@ -37,6 +38,7 @@ class ModelRunner:
         kernel, self.kernel_reason = choose_kernel(loaded.device, loaded.dtype)
         self.pool = AdapterPool(spec, num_pages, loaded.dtype, loaded.device, kernel)
         self.bases = attach(self._model, spec, self.pool, loaded.head, packed)
+        self._hooks = ModuleOverrideHooks(self.bases, self.pool, loaded.head)
         pack_linears(self._model)  # what is not adaptable
         self.layers = wrapped(self._model)
         self.fused = 0  # modules that compute through fused operations
@@ -78,13 +80,13 @@ class ModelRunner:
     ) -> torch.Tensor:
         """Compute the logits `[samples, vocab]` of the batch's sample rows. `vocab` is the largest vocabulary among
         them; logits beyond a row's own vocabulary are meaningless."""
+        self._hooks.install()
+        recorded = self.graphs.run(batch) if self.graphs is not None and kv_cache is None else None
+        if recorded is not None:
+            return recorded
         tokens, head = batch.token_segments, batch.head_segments
-        self.pool.set_step(tokens, head, num_tokens=len(batch.input_ids), num_head=len(batch.sample_rows))
-        if self.graphs is not None and kv_cache is None:
-            recorded = self.graphs.run(batch)
-            if recorded is not None:
-                return recorded
-        return self._forward(batch, kv_cache)
+        with self.pool.step(tokens, head, num_tokens=len(batch.input_ids), num_head=len(batch.sample_rows)):
+            return self._forward(batch, kv_cache)
 
     def _forward(self, batch: ForwardBatch, kv_cache: KVCache | None = None) -> torch.Tensor:
         logits: torch.Tensor = self._model(
