@@ -208,6 +208,7 @@ WITHOUT_TORCH = [
     "adapters.registry",
     "adapters.residency",
     "adapters.sources",
+    "adapters.tiers",
     "adapters.traits",
     "server.api.errors",
     "server.api.middleware",
