@@ -14,7 +14,7 @@ from adapters.residency.slots import SlotTable, pages_of
 from adapters.runtime.copies import writer
 from adapters.runtime.pack import PackedAdapter, pack
 from adapters.runtime.pool import page_bytes
-from adapters.runtime.reference import Reference
+from adapters.runtime.reference import ReferenceAdapter
 from adapters.runtime.weight_merge import merge
 from adapters.traits import Traits
 from adapters.validation.inspect import inspect, load
@@ -48,7 +48,7 @@ def build_engine(config: ServeConfig) -> tuple[Engine, EngineInfo]:
     num_blocks, max_model_len = size_kv_cache(config, loaded, shape)
     num_pages = size_pool(config, spec, loaded.dtype)
     runner = ModelRunner(loaded, shape, spec, num_blocks=num_blocks, block_size=BLOCK_SIZE, num_pages=num_pages)
-    runner.check(loaded)
+    runner.check_and_fuse(loaded)
     graphs = "none: --eager" if config.eager else runner.capture_graphs(config.max_num_seqs, max_model_len)
     residency = _residency(config, spec, runner, num_pages)
     scheduler = Scheduler(
@@ -100,9 +100,9 @@ def _residency(config: ServeConfig, spec: ModelSpec, runner: ModelRunner, num_pa
     )
 
 
-def _reference_reader(config: ServeConfig, spec: ModelSpec, runner: ModelRunner) -> Callable[[str], Reference]:
+def _reference_reader(config: ServeConfig, spec: ModelSpec, runner: ModelRunner) -> Callable[[str], ReferenceAdapter]:
     store = AdapterStore(config.data_dir / "store")
-    return lambda digest: Reference.of(load(store.path(digest), spec, digest), runner.bases)
+    return lambda digest: ReferenceAdapter.of(load(store.path(digest), spec, digest), runner.bases)
 
 
 def _merging(config: ServeConfig, spec: ModelSpec, runner: ModelRunner, scheduler: Scheduler) -> Merging:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from adapters.errors import AdapterError
 from adapters.residency.residency import Residency
 from adapters.runtime.pack import PackedAdapter
-from adapters.runtime.reference import Reference
+from adapters.runtime.reference import ReferenceAdapter
 from server.engine.scheduler import MergeGate
 from server.ipc.messages import Reply, RunSelfTest, SelfTest
 from server.model.loading.probe import TOLERANCE, relative_error
@@ -21,7 +21,7 @@ SLOT_WAIT_SECONDS = 10.0  # how long a self-test waits for a device slot
 @dataclass(slots=True)
 class _Pending:
     request: RunSelfTest
-    reference: "Future[Reference]"
+    reference: "Future[ReferenceAdapter]"
     deadline: float = field(default_factory=lambda: time.monotonic() + SLOT_WAIT_SECONDS)
 
 
@@ -32,7 +32,7 @@ class SelfTests:
         self,
         runner: ModelRunner,
         residency: Residency[PackedAdapter],
-        load_reference: Callable[[str], Reference],
+        load_reference: Callable[[str], ReferenceAdapter],
         gate: MergeGate,
         on_thread_start: Callable[[], None],
     ) -> None:
@@ -83,7 +83,7 @@ class SelfTests:
         finally:
             self._residency.release(request.digest)
 
-    def _run(self, request: RunSelfTest, reference: "Future[Reference]") -> Reply:
+    def _run(self, request: RunSelfTest, reference: "Future[ReferenceAdapter]") -> Reply:
         try:
             adapter = reference.result()
         except AdapterError as error:

@@ -34,7 +34,7 @@ Capture = Callable[[Replay], Replay]
 
 @runtime_checkable
 class StaticKernel(LoRAKernel, Protocol):
-    """A LoRA kernel whose plan can be replaced in its place."""
+    """A LoRA kernel that can overwrite a plan in place."""
 
     def static_plan(self, rows: int) -> Any: ...
 
@@ -52,16 +52,14 @@ class Bucket:
 
 
 def bucket_sizes(max_rows: int) -> list[int]:
-    """Ascending numbers of rows: close together where a row costs most, at most an eighth apart from 64 on."""
+    """Return ascending numbers of rows: close together where a row costs most, at most an eighth apart from 64 on."""
     sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, max_rows, 32)]
     return [*(size for size in sizes if size < max_rows), max_rows]
 
 
 class DecodeGraphs:
-    """`run` gives the logits of a decode step, or None when the step is not one that was captured.
-
-    `replayed` counts the steps of the first kind, `skipped` the others by reason.
-    """
+    """The captured decode steps of a model. `replayed` counts the steps that ran as graphs, `skipped` the others by
+    reason."""
 
     def __init__(
         self,
@@ -89,14 +87,15 @@ class DecodeGraphs:
         self._capture(forward, capture)
 
     def _capture(self, forward: Forward, capture: Capture) -> None:
-        """Largest first: the smaller graphs then fit into the memory of the larger ones."""
+        """Capture the largest bucket first: the smaller graphs then fit into the memory of the larger ones."""
         for bucket in track(self._buckets[::-1], "Capturing CUDA graphs", console=Console(stderr=True)):
             for with_adapters in (False, True):
                 with self._pool.recorded_step(bucket.plan if with_adapters else None):
                     bucket.replays[with_adapters] = capture(partial(forward, bucket.batch))
 
     def run(self, batch: ForwardBatch) -> torch.Tensor | None:
-        """Logits `[rows, vocab]`, valid until the next step."""
+        """Return the logits `[rows, vocab]` of a decode step, valid until the next step; None if no captured graph can
+        compute the step."""
         rows, tokens = len(batch.input_ids), batch.token_segments
         unusual = self._unusual(batch)
         bucket = next((bucket for bucket in self._buckets if bucket.rows >= rows), None)
@@ -108,7 +107,7 @@ class DecodeGraphs:
             return bucket.replays[bool(tokens)]()[:rows]
 
     def _unusual(self, batch: ForwardBatch) -> str:
-        """Name what makes the step other than plain decoding; empty if nothing does."""
+        """Return the reason why the step is not plain decoding; empty if it is."""
         if len(batch.sequences) < len(batch.input_ids):
             return "prefill"
         if len(batch.sample_rows) < len(batch.input_ids) or batch.head_segments.items != batch.token_segments.items:
@@ -154,7 +153,7 @@ def _static_batch(rows: int, num_blocks: int, block_size: int, device: torch.dev
 
 
 class CudaCapture:
-    """Records a forward into a CUDA graph; all graphs share one memory pool, for they never run at once."""
+    """Records a forward into a CUDA graph. All graphs share one memory pool, because they never run at once."""
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
@@ -187,7 +186,8 @@ def capture_decode_graphs(
     block_size: int,
     device: torch.device,
 ) -> tuple[DecodeGraphs | None, str]:
-    """Graphs for decode steps of up to `max_rows` rows, or None; and in words what was done, for the log."""
+    """Capture decode steps of up to `max_rows` rows; return None if that is impossible, and a description for the
+    log."""
     kernel = pool.kernel
     if device.type != "cuda" or not isinstance(kernel, StaticKernel):
         return None, "none: they need CUDA and the Triton kernels"

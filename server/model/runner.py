@@ -14,12 +14,12 @@ from server.model.fusion import block_ops
 from server.model.graphs import DecodeGraphs, capture_decode_graphs
 from server.model.kv_cache import CacheShape, KVCache
 from server.model.loading.loader import LoadedModel
-from server.model.loading.probe import check, fuse_checked
+from server.model.loading.probe import check_paged_attention, fuse_if_equal
 from server.model.packed_linear import pack_linears, packed
 
 
 class ModelRunner:
-    """The model behind its two seams: attention reads `kv_cache`, the wrapped linears read `pool`."""
+    """The model with its two additions: attention reads `kv_cache`, the wrapped linears read `pool`."""
 
     def __init__(
         self,
@@ -45,22 +45,22 @@ class ModelRunner:
         self.graphs: DecodeGraphs | None = None
         self._vocab_size = spec.vocab_size or 0
 
-    def check(self, loaded: LoadedModel) -> None:
+    def check_and_fuse(self, loaded: LoadedModel) -> None:
         """Compare the model as it now computes with the stock one, then fuse its blocks where that changes nothing.
         Raises `ModelRefused`."""
         shape, size = self.cache_shape, self.kv_cache.block_size
-        said = check(loaded, shape, size)
-        self.fused = fuse_checked(loaded, shape, size, block_ops(loaded.device, loaded.dtype), said)
+        logits = check_paged_attention(loaded, shape, size)
+        self.fused = fuse_if_equal(loaded, shape, size, block_ops(loaded.device, loaded.dtype), logits)
 
     def vocab_size(self, slots: tuple[int, ...]) -> int:
-        """The vocabulary size of the adapters in `slots`, or of the base model."""
+        """Return the vocabulary size of the adapters in `slots`, or of the base model."""
         return max((self.pool.vocab_size(slot) or 0 for slot in slots), default=0) or self._vocab_size
 
     def groups(self) -> list[LoRAGroup]:
         return list(dict.fromkeys(layer.group for layer in self.layers.values()))
 
     def capture_graphs(self, max_rows: int, max_model_len: int) -> str:
-        """Record decode steps where that is possible; returns what was done, in words for the log."""
+        """Record decode steps where that is possible; return a description for the log."""
         self.graphs, done = capture_decode_graphs(
             self._forward,
             self.pool,
