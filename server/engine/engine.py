@@ -31,7 +31,8 @@ from server.ipc.messages import (
 )
 from server.model.batch import ForwardBatch, LateTokens, build_batch
 from server.model.runner import ModelRunner
-from server.model.sampling.sampler import Sample, looks_back, start_sampling
+from server.model.sampling.adjustments import looks_back
+from server.model.sampling.sampler import Sample, start_sampling
 from server.sequence import FinishReason, ScheduledBatch, ScheduledSequence, Sequence, SequenceStatus
 
 log = logging.getLogger(__name__)
