@@ -80,9 +80,9 @@ def test_the_pool_knows_which_adapters_have_more_than_a_and_b(pool: AdapterPool)
     }
     for kind, own in kinds.items():
         pool.write(Slot(1, "", [1]), packed(**{kind: own}))
-        assert not pool.have_only_lora(rows) and pool.have_only_lora(one_row(0).rows)
+        assert not pool.planner.have_only_lora(rows) and pool.planner.have_only_lora(one_row(0).rows)
         pool.write(Slot(1, "", [1]), packed())
-        assert pool.have_only_lora(rows)
+        assert pool.planner.have_only_lora(rows)
 
 
 def test_hooks_are_installed_once_for_each_module_that_an_adapter_overrides(pool: AdapterPool) -> None:

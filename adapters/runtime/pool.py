@@ -1,22 +1,19 @@
-"""Device tier: the tensors that hold the rank columns of the resident adapters, and the plans of the steps that read
-them."""
+"""Device tier: the tensors of the resident adapters, and the steps that read them."""
 
-from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 
 from adapters.device.lazy_zeros import zeros
 from adapters.kernels.contract import LoRAKernel, split_b
-from adapters.kernels.segments import NO_SEGMENTS, Segments, SlotRows
+from adapters.kernels.segments import NO_SEGMENTS, Segments
 from adapters.model_spec import ModelSpec
 from adapters.residency.slots import PAGE_COLUMNS, Slot
 from adapters.runtime.module_overrides import ModuleOverrideTable
 from adapters.runtime.pack import PackedAdapter
 from adapters.runtime.scale_shift import ScaleShiftTables
-from adapters.runtime.step import NO_ADAPTERS, StepPlan, StepState
+from adapters.runtime.step import NO_ADAPTERS, StepPlan, StepPlanner, StepState
 
 
 class Stack(NamedTuple):
@@ -52,9 +49,9 @@ class AdapterPool:
         self.scale_shift = ScaleShiftTables(device)
         self.input_scale_shift = ScaleShiftTables(device)
         self.module_overrides = ModuleOverrideTable(device)
+        self.planner = StepPlanner(kernel, self.scale_shift, self.input_scale_shift, self.module_overrides)
         self.state = StepState()
         self._vocab_sizes: dict[int, int] = {}  # by slot, where the vocabulary differs from the base's
-        self._modules: dict[int, frozenset[str]] = {}  # by slot, the modules with A and B
         self.buffers: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self._stacks: dict[tuple[str, ...], Stack] = {}
         for names in spec.groups():
@@ -85,7 +82,7 @@ class AdapterPool:
         self.scale_shift.write(slot.index, packed.vectors)
         self.input_scale_shift.write(slot.index, packed.input_vectors)
         self.module_overrides.write(slot.index, packed.module_overrides)
-        self._modules[slot.index] = frozenset(packed.columns.widths)
+        self.planner.modules[slot.index] = frozenset(packed.columns.widths)
         self._vocab_sizes.pop(slot.index, None)
         if packed.vocab_size is not None:
             self._vocab_sizes[slot.index] = packed.vocab_size
@@ -106,35 +103,14 @@ class AdapterPool:
     ) -> AbstractContextManager[None]:
         """Return the context of a step: until it ends, forwards compute with the segments `tokens` over all
         `num_tokens` rows, and with `head` over the `num_head` sampled rows."""
-        return self.state.during(self._plan_step(tokens, num_tokens), self._plan_step(head, num_head))
+        plan = self.planner.plan_step
+        return self.state.during(plan(tokens, num_tokens), plan(head, num_head))
 
     def recorded_step(self, kernel_plan: Any) -> AbstractContextManager[None]:
         """Return the context of a step whose adapters have only A and B and sample every row, given the kernel's plan;
         without one, of a step without adapters."""
         plan = NO_ADAPTERS if kernel_plan is None else StepPlan(active=True, kernel_plan=kernel_plan)
         return self.state.during(plan, plan)
-
-    def have_only_lora(self, rows: Iterable[SlotRows]) -> bool:
-        """Return True if the adapters of `rows` have nothing but A and B."""
-        tables = self.scale_shift, self.input_scale_shift, self.module_overrides
-        return not any(owned.slot in table for table in tables for owned in rows)
-
-    def _plan_step(self, segments: Segments, num_rows: int) -> StepPlan:
-        if not segments:
-            return NO_ADAPTERS
-        rows = segments.rows
-        return StepPlan(
-            True,
-            self.kernel.plan_segments(segments),
-            self._modules_of(rows) if rows else None,
-            self.scale_shift.plan_rows(rows),
-            self.input_scale_shift.plan_rows(rows),
-            self.module_overrides.plan_rows(rows, num_rows),
-        )
-
-    def _modules_of(self, rows: Iterable[SlotRows]) -> frozenset[str] | None:
-        modules = {self._modules.get(owned.slot) for owned in rows}
-        return None if None in modules else _union(frozenset(modules))
 
     def vocab_size(self, slot: int) -> int | None:
         """Return the vocabulary size of the adapter in `slot` where it differs from the base's, else None."""
@@ -147,9 +123,3 @@ class AdapterPool:
     def nbytes(self) -> int:
         """Return the size of all buffers in bytes."""
         return sum(t.numel() * t.element_size() for pair in self.buffers.values() for t in pair)
-
-
-@lru_cache(maxsize=256)
-def _union(sets: frozenset[frozenset[str]]) -> frozenset[str]:
-    """Return the union of `sets`: the same object for the same sets, so that layers detect a change by identity."""
-    return frozenset().union(*sets)

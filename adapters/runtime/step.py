@@ -1,15 +1,18 @@
-"""The state of the step in progress, as the model's modules read it.
+"""The plan of a step's adapters, and the state of the step in progress as the model's modules read it.
 
-Only `StepState.during` writes it, and what it writes holds until the context of that call ends.
+Only `StepState.during` writes the state, and what it writes holds until the context of that call ends.
 """
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
-from adapters.runtime.module_overrides import ModuleOverridePlan
-from adapters.runtime.scale_shift import ScaleShiftPlan
+from adapters.kernels.contract import LoRAKernel
+from adapters.kernels.segments import Segments, SlotRows
+from adapters.runtime.module_overrides import ModuleOverridePlan, ModuleOverrideTable
+from adapters.runtime.scale_shift import ScaleShiftPlan, ScaleShiftTables
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +36,46 @@ class StepPlan:
 
 
 NO_ADAPTERS = StepPlan()
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlanner:
+    """Plans steps from their segments and from what the adapter in each slot has."""
+
+    kernel: LoRAKernel
+    scale_shift: ScaleShiftTables
+    input_scale_shift: ScaleShiftTables
+    module_overrides: ModuleOverrideTable
+    modules: dict[int, frozenset[str]] = field(default_factory=dict)  # by slot, those with A and B
+
+    def plan_step(self, segments: Segments, num_rows: int) -> StepPlan:
+        """Return the plan for modules that see `num_rows` rows of the step, to which `segments` refer."""
+        if not segments:
+            return NO_ADAPTERS
+        rows = segments.rows
+        return StepPlan(
+            True,
+            self.kernel.plan_segments(segments),
+            self._modules_of(rows) if rows else None,
+            self.scale_shift.plan_rows(rows),
+            self.input_scale_shift.plan_rows(rows),
+            self.module_overrides.plan_rows(rows, num_rows),
+        )
+
+    def have_only_lora(self, rows: Iterable[SlotRows]) -> bool:
+        """Return True if the adapters of `rows` have nothing but A and B."""
+        tables = self.scale_shift, self.input_scale_shift, self.module_overrides
+        return not any(owned.slot in table for table in tables for owned in rows)
+
+    def _modules_of(self, rows: Iterable[SlotRows]) -> frozenset[str] | None:
+        modules = {self.modules.get(owned.slot) for owned in rows}
+        return None if None in modules else _union(frozenset(modules))
+
+
+@lru_cache(maxsize=256)
+def _union(sets: frozenset[frozenset[str]]) -> frozenset[str]:
+    """Return the union of `sets`: the same object for the same sets, so that layers detect a change by identity."""
+    return frozenset().union(*sets)
 
 
 class Current:

@@ -112,7 +112,7 @@ class DecodeGraphs:
             return "prefill"
         if len(batch.sample_rows) < len(batch.input_ids) or batch.head_segments.items != batch.token_segments.items:
             return "rows without a sample"
-        if not self._pool.have_only_lora(batch.token_segments.rows):
+        if not self._pool.planner.have_only_lora(batch.token_segments.rows):
             return "more than A and B"
         return "" if self._are_recorded_weights() else "other base weights"
 
