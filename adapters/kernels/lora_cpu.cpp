@@ -13,7 +13,6 @@
 
 namespace {
 
-constexpr int ROWS = 4;
 constexpr int MAX_LINEARS = 3;
 
 struct Group { int64_t first, last; };  // items of one row range, whose products add up
@@ -27,31 +26,6 @@ struct Cuts {
     int64_t tile;  // outputs of a tile
     std::vector<float> v;
 };
-
-// y[rows] += sum over columns of v[row][column] * b[column], for the outputs of a tile
-template <typename T>
-void expand_tile(Cuts& cuts, const Linear<T>& l, const Part& tile, const T* next) {
-    const Item* items = cuts.items.data();
-    const Group& group = cuts.groups[tile.of];
-    int64_t width = std::min(cuts.tile, l.out - tile.from);
-    int rows = items[group.first].rows;
-    T* y = l.y + items[group.first].row * l.ldy + tile.from;
-    float sums[ROWS * TILE];
-    for (int r = 0; r < rows; r++)
-        for (int64_t n = 0; n < width; n += W)
-            store(sums + r * TILE + n, load(y + r * l.ldy + n, std::min<int64_t>(W, width - n)), W);
-    for (int64_t i = group.first; i < group.last; i++) {
-        const Item& item = items[i];
-        const T* b = l.b + item.segment->lo * l.out + tile.from;
-        const float* v = item.sums(cuts.v.data(), tile.linear);
-        int64_t columns = item.columns(), c = 0;
-        for (; c + 4 <= columns; c += 4) expand<T, 4>(sums, item, b + c * l.out, l.out, width, v + c, next + c * l.out);
-        for (; c < columns; c++) expand<T, 1>(sums, item, b + c * l.out, l.out, width, v + c, next + c * l.out);
-    }
-    for (int r = 0; r < rows; r++)
-        for (int64_t n = 0; n < width; n += W)
-            store_product(y + r * l.ldy + n, load(sums + r * TILE + n), std::min<int64_t>(W, width - n));
-}
 
 // Items of one row range are adjacent, and one thread expands a tile of their group.
 void cut(Cuts& cuts, const Segment* segments, const float* scales, int64_t count, const int64_t* sizes,
@@ -131,7 +105,9 @@ void expand_all(Call<T>& call) {
 #pragma omp for schedule(static) nowait
     for (int64_t i = 0; i < count; i++) {
         const Part &tile = cuts.tiles[i], &next = cuts.tiles[std::min(i + 1, count - 1)];
-        expand_tile(cuts, call.linears[tile.linear], tile, call.outputs_of(next));
+        const Group& group = cuts.groups[tile.of];
+        expand_tile(&cuts.items[size_t(group.first)], group.last - group.first, call.linears[tile.linear], tile.linear,
+                    tile.from, cuts.tile, cuts.v.data(), call.outputs_of(next));
     }
 }
 

@@ -1,4 +1,4 @@
-// The arithmetic of the LoRA product: an item's rows times a few rank columns of A, and their sums times B, in registers.
+// The arithmetic of the LoRA product: an item's rows times chunks of A's rank columns, and their sums times tiles of B.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -8,6 +8,7 @@
 
 namespace {
 
+constexpr int ROWS = 4;    // of an item, at most
 constexpr int CHUNK = 8;   // rank columns
 constexpr int TILE = 192;  // maximum outputs of a tile, whose fp32 sums stay in the first-level cache
 
@@ -110,6 +111,31 @@ void expand(float* sums, const Item& item, const T* b, int64_t out, int64_t widt
     for_rows(item, [&](int r, auto rows) {
         expand<T, rows(), C>(sums + r * TILE, b, out, width, v + r * columns, columns, next);
     });
+}
+
+// y[rows] += sum over columns of v[row][column] * b[column] for the outputs of a tile, of which there are `most` at most,
+// and for `count` items of one row range. `all` has the products of all items with A.
+template <typename T>
+void expand_tile(const Item* items, int64_t count, const Linear<T>& l, int64_t linear, int64_t from, int64_t most,
+                 float* all, const T* next) {
+    int64_t width = std::min(most, l.out - from);
+    int rows = items->rows;
+    T* y = l.y + items->row * l.ldy + from;
+    float sums[ROWS * TILE];
+    for (int r = 0; r < rows; r++)
+        for (int64_t n = 0; n < width; n += W)
+            store(sums + r * TILE + n, load(y + r * l.ldy + n, std::min<int64_t>(W, width - n)), W);
+    for (const Item* item = items; item < items + count; item++) {
+        const T* b = l.b + item->segment->lo * l.out + from;
+        const float* v = item->sums(all, linear);
+        int64_t columns = item->columns(), c = 0;
+        for (; c + 4 <= columns; c += 4)
+            expand<T, 4>(sums, *item, b + c * l.out, l.out, width, v + c, next + c * l.out);
+        for (; c < columns; c++) expand<T, 1>(sums, *item, b + c * l.out, l.out, width, v + c, next + c * l.out);
+    }
+    for (int r = 0; r < rows; r++)
+        for (int64_t n = 0; n < width; n += W)
+            store_product(y + r * l.ldy + n, load(sums + r * TILE + n), std::min<int64_t>(W, width - n));
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// Attention over the paged cache, prefill and decode in one call: how the work is divided into passes (attention_pass.h)
-// and how their results are put together.
+// Attention over the paged cache, prefill and decode in one call: the work of the threads, divided into passes
+// (attention_pass.h), whose sums the online softmax joins.
 #pragma once
 #include <algorithm>
 #include <cmath>

@@ -1,4 +1,4 @@
-// The arithmetic of attention for one pass: up to QUERIES queries of one sequence against KEYS positions of its context.
+// The arithmetic of attention in one pass: up to QUERIES queries of one sequence over KEYS positions of its context.
 #pragma once
 #include <algorithm>
 #include <cmath>
