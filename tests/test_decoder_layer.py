@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-from adapters.runtime.pool import StepPlan
+from adapters.runtime.step import StepPlan
 from server.ipc.messages import Merge, Submit, Unmerge
 from server.model.cpu.decoder_layer import NativeLayer
 from server.sequence import SamplingParams

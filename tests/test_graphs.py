@@ -53,12 +53,11 @@ class Recorded:
         self.pool = AdapterPool(ModelSpec({"m": (4, 4)}, 16), 2, torch.float32, CPU, kernel)
         self.captured: list[tuple[int, bool]] = []
         self.seen: tuple[list[int], list[Any] | None] | None = None
-        self.group = LoRAGroup(["m"], torch.nn.Linear(4, 4), self.pool, self.pool.token_plan)
+        self.group = LoRAGroup(["m"], torch.nn.Linear(4, 4), self.pool, self.pool.state.tokens)
         self.graphs = DecodeGraphs(self._forward, self.pool, [self.group], kernel, sizes, 4, 16, CPU, self._capture)
 
     def run(self, batch: ForwardBatch, tokens: Segments = NO_SEGMENTS, head: Segments | None = None) -> Any:
         head = tokens if head is None else head
-        self.pool.set_step(tokens, head, num_tokens=len(batch.input_ids), num_head=len(batch.sample_rows))
         batch.token_segments, batch.head_segments = tokens, head
         return self.graphs.run(batch)
 
@@ -141,13 +140,15 @@ def test_weights_that_were_put_in_the_base_s_place_are_not_in_the_graphs() -> No
     """A merged adapter's modules, and the base's own in new memory."""
     recorded = Recorded([2])
     own, weight = recorded.group.base, recorded.group.base.weight
-    recorded.group.base = torch.nn.Linear(4, 4)
+    recorded.group.replace_base(torch.nn.Linear(4, 4))
     assert recorded.run(decode(2)) is None
-    recorded.group.base = own
+    recorded.group.replace_base(own)
     assert recorded.run(decode(2)) is not None
     own.weight = torch.nn.Parameter(torch.zeros(4, 4))
+    recorded.group.replace_base(own)
     assert recorded.run(decode(2)) is None
     own.weight = weight
+    recorded.group.replace_base(own)
     assert recorded.run(decode(2)) is not None
     assert recorded.graphs.skipped == {"other base weights": 2}
 
@@ -162,7 +163,6 @@ EXTRAS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("extras", EXTRAS.values(), ids=EXTRAS)
 def test_an_adapter_with_more_than_a_and_b_runs_eagerly(extras: dict[str, Any]) -> None:
     recorded = Recorded([2])
-    recorded.pool.install_hook = lambda name: None
     recorded.pool.write(Slot(1, "", [1]), PackedAdapter(1, RankColumns.zeros(16, {}, torch.float32), 0, **extras))
     assert recorded.run(decode(2), adapters(0, 0)) is not None
     assert recorded.run(decode(2), adapters(0, 1)) is None

@@ -1,4 +1,4 @@
-"""What a record says of a stream that went well, and of every way in which one can go wrong."""
+"""The load client records a stream that succeeds, and every way in which a stream fails."""
 
 import asyncio
 import json

@@ -14,8 +14,9 @@ import pytest
 from adapters.errors import AdapterInvalid, MoveRefused, Problem
 from adapters.residency import residency as residency_module
 from adapters.residency.host_cache import HostCache
-from adapters.residency.residency import RETRY_SECONDS, Move, Residency
+from adapters.residency.residency import RETRY_SECONDS, Residency
 from adapters.residency.slots import Slot, SlotTable
+from adapters.tiers import AdapterMove
 from tests.fixtures.timing import HANG_SECONDS, Clock, patience
 
 
@@ -524,5 +525,5 @@ def test_after_any_operations_the_accounting_is_right_and_nothing_is_stuck(
     for digest in "abcde":
         acquire(residency, digest)
         residency.release(digest)
-    assert all(isinstance(move, Move) for move in residency.take_moves())
+    assert all(isinstance(move, AdapterMove) for move in residency.take_moves())
     assert "f" not in {slot.digest for slot in residency.slots.slots()}

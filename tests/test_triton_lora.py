@@ -1,5 +1,5 @@
-"""The Triton LoRA kernels against float64: any ranks, popularity, sizes and dtype; nothing leaks, and a row's result
-does not depend on its batch. In Triton's interpreter, or with `make test-gpu` on a GPU."""
+"""The Triton LoRA kernels agree with float64 for any ranks, popularity, sizes and dtype; nothing leaks, and a row's
+result does not depend on its batch. The tests run in Triton's interpreter, or with `make test-gpu` on a GPU."""
 
 import pytest
 import torch
@@ -47,12 +47,12 @@ def segments_of(rows: list[Uses], pool: Pool) -> Segments:
 
 
 def of(*slots: int) -> list[Uses]:
-    """Rows of one adapter each; -1 is the base."""
+    """List the adapters of rows with one adapter each; -1 is the base."""
     return [(SlotUse(slot),) if slot >= 0 else () for slot in slots]
 
 
 def without_foreign_columns(pool: Pool, segments: Segments) -> Pool:
-    """Columns that no segment of the step names become NaN."""
+    """Return the pool with NaN in the columns that no segment of the step names."""
     named = {column for segment in segments.items for column in range(segment.lo, segment.hi)}
     foreign = [column for column in range(len(pool.a)) if column not in named]
     a, b = pool.a.clone(), pool.b.clone()
@@ -100,7 +100,7 @@ def test_rank_256_beside_rank_1_and_columns_that_are_no_whole_block() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_several_adapters_on_one_row_add_up_each_with_its_scale(dtype: torch.dtype) -> None:
-    """Ranges overlap in every way; the sum is rounded once."""
+    """Segments overlap in every way; the sum is rounded once."""
     pool = make_pool(3, 200, 150, dtype)
     x, y = inputs(70, (200, 150), dtype, 3)
     items = (
@@ -157,7 +157,7 @@ def test_rows_of_a_wider_tensor() -> None:
 
 @pytest.mark.parametrize("sizes", [(200, 64, 64), (130, 300), (40,)], ids=str)
 def test_sibling_linears_share_their_launches(sizes: tuple[int, ...]) -> None:
-    """The bits are those of one call for each."""
+    """Each linear gets the bits that a call of its own computes."""
     uses = uses_of_rows("some base", 30, 5)
     pools = [make_pool(7, 576, size, torch.bfloat16) for size in sizes]  # one layout of pages
     x, y = inputs(30, (576, sum(sizes)), torch.bfloat16, 5)
@@ -171,7 +171,7 @@ def test_sibling_linears_share_their_launches(sizes: tuple[int, ...]) -> None:
 
 
 def test_a_static_plan_serves_one_step_after_another() -> None:
-    """What a captured graph does: the same launches, with the metadata replaced in place."""
+    """A captured graph repeats the same launches, with the metadata replaced in place."""
     pool = make_pool(2, 64, 200, torch.float32)
     x, y = inputs(8, (64, 200), torch.float32, 2)
     plan = KERNEL.static_plan(8)
@@ -209,7 +209,7 @@ def test_decode_steps_take_low_tiles_and_prefill_steps_high_ones() -> None:
 
 
 def test_rows_are_cut_where_the_set_of_segments_changes() -> None:
-    tiles, blocks = triton_plan.build([Segment(2, 6, 0, 16), Segment(4, 8, 32, 56), Segment(10, 11, 0, 16)], 16)
+    tiles, blocks = triton_plan.build_tiles([Segment(2, 6, 0, 16), Segment(4, 8, 32, 56), Segment(10, 11, 0, 16)], 16)
     assert tiles.tolist() == [[2, 2, 0, 1], [4, 2, 1, 3], [6, 2, 4, 2], [10, 1, 6, 1]]
     assert blocks[:, :4].tolist() == [
         [2, 2, 0, 16], [4, 2, 0, 16], [4, 2, 32, 16], [4, 2, 48, 8], [6, 2, 32, 16], [6, 2, 48, 8], [10, 1, 0, 16],

@@ -21,7 +21,7 @@ import triton.language as tl
 
 from adapters.device.transfers import upload
 from adapters.kernels.segments import Segment, Segments
-from adapters.kernels.triton_plan import BLOCK_COLUMNS, Metadata, build, rows_of
+from adapters.kernels.triton_plan import BLOCK_COLUMNS, Metadata, build_tiles, rows_of
 from adapters.model_spec import MAX_SIBLINGS
 
 TILE_FIELDS, BLOCK_FIELDS = 4, 5
@@ -145,7 +145,7 @@ class TritonKernel:
         rows = {(segment.start, segment.end) for segment in items}
         is_decode = sum(end - start for start, end in rows) <= DECODE_ROWS * len(rows)
         tile_rows = DECODE_ROWS if is_decode else PREFILL_ROWS
-        tiles, blocks = build(items, tile_rows)
+        tiles, blocks = build_tiles(items, tile_rows)
         num_rows = max((end for _, end in rows), default=0)
         metadata = upload(_packed(tiles, blocks, len(tiles), len(blocks), num_rows), self._device)
         return TritonPlan(metadata, len(tiles), len(blocks), num_rows, tile_rows, items)
@@ -162,7 +162,7 @@ class TritonKernel:
         if they do not fit."""
         if segments.items == plan.items:  # the same sequences continue to decode
             return True
-        tiles, blocks = build(segments.items, plan.tile_rows)
+        tiles, blocks = build_tiles(segments.items, plan.tile_rows)
         if len(tiles) > plan.num_tiles or len(blocks) > plan.num_blocks:
             return False
         packed = _packed(tiles, blocks, plan.num_tiles, plan.num_blocks, plan.num_rows)

@@ -20,7 +20,7 @@ BLOCK_COLUMNS = 16  # rank columns of a block: the minimum for tensor cores, and
 Metadata = npt.NDArray[np.int32]
 
 
-def build(segments: Sequence[Segment], tile_rows: int) -> tuple[Metadata, Metadata]:
+def build_tiles(segments: Sequence[Segment], tile_rows: int) -> tuple[Metadata, Metadata]:
     """Return int32 tiles `[tiles, 4]` of (first row, rows, first block, blocks) and int32 blocks `[blocks, 5]` of
     (first row, rows, first column, columns, bits of the float32 scale)."""
     tiles: list[tuple[int, int, int, int]] = []

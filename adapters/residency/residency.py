@@ -10,16 +10,15 @@ import time
 from collections.abc import Callable, Container, Iterable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Generic, Literal, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from adapters.errors import AdapterError, MoveRefused
 from adapters.residency.host_cache import HostCache
 from adapters.residency.room import shortage_of
 from adapters.residency.slots import Slot, SlotTable
+from adapters.tiers import AdapterMove, Tier
 
 log = logging.getLogger(__name__)
-
-Tier = Literal["disk", "host", "device"]
 
 RETRY_SECONDS = 1.0  # minimum time between two attempts to load a version that failed
 
@@ -35,18 +34,6 @@ class Packed(Protocol):
 
 
 P = TypeVar("P", bound=Packed)
-
-
-@dataclass(frozen=True, slots=True)
-class Move:
-    """A completed or failed move of a version between two tiers."""
-
-    digest: str
-    source: Tier
-    target: Tier
-    outcome: Literal["ok", "failed"]
-    seconds: float
-    error: str | None = None
 
 
 @dataclass(slots=True)
@@ -88,7 +75,7 @@ class Residency(Generic[P]):
         self._done: queue.SimpleQueue[_Done[P]] = queue.SimpleQueue()
         self._reading: dict[str, Future[None]] = {}
         self._failed: dict[str, tuple[str, float]] = {}
-        self._moves: list[Move] = []
+        self._moves: list[AdapterMove] = []
         self.changed = False  # set when the result of `where` or `loading` changes; the reader clears it
 
     # -- for the scheduler ---------------------------------------------------------------------------------------
@@ -162,7 +149,7 @@ class Residency(Generic[P]):
             return
         slot, evicted = self.slots.reserve(digest, packed.num_pages)
         for victim in evicted:
-            self._note(Move(victim, "device", "host" if victim in self.host else "disk", "ok", 0.0))
+            self._note(AdapterMove(victim, "device", "host" if victim in self.host else "disk", "ok", 0.0))
         if slot is not None:
             self.changed = True
             self._threads.submit(self._write_job, slot, packed)
@@ -196,9 +183,9 @@ class Residency(Generic[P]):
         self._failed.pop(digest, None)
         if slot is not None:
             self.slots.drop(digest)
-            self._note(Move(digest, "device", "disk", "ok", 0.0))
+            self._note(AdapterMove(digest, "device", "disk", "ok", 0.0))
         elif digest in self.host:
-            self._note(Move(digest, "host", "disk", "ok", 0.0))
+            self._note(AdapterMove(digest, "host", "disk", "ok", 0.0))
         self.host.drop(digest)
 
     def pin(self, digest: str) -> None:
@@ -233,7 +220,7 @@ class Residency(Generic[P]):
         """Return the digests of the versions being read or copied, sorted."""
         return sorted(self._reading.keys() | {slot.digest for slot in self.slots.slots() if not slot.ready})
 
-    def take_moves(self) -> list[Move]:
+    def take_moves(self) -> list[AdapterMove]:
         """Return the moves since the last call."""
         moves, self._moves = self._moves, []
         return moves
@@ -288,15 +275,15 @@ class Residency(Generic[P]):
             self._failed[done.digest] = (done.error, time.monotonic())
             if done.slot is not None:
                 self.slots.drop(done.digest)
-            self._note(Move(done.digest, source, target, "failed", seconds, done.error))
+            self._note(AdapterMove(done.digest, source, target, "failed", seconds, done.error))
             return
         if done.slot is not None:
             done.slot.ready = True
         elif done.packed is not None:
             for victim in self.host.put(done.digest, done.packed):
-                self._note(Move(victim, "host", "disk", "ok", 0.0))
-        self._note(Move(done.digest, source, target, "ok", seconds))
+                self._note(AdapterMove(victim, "host", "disk", "ok", 0.0))
+        self._note(AdapterMove(done.digest, source, target, "ok", seconds))
 
-    def _note(self, move: Move) -> None:
+    def _note(self, move: AdapterMove) -> None:
         self._moves.append(move)
         self.changed = True

@@ -1,5 +1,4 @@
-"""Adapters' entry points into the model: every adaptable linear is wrapped once at start, and hooks apply module
-overrides."""
+"""Adapters' entry points into the model's linears: every adaptable linear is wrapped once at start."""
 
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
@@ -9,9 +8,9 @@ import torch
 from torch import nn
 
 from adapters.model_spec import ModelSpec
-from adapters.runtime.module_overrides import Output
-from adapters.runtime.pool import AdapterPool, StepPlan
+from adapters.runtime.pool import AdapterPool
 from adapters.runtime.stacked_linear import Finish, StackedLinear, is_stackable, stack
+from adapters.runtime.step import Current, StepPlan
 
 
 class LoRAGroup(nn.Module):
@@ -20,10 +19,10 @@ class LoRAGroup(nn.Module):
 
     The base runs on all rows with its own weights and kernel, so base rows are bit-identical to those of a model
     without adapters. `base` is the current module: the model's own, or that of a merged adapter. `columns` are the
-    group's buffers in the pool, `plan` describes the step's adapters.
+    group's buffers in the pool, `current` has the plan of the step in progress.
     """
 
-    def __init__(self, names: Sequence[str], base: nn.Module, pool: AdapterPool, plan: StepPlan) -> None:
+    def __init__(self, names: Sequence[str], base: nn.Module, pool: AdapterPool, current: Current) -> None:
         super().__init__()
         self.base = base
         self.names = tuple(names)
@@ -32,7 +31,8 @@ class LoRAGroup(nn.Module):
         self.kernel = pool.kernel
         self._scale_shift = pool.scale_shift
         self._input_scale_shift = pool.input_scale_shift
-        self.plan = plan
+        self.current = current
+        self.state = pool.state
         self._shared: tuple[torch.Tensor, torch.Tensor] | None = None  # an input, and all siblings' outputs for it
         self._taken: set[int] = set()
 
@@ -60,20 +60,26 @@ class LoRAGroup(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the outputs of all linears side by side, `[..., sum of sizes]`, for `x [..., in_features]`."""
-        y = self._base_output(x)
-        if self.plan.active:
+        plan = self.current.plan
+        y = self._base_output(x, plan)
+        if plan.active:
             rows, sizes = y.view(-1, y.shape[-1]), self.columns.sizes
             if len(sizes) == 1 and rows.shape[1] > sizes[0]:  # another row's adapter has a larger vocabulary
                 rows = rows[:, : sizes[0]]
-            if self.plan.scale_shift is not None:
+            if plan.scale_shift is not None:
                 for name, (lo, hi) in zip(self.names, self._spans, strict=True):
-                    self._scale_shift.apply(rows[:, lo:hi], name, self.plan.scale_shift)
-            if self.plan.touches(self.names):
-                self.kernel.add_lora(rows, x.reshape(-1, x.shape[-1]), *self.columns, self.plan.kernel_plan)
+                    self._scale_shift.apply(rows[:, lo:hi], name, plan.scale_shift)
+            if plan.touches(self.names):
+                self.kernel.add_lora(rows, x.reshape(-1, x.shape[-1]), *self.columns, plan.kernel_plan)
         return y
 
-    def _base_output(self, x: torch.Tensor) -> torch.Tensor:
-        scales = self.plan.input_scale_shift
+    def replace_base(self, module: nn.Module) -> None:
+        """Compute with another base module, or one whose parameters were replaced, from the next step on."""
+        self.base = module
+        self.state.replaced_base()
+
+    def _base_output(self, x: torch.Tensor, plan: StepPlan) -> torch.Tensor:
+        scales = plan.input_scale_shift
         members = self.base.members if isinstance(self.base, StackedLinear) else (self.base,)
         apart = len(members) > 1 and any(member._forward_hooks for member in members)
         inputs = [x] * len(members)
@@ -111,33 +117,6 @@ class LoRALinear(nn.Module):
         return self.group.part(self._index, x)
 
 
-class ModuleOverrideHook:
-    """Forward hook that applies the step's overrides of one module.
-
-    An adapter's own tokens may be beyond the base's embedding: the base looks up its last row for them, which the
-    override replaces.
-    """
-
-    def __init__(self, name: str, module: nn.Module, plan: StepPlan) -> None:
-        self._name = name
-        self._plan = plan
-        self._inputs: tuple[Any, ...] | None = None
-        if isinstance(module, nn.Embedding):
-            module.register_forward_pre_hook(self._before)
-        module.register_forward_hook(self._after)
-
-    def _before(self, module: nn.Embedding, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
-        self._inputs = inputs
-        if self._plan.module_overrides is None:
-            return None
-        return (inputs[0].clamp(max=module.num_embeddings - 1), *inputs[1:])
-
-    def _after(self, _: nn.Module, inputs: tuple[Any, ...], output: Output) -> Output | None:
-        if self._plan.module_overrides is None:
-            return None
-        return self._plan.module_overrides.apply(self._name, self._inputs or inputs, output)
-
-
 def attach(
     model: nn.Module, spec: ModelSpec, pool: AdapterPool, head: str | None, finish: Finish
 ) -> dict[str, nn.Module]:
@@ -146,32 +125,24 @@ def attach(
 
     Returns the base's own modules by name: the wrapped linears, and every other module that adapters may change.
     """
-
-    def plan_of(name: str) -> StepPlan:
-        return pool.head_plan if name == head else pool.token_plan
-
     bases = {name: model.get_submodule(name) for name in spec.parameters.keys() - spec.modules.keys()}
     for names in spec.groups():
-        for group in _groups(model, names, pool, plan_of(names[0]), finish):
+        current = pool.state.head if names[0] == head else pool.state.tokens
+        for group in _groups(model, names, pool, current, finish):
             for index, name in enumerate(group.names):
                 model.set_submodule(name, LoRALinear(group, index))
                 bases[name] = group.member(index)
-
-    def install_hook(name: str) -> None:
-        ModuleOverrideHook(name, bases[name], plan_of(name))
-
-    pool.install_hook = install_hook
     return bases
 
 
 def _groups(
-    model: nn.Module, names: tuple[str, ...], pool: AdapterPool, plan: StepPlan, finish: Finish
+    model: nn.Module, names: tuple[str, ...], pool: AdapterPool, current: Current, finish: Finish
 ) -> list[LoRAGroup]:
     """Return one group of all `names` if their linears can be stacked, or one group for each."""
     linears: list[Any] = [model.get_submodule(name) for name in names]
     if is_stackable(linears):
-        return [LoRAGroup(names, stack(linears, finish), pool, plan)]
-    return [LoRAGroup((name,), finish(linear), pool, plan) for name, linear in zip(names, linears, strict=True)]
+        return [LoRAGroup(names, stack(linears, finish), pool, current)]
+    return [LoRAGroup((name,), finish(linear), pool, current) for name, linear in zip(names, linears, strict=True)]
 
 
 def wrapped(model: nn.Module) -> dict[str, LoRALinear]:

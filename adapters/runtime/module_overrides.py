@@ -7,8 +7,8 @@ bit-identical.
 """
 
 import copy
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -170,16 +170,21 @@ class ModuleOverridePlan:
 
 class ModuleOverrideTable:
     """Overrides by slot. Writes go to slots that no running sequence refers to, so they may happen in another
-    thread. Hooks are installed between two steps, for modules that have overrides, and are never removed."""
+    thread. `written` has the names of overridden modules in the order of the writes, for hooks.py to take."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._by_slot: dict[int, Mapping[str, tuple[nn.Module, ...]]] = {}
-        self._hooked: set[str] = set()
+        self.written: deque[str] = deque()
+
+    def __contains__(self, slot: int) -> bool:
+        """Return True if the slot's adapter has overrides."""
+        return slot in self._by_slot
 
     def write(self, slot: int, module_overrides: Mapping[str, tuple[nn.Module, ...]]) -> None:
         if module_overrides:
             self._by_slot[slot] = {name: tuple(map(self._on_device, own)) for name, own in module_overrides.items()}
+            self.written.extend(module_overrides)
         else:
             self._by_slot.pop(slot, None)
 
@@ -192,10 +197,3 @@ class ModuleOverrideTable:
         """Return the plan of a step's rows; None when no adapter of the step has overrides."""
         owners = tuple((r, self._by_slot[r.slot]) for r in rows if r.slot in self._by_slot)
         return ModuleOverridePlan(owners, num_rows) if owners else None
-
-    def hook(self, plan: ModuleOverridePlan, install: Callable[[str], None]) -> None:
-        """Install the hooks that `plan` needs and that are not installed yet."""
-        for _, module_overrides in plan.owners:
-            for name in module_overrides.keys() - self._hooked:
-                install(name)
-                self._hooked.add(name)

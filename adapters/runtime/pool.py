@@ -1,42 +1,19 @@
-"""Device tier: the tensors that hold the rank columns of the resident adapters, and the per-step plans that read
-them."""
+"""Device tier: the tensors of the resident adapters, and the steps that read them."""
 
-from collections.abc import Callable, Iterable
-from functools import lru_cache
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
 
 from adapters.device.lazy_zeros import zeros
 from adapters.kernels.contract import LoRAKernel, split_b
-from adapters.kernels.segments import NO_SEGMENTS, Segments, SlotRows
+from adapters.kernels.segments import NO_SEGMENTS, Segments
 from adapters.model_spec import ModelSpec
 from adapters.residency.slots import PAGE_COLUMNS, Slot
-from adapters.runtime.module_overrides import ModuleOverridePlan, ModuleOverrideTable
+from adapters.runtime.module_overrides import ModuleOverrideTable
 from adapters.runtime.pack import PackedAdapter
-from adapters.runtime.scale_shift import ScaleShiftPlan, ScaleShiftTables
-
-
-class StepPlan:
-    """The inputs of all modules of one kind during a step; set before the forward. All modules share one object."""
-
-    __slots__ = ("active", "input_scale_shift", "kernel_plan", "module_overrides", "modules", "scale_shift")
-
-    def __init__(self) -> None:
-        self.active = False
-        self.kernel_plan: Any = None
-        self.modules: frozenset[str] | None = None  # those with A and B of an adapter of the step; None: any
-        self.scale_shift: ScaleShiftPlan | None = None  # None unless an adapter of the step has output vectors
-        self.input_scale_shift: ScaleShiftPlan | None = None  # the same for input vectors
-        self.module_overrides: ModuleOverridePlan | None = None  # None unless an adapter of the step has overrides
-
-    def is_lora_alone(self) -> bool:
-        """Return True if the step's adapters have nothing but A and B."""
-        return self.scale_shift is None and self.input_scale_shift is None and self.module_overrides is None
-
-    def touches(self, names: Iterable[str]) -> bool:
-        """Return True if A and B have to be added in any of `names`."""
-        return self.active and (self.modules is None or not self.modules.isdisjoint(names))
+from adapters.runtime.scale_shift import ScaleShiftTables
+from adapters.runtime.step import NO_ADAPTERS, StepPlan, StepPlanner, StepState
 
 
 class Stack(NamedTuple):
@@ -72,9 +49,9 @@ class AdapterPool:
         self.scale_shift = ScaleShiftTables(device)
         self.input_scale_shift = ScaleShiftTables(device)
         self.module_overrides = ModuleOverrideTable(device)
-        self.install_hook: Callable[[str], None] | None = None  # set by `attach`
+        self.planner = StepPlanner(kernel, self.scale_shift, self.input_scale_shift, self.module_overrides)
+        self.state = StepState()
         self._vocab_sizes: dict[int, int] = {}  # by slot, where the vocabulary differs from the base's
-        self._modules: dict[int, frozenset[str]] = {}  # by slot, the modules with A and B
         self.buffers: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self._stacks: dict[tuple[str, ...], Stack] = {}
         for names in spec.groups():
@@ -85,8 +62,16 @@ class AdapterPool:
             for name, own_a, own_b in zip(names, a, split_b(b, columns, sizes), strict=True):
                 self.buffers[name] = own_a, own_b
                 self._stacks[name,] = Stack(own_a[None], own_b.flatten(), (own_b.shape[1],))
-        self.token_plan = StepPlan()  # for linears that see every token of the step
-        self.head_plan = StepPlan()  # for the output head, which sees only the rows to sample
+
+    @property
+    def token_plan(self) -> StepPlan:
+        """The plan of the step in progress for modules that see all of its rows."""
+        return self.state.tokens.plan
+
+    @property
+    def head_plan(self) -> StepPlan:
+        """The plan of the step in progress for the output head."""
+        return self.state.head.plan
 
     def stacked(self, names: tuple[str, ...]) -> Stack:
         """Return the `add_lora` buffers of a group of siblings of the spec, or of one module."""
@@ -97,7 +82,7 @@ class AdapterPool:
         self.scale_shift.write(slot.index, packed.vectors)
         self.input_scale_shift.write(slot.index, packed.input_vectors)
         self.module_overrides.write(slot.index, packed.module_overrides)
-        self._modules[slot.index] = frozenset(packed.columns.widths)
+        self.planner.modules[slot.index] = frozenset(packed.columns.widths)
         self._vocab_sizes.pop(slot.index, None)
         if packed.vocab_size is not None:
             self._vocab_sizes[slot.index] = packed.vocab_size
@@ -113,26 +98,19 @@ class AdapterPool:
                     own = slice(index * PAGE_COLUMNS, (index + 1) * PAGE_COLUMNS)
                     a[rows], b[rows] = source[0][own], source[1][own]
 
-    def set_step(
+    def step(
         self, tokens: Segments, head: Segments = NO_SEGMENTS, *, num_tokens: int = 0, num_head: int = 0
-    ) -> None:
-        """Set the segments of the next forward: `tokens` over its `num_tokens` rows, `head` over the `num_head`
-        sampled rows."""
-        steps = ((self.token_plan, tokens, num_tokens), (self.head_plan, head, num_head))
-        for plan, segments, num_rows in steps:
-            plan.active = bool(segments)
-            plan.kernel_plan = self.kernel.plan_segments(segments) if segments else None
-            plan.modules = self._modules_of(segments.rows) if segments.rows else None
-            plan.scale_shift = self.scale_shift.plan_rows(segments.rows) if segments else None
-            plan.input_scale_shift = self.input_scale_shift.plan_rows(segments.rows) if segments else None
-            plan.module_overrides = self.module_overrides.plan_rows(segments.rows, num_rows) if segments else None
-            if plan.module_overrides is not None:
-                assert self.install_hook is not None
-                self.module_overrides.hook(plan.module_overrides, self.install_hook)
+    ) -> AbstractContextManager[None]:
+        """Return the context of a step: until it ends, forwards compute with the segments `tokens` over all
+        `num_tokens` rows, and with `head` over the `num_head` sampled rows."""
+        plan = self.planner.plan_step
+        return self.state.during(plan(tokens, num_tokens), plan(head, num_head))
 
-    def _modules_of(self, rows: Iterable[SlotRows]) -> frozenset[str] | None:
-        modules = {self._modules.get(owned.slot) for owned in rows}
-        return None if None in modules else _union(frozenset(modules))
+    def recorded_step(self, kernel_plan: Any) -> AbstractContextManager[None]:
+        """Return the context of a step whose adapters have only A and B and sample every row, given the kernel's plan;
+        without one, of a step without adapters."""
+        plan = NO_ADAPTERS if kernel_plan is None else StepPlan(active=True, kernel_plan=kernel_plan)
+        return self.state.during(plan, plan)
 
     def vocab_size(self, slot: int) -> int | None:
         """Return the vocabulary size of the adapter in `slot` where it differs from the base's, else None."""
@@ -145,9 +123,3 @@ class AdapterPool:
     def nbytes(self) -> int:
         """Return the size of all buffers in bytes."""
         return sum(t.numel() * t.element_size() for pair in self.buffers.values() for t in pair)
-
-
-@lru_cache(maxsize=256)
-def _union(sets: frozenset[frozenset[str]]) -> frozenset[str]:
-    """Return the union of `sets`: the same object for the same sets, so that layers detect a change by identity."""
-    return frozenset().union(*sets)

@@ -20,7 +20,7 @@ from adapters.weights import AdapterWeights, LoraFactors
 
 
 @dataclass(frozen=True, slots=True)
-class Reference:
+class ReferenceAdapter:
     """An adapter applied to the base's modules by name, while `active`."""
 
     weights: AdapterWeights
@@ -28,7 +28,7 @@ class Reference:
     magnitudes: Mapping[str, Tensor]  # DoRA's g by module, `[out]`
 
     @classmethod
-    def of(cls, weights: AdapterWeights, bases: Mapping[str, nn.Module]) -> "Reference":
+    def of(cls, weights: AdapterWeights, bases: Mapping[str, nn.Module]) -> "ReferenceAdapter":
         """Build the reference. This takes the norms of whole weights, so do not call it on the engine's thread."""
         own = {name: weights.replaced.get(name, {}).get("weight") for name in weights.factors}
         norms = {

@@ -63,6 +63,10 @@ class ScaleShiftTables:
     def _identity(self, slots: int, outputs: int) -> Tensor:
         return torch.tensor([[1.0], [0.0]], device=self._device).repeat(slots, 1, outputs)
 
+    def __contains__(self, slot: int) -> bool:
+        """Return True if the slot's adapter has vectors."""
+        return slot in self._slots
+
     def plan_rows(self, ranges: Iterable[SlotRows]) -> ScaleShiftPlan | None:
         """Return the plan of a step's rows; None when no adapter of the step has vectors."""
         owned = [r for r in ranges if r.slot in self._slots]

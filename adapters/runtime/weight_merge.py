@@ -75,7 +75,7 @@ class MergedModules:
             if self._swapped:
                 _move(outgoing[group], _HOST)
                 _move(module, self._device[group])
-            group.base = module
+            group.replace_base(module)
 
 
 def _move(module: nn.Module, device: torch.device) -> None:

@@ -12,8 +12,9 @@ from typing import Literal
 import msgspec
 
 from adapters.residency.host_cache import HostCache
-from adapters.residency.residency import Residency, Tier
+from adapters.residency.residency import Residency
 from adapters.residency.slots import PAGE_COLUMNS, Slot, SlotTable
+from adapters.tiers import Tier
 from load_tests.simulator.clock import Clock, VirtualExecutor
 from load_tests.simulator.cost import Profile, StepWork
 from load_tests.simulator.workload import Request

@@ -13,6 +13,7 @@ from fastapi import Depends, Request
 
 from adapters.model_spec import ModelSpec
 from adapters.registry.registry import AdapterRegistry
+from adapters.tiers import Tier
 from server.api.middleware.auth import KeyRing
 from server.api.middleware.rate_limits import Limits, RateLimits
 from server.api.text.adapter_tokenizers import AdapterTokenizers
@@ -20,7 +21,7 @@ from server.api.text.template_sandbox import TemplateSandbox
 from server.api.text.tokenizer import Tokenizer
 from server.config import ServeConfig
 from server.ipc.client import EngineClient, EngineState, EngineUnavailable
-from server.ipc.messages import EngineInfo, Residency, Tier
+from server.ipc.messages import EngineInfo, ResidencyReport
 from server.metrics import Metrics
 
 BASE_NAME = ""  # the base model in usage accounting; not a valid adapter name
@@ -127,8 +128,8 @@ class AppContext:
     sandbox: TemplateSandbox = field(default_factory=TemplateSandbox)
     tokenizers: AdapterTokenizers = field(init=False)
     rate_limits: RateLimits = field(init=False)
-    _tiers: tuple[Residency, dict[str, Tier]] = field(
-        default_factory=lambda: (Residency(), {})
+    _tiers: tuple[ResidencyReport, dict[str, Tier]] = field(
+        default_factory=lambda: (ResidencyReport(), {})
     )  # derived from that message
     _locks: WeakValueDictionary[str, asyncio.Lock] = field(default_factory=WeakValueDictionary)
 

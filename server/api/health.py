@@ -7,10 +7,10 @@ from fastapi.responses import Response
 
 import server
 from adapters.errors import AdapterNotFound
+from adapters.tiers import Tier
 from server.api.context import AppContext, Context
 from server.api.errors import engine_unavailable, error_responses, unavailable
 from server.api.schemas import Wire
-from server.ipc.messages import Tier
 from server.metrics import CONTENT_TYPE
 
 router = APIRouter(tags=["operations"])

@@ -52,7 +52,7 @@ def build_engine(config: ServeConfig) -> tuple[Engine, EngineInfo]:
     num_blocks, max_model_len = size_kv_cache(config, loaded, shape)
     num_pages = size_pool(config, spec, loaded.dtype)
     runner = ModelRunner(loaded, shape, spec, num_blocks=num_blocks, block_size=BLOCK_SIZE, num_pages=num_pages)
-    runner.check(loaded)
+    runner.check_and_fuse(loaded)
     graphs = "none: --eager" if config.eager else runner.capture_graphs(config.max_num_seqs, max_model_len)
     reader = _weights_reader(config, spec)
     residency = _residency(config, spec, runner, num_pages, reader)

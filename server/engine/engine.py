@@ -16,7 +16,6 @@ from server.engine.selftest import SelfTests
 from server.engine.stats import describe, digests_of, measure
 from server.ipc.messages import (
     Abort,
-    AdapterMove,
     FromEngine,
     Merge,
     MoveAdapter,
@@ -32,7 +31,8 @@ from server.ipc.messages import (
 )
 from server.model.batch import ForwardBatch, LateTokens, build_batch
 from server.model.runner import ModelRunner
-from server.model.sampling.sampler import Sample, looks_back, start_sampling
+from server.model.sampling.adjustments import looks_back
+from server.model.sampling.sampler import Sample, start_sampling
 from server.sequence import FinishReason, ScheduledBatch, ScheduledSequence, Sequence, SequenceStatus
 
 log = logging.getLogger(__name__)
@@ -293,15 +293,11 @@ class Engine:
 
     def _report(self, batch: ScheduledBatch, seconds: float) -> StepOutputs:
         outputs, self._outputs = self._outputs, []
-        moves = [
-            AdapterMove(m.digest, m.source, m.target, m.outcome, m.seconds, m.error)
-            for m in self.residency.take_moves()
-        ]
         residency = describe(self.residency) if self.residency.changed else None
         merge = self.merging.status if self.merging.changed else None
         self.residency.changed = self.merging.changed = False
         stats = measure(self.scheduler, self.residency, self._runner.graphs, batch, self._steps, seconds)
-        return StepOutputs(outputs, stats, moves, residency, merge, self.merging.take_switches())
+        return StepOutputs(outputs, stats, self.residency.take_moves(), residency, merge, self.merging.take_switches())
 
     def check_integrity(self) -> None:
         """Raise AssertionError when any of the books do not balance; tests call this between steps."""

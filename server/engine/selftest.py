@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from adapters.errors import AdapterError
 from adapters.residency.residency import Residency
 from adapters.runtime.pack import PackedAdapter
-from adapters.runtime.reference import Reference
+from adapters.runtime.reference import ReferenceAdapter
 from adapters.weights import AdapterWeights
 from server.engine.scheduler import MergeGate
 from server.engine.weights_reader import WeightsReader
@@ -23,7 +23,7 @@ SLOT_WAIT_SECONDS = 10.0  # how long a self-test waits for a device slot
 @dataclass(slots=True)
 class _Pending:
     request: RunSelfTest
-    reference: "Future[Reference]"
+    reference: "Future[ReferenceAdapter]"
     deadline: float = field(default_factory=lambda: time.monotonic() + SLOT_WAIT_SECONDS)
 
 
@@ -70,8 +70,8 @@ class SelfTests:
     def close(self) -> None:
         self._threads.shutdown(wait=True, cancel_futures=True)
 
-    def _reference(self, digest: str) -> Reference:
-        return Reference.of(self._reader.read(digest), self._runner.bases)
+    def _reference(self, digest: str) -> ReferenceAdapter:
+        return ReferenceAdapter.of(self._reader.read(digest), self._runner.bases)
 
     def _advance(self, test: _Pending) -> Reply | None:
         request = test.request
@@ -90,7 +90,7 @@ class SelfTests:
         finally:
             self._residency.release(request.digest)
 
-    def _run(self, request: RunSelfTest, reference: "Future[Reference]") -> Reply:
+    def _run(self, request: RunSelfTest, reference: "Future[ReferenceAdapter]") -> Reply:
         try:
             adapter = reference.result()
         except AdapterError as error:

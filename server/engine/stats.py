@@ -5,8 +5,7 @@ from typing import Any
 
 from adapters.residency.residency import Residency
 from server.engine.scheduler import Scheduler
-from server.ipc import messages
-from server.ipc.messages import EngineStats
+from server.ipc.messages import EngineStats, ResidencyReport
 from server.model.graphs import DecodeGraphs
 from server.sequence import ScheduledBatch, Sequence
 
@@ -43,9 +42,9 @@ def measure(
     )
 
 
-def describe(residency: Residency[Any]) -> messages.Residency:
+def describe(residency: Residency[Any]) -> ResidencyReport:
     slots = residency.slots.slots()
-    return messages.Residency(
+    return ResidencyReport(
         device=[slot.digest for slot in slots if slot.ready],
         host=residency.host.digests(),
         loading=residency.loading(),

@@ -14,6 +14,7 @@ from collections.abc import Callable, Coroutine
 from enum import Enum
 from typing import Protocol
 
+from adapters.tiers import Tier
 from server.ipc.messages import (
     Abort,
     EngineInfo,
@@ -26,14 +27,13 @@ from server.ipc.messages import (
     PinAdapter,
     Ready,
     Reply,
-    Residency,
+    ResidencyReport,
     RetireAdapter,
     RunSelfTest,
     SelfTest,
     SequenceOutput,
     StepOutputs,
     Submit,
-    Tier,
     ToEngine,
     Unmerge,
 )
@@ -128,7 +128,7 @@ class EngineClient:
         self.restarts = 0
         self.info: EngineInfo | None = None
         self.stats = EngineStats()
-        self.residency = Residency()
+        self.residency = ResidencyReport()
         self.merge_status = MergeStatus()
 
     def add_listener(self, listener: StepListener) -> None:
@@ -302,7 +302,7 @@ class EngineClient:
             return
         log.error("the engine ended and is restarted: %s", reason)
         self.state, self.reason = EngineState.RESTARTING, "the engine is restarting"
-        self.stats, self.residency, self.merge_status = EngineStats(), Residency(), MergeStatus()
+        self.stats, self.residency, self.merge_status = EngineStats(), ResidencyReport(), MergeStatus()
         self._fail_everything("the engine died and is restarting; try again")
         self._spawn(self._start_again())
 

@@ -6,10 +6,10 @@ from typing import Literal
 import msgspec
 
 from adapters.model_spec import ModelSpec
+from adapters.tiers import AdapterMove, Tier
 from server.base_tokenizer import BaseTokenizer
 from server.sequence import SamplingParams, ScaledAdapter, TokenLogprobs
 
-Tier = Literal["disk", "host", "device"]
 # preparing: computing the merged weights; waiting: requests of other models finish; leaving: restoring the base model
 MergeState = Literal["none", "preparing", "waiting", "merged", "leaving"]
 AskedBy = Literal["request", "policy"]
@@ -103,18 +103,7 @@ class SequenceOutput(msgspec.Struct, frozen=True, array_like=True):
     error: str | None = None  # message for the client, with reason "error"
 
 
-class AdapterMove(msgspec.Struct, frozen=True, array_like=True):
-    """A version was moved between tiers, or failed to. Evictions move down ("device" to "host", "host" to "disk")."""
-
-    digest: str
-    source: Tier
-    target: Tier
-    outcome: Literal["ok", "failed"]
-    seconds: float
-    error: str | None = None
-
-
-class Residency(msgspec.Struct, frozen=True):
+class ResidencyReport(msgspec.Struct, frozen=True):
     """The digests of the versions in each tier and state."""
 
     device: list[str] = []
@@ -190,7 +179,7 @@ class StepOutputs(msgspec.Struct, frozen=True, tag=True):
     outputs: list[SequenceOutput]
     stats: EngineStats
     moves: list[AdapterMove] = []
-    residency: Residency | None = None
+    residency: ResidencyReport | None = None
     merge: MergeStatus | None = None
     switches: list[MergeSwitch] = []
 

@@ -1,8 +1,7 @@
 """One step's tensors: built once from the schedule, read by every layer."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,48 +11,6 @@ from adapters.device.transfers import upload
 from adapters.kernels.segments import NO_SEGMENTS, Rows, Segments, SlotUse, build_segments
 from server.sequence import ScheduledBatch, ScheduledSequence
 from server.sequence import Sequence as TokenSequence
-
-
-@dataclass(slots=True)
-class DecodeGroup:
-    """Sequences with one new token each and contexts of similar length, attended to together."""
-
-    rows: torch.Tensor  # [B] int64, rows of the step
-    block_tables: torch.Tensor  # [B, blocks] int64, padded with the sequence's own last block
-    context_lens: torch.Tensor  # [B] int64, keys per sequence, the new one included
-    masks: dict[int | None, torch.Tensor] = field(default_factory=dict)  # by sliding window; made on first use
-
-    def mask(self, window: int | None, block_size: int) -> torch.Tensor:
-        """`[B, 1, 1, blocks * block_size]` bool, True where a key may be attended to."""
-        if window not in self.masks:
-            positions = torch.arange(self.block_tables.shape[1] * block_size, device=self.rows.device)
-            mask = positions < self.context_lens[:, None]
-            if window is not None:
-                mask &= positions >= self.context_lens[:, None] - window
-            self.masks[window] = mask[:, None, None, :]
-        return self.masks[window]
-
-
-@dataclass(slots=True)
-class PrefillChunk:
-    """Rows `[start, end)` of the step are new tokens of one sequence; its context ends with them."""
-
-    start: int
-    end: int
-    block_table: torch.Tensor  # [blocks] int64
-    context_len: int
-    masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
-
-    def mask(self, window: int | None) -> torch.Tensor:
-        """`[new tokens, context_len]` bool, True where a key may be attended to."""
-        if window not in self.masks:
-            queries = torch.arange(self.context_len - (self.end - self.start), self.context_len)[:, None]
-            keys = torch.arange(self.context_len)[None, :]
-            mask = keys <= queries
-            if window is not None:
-                mask &= keys > queries - window
-            self.masks[window] = mask.to(self.block_table.device)
-        return self.masks[window]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +33,8 @@ class ForwardBatch:
 
     `sample_rows` are the rows whose logits are wanted: the last token of each sequence that reaches its end.
     `token_segments` are the adapter segments over all rows, `head_segments` those over the sample rows alone.
-    `attention_plan` is derived from `sequences` in the first layer and read in the others.
+    `attention_plan` is what the attention's implementation derives from `sequences` in the first layer and reads in the
+    others.
     """
 
     input_ids: torch.Tensor  # [rows] int64
@@ -88,31 +46,6 @@ class ForwardBatch:
     attention_plan: Any = None
     token_segments: Segments = NO_SEGMENTS
     head_segments: Segments = NO_SEGMENTS
-
-    @cached_property
-    def decode_groups(self) -> list[DecodeGroup]:
-        """Sequences with one new token, by context length within a factor of two: padding at most doubles the keys
-        that are read."""
-        by_size: dict[int, list[SequenceRows]] = {}
-        for seq in self.sequences:
-            if seq.end - seq.start == 1:
-                by_size.setdefault(seq.num_blocks(self.block_size).bit_length(), []).append(seq)
-        return [_decode_group(members, self.block_size, self.input_ids.device) for members in by_size.values()]
-
-    @cached_property
-    def prefill_chunks(self) -> list[PrefillChunk]:
-        """Sequences with several new tokens."""
-        device, size = self.input_ids.device, self.block_size
-        return [
-            PrefillChunk(
-                seq.start,
-                seq.end,
-                torch.tensor(seq.block_table[: seq.num_blocks(size)], device=device),
-                seq.context_len,
-            )
-            for seq in self.sequences
-            if seq.end - seq.start > 1
-        ]
 
 
 LateTokens = tuple[dict[TokenSequence, int], torch.Tensor]  # sequences by the place of their last token on the device
@@ -159,29 +92,15 @@ def build_batch(
     return forward
 
 
-def _decode_group(members: list[SequenceRows], block_size: int, device: torch.device) -> DecodeGroup:
-    num_blocks = max(seq.num_blocks(block_size) for seq in members)
-    tables = np.zeros((len(members), num_blocks), dtype=np.int64)
-    for index, seq in enumerate(members):
-        used = seq.block_table[:num_blocks]
-        tables[index, : len(used)] = used
-        tables[index, len(used) :] = used[-1]  # not another's: masked keys still spread NaN
-    return DecodeGroup(
-        rows=torch.tensor([seq.start for seq in members], device=device),
-        block_tables=torch.from_numpy(tables).to(device),
-        context_lens=torch.tensor([seq.context_len for seq in members], device=device),
-    )
-
-
 def _adapter_rows(sequences: Iterable[ScheduledSequence]) -> Iterator[Rows]:
-    """The adapters of the step's rows, in their order."""
+    """Yield the adapters of the step's rows, in their order."""
     for scheduled in sequences:
         yield (), scheduled.num_inactive
         yield _uses(scheduled), scheduled.num_new_tokens - scheduled.num_inactive
 
 
 def _sampled_rows(sequences: Iterable[ScheduledSequence]) -> Iterator[Rows]:
-    """The same for the rows that are sampled from, the last of their sequences."""
+    """Yield the adapters of the rows that are sampled from, the last of their sequences."""
     for scheduled in sequences:
         if scheduled.samples:
             yield _uses(scheduled) if scheduled.end > scheduled.seq.active_from else (), 1

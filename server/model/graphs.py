@@ -18,9 +18,10 @@ from rich.console import Console
 from rich.progress import track
 
 from adapters.kernels.contract import LoRAKernel
-from adapters.kernels.segments import NO_SEGMENTS, Segments
+from adapters.kernels.segments import Segments
 from adapters.runtime.layers import LoRAGroup
 from adapters.runtime.pool import AdapterPool
+from adapters.runtime.stacked_linear import StackedLinear
 from server.model.attention import triton_layout
 from server.model.batch import ForwardBatch
 
@@ -33,7 +34,7 @@ Capture = Callable[[Replay], Replay]
 
 @runtime_checkable
 class StaticKernel(LoRAKernel, Protocol):
-    """A LoRA kernel whose plan can be replaced in its place."""
+    """A LoRA kernel that can overwrite a plan in place."""
 
     def static_plan(self, rows: int) -> Any: ...
 
@@ -51,17 +52,14 @@ class Bucket:
 
 
 def bucket_sizes(max_rows: int) -> list[int]:
-    """Ascending numbers of rows: close together where a row costs most, at most an eighth apart from 64 on."""
+    """Return ascending numbers of rows: close together where a row costs most, at most an eighth apart from 64 on."""
     sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, max_rows, 32)]
     return [*(size for size in sizes if size < max_rows), max_rows]
 
 
 class DecodeGraphs:
-    """`run` gives the logits of a decode step, or None when the step is not one that was captured. The pool's step is
-    set before it is called.
-
-    `replayed` counts the steps of the first kind, `skipped` the others by reason.
-    """
+    """The captured decode steps of a model. `replayed` counts the steps that ran as graphs, `skipped` the others by
+    reason."""
 
     def __init__(
         self,
@@ -79,8 +77,9 @@ class DecodeGraphs:
         self.skipped: Counter[str] = Counter()
         self._pool = pool
         self._kernel = kernel
-        # A graph reads the weights that it was recorded with. Whoever puts others in their place is found out by this.
+        # A graph reads the weights that it was recorded with, which a merge replaces.
         self._weights = [(group, _weight(group)) for group in groups]
+        self._base_epoch, self._has_recorded_weights = pool.state.base_epoch, True
         self._buckets = [
             Bucket(rows, _static_batch(rows, rows * blocks_per_row, block_size, device), kernel.static_plan(rows), {})
             for rows in sizes
@@ -88,15 +87,15 @@ class DecodeGraphs:
         self._capture(forward, capture)
 
     def _capture(self, forward: Forward, capture: Capture) -> None:
-        """Largest first: the smaller graphs then fit into the memory of the larger ones."""
+        """Capture the largest bucket first: the smaller graphs then fit into the memory of the larger ones."""
         for bucket in track(self._buckets[::-1], "Capturing CUDA graphs", console=Console(stderr=True)):
             for with_adapters in (False, True):
-                self._set_plans(bucket.plan if with_adapters else None)
-                bucket.replays[with_adapters] = capture(partial(forward, bucket.batch))
-        self._pool.set_step(NO_SEGMENTS)
+                with self._pool.recorded_step(bucket.plan if with_adapters else None):
+                    bucket.replays[with_adapters] = capture(partial(forward, bucket.batch))
 
     def run(self, batch: ForwardBatch) -> torch.Tensor | None:
-        """Logits `[rows, vocab]`, valid until the next step."""
+        """Return the logits `[rows, vocab]` of a decode step, valid until the next step; None if no captured graph can
+        compute the step."""
         rows, tokens = len(batch.input_ids), batch.token_segments
         unusual = self._unusual(batch)
         bucket = next((bucket for bucket in self._buckets if bucket.rows >= rows), None)
@@ -104,20 +103,26 @@ class DecodeGraphs:
             self.skipped[unusual or "size"] += 1
             return None
         self.replayed += 1
-        self._set_plans(bucket.plan if tokens else None)
-        return bucket.replays[bool(tokens)]()[:rows]
+        with self._pool.recorded_step(bucket.plan if tokens else None):
+            return bucket.replays[bool(tokens)]()[:rows]
 
     def _unusual(self, batch: ForwardBatch) -> str:
-        """Name what makes the step other than plain decoding; empty if nothing does."""
+        """Return the reason why the step is not plain decoding; empty if it is."""
         if len(batch.sequences) < len(batch.input_ids):
             return "prefill"
         if len(batch.sample_rows) < len(batch.input_ids) or batch.head_segments.items != batch.token_segments.items:
             return "rows without a sample"
-        if not (self._pool.token_plan.is_lora_alone() and self._pool.head_plan.is_lora_alone()):
+        if not self._pool.planner.have_only_lora(batch.token_segments.rows):
             return "more than A and B"
-        if any(_weight(group) is not recorded for group, recorded in self._weights):
-            return "other base weights"
-        return ""
+        return "" if self._are_recorded_weights() else "other base weights"
+
+    def _are_recorded_weights(self) -> bool:
+        """Return whether the base's weights are those that were recorded; they are compared once per epoch."""
+        epoch = self._pool.state.base_epoch
+        if epoch != self._base_epoch:
+            self._has_recorded_weights = all(_weight(group) is recorded for group, recorded in self._weights)
+            self._base_epoch = epoch
+        return self._has_recorded_weights
 
     def _fill(self, bucket: Bucket, batch: ForwardBatch) -> bool:
         """Copy the step into the bucket's buffers; return False when its rank columns or its context do not fit."""
@@ -132,16 +137,11 @@ class DecodeGraphs:
         static.slot_mapping[rows:].fill_(-1)  # padding rows are computed, and kept nowhere
         return True
 
-    def _set_plans(self, plan: Any) -> None:
-        for step in (self._pool.token_plan, self._pool.head_plan):
-            step.active, step.kernel_plan = plan is not None, plan
-
 
 def _weight(group: LoRAGroup) -> object:
-    """Past `nn.Module`'s slow lookups, for it is asked of every group in every step."""
-    base = group._modules["base"]
-    inner = base and base._modules.get("inner", base)
-    return inner and inner._parameters.get("weight", inner)
+    """Return the tensor that the group's base computes with, or the module that has one in another form."""
+    base = group.base.inner if isinstance(group.base, StackedLinear) else group.base
+    return base._parameters.get("weight", base)
 
 
 def _static_batch(rows: int, num_blocks: int, block_size: int, device: torch.device) -> ForwardBatch:
@@ -153,7 +153,7 @@ def _static_batch(rows: int, num_blocks: int, block_size: int, device: torch.dev
 
 
 class CudaCapture:
-    """Records a forward into a CUDA graph; all graphs share one memory pool, for they never run at once."""
+    """Records a forward into a CUDA graph. All graphs share one memory pool, because they never run at once."""
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
@@ -186,7 +186,8 @@ def capture_decode_graphs(
     block_size: int,
     device: torch.device,
 ) -> tuple[DecodeGraphs | None, str]:
-    """Graphs for decode steps of up to `max_rows` rows, or None; and in words what was done, for the log."""
+    """Capture decode steps of up to `max_rows` rows; return None if that is impossible, and a description for the
+    log."""
     kernel = pool.kernel
     if device.type != "cuda" or not isinstance(kernel, StaticKernel):
         return None, "none: they need CUDA and the Triton kernels"

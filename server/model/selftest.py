@@ -4,7 +4,7 @@ import torch
 
 from adapters.kernels.segments import NO_SEGMENTS, SlotUse, build_segments, column_runs
 from adapters.residency.slots import PAGE_COLUMNS, Slot
-from adapters.runtime.reference import Reference
+from adapters.runtime.reference import ReferenceAdapter
 from server.model.batch import ForwardBatch, build_batch
 from server.model.kv_cache import KVCache
 from server.model.runner import ModelRunner
@@ -13,7 +13,7 @@ from server.sequence import SamplingParams, ScheduledBatch, ScheduledSequence, S
 TRIAL_TOKENS = 16
 
 
-def try_adapter(runner: ModelRunner, slot: Slot, reference: Reference) -> tuple[torch.Tensor, torch.Tensor]:
+def try_adapter(runner: ModelRunner, slot: Slot, reference: ReferenceAdapter) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits `[TRIAL_TOKENS, vocab]` in float32 by both ways, over the adapter's own vocabulary."""
     vocab_size = runner.vocab_size((slot.index,))
     batch = _probe_batch(runner, min(vocab_size, runner.vocab_size(())))

@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ValidationError
 
 from adapters.peft.files import FILES, TOKENIZER_FILES
+from adapters.tiers import Tier
 from server.api.adapters import aliases, fetching, publishing
 from server.api.adapters.aliases import AliasBody
 from server.api.adapters.bodies import pending_body, pending_state, record_body, state_of
@@ -35,7 +36,6 @@ from server.api.adapters.schemas import (
 from server.api.context import AppContext, Context
 from server.api.errors import ApiError, error_responses, validation_error
 from server.api.middleware.auth import Key, key_of
-from server.ipc.messages import Tier
 
 router = APIRouter(prefix="/v1/adapters", tags=["adapters"])
 Caller = Annotated[Key, Depends(key_of)]

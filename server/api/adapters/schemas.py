@@ -4,8 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from adapters.tiers import Tier
 from server.api.schemas import Wire
-from server.ipc.messages import Tier
 
 State = Literal["registered", "loading", "ready", "failed", "draining"]
 Name = Annotated[str, Field(min_length=1, max_length=256)]

@@ -3,7 +3,8 @@
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from server.model.batch import DecodeGroup, ForwardBatch, PrefillChunk
+from server.model.attention.padded import DecodeGroup, PrefillChunk, plan_attention
+from server.model.batch import ForwardBatch
 from server.model.kv_cache import KVCache
 
 
@@ -26,9 +27,10 @@ def paged_attention(
     """
     cache.write(layer, key.transpose(0, 1), value.transpose(0, 1), batch.slot_mapping)
     out = query.new_empty(query.shape[1], query.shape[0], value.shape[-1])
-    for group in batch.decode_groups:
+    plan = plan_attention(batch)
+    for group in plan.decode_groups:
         out[group.rows] = _decode(layer, query, group, cache, scale, window, softcap)
-    for chunk in batch.prefill_chunks:
+    for chunk in plan.prefill_chunks:
         out[chunk.start : chunk.end] = _prefill(layer, query, key, value, chunk, cache, scale, window, softcap)
     return out
 

@@ -14,16 +14,17 @@ _ROWS = 8  # of a prefill per work item; small enough to give all threads work
 
 
 @dataclass(slots=True)
-class NativePlan:
+class NativeAttentionPlan:
     """The attention work of one step. `work` `[items, 4]` int64: (first row, rows, keys that the first row sees, start
-    of the sequence's block table in `tables`). `step` belongs to decoder_layer.py."""
+    of the sequence's block table in `tables`). `step` is what decoder_layer.py keeps for the layers after the
+    first."""
 
     work: torch.Tensor
     tables: torch.Tensor
     step: Any = None
 
 
-def plan(batch: ForwardBatch) -> NativePlan:
+def plan_attention(batch: ForwardBatch) -> NativeAttentionPlan:
     """Return the plan of a step, created in the first layer and reused by the others."""
     if batch.attention_plan is None:
         items: list[tuple[int, int, int, int]] = []
@@ -31,11 +32,11 @@ def plan(batch: ForwardBatch) -> NativePlan:
         for seq in batch.sequences:
             items += [(row, rows, seen, len(tables)) for row, rows, seen in _pieces(seq)]
             tables += seq.block_table[: seq.num_blocks(batch.block_size)]
-        batch.attention_plan = NativePlan(
+        batch.attention_plan = NativeAttentionPlan(
             torch.from_numpy(np.array(items, dtype=np.int64).reshape(-1, 4)),
             torch.from_numpy(np.array(tables, dtype=np.int64)),
         )
-    found: NativePlan = batch.attention_plan
+    found: NativeAttentionPlan = batch.attention_plan
     return found
 
 
@@ -62,7 +63,7 @@ def paged_attention(
     query = query.transpose(0, 1)
     if query.stride(2) != 1:
         query = query.contiguous()
-    keys, values, own = cache.keys[layer], cache.values[layer], plan(batch)
+    keys, values, own = cache.keys[layer], cache.values[layer], plan_attention(batch)
     rows, heads, head_dim = query.shape
     out = torch.empty(rows, heads, head_dim, dtype=query.dtype)
     function("attention", query.dtype)(

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from server.model.batch import ForwardBatch
-from server.model.cpu.attention import plan
+from server.model.cpu.attention import plan_attention
 from server.model.cpu.decoder_layer import NativeLayer
 from server.model.cpu.library import function
 from server.model.kv_cache import KVCache
@@ -49,7 +49,7 @@ class NativeBlockOps:
         scale: float,
         window: int | None,
     ) -> torch.Tensor:
-        keys, values, own = cache.keys[layer], cache.values[layer], plan(batch)
+        keys, values, own = cache.keys[layer], cache.values[layer], plan_attention(batch)
         rows, width = qkv.shape
         _, block_size, kv_heads, head_dim = keys.shape
         assert cos.shape == sin.shape == (rows, head_dim), "the whole head is rotated"

@@ -8,13 +8,15 @@
 
 namespace {
 
-// functions of adapters/kernels/lora_cpu.cpp, called by address
-struct LoRA {
+struct LoRA {  // `LoRAView` of adapters/kernels/cpu.py: all null without adapters
     void* (*prepare)(void* y, int64_t ldy, const void* x, int64_t ldx, const void* a, const void* b, int64_t in,
                      int64_t columns, const int64_t* sizes, int64_t linears, const void* segments, const float* scales,
                      int64_t count);
     void (*shrink)(void* call);
     void (*expand)(void* call);
+    const void* segments;
+    const float* scales;
+    int64_t count;
 };
 
 struct Linears {  // stacked siblings over one input, with the rank columns of adapters
@@ -39,25 +41,23 @@ struct Step {
     int64_t num_work;
     const int64_t* tables;
     int64_t block_size;
-    LoRA lora;  // null without adapters, as are the next three
-    const void* segments;
-    const float* scales;
-    int64_t num_segments;
+    LoRA lora;
     int threads;
 };
 
 // The adapters' A are read together with the base weights, which costs one more barrier instead of two.
 void apply(bf16* y, const bf16* x, const Linears& l, const Step& s) {
-    void* lora = nullptr;
-    if (s.lora.prepare && l.a)
-        lora = s.lora.prepare(y, l.out, x, l.in, l.a, l.b, l.in, l.columns, l.sizes, l.siblings, s.segments, s.scales,
-                              s.num_segments);
+    const LoRA& lora = s.lora;
+    void* call = nullptr;
+    if (lora.prepare && l.a)
+        call = lora.prepare(y, l.out, x, l.in, l.a, l.b, l.in, l.columns, l.sizes, l.siblings, lora.segments,
+                            lora.scales, lora.count);
     Inputs inputs(x, l.in, s.rows, l.in);
 #pragma omp parallel num_threads(s.threads)
     {
-        if (lora) s.lora.shrink(lora);
+        if (call) lora.shrink(call);
         linear(y, l.out, inputs, l.packed, l.bias, l.out);
-        if (lora) s.lora.expand(lora);
+        if (call) lora.expand(call);
     }
 }
 

@@ -164,7 +164,7 @@ def _check_windows(config: Any, seen: Observation) -> None:
 
 
 @torch.inference_mode()
-def check(loaded: LoadedModel, shape: CacheShape, block_size: int) -> torch.Tensor:
+def check_paged_attention(loaded: LoadedModel, shape: CacheShape, block_size: int) -> torch.Tensor:
     """Compare the paged attention with the stock one; return its logits and leave the model on it. Raises
     `ModelRefused`.
 
@@ -187,7 +187,7 @@ def relative_error(logits: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @torch.inference_mode()
-def fuse_checked(
+def fuse_if_equal(
     loaded: LoadedModel, shape: CacheShape, block_size: int, ops: BlockOps | None, before: torch.Tensor
 ) -> int:
     """Fuse the blocks of the model, whose linears must be wrapped, unless that changes its logits `before`. Returns the
