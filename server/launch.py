@@ -3,6 +3,7 @@ and the model while this process imports the API."""
 
 import dataclasses
 import subprocess
+from contextlib import closing
 from pathlib import Path
 
 from server.config import ConfigError, ServeConfig, StartFailed, default_data_dir
@@ -19,21 +20,24 @@ from server.writable import use_writable_folders
 def launch(config: ServeConfig) -> None:
     """Serve until a signal ends the server. Raises `ConfigError` or `StartFailed`."""
     config = complete(config)
-    if config.in_process:
-        _run(config, None)
-        return
-    transport = ProcessTransport(config)
-    transport.spawn()
+    transport = None if config.in_process else ProcessTransport(config)
+    if transport is not None:
+        transport.spawn()
     try:
-        _run(config, transport)
+        _serve(config, transport)
     finally:
-        transport.abandon()
+        if transport is not None:
+            transport.abandon()
 
 
-def _run(config: ServeConfig, transport: ProcessTransport | None) -> None:
-    from server.serve import run  # importing the API takes most of a second, in which the engine's process starts
+def _serve(config: ServeConfig, transport: ProcessTransport | None) -> None:
+    from server.start_checks import check_start, open_registry
 
-    run(config, transport)
+    check_start(config)
+    with closing(open_registry(config)) as registry:
+        from server.serve import run  # importing the API takes most of a second, in which the engine's process starts
+
+        run(config, registry, transport)
 
 
 def complete(config: ServeConfig) -> ServeConfig:

@@ -12,10 +12,9 @@ from types import FrameType
 import uvicorn
 from rich.console import Console
 
-from adapters.errors import AdapterError, SourceNotAllowed
+from adapters.errors import AdapterError
 from adapters.registry.registry import AdapterRegistry
-from adapters.sources import check_allow_source, copy_from
-from adapters.validation.inspect import check_files
+from adapters.sources import copy_from
 from server.api.adapters import fetching
 from server.api.adapters.merge import merge
 from server.api.adapters.publishing import Publication, publish_from
@@ -28,50 +27,21 @@ from server.api.text.tokenizer import Tokenizer
 from server.config import ConfigError, ServeConfig, StartFailed
 from server.ipc.client import AdapterMoveRefused, EngineClient, EngineTransport, EngineUnavailable
 from server.metrics import Metrics
+from server.start_checks import DEMO_ADAPTERS, named_adapters
 
 log = logging.getLogger(__name__)
 
-DEMO_ADAPTERS = Path(__file__).parent.parent / "examples" / "adapters"
 MAX_HEADER_BYTES = 64 << 10
 
 
-def run(config: ServeConfig, transport: EngineTransport | None = None) -> None:
+def run(config: ServeConfig, registry: AdapterRegistry, transport: EngineTransport | None = None) -> None:
     """Serve until a signal ends the server. The engine is behind `transport`; without one, it runs in a thread.
 
-    `config` comes from `launch.complete`. Raises `ConfigError` or `StartFailed`.
+    `config` and `registry` come from `server.launch`. Raises `ConfigError` or `StartFailed`.
     """
-    _check_sources(config)
-    _check_named_adapters(config)
     keys = KeyRing.load(config)
     check_bind(config, keys)
-    config.data_dir.mkdir(parents=True, exist_ok=True)
-    try:
-        registry = AdapterRegistry(config.data_dir, reserved=[config.served_model_name])
-    except AdapterError as error:
-        raise StartFailed(str(error)) from error
-    try:
-        asyncio.run(_serve(config, keys, registry, transport or _thread_transport(config)))
-    finally:
-        registry.close()
-
-
-def _check_sources(config: ServeConfig) -> None:
-    for entry in config.allow_source:
-        try:
-            check_allow_source(entry)
-        except SourceNotAllowed as error:
-            raise ConfigError(f"--allow-source {entry} is not usable: {error}") from error
-    if config.watch_adapters and not Path(config.watch_adapters).is_dir():
-        raise ConfigError(f"--watch-adapters {config.watch_adapters} does not exist or is not a folder")
-
-
-def _check_named_adapters(config: ServeConfig) -> None:
-    """Check what can be checked before the engine has loaded the model, which takes seconds."""
-    for name, folder in _named_adapters(config):
-        try:
-            check_files(folder)
-        except (AdapterError, OSError) as error:
-            raise StartFailed(f"the adapter '{name}' of the command line cannot be registered: {error}") from error
+    asyncio.run(_serve(config, keys, registry, transport or _thread_transport(config)))
 
 
 async def _serve(config: ServeConfig, keys: KeyRing, registry: AdapterRegistry, transport: EngineTransport) -> None:
@@ -160,7 +130,7 @@ async def _bring_up(context: AppContext, starting: "asyncio.Task[None]", server:
     try:
         await starting
         await _use_tokenizer(context)
-        for name, folder in _named_adapters(context.config):
+        for name, folder in named_adapters(context.config):
             await _register(context, name, folder)
         await _restore(context)
         fetching.resume(context)
@@ -186,18 +156,6 @@ async def _use_tokenizer(context: AppContext) -> None:
     info = context.engine.info
     assert info is not None and info.tokenizer is not None
     context.base_tokenizer = await asyncio.to_thread(Tokenizer.of, info.tokenizer)
-
-
-def _named_adapters(config: ServeConfig) -> list[tuple[str, Path]]:
-    named = []
-    for entry in config.adapter:
-        name, _, folder = entry.partition("=")
-        if not folder:
-            raise ConfigError(f"--adapter {entry} must have the form name=folder")
-        named.append((name, Path(folder).absolute()))
-    if config.demo:
-        named += sorted((folder.name, folder) for folder in DEMO_ADAPTERS.iterdir())
-    return named
 
 
 async def _register(context: AppContext, name: str, folder: Path) -> None:

@@ -9,9 +9,10 @@ import pytest
 from typer.testing import CliRunner
 
 from adapters.peft.files import FILES
-from server import config, serve
+from server import config
 from server.cli.main import app
 from server.config import ConfigError, ServeConfig
+from server.start_checks import check_start
 from tests.fixtures.adapter_factory import tiny_llama, write_adapter
 from tests.fixtures.api_server import LiveServer, listening
 
@@ -69,12 +70,12 @@ def test_a_config_survives_the_way_to_the_engine_process() -> None:
 @pytest.mark.parametrize("entry", ["nonsense", "hf://", "s3://", "file://host/x", "http://localhost/"])
 def test_no_server_starts_with_a_source_that_allows_nothing(entry: str) -> None:
     with pytest.raises(ConfigError, match="--allow-source"):
-        serve.run(ServeConfig(allow_source=("file:///srv", entry)))
+        check_start(ServeConfig(allow_source=("file:///srv", entry)))
 
 
 def test_no_server_starts_watching_a_folder_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--watch-adapters .*does not exist"):
-        serve.run(ServeConfig(watch_adapters=str(tmp_path / "nowhere")))
+        check_start(ServeConfig(watch_adapters=str(tmp_path / "nowhere")))
 
 
 def test_serve_reports_a_bad_flag_in_one_line() -> None:

@@ -38,12 +38,12 @@ ARROWS: dict[str, set[str]] = {
     "adapters.convert": {"adapters", "adapters.load", "adapters.peft", "adapters.weights"},
     "server": set(),
     "server.metrics": {"server.ipc"},
-    "server.launch": {"server", "server.ipc", "server.model.loading", "server.serve"},
+    "server.start_checks": {"adapters", "adapters.registry", "adapters.sources", "adapters.validation", "server"},
+    "server.launch": {"server", "server.ipc", "server.model.loading", "server.serve", "server.start_checks"},
     "server.serve": {
         "adapters",
         "adapters.registry",
         "adapters.sources",
-        "adapters.validation",
         "server",
         "server.api.adapters",
         "server.api.app",
@@ -54,6 +54,7 @@ ARROWS: dict[str, set[str]] = {
         "server.engine",
         "server.ipc",
         "server.metrics",
+        "server.start_checks",
     },
     "server.__main__": {"server.cli"},
     "server.ipc": {"adapters", "server"},
@@ -235,6 +236,7 @@ WITHOUT_TORCH = [
     "server.metrics",
     "server.sequence",
     "server.serve",
+    "server.start_checks",
     "server.writable",
 ]
 
