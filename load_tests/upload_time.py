@@ -1,11 +1,12 @@
 """How long a large upload takes, from the first byte sent to the response.
 
-    python -m load_tests.upload_time [--megabytes 500] [--uploads 3] [--threads 1]
+    python -m load_tests.upload_time [--megabytes 500] [--uploads 3] [--threads 1] [--other FOLDER]
 
 A server over a small random model receives an adapter of random weights in float32, as PEFT writes them, several times
 under new names; each time one tensor differs, so that each upload is another version. The parts are those that a
 client sees: `send` until the last byte has been sent, `check` from then until the response. CPU seconds are those of
-the API process and of the engine process during the whole upload. All files are deleted at the end.
+the API process and of the engine process during the whole upload. With `--other`, a server of another checkout
+receives the same uploads in turn, so that both meet the same noise. All files are deleted at the end.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
@@ -126,23 +128,34 @@ def _cpu_seconds(process: psutil.Process) -> float:
     return float(times.user + times.system)
 
 
-def measure(folder: Path, megabytes: int, uploads: int, threads: int) -> list[Times]:
-    """Start a server, upload `uploads` versions, and print the time of each. The first is not counted: it warms up."""
+def measure(folder: Path, checkouts: list[Path], megabytes: int, uploads: int, threads: int) -> list[list[Times]]:
+    """Start a server of each checkout, upload `uploads` versions to each in turn, and print and return the times. The
+    first upload warms up and is not counted."""
     layers = max(1, round(megabytes * 1e6 / _LAYER_BYTES))
     sizes = {"hidden_size": _HIDDEN, "intermediate_size": _INTERMEDIATE, "num_hidden_layers": layers}
     model = write_tiny_model(folder / "model", **sizes, num_key_value_heads=4, initializer_range=0.02)
     flags = ["--model", str(model), "--dtype", "bfloat16", "--threads", str(threads), "--kv-cache-bytes", "200000000"]
     flags += ["--max-adapter-rank", str(_RANK), "--adapter-slots", "2", "--served-model-name", "tiny-base"]
-    adapter, found = Adapter(layers), []
-    with running_server(folder / "data", *flags) as server, server.client() as client:
+    adapter, found = Adapter(layers), [list[Times]() for _ in checkouts]
+    with ExitStack() as running:
+        servers = [
+            running.enter_context(running_server(folder / str(index), *flags, within=("env", "-C", str(checkout))))
+            for index, checkout in enumerate(checkouts)
+        ]
         for turn in range(uploads + 1):
             files = adapter.files(turn)
-            times = _upload(server, f"upload-{turn}", files)
-            size = sum(map(len, files.values())) / 1e6
-            print(f"{size:.0f} MB, upload {turn or 'to warm up'}: {times}", flush=True)
-            client.delete(f"/v1/adapters/upload-{turn}").raise_for_status()
-            found.append(times)
-    return found[1:]
+            for checkout, server, times in zip(checkouts, servers, found, strict=True):
+                times.append(_upload_and_delete(server, f"upload-{turn}", files))
+                size = sum(map(len, files.values())) / 1e6
+                print(f"{checkout.name}, {size:.0f} MB, upload {turn or 'to warm up'}: {times[-1]}", flush=True)
+    return [times[1:] for times in found]
+
+
+def _upload_and_delete(server: RunningServer, name: str, files: dict[str, bytes]) -> Times:
+    times = _upload(server, name, files)
+    with server.client() as client:
+        client.delete(f"/v1/adapters/{name}").raise_for_status()
+    return times
 
 
 def main() -> None:
@@ -150,10 +163,16 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=500)
     parser.add_argument("--uploads", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1, help="threads of the engine")
+    parser.add_argument("--other", type=Path, help="folder of another checkout, to be compared")
     options = parser.parse_args()
+    checkouts = [checkout.absolute() for checkout in (options.other, Path()) if checkout]
     with tempfile.TemporaryDirectory() as folder:
-        found = measure(Path(folder), options.megabytes, options.uploads, options.threads)
-    print("median:", Times(*map(statistics.median, zip(*found, strict=True))))
+        found = measure(Path(folder), checkouts, options.megabytes, options.uploads, options.threads)
+    for checkout, times in zip(checkouts, found, strict=True):
+        for what, choose in (("median", statistics.median), ("fastest", min)):
+            print(
+                f"{checkout.name}, {what} of each part: {Times(*(choose(part) for part in zip(*times, strict=True)))}"
+            )
 
 
 if __name__ == "__main__":

@@ -71,10 +71,10 @@ async def _serve(config: ServeConfig, keys: KeyRing, registry: AdapterRegistry, 
 
 
 def _thread_transport(config: ServeConfig) -> EngineTransport:
-    from server.engine.build import build_engine
+    from server.engine.build import build_serving_engine
     from server.engine.loop import ThreadTransport
 
-    return ThreadTransport(lambda: build_engine(config))
+    return ThreadTransport(lambda: build_serving_engine(config))
 
 
 class Server(uvicorn.Server):

@@ -172,7 +172,7 @@ def _fill(a: Tensor, b: Tensor, factors: LoraFactors, scale: Tensor | None) -> N
         scaled *= scale[:, None]
     rank = len(factors.a)
     a[:rank] = factors.a
-    b[:rank] = scaled.T
+    b[:rank] = scaled.to(b.dtype).T  # rounded first: a transposing copy is faster within one dtype
 
 
 def _is_finite(flat: Tensor) -> bool:

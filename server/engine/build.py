@@ -3,6 +3,8 @@
 import logging
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import msgspec
+
 from adapters.device.forms import FormRefused, described_choice
 from adapters.errors import MoveRefused
 from adapters.load import load
@@ -18,7 +20,6 @@ from adapters.runtime.weight_merge import merge
 from adapters.traits import Traits
 from adapters.validation.inspect import inspect
 from adapters.weights import AdapterWeights
-from server.base_tokenizer import BaseTokenizer
 from server.config import ServeConfig
 from server.engine.block_manager import BlockManager
 from server.engine.engine import Engine
@@ -40,6 +41,13 @@ from server.model.runner import ModelRunner
 log = logging.getLogger(__name__)
 
 
+def build_serving_engine(config: ServeConfig) -> tuple[Engine, EngineInfo]:
+    """Build the engine, and load the tokenizer that the API needs to serve text. Raises `ModelRefused`."""
+    tokenizer = load_tokenizer(config.model)
+    engine, info = build_engine(config)
+    return engine, msgspec.structs.replace(info, tokenizer=tokenizer)
+
+
 def build_engine(config: ServeConfig) -> tuple[Engine, EngineInfo]:
     """Load the model and build the engine. Raises `ModelRefused` with the reason."""
     set_threads(config.threads)
@@ -47,7 +55,6 @@ def build_engine(config: ServeConfig) -> tuple[Engine, EngineInfo]:
     loaded = load_model(
         config.model, config.dtype, config.quantization, config.device, config.max_model_len, config.nf4_policy
     )
-    tokenizer = load_tokenizer(config.model)
     shape, spec = probe(loaded, config.max_adapter_rank)
     num_blocks, max_model_len = size_kv_cache(config, loaded, shape)
     num_pages = size_pool(config, spec, loaded.dtype)
@@ -76,7 +83,7 @@ def build_engine(config: ServeConfig) -> tuple[Engine, EngineInfo]:
         max_model_len,
         overlap=runner.device.type == "cuda",  # launches are synchronous on a CPU
     )
-    return engine, _info(config, loaded, tokenizer, spec, runner, residency.slots, num_blocks, max_model_len, graphs)
+    return engine, _info(config, loaded, spec, runner, residency.slots, num_blocks, max_model_len, graphs)
 
 
 def _native_code() -> str:
@@ -134,7 +141,6 @@ def _merging(config: ServeConfig, spec: ModelSpec, runner: ModelRunner, schedule
 def _info(
     config: ServeConfig,
     loaded: LoadedModel,
-    tokenizer: BaseTokenizer,
     spec: ModelSpec,
     runner: ModelRunner,
     slots: SlotTable,
@@ -152,7 +158,6 @@ def _info(
         num_blocks=num_blocks,
         block_size=BLOCK_SIZE,
         eos_token_ids=sorted(loaded.eos_token_ids),
-        tokenizer=tokenizer,
         description={
             "device": str(loaded.device),
             "dtype": str(loaded.dtype).removeprefix("torch."),

@@ -39,7 +39,9 @@ def main(serve: Callable[[ServeConfig, Receive, Emit], None] | None = None) -> N
 
 def _serve(config: ServeConfig, receive: Receive, emit: Emit) -> None:
     _bind_threads(config)
-    from server.engine.build import build_engine  # imports torch, which must come after OpenMP's variables are set
+    from server.engine.build import (
+        build_serving_engine,  # imports torch, which must come after OpenMP's variables are set
+    )
     from server.engine.loop import run_loop
     from server.engine.threads import adaptive_threads
     from server.logs import configure_logging
@@ -47,7 +49,7 @@ def _serve(config: ServeConfig, receive: Receive, emit: Emit) -> None:
 
     configure_logging(config.log_format)
     try:
-        engine, info = build_engine(config)
+        engine, info = build_serving_engine(config)
     except ModelRefused as refused:
         emit(Fatal(str(refused)))
         return
