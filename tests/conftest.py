@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, settings
 
 import tests.fixtures.triton_device  # noqa: F401  (first: it decides how Triton runs)
 from tests.fixtures.adapter_factory import tiny_llama
+from tests.fixtures.api_server import fast_byte_tokenizer
 from tests.fixtures.engine_driver import Driver, make_driver
 from tests.fixtures.timing import HANG_SECONDS
 
@@ -30,6 +31,7 @@ def patient_templates(monkeypatch: pytest.MonkeyPatch) -> None:
 def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("llama")
     tiny_llama().save_pretrained(folder)
+    fast_byte_tokenizer().save_pretrained(folder)  # for servers; the engine alone needs none
     return folder
 
 
