@@ -54,7 +54,7 @@ class SequenceStatus(Enum):
     FINISHED = auto()
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Sequence:
     """One stream of tokens. `num_computed_tokens` advances towards `num_tokens`; prefill, chunked prefill, decode,
     prefix hits and recomputation after preemption differ only in how far it advances.

@@ -1,14 +1,16 @@
 """From logits to tokens: distributions, penalties, seeds, log-probabilities, and rows that went bad."""
 
+import gc
 from typing import Any
 
 import pytest
 import torch
 
 from adapters.device import transfers as upload
-from server.model.sampling import categorical, sampler
+from server.model.sampling import adjustments, categorical, sampler
 from server.model.sampling.categorical import FEW, categorical_params, plan_categorical
-from server.model.sampling.sampler import Sample, sample
+from server.model.sampling.sampler import Sample, sample, start_sampling
+from server.model.sampling.token_counts import IN_PROMPT, OUTPUT, TokenCounts
 from server.sequence import SamplingParams, Sequence
 
 EOS = frozenset({2})
@@ -282,3 +284,54 @@ def test_parameters_go_to_the_device_in_one_copy_and_results_come_back_in_one(mo
     copies.clear()
     pick(random_logits(), make_seq(temperature=0.0))
     assert copies == ["down"]
+
+
+# -- counts that stay on the device ------------------------------------------------------------------------------------
+
+PENALTIES = {"temperature": 0.0, "repetition_penalty": 1.4, "frequency_penalty": 0.6, "presence_penalty": 0.9}
+
+
+def next_token(logits: torch.Tensor, seq: Sequence, counts: TokenCounts) -> int:
+    (found,) = start_sampling(logits, [seq], EOS, counts).collect()
+    return found.token_id
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_counts_that_were_added_to_are_those_of_the_tokens(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not native:
+        monkeypatch.setattr(adjustments, "why_unavailable", lambda _: "torch computes")
+    counts, seq = TokenCounts(torch.device("cpu")), make_seq(prompt=(1, 5, 5, 9), **PENALTIES)
+    for step in range(40):
+        logits = random_logits(seed=step)
+        seen = next_token(logits, seq, counts)
+        assert seen == pick(logits, seq)[0]  # counted anew
+        seq.token_ids.append(seen)
+
+
+def test_a_step_that_is_computed_again_counts_once() -> None:
+    counts, seq = TokenCounts(torch.device("cpu")), make_seq(prompt=(1, 5), **PENALTIES)
+    for _ in range(3):
+        next_token(random_logits(), seq, counts)  # the token is thrown away
+    assert counts.table[0].sum() == OUTPUT + 2 * IN_PROMPT
+    seq.token_ids.append(7)
+    next_token(random_logits(seed=1), seq, counts)
+    assert counts.table[0].sum() == 2 * OUTPUT + 2 * IN_PROMPT
+
+
+def test_rows_of_ended_sequences_are_used_again() -> None:
+    counts = TokenCounts(torch.device("cpu"))
+    for _ in range(20):
+        seqs = [make_seq(prompt=(3, 4), output=(5,), **PENALTIES) for _ in range(3)]
+        start_sampling(random_logits(3), seqs, EOS, counts).collect()
+        del seqs
+        gc.collect()
+    assert len(counts.table) == 4
+
+
+def test_a_larger_vocabulary_widens_the_table_and_keeps_the_counts() -> None:
+    counts, seq = TokenCounts(torch.device("cpu")), make_seq(prompt=(1, 5), **PENALTIES)
+    seq.token_ids.append(next_token(random_logits(), seq, counts))
+    before = counts.table[0].clone()
+    next_token(torch.nn.functional.pad(random_logits(), (0, 6), value=-50.0), seq, counts)
+    assert counts.table.shape[1] == VOCAB + 6
+    assert (counts.table[0, :VOCAB] - before).sum() == OUTPUT

@@ -31,8 +31,8 @@ from server.ipc.messages import (
 )
 from server.model.batch import ForwardBatch, LateTokens, build_batch
 from server.model.runner import ModelRunner
-from server.model.sampling.adjustments import looks_back
 from server.model.sampling.sampler import Sample, start_sampling
+from server.model.sampling.token_counts import TokenCounts
 from server.sequence import FinishReason, ScheduledBatch, ScheduledSequence, Sequence, SequenceStatus
 
 log = logging.getLogger(__name__)
@@ -67,6 +67,7 @@ class Engine:
         self._moves = AdapterMoves(residency)
         self._eos_token_ids = eos_token_ids
         self._max_model_len = max_model_len
+        self._token_counts = TokenCounts(runner.device)
         self._sequences: dict[str, Sequence] = {}
         self._in_flight: deque[InFlightStep] = deque()
         self._outputs: list[SequenceOutput] = []
@@ -106,7 +107,7 @@ class Engine:
         """Run one forward pass over all schedulable sequences; return messages, outputs first."""
         started = time.perf_counter()
         depth = 1 if self.overlap else 0  # steps that may be in flight when this returns
-        self._collect_down_to(0 if self._needs_tokens() else depth)
+        self._collect_down_to(0 if self.merging.has_work() else depth)
         replies = self._between_steps()
         batch = self.scheduler.schedule()
         if batch:
@@ -179,7 +180,7 @@ class Engine:
             scheduled.seq.num_launched_tokens = scheduled.end
         logits = self._runner.run(forward)
         vocab_sizes = [self._runner.vocab_size(seq.slots) for seq in sampled]
-        started = start_sampling(logits, sampled, self._eos_token_ids, vocab_sizes)
+        started = start_sampling(logits, sampled, self._eos_token_ids, self._token_counts, vocab_sizes)
         return InFlightStep(batch, started.tokens, started.collect)
 
     def _advance(self, step: InFlightStep) -> None:
@@ -194,12 +195,6 @@ class Engine:
                     seq.token_ids.append(PLACEHOLDER)
                     step.placeholders[seq] = place
             place += scheduled.samples
-
-    def _needs_tokens(self) -> bool:
-        """Return whether the next step cannot be put together without the tokens of those in flight."""
-        scheduled = (scheduled for step in self._in_flight for scheduled in step.batch.sequences)
-        live = (found.seq for found in scheduled if self._is_live(found.seq))
-        return self.merging.has_work() or any(looks_back(seq.sampling) for seq in live)
 
     def _collect_down_to(self, count: int) -> None:
         while len(self._in_flight) > count:

@@ -19,6 +19,7 @@ _SIGNATURES: dict[str, list[Any]] = {
     "linear": [_POINTER, _SIZE, _POINTER, _SIZE, _POINTER, _POINTER, _SIZE, _SIZE, _SIZE, _INT],
     "silu_mul": [_POINTER, _POINTER, _SIZE, _SIZE, _INT],
     "rms_norm": [*[_POINTER] * 3, *[_SIZE] * 2, _FLOAT, _INT],
+    "penalize": [_POINTER, _SIZE, _POINTER, _SIZE, *[_POINTER] * 3, _SIZE, _INT],
     "argmax": [*[_POINTER] * 2, *[_SIZE] * 2, _INT],
     "attention": [
         *[_POINTER] * 2, *[_SIZE] * 2, *[_POINTER] * 3, _SIZE, _POINTER, *[_SIZE] * 5, *[_FLOAT] * 2, _INT,

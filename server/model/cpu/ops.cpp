@@ -39,6 +39,16 @@ void decoder_layer_bf16(void* to, const void* hidden, void* keys, void* values, 
     decoder_layer((bf16*)to, (const bf16*)hidden, (bf16*)keys, (bf16*)values, *layer, *step);
 }
 
+// Penalties for rows [n] of logits [*, vocab], in place; the rows slots [n] of counts [*, width] have their counts.
+// strengths are three rows [n]: repetition, frequency, presence.
+void penalize_f32(float* logits, int64_t vocab, const int32_t* counts, int64_t width, const int64_t* rows,
+                  const int64_t* slots, const float* strengths, int64_t n, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (n > 1)
+    for (int64_t i = 0; i < n; i++)
+        penalize_row(logits + rows[i] * vocab, counts + slots[i] * width, vocab,
+                     {strengths[i], strengths[n + i], strengths[2 * n + i]});
+}
+
 #define BOTH_TYPES(SUFFIX, T)                                                                                          \
     /* y [rows, dim] from gate_up [rows, 2 * dim] */                                                                   \
     void silu_mul_##SUFFIX(void* y, const void* gate_up, int64_t rows, int64_t dim, int threads) {                     \

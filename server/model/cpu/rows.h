@@ -138,4 +138,18 @@ void argmax(int64_t* out, const T* x, int64_t rows, int64_t size, int threads) {
     for (int64_t row = 0; row < rows; row++) out[row] = argmax_row(x + row * size, size);
 }
 
+struct Strengths {
+    float repetition, frequency, presence;
+};
+
+// counts[token] is twice its occurrences in the output, plus 1 if the prompt has it. Most are 0.
+inline void penalize_row(float* logits, const int32_t* counts, int64_t vocab, Strengths by) {
+    for (int64_t token = 0; token < vocab; token++) {
+        if (!counts[token]) continue;
+        float value = logits[token] > 0 ? logits[token] / by.repetition : logits[token] * by.repetition;
+        float outputs = counts[token] / 2;
+        logits[token] = outputs > 0 ? value - (by.frequency * outputs + by.presence) : value;
+    }
+}
+
 }  // namespace

@@ -1,46 +1,101 @@
 """Adjustments of logits before a token is chosen: bias, penalties, and the tokens that `min_tokens` forbids."""
 
-from collections import Counter
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from server.model.cpu.library import why_unavailable
+from server.model.cpu.penalties import penalize
 from server.model.sampling.categorical import Array
+from server.model.sampling.token_counts import OUTPUT, TokenCounts
 from server.sequence import SamplingParams, Sequence
 
 Entries = tuple[int, list[int], list[float] | float]  # a row, some tokens, and a number for each or for all
 
 
-def looks_back(params: SamplingParams) -> bool:
-    """Return whether sampling depends on earlier tokens directly, not only through the logits."""
+@dataclass(frozen=True, slots=True)
+class Penalties:
+    """The rows with penalties. `rows` and `slots` `[rows]` int64 are places in the logits and in the table of `counts`;
+    `strengths` `[3, rows]` float32 are the repetition, frequency and presence penalties."""
+
+    rows: torch.Tensor
+    slots: torch.Tensor
+    strengths: torch.Tensor
+    counts: TokenCounts
+
+
+@dataclass(frozen=True, slots=True)
+class Adjustments:
+    """Tables of (row, token) `[2, entries]` int64 with numbers `[entries]` float32 to add before the penalties (`bias`)
+    and after them (`forbidden`)."""
+
+    bias_at: torch.Tensor
+    bias: torch.Tensor
+    forbidden_at: torch.Tensor
+    forbidden: torch.Tensor
+    penalties: Penalties
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        """Adjust a copy of `logits` `[rows, vocab]` float32; return the original if no row has an adjustment."""
+        if len(self.bias) + len(self.forbidden) + len(self.penalties.rows) == 0:
+            return logits
+        logits = logits.clone()
+        if len(self.bias):
+            logits.index_put_((*self.bias_at,), self.bias, accumulate=True)
+        if len(self.penalties.rows):
+            _penalize(logits, self.penalties)
+        if len(self.forbidden):
+            logits.index_put_((*self.forbidden_at,), self.forbidden, accumulate=True)
+        return logits
+
+    def count(self, tokens: torch.Tensor) -> None:
+        """Count the sampled `tokens` `[rows]` int64 of the sequences with penalties."""
+        if len(self.penalties.rows):
+            self.penalties.counts.add(self.penalties.slots, tokens[self.penalties.rows])
+
+
+def has_penalties(params: SamplingParams) -> bool:
     return bool(params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0)
 
 
 def is_adjusted(seq: Sequence) -> bool:
     """Return whether the sequence's next logits have any adjustment."""
     p = seq.sampling
-    return bool(looks_back(p) or p.logit_bias or seq.num_output_tokens < p.min_tokens)
+    return bool(has_penalties(p) or p.logit_bias or seq.num_output_tokens < p.min_tokens)
 
 
-def plan_adjustments(seqs: list[Sequence], eos_token_ids: frozenset[int]) -> list[Array]:
-    """Return bias, repetition penalties, and later additions as three tables of (row, token) `[2, entries]` int64 and
-    numbers `[entries]` float32."""
+def adjustment_tables(seqs: list[Sequence], eos_token_ids: frozenset[int]) -> list[Array]:
+    """Return the host's part of `Adjustments`: bias and forbidden tokens, each with its places."""
     bias: list[Entries] = []
-    repeated: list[Entries] = []
-    after: list[Entries] = []
+    forbidden: list[Entries] = []
     for row, seq in enumerate(seqs):
         params = seq.sampling
         if params.logit_bias:
             bias.append((row, [*params.logit_bias], [*params.logit_bias.values()]))
-        if params.repetition_penalty != 1.0:  # over prompt and output, as in transformers
-            repeated.append((row, [*set(seq.token_ids)], params.repetition_penalty))
-        if params.presence_penalty or params.frequency_penalty:
-            counts = Counter(seq.output_token_ids)
-            penalties = [-params.frequency_penalty * times - params.presence_penalty for times in counts.values()]
-            after.append((row, [*counts], penalties))
         if seq.num_output_tokens < params.min_tokens:
-            after.append((row, [*eos_token_ids | set(params.stop_token_ids)], -np.inf))
-    return [array for table in (bias, repeated, after) for array in _table(table)]
+            forbidden.append((row, [*eos_token_ids | set(params.stop_token_ids)], -np.inf))
+    return [*_table(bias), *_table(forbidden)]
+
+
+def penalty_tables(seqs: list[Sequence], vocab_size: int, counts: TokenCounts) -> list[Array]:
+    """Return the host's part of `Penalties` for the sequences with penalties: rows, strengths, slots, and the counts to
+    write before."""
+    rows = [row for row, seq in enumerate(seqs) if has_penalties(seq.sampling)]
+    params = [seqs[row].sampling for row in rows]
+    strengths = [[p.repetition_penalty, p.frequency_penalty, p.presence_penalty] for p in params]
+    return [
+        np.array(rows, dtype=np.int64),
+        np.array(strengths, dtype=np.float32).reshape(-1, 3).T,
+        *counts.prepare([seqs[row] for row in rows], vocab_size if rows else 0),
+    ]
+
+
+def penalties_on_device(tables: list[torch.Tensor], counts: TokenCounts) -> Penalties:
+    """Return the penalties of the uploaded `penalty_tables`."""
+    rows, strengths, slots, stale, entries = tables
+    counts.write(stale, entries)
+    return Penalties(rows, slots, strengths, counts)
 
 
 def _table(entries: list[Entries]) -> tuple[Array, Array]:
@@ -51,17 +106,15 @@ def _table(entries: list[Entries]) -> tuple[Array, Array]:
     return np.concatenate(places, 1), np.concatenate(numbers)
 
 
-def adjusted(logits: torch.Tensor, adjustments: list[torch.Tensor]) -> torch.Tensor:
-    """Apply bias, penalties and `min_tokens` to a copy of the logits; return the original if no row has any."""
-    bias_at, bias, repeated, repetition, after_at, after = adjustments
-    if len(bias) + len(repetition) + len(after) == 0:
-        return logits
-    logits = logits.clone()
-    if len(bias):
-        logits.index_put_((*bias_at,), bias, accumulate=True)
-    if len(repetition):
-        values = logits[*repeated]
-        logits[*repeated] = torch.where(values > 0, values / repetition, values * repetition)
-    if len(after):
-        logits.index_put_((*after_at,), after, accumulate=True)
-    return logits
+def _penalize(logits: torch.Tensor, penalties: Penalties) -> None:
+    """Apply penalties in place: the repetition penalty to tokens of prompt and output, as in transformers, then the
+    frequency and presence penalties to tokens of the output, as in OpenAI's API."""
+    if logits.device.type == "cpu" and why_unavailable(logits.dtype) is None:
+        penalize(logits, penalties.counts.table, penalties.rows, penalties.slots, penalties.strengths)
+        return
+    counts = penalties.counts.table[penalties.slots, : logits.shape[1]]
+    repetition, frequency, presence = penalties.strengths[:, :, None]
+    values, outputs = logits[penalties.rows], counts // OUTPUT
+    repeated = torch.where(values > 0, values / repetition, values * repetition)
+    values = torch.where(counts > 0, repeated, values)
+    logits[penalties.rows] = torch.where(outputs > 0, values - (frequency * outputs + presence), values)

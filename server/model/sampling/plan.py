@@ -6,7 +6,13 @@ import numpy as np
 import torch
 
 from adapters.device.transfers import upload_all
-from server.model.sampling.adjustments import adjusted, is_adjusted, plan_adjustments
+from server.model.sampling.adjustments import (
+    Adjustments,
+    adjustment_tables,
+    is_adjusted,
+    penalties_on_device,
+    penalty_tables,
+)
 from server.model.sampling.categorical import (
     CategoricalParams,
     categorical_params,
@@ -14,6 +20,7 @@ from server.model.sampling.categorical import (
     sample_categorical,
 )
 from server.model.sampling.logprobs import scores
+from server.model.sampling.token_counts import TokenCounts
 from server.sequence import Sequence
 
 
@@ -26,11 +33,15 @@ class SamplingPlan:
     scored: torch.Tensor
     num_top: int
     limits: torch.Tensor | None
-    adjustments: list[torch.Tensor]
+    adjustments: Adjustments
 
 
 def plan_sampling(
-    logits: torch.Tensor, seqs: list[Sequence], eos_token_ids: frozenset[int], vocab_sizes: list[int] | None
+    logits: torch.Tensor,
+    seqs: list[Sequence],
+    eos_token_ids: frozenset[int],
+    vocab_sizes: list[int] | None,
+    counts: TokenCounts,
 ) -> SamplingPlan | None:
     """Return the sampling plan; None if every row is plainly greedy over the whole vocabulary."""
     vocab, device = logits.shape[-1], logits.device
@@ -40,13 +51,15 @@ def plan_sampling(
     scored = [row for row, seq in enumerate(seqs) if seq.sampling.logprobs is not None]
     categorical, num_plain, num_few, in_order = plan_categorical(seqs, vocab, device.type == "cpu")
     own = [np.array(rows, dtype=np.int64) for rows in (scored, sizes)]
-    uploaded = upload_all([*own, *categorical, *plan_adjustments(seqs, eos_token_ids)], device)
+    adjustments = [*adjustment_tables(seqs, eos_token_ids), *penalty_tables(seqs, vocab, counts)]
+    uploaded = upload_all([*own, *categorical, *adjustments], device)
+    bias_at, bias, forbidden_at, forbidden = uploaded[5:9]
     return SamplingPlan(
         categorical_params(uploaded[2:5], num_plain, num_few, in_order),
         uploaded[0],
         max((seqs[row].sampling.logprobs or 0 for row in scored), default=0),
         uploaded[1][:, None] if sizes else None,
-        uploaded[5:],
+        Adjustments(bias_at, bias, forbidden_at, forbidden, penalties_on_device(uploaded[9:], counts)),
     )
 
 
@@ -61,11 +74,12 @@ def sample_by_plan(logits: torch.Tensor, plan: SamplingPlan) -> list[torch.Tenso
     if plan.limits is not None:
         beyond = torch.arange(logits.shape[-1], device=logits.device) >= plan.limits
         logits = logits.masked_fill(beyond, -torch.inf)
-    changed = adjusted(logits, plan.adjustments)
+    changed = plan.adjustments.apply(logits)
     chosen = changed.argmax(-1)
     if len(plan.categorical.rows):
         chosen.index_copy_(0, plan.categorical.rows, sample_categorical(changed, plan.categorical))
     tokens = torch.where(finite, chosen, -1)
+    plan.adjustments.count(tokens)
     return [tokens, scores(logits, chosen, plan.scored, plan.num_top).flatten()] if len(plan.scored) else [tokens]
 
 

@@ -18,6 +18,7 @@ from server.model.cpu.argmax import argmax
 from server.model.cpu.library import why_unavailable
 from server.model.sampling.logprobs import token_logprobs
 from server.model.sampling.plan import is_finite, plan_sampling, sample_by_plan
+from server.model.sampling.token_counts import TokenCounts
 from server.sequence import Sequence, TokenLogprobs
 
 
@@ -43,16 +44,20 @@ def sample(
 ) -> list[Sample]:
     """Sample the next tokens of `seqs` from `logits` `[len(seqs), vocab]` (any float dtype), each from the first
     `vocab_sizes[row]` tokens (None: from all)."""
-    return start_sampling(logits, seqs, eos_token_ids, vocab_sizes).collect()
+    return start_sampling(logits, seqs, eos_token_ids, TokenCounts(logits.device), vocab_sizes).collect()
 
 
 def start_sampling(
-    logits: torch.Tensor, seqs: list[Sequence], eos_token_ids: frozenset[int], vocab_sizes: list[int] | None = None
+    logits: torch.Tensor,
+    seqs: list[Sequence],
+    eos_token_ids: frozenset[int],
+    counts: TokenCounts,
+    vocab_sizes: list[int] | None = None,
 ) -> Started:
-    """Queue the work of `sample` on the device without waiting for it."""
+    """Queue the work of `sample` on the device without waiting for it. `counts` are those of earlier steps."""
     if not seqs:
         return Started(torch.empty(0, dtype=torch.int64, device=logits.device), list)
-    plan = plan_sampling(logits, seqs, eos_token_ids, vocab_sizes)
+    plan = plan_sampling(logits, seqs, eos_token_ids, vocab_sizes, counts)
     chosen, *scores = [_greedy(logits)] if plan is None else sample_by_plan(logits.float(), plan)
     found = download(torch.cat([chosen.double(), *scores]))
     return Started(chosen, lambda: _samples(found().tolist(), seqs, 0 if plan is None else plan.num_top))
