@@ -9,6 +9,7 @@ from adapters.residency.residency import Residency
 from adapters.residency.slots import PAGE_COLUMNS
 from adapters.runtime.pack import PackedAdapter
 from server.engine.adapter_requests import AdapterMoves
+from server.engine.faults import MAX_FAILED_STEPS, EngineBroken, failure_reply, input_problem, is_lost
 from server.engine.merging import Merging
 from server.engine.pipeline import PLACEHOLDER, InFlightStep, failed_step
 from server.engine.scheduler import Scheduler
@@ -70,11 +71,15 @@ class Engine:
         self._sequences: dict[str, Sequence] = {}
         self._in_flight: deque[InFlightStep] = deque()
         self._outputs: list[SequenceOutput] = []
+        self._replies: list[Reply] = []
         self._steps = 0
+        self._failed_steps = 0  # in a row, of which no sequence could be computed
+        self.broken: str | None = None  # why the engine cannot continue; its process must end
 
     def has_work(self) -> bool:
-        waiting = self._sequences or self._in_flight or self._moves or self._selftests or self._outputs
-        return bool(waiting) or self.residency.changed or self.merging.has_work()
+        waiting = self._sequences or self._in_flight or self._moves or self._selftests
+        untold = self._outputs or self._replies or self.broken
+        return bool(waiting or untold) or self.residency.changed or self.merging.has_work()
 
     def close(self) -> None:
         """End the threads that read adapters."""
@@ -82,6 +87,14 @@ class Engine:
         self.residency.close()
 
     def handle(self, message: ToEngine) -> None:
+        """Take in one message. If that fails, the message gets an error as its response and nothing else changes."""
+        try:
+            self._handle(message)
+        except Exception:
+            log.exception("%s could not be handled", type(message).__name__)
+            self._refuse(message)
+
+    def _handle(self, message: ToEngine) -> None:
         match message:
             case Submit():
                 self._submit(message)
@@ -102,35 +115,57 @@ class Engine:
             case Unmerge(request_id=request_id):
                 self.merging.unmerge(request_id)
 
+    def _refuse(self, message: ToEngine) -> None:
+        match message:
+            case Submit(seq_id=seq_id):
+                seq = self._sequences.pop(seq_id, None)
+                if seq is not None and seq in self.scheduler.waiting:
+                    self.scheduler.finish(seq)
+                self._outputs.append(SequenceOutput(seq_id, [], "error", error="the engine could not take the request"))
+            case Abort():  # the books of a sequence that cannot be removed do not balance
+                self.broken = "a sequence could not be aborted"
+            case MoveAdapter() | PinAdapter() | RunSelfTest() | Merge() | Unmerge():
+                self._replies.append(failure_reply(message.request_id))
+
     def step(self) -> list[FromEngine]:
-        """Run one forward pass over all schedulable sequences; return messages, outputs first."""
+        """Run one forward pass over all schedulable sequences; return messages, outputs first. If the engine cannot
+        continue, `broken` says why, and sequences without a last output end with the engine's process."""
         started = time.perf_counter()
+        batch = ScheduledBatch([])
+        try:
+            if self.broken is None:
+                batch = self._step()
+        except EngineBroken as broken:
+            self.broken = str(broken)
+        replies, self._replies = self._replies, []
+        return [self._report(batch, time.perf_counter() - started), *replies]
+
+    def _step(self) -> ScheduledBatch:
         depth = 1 if self.overlap else 0  # steps that may be in flight when this returns
         self._collect_down_to(0 if self._needs_tokens() else depth)
-        replies = self._between_steps()
-        batch = self.scheduler.schedule()
+        self._between_steps()
+        batch = self._begin(self.scheduler.schedule())
         if batch:
             step = self._launch(batch)
             self._in_flight.append(step)
             self._collect_down_to(1)
-            if step.failed:
-                depth = 0
-            else:
+            if self._in_flight and not step.failed:
                 self._advance(step)
+            else:
+                depth = 0
         self._collect_down_to(depth if batch else 0)
-        return [self._report(batch, time.perf_counter() - started), *replies]
+        return batch
 
-    def _between_steps(self) -> list[Reply]:
-        """Let loads, self-tests and merges go on; return the replies that are due."""
+    def _between_steps(self) -> None:
+        """Let loads, self-tests and merges go on, and collect the replies that are due."""
         self.residency.poll()
         self.merging.advance()
-        replies = [*self._moves.poll(), *self._selftests.advance(), *self.merging.take_replies()]
+        self._replies += [*self._moves.poll(), *self._selftests.advance(), *self.merging.take_replies()]
         self._cancel_reads()
         if self._moves:
             self._moves.unload_retired(digests_of(self._sequences.values()))
         for seq, reason in self.scheduler.failed():
             self._finish(seq, [], FinishReason.ERROR, error=f"the adapter could not be loaded: {reason}")
-        return replies
 
     # -- sequences -----------------------------------------------------------------------------------------------
 
@@ -146,6 +181,13 @@ class Engine:
             request.priority,
             request.weight,
         )
+        vocab_size = None if seq.adapters else self._runner.vocab_size(())
+        problem = input_problem(seq.token_ids, seq.sampling, vocab_size)
+        if problem is None and seq.num_tokens > self._max_model_len:
+            problem = f"the prompt has more than {self._max_model_len} tokens"
+        if problem is not None:
+            self._outputs.append(SequenceOutput(seq.seq_id, [], "error", error=problem))
+            return
         self._sequences[seq.seq_id] = seq
         for adapter in seq.adapters:
             self._moves.unretire(adapter.digest)
@@ -155,15 +197,27 @@ class Engine:
 
     # -- steps ---------------------------------------------------------------------------------------------------
 
-    def _launch(self, batch: ScheduledBatch) -> InFlightStep:
-        """Queue one forward pass on the device. If that fails, collecting the step raises the error, which ends the
-        sequences of this batch and nothing else."""
-        self._steps += 1
+    def _begin(self, batch: ScheduledBatch) -> ScheduledBatch:
+        """Note the first step of new sequences, and end those whose input their adapters cannot compute, now that the
+        vocabulary is known. Returns the batch without them."""
         now = time.monotonic()
+        refused = False
         for scheduled in batch.sequences:
-            if scheduled.seq.admitted is None:
-                scheduled.seq.admitted = now
-                scheduled.seq.num_cached_tokens = scheduled.start
+            seq = scheduled.seq
+            if seq.admitted is None:
+                seq.admitted = now
+                seq.num_cached_tokens = scheduled.start
+                problem = seq.adapters and input_problem(
+                    seq.token_ids, seq.sampling, self._runner.vocab_size(seq.slots)
+                )
+                if problem:
+                    refused = True
+                    self._finish(seq, [], FinishReason.ERROR, error=problem)
+        return ScheduledBatch([found for found in batch.sequences if self._is_live(found.seq)]) if refused else batch
+
+    def _launch(self, batch: ScheduledBatch) -> InFlightStep:
+        """Queue one forward pass on the device. If that fails, collecting the step raises the error."""
+        self._steps += 1
         try:
             return self._forward(batch)
         except Exception as error:
@@ -176,7 +230,7 @@ class Engine:
         late = None if previous is None else (previous.placeholders, previous.tokens)
         forward = self._forward_batch(batch, late)
         for scheduled in batch.sequences:
-            scheduled.seq.num_launched_tokens = scheduled.end
+            scheduled.seq.num_launched_tokens = max(scheduled.seq.num_launched_tokens, scheduled.end)
         logits = self._runner.run(forward)
         vocab_sizes = [self._runner.vocab_size(seq.slots) for seq in sampled]
         started = start_sampling(logits, sampled, self._eos_token_ids, vocab_sizes)
@@ -208,11 +262,16 @@ class Engine:
     def _collect(self, step: InFlightStep) -> None:
         """Wait for the step's tokens, and give them to the sequences that have not ended meanwhile."""
         try:
-            samples = iter(step.collect())
+            samples = step.collect()
         except Exception as error:  # of the launch, or of the device, which reports an error only now
-            self._abandon_all(step.batch, error)
+            self._isolate(step, error)
             return
-        for scheduled in step.batch.sequences:
+        self._failed_steps = 0
+        self._take_all(step.batch, samples)
+
+    def _take_all(self, batch: ScheduledBatch, found: list[Sample]) -> None:
+        samples = iter(found)
+        for scheduled in batch.sequences:
             sampled = next(samples) if scheduled.samples else None
             if sampled is not None and self._is_live(scheduled.seq):
                 self._take(scheduled, sampled)
@@ -270,11 +329,68 @@ class Engine:
         seq.num_verified_tokens = -1
         self._finish(seq, [], FinishReason.ERROR, error=error)
 
-    def _abandon_all(self, batch: ScheduledBatch, failure: Exception) -> None:
-        log.error("a step failed; its %d sequences end with an error", len(batch.sequences), exc_info=failure)
-        for scheduled in batch.sequences:
-            if self._is_live(scheduled.seq):
-                self._abandon(scheduled.seq, "the engine failed to compute this step")
+    # -- steps that fail -----------------------------------------------------------------------------------------
+
+    def _isolate(self, step: InFlightStep, failure: Exception) -> None:
+        """Compute the sequences of a failed step again in halves, until those that fail are alone: these end with an
+        error, and the others go on. Raises `EngineBroken` if the device is lost, or if too many steps failed."""
+        log.error("a step of %d sequences failed", len(step.batch.sequences), exc_info=failure)
+        later = [scheduled for other in self._in_flight for scheduled in other.batch.sequences]
+        self._in_flight.clear()  # a later step was launched with the tokens of this one
+        self._check_device([*step.batch.sequences, *later])
+        if self._compute_apart([found for found in step.batch.sequences if self._goes_back(found)]):
+            self._failed_steps = 0
+            return
+        self._failed_steps += 1
+        if self._failed_steps >= MAX_FAILED_STEPS:
+            raise EngineBroken(f"{self._failed_steps} steps in a row failed")
+
+    def _goes_back(self, scheduled: ScheduledSequence) -> bool:
+        """Bring a sequence to where it was before a step that failed. Returns False if it is not to be computed again:
+        it has ended, or it was preempted, so that the scheduler will compute it again."""
+        seq, start, end = scheduled.seq, scheduled.start, scheduled.end
+        if not self._is_live(seq):
+            return False
+        if scheduled.samples:
+            del seq.token_ids[end:]  # a placeholder
+        covered = len(seq.block_table) * self.scheduler.blocks.block_size >= end
+        if not covered or seq.num_computed_tokens not in (start, end):
+            return False
+        seq.num_computed_tokens = start
+        return True
+
+    def _compute_apart(self, sequences: list[ScheduledSequence]) -> bool:
+        """Return whether any of the sequences, which failed together, could be computed."""
+        if len(sequences) == 1:
+            self._abandon(sequences[0].seq, "the engine failed to compute this step")
+        if len(sequences) <= 1:
+            return False
+        middle = len(sequences) // 2
+        return any([self._compute_again(half) for half in (sequences[:middle], sequences[middle:])])
+
+    def _compute_again(self, sequences: list[ScheduledSequence]) -> bool:
+        batch = ScheduledBatch(sequences)
+        try:
+            step = self._forward(batch)
+            samples = step.collect()
+        except Exception:
+            self._check_device(sequences)
+            return self._compute_apart(sequences)
+        self._advance(step)
+        self._take_all(batch, samples)
+        return True
+
+    def _check_device(self, sequences: list[ScheduledSequence]) -> None:
+        """End the sequences of a step that failed, and raise `EngineBroken`, if the device is lost. Which of several
+        sequences is the cause cannot be found out any more."""
+        if not is_lost(self._runner.device):
+            return
+        live = {scheduled.seq: None for scheduled in sequences if self._is_live(scheduled.seq)}
+        for seq in live:
+            alone = "the engine failed to compute this step"
+            beside = "the device failed in a step of several requests, of which any may be the cause"
+            self._abandon(seq, (alone if len(live) == 1 else beside) + "; the engine restarts")
+        raise EngineBroken("the device is lost")
 
     # -- adapters ------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 
 from server.engine.engine import Engine
+from server.engine.faults import EngineBroken
 from server.ipc.messages import (
     Emit,
     EngineInfo,
@@ -32,7 +33,7 @@ def run_loop(
     engine: Engine, receive: Receive, emit: Emit, after_step: Callable[[float], None] = lambda _: None
 ) -> None:
     """Run steps while there is work, and wait for messages otherwise, until `Shutdown`. `after_step` receives the
-    duration of each step in seconds."""
+    duration of each step in seconds. Raises `EngineBroken` if the engine cannot continue."""
     last_emitted = 0.0
     wait = 0.0
     while True:
@@ -52,6 +53,8 @@ def run_loop(
             if _has_news(emitted) or time.monotonic() - last_emitted > HEARTBEAT_SECONDS:
                 emit(emitted)
                 last_emitted = time.monotonic()
+        if engine.broken is not None:
+            raise EngineBroken(engine.broken)
         wait = 0.0 if ran else LOADING_SECONDS
 
 

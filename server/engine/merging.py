@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from adapters.errors import AdapterError, MoveRefused, RefusalCode
+from server.engine.faults import EngineBroken
 from server.engine.scheduler import Scheduler
 from server.ipc.messages import AskedBy, Merge, MergeState, MergeStatus, MergeSwitch, Reply, SwitchReason
 
@@ -168,7 +169,12 @@ class Merging:
             self._start(choice, False)
 
     def _start(self, digest: str, allow_requantize: bool) -> None:
-        self._future = self.prepare(digest, allow_requantize)
+        try:
+            self._future = self.prepare(digest, allow_requantize)
+        except Exception:
+            log.exception("merging %s could not begin", digest)
+            self._give_up("failed", "the merge could not begin; the server's log has details")
+            return
         self._set("preparing", digest, "policy" if self._request is None else "request")
 
     def _take_prepared(self) -> None:
@@ -198,6 +204,11 @@ class Merging:
         except MoveRefused as refused:
             self._give_up(refused.code, str(refused))
             return
+        except Exception:
+            log.exception("the merged weights of %s could not be put in place", self.status.digest)
+            self._put_back()
+            self._give_up("failed", "the merged weights could not be put in place; the server's log has details")
+            return
         self.scheduler.enter_base()
         self._set("merged", self.status.digest, self.status.asked_by)
         self._switch("merge", self.status.asked_by or "request")
@@ -206,10 +217,18 @@ class Merging:
             self._request = None
 
     def _restore(self) -> None:
-        assert self._merged is not None
-        self._merged.restore()
+        self._put_back()
         self._switch("unmerge", self._leaves)
         self._clear()
+
+    def _put_back(self) -> None:
+        """Restore the base model's own weights. Raises `EngineBroken` if which weights are in place is not known."""
+        assert self._merged is not None
+        try:
+            self._merged.restore()
+        except Exception as error:
+            log.exception("the base model's own weights could not be put back")
+            raise EngineBroken("the base model's own weights could not be put back") from error
 
     def _give_up(self, code: RefusalCode, why: str) -> None:
         """Cancel a merge before the base model's weights have changed."""

@@ -121,7 +121,7 @@ def _plan(
     scored = [row for row, seq in enumerate(seqs) if seq.sampling.logprobs is not None]
     categorical, num_plain, num_few, in_order = plan_categorical(seqs, vocab, device.type == "cpu")
     own = [np.array(rows, dtype=np.int64) for rows in (scored, sizes)]
-    uploaded = upload_all([*own, *categorical, *_changes(seqs, eos_token_ids)], device)
+    uploaded = upload_all([*own, *categorical, *_changes(seqs, eos_token_ids, vocab)], device)
     return _SamplingPlan(
         categorical_params(uploaded[2:5], num_plain, num_few, in_order),
         uploaded[0],
@@ -137,9 +137,10 @@ def _needs_plan(seq: Sequence) -> bool:
     return bool(p.temperature > 0 or p.logprobs is not None or changed)
 
 
-def _changes(seqs: list[Sequence], eos_token_ids: frozenset[int]) -> list[Array]:
+def _changes(seqs: list[Sequence], eos_token_ids: frozenset[int], vocab: int) -> list[Array]:
     """Return bias, repetition penalties, and later additions as three tables of (row, token) `[2, entries]` int64 and
-    numbers `[entries]` float32."""
+    numbers `[entries]` float32. End tokens beyond the `vocab` of the step's logits, which some models list, are left
+    out."""
     bias: list[Entries] = []
     repeated: list[Entries] = []
     after: list[Entries] = []
@@ -154,7 +155,8 @@ def _changes(seqs: list[Sequence], eos_token_ids: frozenset[int]) -> list[Array]
             penalties = [-params.frequency_penalty * times - params.presence_penalty for times in counts.values()]
             after.append((row, [*counts], penalties))
         if seq.num_output_tokens < params.min_tokens:
-            after.append((row, [*eos_token_ids | set(params.stop_token_ids)], -np.inf))
+            ends = eos_token_ids | set(params.stop_token_ids)
+            after.append((row, [token for token in ends if token < vocab], -np.inf))
     return [array for table in (bias, repeated, after) for array in _table(table)]
 
 
