@@ -12,11 +12,13 @@ import pytest
 import torch
 
 from server.engine import engine as engine_module
+from server.engine import isolation
 from server.engine import selftest as selftest_module
 from server.engine.faults import MAX_FAILED_STEPS, EngineBroken
 from server.engine.loop import run_loop
-from server.engine.pipeline import InFlightStep
 from server.ipc.messages import Abort, FromEngine, Merge, MoveAdapter, PinAdapter, RunSelfTest
+from server.model.batch import ForwardBatch
+from server.model.sampling.sampler import Started, start_sampling
 from server.sequence import ScheduledBatch
 from tests.fixtures.adapter_factory import tiny_llama, write_adapter
 from tests.fixtures.engine_driver import Driver
@@ -40,15 +42,15 @@ def an_adapter(driver: Driver, folder: Path) -> str:
 def faulty(driver: Driver, monkeypatch: pytest.MonkeyPatch, *guilty: str) -> list[list[str]]:
     """Let every step raise that has one of these sequences. Returns the sequences of each step, as they are tried."""
     tried: list[list[str]] = []
-    forward = driver.engine._forward
+    build = driver.engine._forward_batch
 
-    def failing(batch: ScheduledBatch) -> InFlightStep:
+    def failing(batch: ScheduledBatch, *late: Any) -> ForwardBatch:
         tried.append([scheduled.seq.seq_id for scheduled in batch.sequences])
         if set(guilty) & set(tried[-1]):
             raise RuntimeError("a kernel does not like this row")
-        return forward(batch)
+        return build(batch, *late)
 
-    monkeypatch.setattr(driver.engine, "_forward", failing)
+    monkeypatch.setattr(driver.engine, "_forward_batch", failing)
     return tried
 
 
@@ -87,15 +89,14 @@ def test_a_step_whose_tokens_cannot_be_collected_is_computed_again(
     for seq_id, prompt in requests.items():
         driver.submit(f"{seq_id} alone", prompt, max_tokens=30)
         driver.run()
-    forward, steps = driver.engine._forward, itertools.count()
+    steps = itertools.count()
 
-    def late(batch: ScheduledBatch) -> InFlightStep:
-        step = forward(batch)
-        if next(steps) % 5 == 3:
-            step.collect = Mock(side_effect=RuntimeError("lost"))
-        return step
+    def late(*asked: Any) -> Started:
+        started = start_sampling(*asked)
+        failing = next(steps) % 5 == 3
+        return Started(started.tokens, Mock(side_effect=RuntimeError("lost")) if failing else started.collect)
 
-    monkeypatch.setattr(driver.engine, "_forward", late)
+    monkeypatch.setattr(engine_module, "start_sampling", late)
     for seq_id, prompt in requests.items():
         driver.submit(seq_id, prompt, max_tokens=30)
     driver.run()
@@ -108,7 +109,7 @@ def test_a_step_whose_tokens_cannot_be_collected_is_computed_again(
 
 
 def test_an_engine_that_can_compute_nothing_is_broken(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(driver.engine, "_forward", Mock(side_effect=RuntimeError("no")))
+    monkeypatch.setattr(driver.engine._runner, "run", Mock(side_effect=RuntimeError("no")))
     for index in range(MAX_FAILED_STEPS):
         assert driver.engine.broken is None
         driver.submit(f"s{index}", prompt_of(5))
@@ -134,7 +135,7 @@ def test_a_lost_device_breaks_the_engine_and_says_to_whom_it_is_due(
 ) -> None:
     driver = drivers.make(max_num_seqs=1 + len(beside))
     faulty(driver, monkeypatch, "guilty")
-    monkeypatch.setattr(engine_module, "is_lost", lambda device: True)
+    monkeypatch.setattr(isolation, "is_lost", lambda device: True)
     for seq_id in ("guilty", *beside, "waiting"):
         driver.submit(seq_id, prompt_of(5))
     driver.step()

@@ -4,14 +4,18 @@ import logging
 import time
 from collections import deque
 
+from torch import nn
+
 from adapters.kernels.segments import column_runs
 from adapters.residency.residency import Residency
 from adapters.residency.slots import PAGE_COLUMNS
 from adapters.runtime.pack import PackedAdapter
 from server.engine.adapter_requests import AdapterMoves
-from server.engine.faults import MAX_FAILED_STEPS, EngineBroken, failure_reply, input_problem, is_lost
+from server.engine.faults import EngineBroken, failure_reply, input_problem
+from server.engine.isolation import Isolation
 from server.engine.merging import Merging
 from server.engine.pipeline import PLACEHOLDER, InFlightStep, failed_step
+from server.engine.progress import StepProgress
 from server.engine.scheduler import Scheduler
 from server.engine.selftest import SelfTests
 from server.engine.stats import describe, digests_of, measure
@@ -58,11 +62,13 @@ class Engine:
         max_model_len: int,
         *,
         overlap: bool = False,
+        progress: StepProgress | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.residency = residency
         self.merging = merging
         self.overlap = overlap
+        self.progress = progress or StepProgress(nn.Identity())
         self._runner = runner
         self._selftests = selftests
         self._moves = AdapterMoves(residency)
@@ -73,8 +79,9 @@ class Engine:
         self._outputs: list[SequenceOutput] = []
         self._replies: list[Reply] = []
         self._steps = 0
-        self._failed_steps = 0  # in a row, of which no sequence could be computed
         self.broken: str | None = None  # why the engine cannot continue; its process must end
+        ways = self._forward, self._advance, self._take_all, self._abandon, self._is_live
+        self._isolation = Isolation(runner.device, scheduler.blocks.block_size, *ways)
 
     def has_work(self) -> bool:
         waiting = self._sequences or self._in_flight or self._moves or self._selftests
@@ -137,8 +144,10 @@ class Engine:
                 batch = self._step()
         except EngineBroken as broken:
             self.broken = str(broken)
+        seconds = time.perf_counter() - started
+        self.progress.took(batch.num_tokens, seconds)
         replies, self._replies = self._replies, []
-        return [self._report(batch, time.perf_counter() - started), *replies]
+        return [self._report(batch, seconds), *replies]
 
     def _step(self) -> ScheduledBatch:
         depth = 1 if self.overlap else 0  # steps that may be in flight when this returns
@@ -231,7 +240,8 @@ class Engine:
         forward = self._forward_batch(batch, late)
         for scheduled in batch.sequences:
             scheduled.seq.num_launched_tokens = max(scheduled.seq.num_launched_tokens, scheduled.end)
-        logits = self._runner.run(forward)
+        with self.progress.watched(batch.num_tokens):
+            logits = self._runner.run(forward)
         vocab_sizes = [self._runner.vocab_size(seq.slots) for seq in sampled]
         started = start_sampling(logits, sampled, self._eos_token_ids, vocab_sizes)
         return InFlightStep(batch, started.tokens, started.collect)
@@ -264,9 +274,10 @@ class Engine:
         try:
             samples = step.collect()
         except Exception as error:  # of the launch, or of the device, which reports an error only now
-            self._isolate(step, error)
+            later, self._in_flight = self._in_flight, deque()  # launched with the tokens of this one
+            self._isolation.isolate(step, later, error)
             return
-        self._failed_steps = 0
+        self._isolation.failed_steps = 0
         self._take_all(step.batch, samples)
 
     def _take_all(self, batch: ScheduledBatch, found: list[Sample]) -> None:
@@ -328,69 +339,6 @@ class Engine:
         """End a sequence whose numbers went bad; nothing of what it computed can be trusted."""
         seq.num_verified_tokens = -1
         self._finish(seq, [], FinishReason.ERROR, error=error)
-
-    # -- steps that fail -----------------------------------------------------------------------------------------
-
-    def _isolate(self, step: InFlightStep, failure: Exception) -> None:
-        """Compute the sequences of a failed step again in halves, until those that fail are alone: these end with an
-        error, and the others go on. Raises `EngineBroken` if the device is lost, or if too many steps failed."""
-        log.error("a step of %d sequences failed", len(step.batch.sequences), exc_info=failure)
-        later = [scheduled for other in self._in_flight for scheduled in other.batch.sequences]
-        self._in_flight.clear()  # a later step was launched with the tokens of this one
-        self._check_device([*step.batch.sequences, *later])
-        if self._compute_apart([found for found in step.batch.sequences if self._goes_back(found)]):
-            self._failed_steps = 0
-            return
-        self._failed_steps += 1
-        if self._failed_steps >= MAX_FAILED_STEPS:
-            raise EngineBroken(f"{self._failed_steps} steps in a row failed")
-
-    def _goes_back(self, scheduled: ScheduledSequence) -> bool:
-        """Bring a sequence to where it was before a step that failed. Returns False if it is not to be computed again:
-        it has ended, or it was preempted, so that the scheduler will compute it again."""
-        seq, start, end = scheduled.seq, scheduled.start, scheduled.end
-        if not self._is_live(seq):
-            return False
-        if scheduled.samples:
-            del seq.token_ids[end:]  # a placeholder
-        covered = len(seq.block_table) * self.scheduler.blocks.block_size >= end
-        if not covered or seq.num_computed_tokens not in (start, end):
-            return False
-        seq.num_computed_tokens = start
-        return True
-
-    def _compute_apart(self, sequences: list[ScheduledSequence]) -> bool:
-        """Return whether any of the sequences, which failed together, could be computed."""
-        if len(sequences) == 1:
-            self._abandon(sequences[0].seq, "the engine failed to compute this step")
-        if len(sequences) <= 1:
-            return False
-        middle = len(sequences) // 2
-        return any([self._compute_again(half) for half in (sequences[:middle], sequences[middle:])])
-
-    def _compute_again(self, sequences: list[ScheduledSequence]) -> bool:
-        batch = ScheduledBatch(sequences)
-        try:
-            step = self._forward(batch)
-            samples = step.collect()
-        except Exception:
-            self._check_device(sequences)
-            return self._compute_apart(sequences)
-        self._advance(step)
-        self._take_all(batch, samples)
-        return True
-
-    def _check_device(self, sequences: list[ScheduledSequence]) -> None:
-        """End the sequences of a step that failed, and raise `EngineBroken`, if the device is lost. Which of several
-        sequences is the cause cannot be found out any more."""
-        if not is_lost(self._runner.device):
-            return
-        live = {scheduled.seq: None for scheduled in sequences if self._is_live(scheduled.seq)}
-        for seq in live:
-            alone = "the engine failed to compute this step"
-            beside = "the device failed in a step of several requests, of which any may be the cause"
-            self._abandon(seq, (alone if len(live) == 1 else beside) + "; the engine restarts")
-        raise EngineBroken("the device is lost")
 
     # -- adapters ------------------------------------------------------------------------------------------------
 

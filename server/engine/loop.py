@@ -14,6 +14,7 @@ from server.ipc.messages import (
     EngineInfo,
     Fatal,
     FromEngine,
+    Progress,
     Ready,
     Receive,
     Shutdown,
@@ -36,6 +37,14 @@ def run_loop(
     duration of each step in seconds. Raises `EngineBroken` if the engine cannot continue."""
     last_emitted = 0.0
     wait = 0.0
+
+    def in_a_step() -> None:
+        nonlocal last_emitted
+        if time.monotonic() - last_emitted > HEARTBEAT_SECONDS:
+            emit(Progress())
+            last_emitted = time.monotonic()
+
+    engine.progress.report = in_a_step
     while True:
         for message in receive(wait):
             if isinstance(message, Shutdown):
@@ -82,13 +91,17 @@ class ThreadTransport:
         def emit(message: FromEngine) -> None:
             loop.call_soon_threadsafe(on_message, message)
 
+        def refuse(reason: str) -> None:
+            on_message(Fatal(reason))
+            on_exit("the model was refused")
+
         def run() -> None:
             try:
                 self.engine, info = self._build()
                 emit(Ready(info))
                 run_loop(self.engine, self._receive, emit)
             except ModelRefused as refused:
-                emit(Fatal(str(refused)))
+                loop.call_soon_threadsafe(refuse, str(refused))
             except Exception as error:
                 log.exception("the engine thread died")
                 loop.call_soon_threadsafe(on_exit, repr(error))

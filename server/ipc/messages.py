@@ -209,13 +209,17 @@ class Reply(msgspec.Struct, frozen=True, tag=True):
     selftest: SelfTest | None = None
 
 
+class Progress(msgspec.Struct, frozen=True, tag=True):
+    """The engine is in a long step, of which a layer has begun."""
+
+
 class Fatal(msgspec.Struct, frozen=True, tag=True):
     """The engine cannot start or continue; `reason` is for the operator."""
 
     reason: str
 
 
-FromEngine = Ready | StepOutputs | Reply | Fatal
+FromEngine = Ready | StepOutputs | Reply | Progress | Fatal
 
 Receive = Callable[
     [float], list[ToEngine]
