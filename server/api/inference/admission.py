@@ -95,7 +95,9 @@ async def choose_target(
 
 
 def check_still_there(context: AppContext, target: Target) -> None:
-    """Raise 404 if an adapter was deleted since `resolve`. A version that was replaced meanwhile may still run."""
+    """Raise 404 if an adapter was deleted since `resolve`, and 409 if another was merged. A version that was replaced
+    meanwhile may still run."""
+    _refuse_if_merged(context, target.adapters)
     for name, digest in target.versions:
         try:
             context.registry.resolve(f"{name}@{digest}")
