@@ -175,6 +175,8 @@ class Engine:
             self._moves.unload_retired(digests_of(self._sequences.values()))
         for seq, reason in self.scheduler.failed():
             self._finish(seq, [], FinishReason.ERROR, error=f"the adapter could not be loaded: {reason}")
+        for seq, reason in self.merging.refused():
+            self._finish(seq, [], FinishReason.ERROR, error=reason)
 
     # -- sequences -----------------------------------------------------------------------------------------------
 
