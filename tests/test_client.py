@@ -5,12 +5,14 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from adapters.model_spec import ModelSpec
 from server.config import ServeConfig
 from server.engine.build import build_engine
+from server.engine.faults import MAX_FAILED_STEPS
 from server.engine.loop import ThreadTransport
 from server.ipc import client as client_module
 from server.ipc.client import AdapterMoveRefused, EngineClient, EngineState, EngineUnavailable, Stream
@@ -34,6 +36,7 @@ from server.ipc.messages import (
     ToEngine,
     Unmerge,
 )
+from server.model.runner import ModelRunner
 from server.sequence import SamplingParams
 from tests.fixtures.adapter_factory import tiny_llama, write_adapter
 from tests.fixtures.engine_driver import MIB, make_driver, plain
@@ -138,6 +141,23 @@ async def test_a_model_that_cannot_be_loaded_is_reported_by_start(tmp_path: Path
     with pytest.raises(EngineUnavailable, match="cannot be loaded"):
         async with client_over(tmp_path / "nothing here", tmp_path):
             raise AssertionError("it started")
+
+
+async def test_an_engine_whose_every_step_fails_is_restarted(
+    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with client_over(llama_folder, tmp_path) as client:
+        with monkeypatch.context() as broken:
+            broken.setattr(ModelRunner, "run", Mock(side_effect=RuntimeError("no")))
+            for index in range(MAX_FAILED_STEPS):
+                assert client.state is EngineState.READY
+                assert await collect(client.submit(request(f"s{index}"))) == ([], "error")
+            await eventually(lambda: client.state is EngineState.RESTARTING)
+        with pytest.raises(EngineUnavailable, match="restarting"):
+            client.submit(request("meanwhile"))
+        await eventually(lambda: client.state is EngineState.READY)
+        assert client.restarts == 1
+        assert await collect(client.submit(request("after"))) == (greedy(tiny_llama(), PROMPT, 8), "length")
 
 
 # -- with a transport that does as it is told --------------------------------------------------------------------------

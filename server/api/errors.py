@@ -36,7 +36,7 @@ _REFUSAL_STATUS = {
     "failed": 500,
     "timeout": 503,
 }
-_REFUSAL_CODE = {422: "adapter_invalid", 404: "model_not_found", 500: "engine_error", 503: "engine_error"}
+_REFUSAL_CODE = {422: "adapter_invalid", 404: "model_not_found", 500: "engine_error"}
 
 
 class ApiError(HTTPException):
@@ -146,6 +146,8 @@ async def _on_adapter_error(_: Request, error: Exception) -> JSONResponse:
 async def _on_move_refused(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, AdapterMoveRefused)
     status = _REFUSAL_STATUS[error.code]
+    if status == 503:
+        return error_response(unavailable(str(error), "engine_error"))
     return error_response(ApiError(status, str(error), code=_REFUSAL_CODE.get(status, "conflict")))
 
 
