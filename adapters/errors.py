@@ -118,7 +118,7 @@ class NoSpace(AdapterError):
     code = "insufficient_storage"
 
 
-RefusalCode = Literal["busy", "invalid", "no_room", "not_mergeable"]
+RefusalCode = Literal["busy", "invalid", "no_room", "not_mergeable", "failed"]
 
 
 class MoveRefused(Exception):

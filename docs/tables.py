@@ -29,7 +29,7 @@ CODES = {
     "conflict": "The state of the adapter, alias or merge does not allow the operation.",
     "context_length_exceeded": "The prompt and the requested tokens do not fit into the context.",
     "draining": "The server is shutting down.",
-    "engine_dead": "The engine is dead or hung; only the liveness probe reports this code.",
+    "engine_dead": "The engine is dead or hung, or cannot be restarted; only the liveness probe reports this code.",
     "engine_error": "The engine could not compute the request.",
     "engine_unavailable": "The engine is starting, restarting or dead.",
     "insufficient_scope": "The API key lacks the scope, or may not see or change this name.",

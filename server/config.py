@@ -103,7 +103,9 @@ class ServeConfig:
     merge_min_requests: int = _setting(8, "Minimum number of requests in the merge window for an automatic merge", ge=1)
     merge_cooldown: float = _setting(60.0, "Seconds between the end of a merge and the next automatic merge", ge=0.0)
     hang_seconds: float = _setting(
-        60.0, "Restart the engine if it has work but completes no step for this long.", ge=1.0
+        60.0,
+        "Restart the engine if it has work but makes no progress for this long: neither a step nor a layer of one",
+        ge=1.0,
     )
     drain_delay: float = _setting(0.0, "Seconds at shutdown between becoming unready and refusing requests", ge=0.0)
     drain_timeout: float = _setting(30.0, "Seconds at shutdown for running requests to finish", ge=0.0)

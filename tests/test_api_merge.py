@@ -1,8 +1,10 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from server.api.text.adapter_tokenizers import AdapterTokenizers
 from tests.fixtures.api_server import BASE, Api, assert_error, serving
 from tests.test_metrics import samples
 
@@ -88,6 +90,33 @@ async def test_others_wait_or_are_refused(tmp_path: Path, others: str) -> None:
         assert_error(await api.chat(model="nobody"), 404)
         await api.http.delete("/v1/merge")
         assert (await api.chat()).status_code == 200
+
+
+async def test_a_merge_between_resolving_and_submitting_refuses_the_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with serving(tmp_path, merge_others="refuse") as api:
+        await api.upload("acme")
+        encode = AdapterTokenizers.of
+
+        async def slowly(*asked: Any) -> Any:
+            await merge(api, "acme")
+            return await encode(*asked)
+
+        with monkeypatch.context() as slow:
+            slow.setattr(AdapterTokenizers, "of", slowly)
+            assert_error(await api.chat(), 409, "merged")
+        assert not api.engine.submitted
+        await api.http.delete("/v1/merge")
+        assert (await api.chat()).status_code == 200
+
+
+async def test_a_merge_that_fails_or_takes_too_long_is_the_engine_s_fault(tmp_path: Path) -> None:
+    async with serving(tmp_path) as api:
+        await api.upload("acme")
+        for code, status in (("failed", 500), ("timeout", 503)):
+            api.engine.refuse[await digest_of(api, "acme")] = (code, "it is the engine")
+            assert_error(await api.http.post("/v1/merge", json={"name": "acme"}), status, "engine_error")
 
 
 async def test_a_refused_merge_refuses_nobody(tmp_path: Path) -> None:

@@ -57,6 +57,15 @@ async def test_what_the_engine_cannot_load_is_refused(tmp_path: Path) -> None:
         assert stored(api) == []
 
 
+async def test_a_test_that_raises_is_no_fault_of_the_adapter_and_publishes_nothing(tmp_path: Path) -> None:
+    async with serving(tmp_path) as api:
+        api.engine.selftest_error = ("failed", "an unexpected error occurred in the engine")
+        assert_error(await api.upload("acme"), 500, "engine_error")
+        assert stored(api) == []
+        api.engine.selftest_error = None
+        assert (await api.upload("acme")).status_code == 201
+
+
 async def test_a_full_device_is_no_fault_of_the_adapter(tmp_path: Path) -> None:
     async with serving(tmp_path) as api:
         api.engine.selftest_error = ("no_room", "no device slot became free")

@@ -1,16 +1,18 @@
 """The API's side of the engine: over a thread with a real engine, and over a transport that does as it is told."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from adapters.model_spec import ModelSpec
 from server.config import ServeConfig
 from server.engine.build import build_engine
+from server.engine.faults import MAX_FAILED_STEPS
 from server.engine.loop import ThreadTransport
 from server.ipc import client as client_module
 from server.ipc.client import AdapterMoveRefused, EngineClient, EngineState, EngineUnavailable, Stream
@@ -25,17 +27,20 @@ from server.ipc.messages import (
     MergeSwitch,
     MoveAdapter,
     PinAdapter,
+    Progress,
     Ready,
     Reply,
     SequenceOutput,
     StepOutputs,
     Submit,
     ToEngine,
+    Unmerge,
 )
+from server.model.runner import ModelRunner
 from server.sequence import SamplingParams
 from tests.fixtures.adapter_factory import tiny_llama, write_adapter
 from tests.fixtures.engine_driver import MIB, make_driver, plain
-from tests.fixtures.timing import Clock, eventually
+from tests.fixtures.timing import Clock, eventually, leap
 from tests.test_architectures import greedy
 
 PROMPT = [5, 9, 33, 2, 60]
@@ -136,6 +141,23 @@ async def test_a_model_that_cannot_be_loaded_is_reported_by_start(tmp_path: Path
     with pytest.raises(EngineUnavailable, match="cannot be loaded"):
         async with client_over(tmp_path / "nothing here", tmp_path):
             raise AssertionError("it started")
+
+
+async def test_an_engine_whose_every_step_fails_is_restarted(
+    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with client_over(llama_folder, tmp_path) as client:
+        with monkeypatch.context() as broken:
+            broken.setattr(ModelRunner, "run", Mock(side_effect=RuntimeError("no")))
+            for index in range(MAX_FAILED_STEPS):
+                assert client.state is EngineState.READY
+                assert await collect(client.submit(request(f"s{index}"))) == ([], "error")
+            await eventually(lambda: client.state is EngineState.RESTARTING)
+        with pytest.raises(EngineUnavailable, match="restarting"):
+            client.submit(request("meanwhile"))
+        await eventually(lambda: client.state is EngineState.READY)
+        assert client.restarts == 1
+        assert await collect(client.submit(request("after"))) == (greedy(tiny_llama(), PROMPT, 8), "length")
 
 
 # -- with a transport that does as it is told --------------------------------------------------------------------------
@@ -364,3 +386,162 @@ async def test_only_running_sequences_are_aborted(transport: FakeTransport, clie
     client.abort(["b"])
     client.abort(["a", "b"])
     assert transport.sent == [Abort(["a"])]
+
+
+# -- restarts that fail, hangs and deadlines ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_module, "RESTART_BACKOFF_SECONDS", (0.0,))
+
+
+async def starts(transport: FakeTransport, *how: str) -> list[str]:
+    """Let the next starts of the engine go like this; returns the list of those still to come."""
+    left = list(how)
+    start = transport.start
+
+    async def scripted(on_message: Callable[[FromEngine], None], on_exit: Callable[[str], None]) -> None:
+        kind = left.pop(0) if left else "ready"
+        if kind == "ready":
+            await start(on_message, on_exit)
+            return
+        transport.starts += 1
+        transport.say, transport.die = on_message, on_exit
+        if kind == "raises":
+            raise OSError(28, "no space left on device")
+        if kind == "refused":
+            on_message(Fatal("the KV cache holds no tokens"))
+        if kind in ("refused", "dies"):
+            on_exit("status 1")
+
+    transport.start = scripted  # type: ignore[method-assign]
+    return left
+
+
+@pytest.mark.parametrize("how", ["raises", "refused", "dies"])
+async def test_a_restart_that_fails_is_tried_again(
+    transport: FakeTransport, client: EngineClient, quick: None, how: str
+) -> None:
+    await starts(transport, how, how)
+    transport.die("killed")
+    assert client.state is EngineState.RESTARTING and client.is_alive()
+    await eventually(lambda: client.state is EngineState.READY)
+    assert (transport.starts, client.restarts) == (4, 3) and client.is_alive()
+
+
+async def test_why_a_restart_fails_is_said_meanwhile(
+    transport: FakeTransport, client: EngineClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_module, "RESTART_BACKOFF_SECONDS", (0.0, 600.0))
+    await starts(transport, "refused")
+    transport.die("killed")
+    await eventually(lambda: transport.starts == 2)
+    await asyncio.sleep(0)
+    with pytest.raises(EngineUnavailable, match=r"tried again: the KV cache holds no tokens"):
+        client.submit(request("s"))
+
+
+async def test_a_restarted_engine_that_does_not_get_ready_is_restarted(
+    transport: FakeTransport, client: EngineClient, clock: Clock, quick: None
+) -> None:
+    await starts(transport, "silent", "silent")
+    transport.die("killed")
+    await eventually(lambda: transport.starts == 2)
+    await asyncio.sleep(0.12)  # the client looks every 0.05 s
+    assert transport.kills == 0, "it has the time of a start"
+
+    def is_ready() -> bool:
+        clock.now += 0.21
+        return client.state is EngineState.READY
+
+    await eventually(is_ready)
+    assert (transport.starts, transport.kills) == (4, 2)
+
+
+async def test_an_engine_that_cannot_be_restarted_is_not_alive_and_still_tried(
+    transport: FakeTransport, client: EngineClient, quick: None
+) -> None:
+    failing = client_module.MAX_FAILED_RESTARTS
+    await starts(transport, *["raises"] * failing, "silent")
+    transport.die("killed")
+    assert client.is_alive()
+    await eventually(lambda: transport.starts == 1 + failing + 1)
+    assert not client.is_alive()
+    transport.die("status 1")
+    await eventually(lambda: client.state is EngineState.READY)
+    assert client.is_alive()
+
+
+async def test_the_wait_before_a_restart_grows_until_a_token_is_computed(
+    transport: FakeTransport, client: EngineClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(client_module, "RESTART_BACKOFF_SECONDS", (0.0, 0.001, 0.002))
+    for _ in range(3):
+        transport.die("killed")
+        await eventually(lambda: client.state is EngineState.READY)
+    client.submit(request("s"))
+    transport.output("s", 1)
+    transport.die("killed")
+    assert [record.args[1] for record in caplog.records if "is restarted in" in record.msg] == [0.0, 0.001, 0.002, 0.0]  # type: ignore[index]
+
+
+async def test_reports_of_an_engine_that_has_ended_are_ignored(transport: FakeTransport, client: EngineClient) -> None:
+    say, die = transport.say, transport.die
+    die("killed")
+    say(Ready(info()))
+    assert client.state is EngineState.RESTARTING
+    await eventually(lambda: client.state is EngineState.READY)
+    die("killed once more")
+    assert (client.state, transport.starts) == (EngineState.READY, 2)
+
+
+CALLS: dict[str, Callable[[EngineClient], Coroutine[Any, Any, Any]]] = {
+    "move": lambda client: client.move_adapter("d", "device"),
+    "pin": lambda client: client.pin_adapter("d", True),
+    "selftest": lambda client: client.run_selftest("d"),
+    "merge": lambda client: client.merge("d", drain=True, allow_requantize=False),
+    "unmerge": lambda client: client.unmerge(),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+async def test_a_hang_is_noticed_when_only_a_reply_is_due(
+    transport: FakeTransport, client: EngineClient, clock: Clock, call: str
+) -> None:
+    clock.now += 0.4  # idle
+    waiting = asyncio.create_task(CALLS[call](client))
+    await asyncio.sleep(0.06)
+    assert client.is_alive() and transport.kills == 0
+    clock.now += 0.3
+    assert not client.is_alive()
+    with pytest.raises(EngineUnavailable):
+        await waiting
+    assert transport.kills == 1
+    await eventually(lambda: client.state is EngineState.READY)
+    assert client.is_alive()
+
+
+@pytest.mark.parametrize("call", CALLS)
+async def test_a_call_has_a_deadline_and_is_taken_back(
+    transport: FakeTransport, client: EngineClient, call: str
+) -> None:
+    waiting = asyncio.create_task(CALLS[call](client))
+    await asyncio.sleep(0)
+    leap(client_module.MERGE_SECONDS + 1)
+    with pytest.raises(AdapterMoveRefused, match="did not complete") as refused:
+        await waiting
+    assert refused.value.code == "timeout" and client.requested_merge is None
+    taken_back = {"pin": PinAdapter, "merge": Unmerge}
+    assert [type(sent) for sent in transport.sent[1:]] == [taken_back[call] for _ in range(call in taken_back)]
+
+
+async def test_a_layer_of_a_long_step_is_progress(transport: FakeTransport, client: EngineClient, clock: Clock) -> None:
+    stream = client.submit(request("s"))
+    for _ in range(5):
+        clock.now += 0.15
+        await asyncio.sleep(0.06)
+        transport.say(Progress())
+    assert client.is_alive() and transport.kills == 0
+    transport.output("s", 1, finish_reason="length")
+    assert await collect(stream) == ([1], "length")

@@ -359,18 +359,6 @@ def test_what_an_aborted_prefill_left_behind_is_not_read_by_others(drivers: Driv
     assert {driver.finish_reason(f"s{index}") for index in range(6)} == {"length"}
 
 
-def test_a_step_that_fails_ends_its_batch_and_nothing_else(drivers: Drivers) -> None:
-    driver = drivers.make(max_num_seqs=2)
-    driver.submit("bad", prompt_of(5), logit_bias={100_000: 1.0})  # the API would not let it through
-    driver.submit("beside it", prompt_of(5))
-    driver.submit("behind it", prompt_of(5))
-    driver.run()
-    assert driver.finish_reason("bad") == driver.finish_reason("beside it") == "error"
-    assert "failed to compute" in str(driver.outputs["beside it"][-1].error)
-    assert driver.tokens("behind it") == greedy(tiny_llama(), prompt_of(5), 8)
-    assert driver.steps[-1].stats.blocks_used == 0
-
-
 # -- moves on request --------------------------------------------------------------------------------------------------
 
 

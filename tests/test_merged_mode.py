@@ -155,6 +155,21 @@ def test_where_others_are_refused_what_came_before_the_merge_is_still_answered(s
     assert served.state == "merged" and served.driver.tokens("own") == answers["own", 0]
 
 
+def test_where_others_are_refused_who_comes_after_the_merge_is_answered(serve: Any, answers: Any) -> None:
+    """Submitted after the merge, though the API let it pass before; also in one batch of messages with it."""
+    served = serve(merge_others="refuse", max_wait_steps=2)
+    served.ask(1)
+    assert served.settled(1) is None
+    served.submit("late", "base")
+    for number in range(5):
+        served.submit(f"own{number}", "own", max_tokens=3)
+    served.driver.run()
+    assert "refuses requests for other models" in str(served.driver.outputs["late"][-1].error)
+    assert len(served.driver.outputs["late"]) == 1
+    for number in range(5):
+        assert served.driver.tokens(f"own{number}") == answers["own", 0][:3]
+
+
 def test_a_version_that_no_name_points_at_any_more_is_unmerged(serve: Any, answers: Any) -> None:
     served: Served = serve()
     before = weights_digest(served.model)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from adapters.errors import AdapterInvalid, MoveRefused, Problem
+from server.engine.faults import EngineBroken
 from server.engine.merging import Merged, MergePolicy, Merging
 from server.engine.scheduler import MergeGate
 from server.ipc.messages import Merge
@@ -230,6 +231,37 @@ def test_a_failure_while_the_weights_change_places_opens_the_gate_again() -> Non
     base = world.add("base", None)
     world.step(10)
     assert base.num_output_tokens == 4
+
+
+@dataclass
+class Breaking(FakeMerged):
+    """Weights whose exchange raises; `stays` if the base model's own cannot be put back either."""
+
+    stays: bool = False
+
+    def install(self) -> None:
+        raise RuntimeError("a bug")
+
+    def restore(self) -> None:
+        if self.stays:
+            raise RuntimeError("another")
+
+
+def test_an_exchange_of_weights_that_raises_is_undone_and_answered() -> None:
+    world = World(weights=Breaking())
+    world.merging.merge(Merge(1, "a"))
+    world.ready()
+    assert world.replies() == [(1, "failed")] and world.state == "none"
+    base = world.add("base", None)
+    world.step(10)
+    assert base.num_output_tokens == 4
+
+
+def test_weights_that_cannot_be_put_back_break_the_engine() -> None:
+    world = World(weights=Breaking(stays=True))
+    world.merging.merge(Merge(1, "a"))
+    with pytest.raises(EngineBroken, match="could not be put back"):
+        world.ready()
 
 
 def test_the_policy_wants_an_owner_of_the_window_with_enough_requests() -> None:

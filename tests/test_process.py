@@ -158,6 +158,21 @@ async def test_a_request_in_the_moment_of_death_ends_with_an_error(llama_folder:
         await client.stop()
 
 
+async def test_an_engine_that_breaks_says_whose_fault_it_was_and_is_replaced(tmp_path: Path) -> None:
+    transport = ProcessTransport(ServeConfig(model="none", data_dir=tmp_path), "tests.fixtures.broken_engine")
+    client = EngineClient(transport)
+    await client.start()
+    try:
+        broken = transport.pid
+        guilty, other = client.submit(request("guilty")), client.submit(request("other"))
+        assert [output.error for output in await guilty.take()] == ["your fault"]
+        assert [output.error for output in await other.take()] == ["the engine died and is restarting; try again"]
+        await eventually(lambda: client.state is EngineState.READY)
+        assert broken is not None and is_gone(broken) and transport.pid != broken
+    finally:
+        await client.stop()
+
+
 async def test_stopping_while_the_model_loads_leaves_nothing_behind(llama_folder: Path, tmp_path: Path) -> None:
     transport = make_transport(llama_folder, tmp_path)
     client = EngineClient(transport)

@@ -27,7 +27,16 @@ _TYPES = {  # every other status is an invalid_request_error
     507: "insufficient_storage",
 }
 _CODES = {404: "not_found", 405: "method_not_allowed"}
-_REFUSAL_STATUS = {"busy": 409, "no_room": 409, "not_mergeable": 409, "invalid": 422, "not_found": 404}
+_REFUSAL_STATUS = {
+    "busy": 409,
+    "no_room": 409,
+    "not_mergeable": 409,
+    "invalid": 422,
+    "not_found": 404,
+    "failed": 500,
+    "timeout": 503,
+}
+_REFUSAL_CODE = {422: "adapter_invalid", 404: "model_not_found", 500: "engine_error"}
 
 
 class ApiError(HTTPException):
@@ -136,8 +145,10 @@ async def _on_adapter_error(_: Request, error: Exception) -> JSONResponse:
 
 async def _on_move_refused(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, AdapterMoveRefused)
-    code = {422: "adapter_invalid", 404: "model_not_found"}.get(_REFUSAL_STATUS[error.code], "conflict")
-    return error_response(ApiError(_REFUSAL_STATUS[error.code], str(error), code=code))
+    status = _REFUSAL_STATUS[error.code]
+    if status == 503:
+        return error_response(unavailable(str(error), "engine_error"))
+    return error_response(ApiError(status, str(error), code=_REFUSAL_CODE.get(status, "conflict")))
 
 
 async def _on_engine_unavailable(request: Request, _: Exception) -> JSONResponse:

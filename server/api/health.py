@@ -87,9 +87,9 @@ class Stats(Wire):
 
 @router.get("/livez", responses=error_responses(503))
 async def livez(context: Context) -> StatusBody:
-    """Liveness probe; 503 when the engine is dead or hung."""
+    """Liveness probe; 503 when the engine is dead or hung, or cannot be restarted."""
     if not context.engine.is_alive():
-        raise unavailable("The engine is dead or hung; restart the server.", "engine_dead")
+        raise unavailable("The engine is dead, hung or cannot be restarted; restart the server.", "engine_dead")
     return StatusBody(status="alive")
 
 

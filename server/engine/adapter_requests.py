@@ -1,12 +1,15 @@
 """Requested moves, pins and retirements of adapters that are not complete. Does not use torch."""
 
+import logging
 from collections.abc import Set
-from contextlib import suppress
 from typing import Any
 
 from adapters.errors import MoveRefused
 from adapters.residency.residency import Residency
+from server.engine.faults import failure_reply
 from server.ipc.messages import MoveAdapter, PinAdapter, Reply
+
+log = logging.getLogger(__name__)
 
 _TIERS = ("disk", "host", "device")
 
@@ -53,14 +56,21 @@ class AdapterMoves:
                 replies.append(Reply(request.request_id))
             except MoveRefused as refused:
                 replies.append(Reply(request.request_id, (refused.code, str(refused))))
+            except Exception:
+                log.exception("%s of %s failed", type(request).__name__, request.digest)
+                replies.append(failure_reply(request.request_id))
         self._pending = waiting
         return replies
 
     def unload_retired(self, in_use: Set[str]) -> None:
         for digest in self._retired - in_use if self._retired else ():
-            with suppress(MoveRefused):  # it is being loaded; retry later
+            try:
                 self._residency.unload(digest)
-                self._retired.discard(digest)
+            except MoveRefused:  # it is being loaded; retry later
+                continue
+            except Exception:
+                log.exception("unloading %s failed", digest)
+            self._retired.discard(digest)
 
     def _withdraw(self, digest: str, why: str, *, with_moves: bool) -> None:
         """Refuse pending pins of the version, and its moves if `with_moves`: completed later, they would undo a newer

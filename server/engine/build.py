@@ -25,6 +25,7 @@ from server.engine.block_manager import BlockManager
 from server.engine.engine import Engine
 from server.engine.merging import Merged, MergePolicy, Merging
 from server.engine.policies import FairShare, FirstCome
+from server.engine.progress import StepProgress
 from server.engine.scheduler import Scheduler
 from server.engine.selftest import SelfTests
 from server.engine.sizing import BLOCK_SIZE, host_cache_bytes, room, size_kv_cache, size_pool
@@ -82,6 +83,7 @@ def build_engine(config: ServeConfig) -> tuple[Engine, EngineInfo]:
         loaded.eos_token_ids,
         max_model_len,
         overlap=runner.device.type == "cuda",  # launches are synchronous on a CPU
+        progress=StepProgress(loaded.model),
     )
     return engine, _info(config, loaded, spec, runner, residency.slots, num_blocks, max_model_len, graphs)
 

@@ -4,13 +4,18 @@ import logging
 import time
 from collections import deque
 
+from torch import nn
+
 from adapters.kernels.segments import column_runs
 from adapters.residency.residency import Residency
 from adapters.residency.slots import PAGE_COLUMNS
 from adapters.runtime.pack import PackedAdapter
 from server.engine.adapter_requests import AdapterMoves
+from server.engine.faults import EngineBroken, failure_reply, input_problem
+from server.engine.isolation import Isolation
 from server.engine.merging import Merging
 from server.engine.pipeline import PLACEHOLDER, InFlightStep, failed_step
+from server.engine.progress import StepProgress
 from server.engine.scheduler import Scheduler
 from server.engine.selftest import SelfTests
 from server.engine.stats import describe, digests_of, measure
@@ -57,11 +62,13 @@ class Engine:
         max_model_len: int,
         *,
         overlap: bool = False,
+        progress: StepProgress | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.residency = residency
         self.merging = merging
         self.overlap = overlap
+        self.progress = progress or StepProgress(nn.Identity())
         self._runner = runner
         self._selftests = selftests
         self._moves = AdapterMoves(residency)
@@ -71,11 +78,16 @@ class Engine:
         self._sequences: dict[str, Sequence] = {}
         self._in_flight: deque[InFlightStep] = deque()
         self._outputs: list[SequenceOutput] = []
+        self._replies: list[Reply] = []
         self._steps = 0
+        self.broken: str | None = None  # why the engine cannot continue; its process must end
+        ways = self._forward, self._advance, self._take_all, self._abandon, self._is_live
+        self._isolation = Isolation(runner.device, scheduler.blocks.block_size, *ways)
 
     def has_work(self) -> bool:
-        waiting = self._sequences or self._in_flight or self._moves or self._selftests or self._outputs
-        return bool(waiting) or self.residency.changed or self.merging.has_work()
+        waiting = self._sequences or self._in_flight or self._moves or self._selftests
+        untold = self._outputs or self._replies or self.broken
+        return bool(waiting or untold) or self.residency.changed or self.merging.has_work()
 
     def close(self) -> None:
         """End the threads that read adapters."""
@@ -83,6 +95,14 @@ class Engine:
         self.residency.close()
 
     def handle(self, message: ToEngine) -> None:
+        """Take in one message. If that fails, the message gets an error as its response and nothing else changes."""
+        try:
+            self._handle(message)
+        except Exception:
+            log.exception("%s could not be handled", type(message).__name__)
+            self._refuse(message)
+
+    def _handle(self, message: ToEngine) -> None:
         match message:
             case Submit():
                 self._submit(message)
@@ -103,35 +123,61 @@ class Engine:
             case Unmerge(request_id=request_id):
                 self.merging.unmerge(request_id)
 
+    def _refuse(self, message: ToEngine) -> None:
+        match message:
+            case Submit(seq_id=seq_id):
+                seq = self._sequences.pop(seq_id, None)
+                if seq is not None and seq in self.scheduler.waiting:
+                    self.scheduler.finish(seq)
+                self._outputs.append(SequenceOutput(seq_id, [], "error", error="the engine could not take the request"))
+            case Abort():  # the books of a sequence that cannot be removed do not balance
+                self.broken = "a sequence could not be aborted"
+            case MoveAdapter() | PinAdapter() | RunSelfTest() | Merge() | Unmerge():
+                self._replies.append(failure_reply(message.request_id))
+
     def step(self) -> list[FromEngine]:
-        """Run one forward pass over all schedulable sequences; return messages, outputs first."""
+        """Run one forward pass over all schedulable sequences; return messages, outputs first. If the engine cannot
+        continue, `broken` says why, and sequences without a last output end with the engine's process."""
         started = time.perf_counter()
+        batch = ScheduledBatch([])
+        try:
+            if self.broken is None:
+                batch = self._step()
+        except EngineBroken as broken:
+            self.broken = str(broken)
+        seconds = time.perf_counter() - started
+        self.progress.took(batch.num_tokens, seconds)
+        replies, self._replies = self._replies, []
+        return [self._report(batch, seconds), *replies]
+
+    def _step(self) -> ScheduledBatch:
         depth = 1 if self.overlap else 0  # steps that may be in flight when this returns
         self._collect_down_to(0 if self.merging.has_work() else depth)
-        replies = self._between_steps()
-        batch = self.scheduler.schedule()
+        self._between_steps()
+        batch = self._begin(self.scheduler.schedule())
         if batch:
             step = self._launch(batch)
             self._in_flight.append(step)
             self._collect_down_to(1)
-            if step.failed:
-                depth = 0
-            else:
+            if self._in_flight and not step.failed:
                 self._advance(step)
+            else:
+                depth = 0
         self._collect_down_to(depth if batch else 0)
-        return [self._report(batch, time.perf_counter() - started), *replies]
+        return batch
 
-    def _between_steps(self) -> list[Reply]:
-        """Let loads, self-tests and merges go on; return the replies that are due."""
+    def _between_steps(self) -> None:
+        """Let loads, self-tests and merges go on, and collect the replies that are due."""
         self.residency.poll()
         self.merging.advance()
-        replies = [*self._moves.poll(), *self._selftests.advance(), *self.merging.take_replies()]
+        self._replies += [*self._moves.poll(), *self._selftests.advance(), *self.merging.take_replies()]
         self._cancel_reads()
         if self._moves:
             self._moves.unload_retired(digests_of(self._sequences.values()))
         for seq, reason in self.scheduler.failed():
             self._finish(seq, [], FinishReason.ERROR, error=f"the adapter could not be loaded: {reason}")
-        return replies
+        for seq, reason in self.merging.refused():
+            self._finish(seq, [], FinishReason.ERROR, error=reason)
 
     # -- sequences -----------------------------------------------------------------------------------------------
 
@@ -147,6 +193,13 @@ class Engine:
             request.priority,
             request.weight,
         )
+        vocab_size = None if seq.adapters else self._runner.vocab_size(())
+        problem = input_problem(seq.token_ids, seq.sampling, vocab_size)
+        if problem is None and seq.num_tokens > self._max_model_len:
+            problem = f"the prompt has more than {self._max_model_len} tokens"
+        if problem is not None:
+            self._outputs.append(SequenceOutput(seq.seq_id, [], "error", error=problem))
+            return
         self._sequences[seq.seq_id] = seq
         for adapter in seq.adapters:
             self._moves.unretire(adapter.digest)
@@ -156,15 +209,27 @@ class Engine:
 
     # -- steps ---------------------------------------------------------------------------------------------------
 
-    def _launch(self, batch: ScheduledBatch) -> InFlightStep:
-        """Queue one forward pass on the device. If that fails, collecting the step raises the error, which ends the
-        sequences of this batch and nothing else."""
-        self._steps += 1
+    def _begin(self, batch: ScheduledBatch) -> ScheduledBatch:
+        """Note the first step of new sequences, and end those whose input their adapters cannot compute, now that the
+        vocabulary is known. Returns the batch without them."""
         now = time.monotonic()
+        refused = False
         for scheduled in batch.sequences:
-            if scheduled.seq.admitted is None:
-                scheduled.seq.admitted = now
-                scheduled.seq.num_cached_tokens = scheduled.start
+            seq = scheduled.seq
+            if seq.admitted is None:
+                seq.admitted = now
+                seq.num_cached_tokens = scheduled.start
+                problem = seq.adapters and input_problem(
+                    seq.token_ids, seq.sampling, self._runner.vocab_size(seq.slots)
+                )
+                if problem:
+                    refused = True
+                    self._finish(seq, [], FinishReason.ERROR, error=problem)
+        return ScheduledBatch([found for found in batch.sequences if self._is_live(found.seq)]) if refused else batch
+
+    def _launch(self, batch: ScheduledBatch) -> InFlightStep:
+        """Queue one forward pass on the device. If that fails, collecting the step raises the error."""
+        self._steps += 1
         try:
             return self._forward(batch)
         except Exception as error:
@@ -177,8 +242,9 @@ class Engine:
         late = None if previous is None else (previous.placeholders, previous.tokens)
         forward = self._forward_batch(batch, late)
         for scheduled in batch.sequences:
-            scheduled.seq.num_launched_tokens = scheduled.end
-        logits = self._runner.run(forward)
+            scheduled.seq.num_launched_tokens = max(scheduled.seq.num_launched_tokens, scheduled.end)
+        with self.progress.watched(batch.num_tokens):
+            logits = self._runner.run(forward)
         vocab_sizes = [self._runner.vocab_size(seq.slots) for seq in sampled]
         started = start_sampling(logits, sampled, self._eos_token_ids, self._token_counts, vocab_sizes)
         return InFlightStep(batch, started.tokens, started.collect)
@@ -203,11 +269,17 @@ class Engine:
     def _collect(self, step: InFlightStep) -> None:
         """Wait for the step's tokens, and give them to the sequences that have not ended meanwhile."""
         try:
-            samples = iter(step.collect())
+            samples = step.collect()
         except Exception as error:  # of the launch, or of the device, which reports an error only now
-            self._abandon_all(step.batch, error)
+            later, self._in_flight = self._in_flight, deque()  # launched with the tokens of this one
+            self._isolation.isolate(step, later, error)
             return
-        for scheduled in step.batch.sequences:
+        self._isolation.failed_steps = 0
+        self._take_all(step.batch, samples)
+
+    def _take_all(self, batch: ScheduledBatch, found: list[Sample]) -> None:
+        samples = iter(found)
+        for scheduled in batch.sequences:
             sampled = next(samples) if scheduled.samples else None
             if sampled is not None and self._is_live(scheduled.seq):
                 self._take(scheduled, sampled)
@@ -264,12 +336,6 @@ class Engine:
         """End a sequence whose numbers went bad; nothing of what it computed can be trusted."""
         seq.num_verified_tokens = -1
         self._finish(seq, [], FinishReason.ERROR, error=error)
-
-    def _abandon_all(self, batch: ScheduledBatch, failure: Exception) -> None:
-        log.error("a step failed; its %d sequences end with an error", len(batch.sequences), exc_info=failure)
-        for scheduled in batch.sequences:
-            if self._is_live(scheduled.seq):
-                self._abandon(scheduled.seq, "the engine failed to compute this step")
 
     # -- adapters ------------------------------------------------------------------------------------------------
 

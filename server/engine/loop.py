@@ -8,11 +8,13 @@ import time
 from collections.abc import Callable
 
 from server.engine.engine import Engine
+from server.engine.faults import EngineBroken
 from server.ipc.messages import (
     Emit,
     EngineInfo,
     Fatal,
     FromEngine,
+    Progress,
     Ready,
     Receive,
     Shutdown,
@@ -32,9 +34,17 @@ def run_loop(
     engine: Engine, receive: Receive, emit: Emit, after_step: Callable[[float], None] = lambda _: None
 ) -> None:
     """Run steps while there is work, and wait for messages otherwise, until `Shutdown`. `after_step` receives the
-    duration of each step in seconds."""
+    duration of each step in seconds. Raises `EngineBroken` if the engine cannot continue."""
     last_emitted = 0.0
     wait = 0.0
+
+    def in_a_step() -> None:
+        nonlocal last_emitted
+        if time.monotonic() - last_emitted > HEARTBEAT_SECONDS:
+            emit(Progress())
+            last_emitted = time.monotonic()
+
+    engine.progress.report = in_a_step
     while True:
         for message in receive(wait):
             if isinstance(message, Shutdown):
@@ -52,6 +62,8 @@ def run_loop(
             if _has_news(emitted) or time.monotonic() - last_emitted > HEARTBEAT_SECONDS:
                 emit(emitted)
                 last_emitted = time.monotonic()
+        if engine.broken is not None:
+            raise EngineBroken(engine.broken)
         wait = 0.0 if ran else LOADING_SECONDS
 
 
@@ -79,13 +91,17 @@ class ThreadTransport:
         def emit(message: FromEngine) -> None:
             loop.call_soon_threadsafe(on_message, message)
 
+        def refuse(reason: str) -> None:
+            on_message(Fatal(reason))
+            on_exit("the model was refused")
+
         def run() -> None:
             try:
                 self.engine, info = self._build()
                 emit(Ready(info))
                 run_loop(self.engine, self._receive, emit)
             except ModelRefused as refused:
-                emit(Fatal(str(refused)))
+                loop.call_soon_threadsafe(refuse, str(refused))
             except Exception as error:
                 log.exception("the engine thread died")
                 loop.call_soon_threadsafe(on_exit, repr(error))

@@ -13,10 +13,14 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from adapters.errors import AdapterError, MoveRefused, RefusalCode
+from server.engine.faults import EngineBroken
 from server.engine.scheduler import Scheduler
 from server.ipc.messages import AskedBy, Merge, MergeState, MergeStatus, MergeSwitch, Reply, SwitchReason
+from server.sequence import Sequence
 
 log = logging.getLogger(__name__)
+
+_REFUSED = "another adapter is merged into the base model, and the server refuses requests for other models"
 
 Clock = Callable[[], float]  # seconds; the clock of `Sequence.arrival`
 
@@ -143,6 +147,13 @@ class Merging:
         if self.status.state == "leaving" and self.scheduler.leave_base():
             self._restore()
 
+    def refused(self) -> list[tuple[Sequence, str]]:
+        """Return the sequences that cannot run while this merge lasts because it does not yield, with the reason. They
+        are requests of other models that passed the API before the merge was requested."""
+        if self.scheduler.gate.owner is None or self.status.state == "leaving" or self._yields():
+            return []
+        return [(seq, _REFUSED) for seq in self.scheduler.waiting if not self.scheduler.gate.admits(seq)]
+
     def take_replies(self) -> list[Reply]:
         replies, self._replies = self._replies, []
         return replies
@@ -168,7 +179,12 @@ class Merging:
             self._start(choice, False)
 
     def _start(self, digest: str, allow_requantize: bool) -> None:
-        self._future = self.prepare(digest, allow_requantize)
+        try:
+            self._future = self.prepare(digest, allow_requantize)
+        except Exception:
+            log.exception("merging %s could not begin", digest)
+            self._give_up("failed", "the merge could not begin; the server's log has details")
+            return
         self._set("preparing", digest, "policy" if self._request is None else "request")
 
     def _take_prepared(self) -> None:
@@ -198,6 +214,11 @@ class Merging:
         except MoveRefused as refused:
             self._give_up(refused.code, str(refused))
             return
+        except Exception:
+            log.exception("the merged weights of %s could not be put in place", self.status.digest)
+            self._put_back()
+            self._give_up("failed", "the merged weights could not be put in place; the server's log has details")
+            return
         self.scheduler.enter_base()
         self._set("merged", self.status.digest, self.status.asked_by)
         self._switch("merge", self.status.asked_by or "request")
@@ -206,10 +227,18 @@ class Merging:
             self._request = None
 
     def _restore(self) -> None:
-        assert self._merged is not None
-        self._merged.restore()
+        self._put_back()
         self._switch("unmerge", self._leaves)
         self._clear()
+
+    def _put_back(self) -> None:
+        """Restore the base model's own weights. Raises `EngineBroken` if which weights are in place is not known."""
+        assert self._merged is not None
+        try:
+            self._merged.restore()
+        except Exception as error:
+            log.exception("the base model's own weights could not be put back")
+            raise EngineBroken("the base model's own weights could not be put back") from error
 
     def _give_up(self, code: RefusalCode, why: str) -> None:
         """Cancel a merge before the base model's weights have changed."""

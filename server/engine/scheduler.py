@@ -51,8 +51,8 @@ class AdapterSlots(Protocol):
 
 @dataclass(slots=True)
 class MergeGate:
-    """The restriction of admission by a merge (engine/merging.py). Closed, it admits only the `owner` version and
-    sequences that arrived before it was closed."""
+    """The restriction of admission by a merge (engine/merging.py). Closed, it admits only the `owner` version and,
+    until that is merged, sequences that arrived before it was closed."""
 
     owner: str | None = None  # the version that is merged or about to be
     closed: float = 0.0  # time of closing; other sequences that arrived later wait
@@ -65,7 +65,9 @@ class MergeGate:
         self.owner, self.merged = None, False
 
     def admits(self, seq: Sequence) -> bool:
-        return self.owner is None or seq.sole_adapter == self.owner or seq.arrival <= self.closed
+        if self.owner is None or seq.sole_adapter == self.owner:
+            return True
+        return not self.merged and seq.arrival <= self.closed
 
     def in_base(self, seq: Sequence) -> bool:
         """Return whether the adapter of `seq` is merged, so that it runs like the base model, without a slot."""
@@ -212,8 +214,11 @@ class Scheduler:
             self._age(admitted, set(passed_over))
 
     def _candidates(self) -> Iterator[Sequence]:
-        yield from [seq for seq in self.waiting if seq.preempted]
-        yield from self.policy.order([seq for seq in self.waiting if not seq.preempted])
+        """Yield the waiting sequences in the order to consider them. Those that the gate holds are left out: they do
+        not age, so they hold back nobody."""
+        waiting = self.waiting if self.gate.owner is None else [seq for seq in self.waiting if self.gate.admits(seq)]
+        yield from [seq for seq in waiting if seq.preempted]
+        yield from self.policy.order([seq for seq in waiting if not seq.preempted])
 
     def _pass_over(self, seq: Sequence) -> None:
         seq.waited_steps += 1
@@ -226,7 +231,7 @@ class Scheduler:
         for seq in admitted:
             latest[seq.tenant] = max(seq.number, latest.get(seq.tenant, -1))
         for seq in self.waiting:
-            if seq not in counted and seq.number < latest.get(seq.tenant, -1):
+            if seq not in counted and seq.number < latest.get(seq.tenant, -1) and self.gate.admits(seq):
                 self._pass_over(seq)
 
     def _try_admit(self, seq: Sequence, collected: list[str], may_load: bool) -> Admission:
@@ -235,8 +240,6 @@ class Scheduler:
 
         Without `may_load` no load is requested: the host cache could not hold the adapters of a long queue.
         """
-        if not self.gate.admits(seq):
-            return Admission.NO_ADAPTER
         in_base = self.gate.in_base(seq)
         if not (may_load or in_base) and any(self.adapters.where(digest) != "device" for digest, _ in seq.adapters):
             return Admission.NO_ADAPTER

@@ -1,21 +1,27 @@
 """Self-tests of new adapters: a probe prompt through the serving path and through the reference arithmetic."""
 
+import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+
+import torch
 
 from adapters.errors import AdapterError
 from adapters.residency.residency import Residency
 from adapters.runtime.pack import PackedAdapter
 from adapters.runtime.reference import ReferenceAdapter
 from adapters.weights import AdapterWeights
+from server.engine.faults import EngineBroken, failure_reply, is_lost
 from server.engine.scheduler import MergeGate
 from server.engine.weights_reader import WeightsReader
 from server.ipc.messages import Reply, RunSelfTest, SelfTest
 from server.model.loading.probe import TOLERANCE, relative_error
 from server.model.runner import ModelRunner
 from server.model.selftest import try_adapter
+
+log = logging.getLogger(__name__)
 
 SLOT_WAIT_SECONDS = 10.0  # how long a self-test waits for a device slot
 
@@ -60,7 +66,7 @@ class SelfTests:
         """Run the self-tests that are ready; return replies to them and to those that cannot run."""
         replies = []
         for test in list(self._pending):
-            reply = self._advance(test)
+            reply = self._contained(test)
             if reply is not None:
                 self._pending.remove(test)
                 self._reader.unshare(test.request.digest)
@@ -72,6 +78,18 @@ class SelfTests:
 
     def _reference(self, digest: str) -> ReferenceAdapter:
         return ReferenceAdapter.of(self._reader.read(digest), self._runner.bases)
+
+    def _contained(self, test: _Pending) -> Reply | None:
+        """Advance one test. An exception ends this test and nothing else, unless the device is lost."""
+        try:
+            return self._advance(test)
+        except Exception as error:
+            log.exception("the self-test of %s failed", test.request.digest)
+            if is_lost(self._runner.device):
+                raise EngineBroken("the device was lost in the self-test of an adapter") from error
+            if isinstance(error, torch.OutOfMemoryError):
+                return Reply(test.request.request_id, ("no_room", "the device had no memory for the self-test"))
+            return failure_reply(test.request.request_id)
 
     def _advance(self, test: _Pending) -> Reply | None:
         request = test.request

@@ -2,12 +2,14 @@
 
 import gc
 import json
+import logging
 import os
 import shutil
 import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import zmq
 
@@ -16,6 +18,8 @@ from server.config import ServeConfig
 from server.engine.machine import cpu_quota, schedulable_cores
 from server.ipc.messages import Emit, Fatal, FromEngine, Ready, Receive, ToEngine, decode_to_engine, encode
 from server.ipc.sockets import address
+
+log = logging.getLogger(__name__)
 
 
 def main(serve: Callable[[ServeConfig, Receive, Emit], None] | None = None) -> None:
@@ -32,9 +36,21 @@ def main(serve: Callable[[ServeConfig, Receive, Emit], None] | None = None) -> N
     def emit(message: FromEngine) -> None:
         outbox.send(encode(message))
 
-    (serve or _serve)(config, lambda timeout: _take_all(inbox, timeout), emit)
+    try:
+        (serve or _serve)(config, lambda timeout: _take_all(inbox, timeout), emit)
+    except Exception:
+        log.exception("the engine cannot continue")
+        _end_with_error(context, inbox, outbox)
     outbox.close(linger=1000)
     inbox.close(linger=0)
+
+
+def _end_with_error(context: "zmq.Context[Any]", inbox: "zmq.Socket[bytes]", outbox: "zmq.Socket[bytes]") -> None:
+    """Send what was emitted, and end the process without waiting for threads that may never end."""
+    outbox.close(linger=1000)
+    inbox.close(linger=0)
+    context.term()
+    os._exit(1)
 
 
 def _serve(config: ServeConfig, receive: Receive, emit: Emit) -> None:

@@ -3,7 +3,8 @@
 `ThreadTransport` (engine/loop.py) runs the engine in this process, for tests and debugging.
 `ProcessTransport` (ipc/process_transport.py) runs the engine in a child process over a local socket.
 The client supervises the engine: if the engine dies or hangs, every running stream gets one error output and the engine
-is restarted.
+is restarted. A restart that fails, for whatever reason, is tried again after a while, for ever; only a first start that
+fails is final.
 """
 
 import asyncio
@@ -25,6 +26,7 @@ from server.ipc.messages import (
     MergeStatus,
     MoveAdapter,
     PinAdapter,
+    Progress,
     Ready,
     Reply,
     ResidencyReport,
@@ -40,7 +42,11 @@ from server.ipc.messages import (
 
 log = logging.getLogger(__name__)
 
-RESTART_BACKOFF_SECONDS = (0.0, 1.0, 5.0, 15.0)  # the last value repeats; a successful start resets the backoff
+RESTART_BACKOFF_SECONDS = (0.0, 1.0, 5.0, 15.0)  # the last value repeats; the first tokens reset the backoff
+START_FACTOR = 10.0  # a restart may take this many times as long as the first start, and longer after each failure
+MAX_FAILED_RESTARTS = 4  # in a row; from then on `is_alive` is False, so that the whole server is replaced
+CALL_SECONDS = 600.0  # for a load, a pin or a self-test
+MERGE_SECONDS = 3600.0  # for a merge, which may wait for running requests
 
 
 class EngineState(Enum):
@@ -55,7 +61,8 @@ class EngineUnavailable(Exception):
 
 
 class AdapterMoveRefused(Exception):
-    """The engine refused a load, unload, pin, self-test or merge; `code` is that of `messages.Reply.error`."""
+    """The engine refused a load, unload, pin, self-test or merge; `code` is that of `messages.Reply.error`, or
+    "timeout" if the engine did not complete it in time."""
 
     def __init__(self, code: str, message: str):
         super().__init__(message)
@@ -122,7 +129,10 @@ class EngineClient:
         self._listeners: list[StepListener] = []
         self._last_progress = time.monotonic()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._failures = 0
+        self._failures = 0  # restarts since the engine last computed a token
+        self._start_number = 0  # of the current engine process; reports of an earlier one are ignored
+        self._start_seconds = 0.0  # that the first start took
+        self._ready_by: float | None = None  # when a restarted engine is killed unless it is ready
         self.state = EngineState.STARTING
         self.reason = "the engine is loading the model"
         self.restarts = 0
@@ -138,9 +148,20 @@ class EngineClient:
     async def start(self) -> None:
         """Start the engine and wait until it is ready. Raises `EngineUnavailable` with the reason if it fails."""
         self._started = asyncio.get_running_loop().create_future()
-        await self._transport.start(self._on_message, self._on_exit)
+        began = time.monotonic()
+        await self._launch()
         await self._started
+        self._start_seconds = time.monotonic() - began
         self._spawn(self._watch_progress())
+
+    async def _launch(self) -> None:
+        number = self._start_number
+
+        def on_message(message: FromEngine) -> None:
+            if number == self._start_number:  # not of an engine that has ended meanwhile
+                self._on_message(message)
+
+        await self._transport.start(on_message, lambda reason: self._on_exit(reason, number))
 
     async def stop(self) -> None:
         """Abort all sequences and end the engine."""
@@ -153,10 +174,9 @@ class EngineClient:
     def submit(self, request: Submit, stream: Stream | None = None) -> Stream:
         """Submit a sequence; its outputs go to `stream` or a new one. Raises `EngineUnavailable` unless READY."""
         self._require_ready()
-        if not self._streams:
-            self._last_progress = time.monotonic()
-        self._streams[request.seq_id] = stream = stream or Stream()
+        self._note_work()
         self._transport.send(request)
+        self._streams[request.seq_id] = stream = stream or Stream()
         return stream
 
     def abort(self, seq_ids: list[str]) -> None:
@@ -173,7 +193,12 @@ class EngineClient:
         """Pin or unpin a version; pins survive a restart. Raises `AdapterMoveRefused`, `EngineUnavailable`."""
         if not pinned:
             self._pins.discard(digest)  # a restarted engine must not pin it again
-        await self._call(PinAdapter(next(self._request_ids), digest, pinned))
+        try:
+            await self._call(PinAdapter(next(self._request_ids), digest, pinned))
+        except AdapterMoveRefused as refused:
+            if pinned and refused.code == "timeout":  # completed later, it would pin what nobody knows to be pinned
+                self._tell(PinAdapter(next(self._request_ids), digest, False))
+            raise
         if pinned:
             self._pins.add(digest)
 
@@ -203,34 +228,61 @@ class EngineClient:
         before = self._merge
         self._merge = request = Merge(next(self._request_ids), digest, drain, allow_requantize)
         try:
-            await self._call(request)
-        except (AdapterMoveRefused, EngineUnavailable):
+            await self._call(request, MERGE_SECONDS)
+        except (AdapterMoveRefused, EngineUnavailable) as error:
             if self._merge is request:
                 self._merge = before
+            if isinstance(error, AdapterMoveRefused) and error.code == "timeout":
+                self._tell(Unmerge(next(self._request_ids)))
             raise
 
     async def unmerge(self) -> None:
         """Restore the base model's own weights. Raises `EngineUnavailable`."""
-        await self._call(Unmerge(next(self._request_ids)))
+        await self._call(Unmerge(next(self._request_ids)), MERGE_SECONDS)
         self._merge = None
 
     def is_alive(self) -> bool:
-        """Return False if the engine is dead, or has work but completed no step for `hang_seconds`."""
+        """Return False if the engine is dead, has work but made no progress for `hang_seconds`, or could not be
+        restarted several times in a row (which is still being tried)."""
+        if self.state is EngineState.RESTARTING:
+            return self._failures <= MAX_FAILED_RESTARTS
         return self.state is not EngineState.DEAD and not self._hangs()
 
+    def _has_work(self) -> bool:
+        return bool(self._streams or self._replies)
+
     def _hangs(self) -> bool:
-        return bool(self._streams) and time.monotonic() - self._last_progress > self._hang_seconds
+        return self._has_work() and time.monotonic() - self._last_progress > self._hang_seconds
+
+    def _note_work(self) -> None:
+        """Begin to measure progress if the engine had nothing to do until now."""
+        if not self._has_work():
+            self._last_progress = time.monotonic()
 
     def _require_ready(self) -> None:
         if self.state is not EngineState.READY:
             raise EngineUnavailable(self.reason)
 
-    async def _call(self, request: MoveAdapter | PinAdapter | RunSelfTest | Merge | Unmerge) -> SelfTest | None:
+    def _tell(self, request: PinAdapter | Unmerge) -> None:
+        """Send a request whose reply nobody waits for."""
+        if self.state is EngineState.READY:
+            self._transport.send(request)
+
+    async def _call(
+        self, request: MoveAdapter | PinAdapter | RunSelfTest | Merge | Unmerge, seconds: float = CALL_SECONDS
+    ) -> SelfTest | None:
         self._require_ready()
+        self._note_work()
+        self._transport.send(request)
         reply: asyncio.Future[SelfTest | None] = asyncio.get_running_loop().create_future()
         self._replies[request.request_id] = reply
-        self._transport.send(request)
-        return await reply
+        try:
+            async with asyncio.timeout(seconds):
+                return await reply
+        except TimeoutError:
+            raise AdapterMoveRefused("timeout", f"the engine did not complete it within {seconds:g} s") from None
+        finally:
+            self._replies.pop(request.request_id, None)
 
     def _on_message(self, message: FromEngine) -> None:
         self._last_progress = time.monotonic()
@@ -246,6 +298,8 @@ class EngineClient:
                         reply.set_exception(AdapterMoveRefused(*error))
             case Ready(info=info):
                 self._on_ready(info)
+            case Progress():
+                pass
             case Fatal(reason=reason):
                 self._on_fatal(reason)
 
@@ -264,13 +318,15 @@ class EngineClient:
             stream.put(output)
             if output.finish_reason is not None:
                 del self._streams[output.seq_id]
+        if self._failures and any(output.token_ids for output in message.outputs):
+            self._failures = 0
         for listener in self._listeners:
             listener(message)
 
     def _on_ready(self, info: EngineInfo) -> None:
         self.info = info
         self.state, self.reason = EngineState.READY, "ready"
-        self._failures = 0
+        self._ready_by = None
         for digest in self._pins:  # nothing waits for these replies; `residency` shows a pin that no longer fits
             self._transport.send(PinAdapter(next(self._request_ids), digest, True))
         if self._merge is not None:
@@ -288,36 +344,57 @@ class EngineClient:
             self._merge = lost
 
     def _on_fatal(self, reason: str) -> None:
-        """Mark the engine as dead: it cannot start, and starting it again would fail in the same way."""
+        """Mark an engine as dead that cannot start, since another start would fail in the same way. During a restart,
+        the cause may pass, because the engine did start before: memory that another process still holds, for
+        example."""
+        if self.state is EngineState.RESTARTING:
+            log.error("the engine could not be restarted: %s", reason)
+            self.reason = f"the engine could not be restarted, which is tried again: {reason}"
+            return
         self.state, self.reason = EngineState.DEAD, reason
         self._fail_everything(reason)
         if self._started is not None and not self._started.done():
             self._started.set_exception(EngineUnavailable(reason))
 
-    def _on_exit(self, reason: str) -> None:
-        if self.state is EngineState.DEAD:
+    def _on_exit(self, reason: str, number: int) -> None:
+        if self.state is EngineState.DEAD or number != self._start_number:
             return
         if self.state is EngineState.STARTING:  # a failed first start would fail again
             self._on_fatal(reason)
             return
-        log.error("the engine ended and is restarted: %s", reason)
-        self.state, self.reason = EngineState.RESTARTING, "the engine is restarting"
+        self._start_number += 1
+        self._ready_by = None
+        delay = RESTART_BACKOFF_SECONDS[min(self._failures, len(RESTART_BACKOFF_SECONDS) - 1)]
+        log.error("the engine ended (%s) and is restarted in %g s, try %d", reason, delay, self._failures + 1)
+        if self.state is EngineState.READY:
+            self.state, self.reason = EngineState.RESTARTING, "the engine is restarting"
         self.stats, self.residency, self.merge_status = EngineStats(), ResidencyReport(), MergeStatus()
         self._fail_everything("the engine died and is restarting; try again")
-        self._spawn(self._start_again())
+        self._spawn(self._start_again(delay))
 
-    async def _start_again(self) -> None:
-        await asyncio.sleep(RESTART_BACKOFF_SECONDS[min(self._failures, len(RESTART_BACKOFF_SECONDS) - 1)])
+    async def _start_again(self, delay: float) -> None:
+        await asyncio.sleep(delay)
         self._failures += 1
         self.restarts += 1
-        await self._transport.start(self._on_message, self._on_exit)
+        number = self._start_number
+        limit = max(self._hang_seconds, START_FACTOR * self._start_seconds) * self._failures
+        self._ready_by = time.monotonic() + limit
+        try:
+            await self._launch()
+        except Exception as error:
+            log.exception("the engine could not be restarted")
+            self._on_exit(f"it could not be started: {error!r}", number)
 
     async def _watch_progress(self) -> None:
-        """Kill an engine that has work but completes no steps, so that it is restarted."""
+        """Kill an engine that has work but makes no progress, or does not get ready, so that it is restarted."""
         while True:
             await asyncio.sleep(min(1.0, self._hang_seconds / 4))
             if self.state is EngineState.READY and self._hangs():
-                log.error("the engine has work but completed no step for %g s; it is restarted", self._hang_seconds)
+                log.error("the engine has work but made no progress for %g s; it is restarted", self._hang_seconds)
+                self._transport.kill()
+            elif self._ready_by is not None and time.monotonic() > self._ready_by:
+                log.error("the restarted engine did not get ready in time; it is restarted")
+                self._ready_by = None
                 self._transport.kill()
 
     def _fail_everything(self, reason: str) -> None:

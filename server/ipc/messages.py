@@ -194,11 +194,16 @@ class SelfTest(msgspec.Struct, frozen=True):
 
 
 class Reply(msgspec.Struct, frozen=True, tag=True):
-    """Reply to the request with this id; `error` is (code, message) if the request failed."""
+    """Reply to the request with this id; `error` is (code, message) if the request failed, with the code "failed" if
+    the engine raised an unexpected exception."""
 
     request_id: int
-    error: tuple[Literal["busy", "invalid", "not_found", "no_room", "not_mergeable"], str] | None = None
+    error: tuple[Literal["busy", "invalid", "not_found", "no_room", "not_mergeable", "failed"], str] | None = None
     selftest: SelfTest | None = None
+
+
+class Progress(msgspec.Struct, frozen=True, tag=True):
+    """The engine is in a long step, of which a layer has begun."""
 
 
 class Fatal(msgspec.Struct, frozen=True, tag=True):
@@ -207,7 +212,7 @@ class Fatal(msgspec.Struct, frozen=True, tag=True):
     reason: str
 
 
-FromEngine = Ready | StepOutputs | Reply | Fatal
+FromEngine = Ready | StepOutputs | Reply | Progress | Fatal
 
 Receive = Callable[
     [float], list[ToEngine]

@@ -34,6 +34,7 @@ from server.ipc.sockets import address
 log = logging.getLogger(__name__)
 
 STOP_SECONDS = 5.0  # time for the engine to end by itself
+LAST_WORDS_SECONDS = 0.05  # time for the last messages of a process that ended, which say whose fault it was
 
 
 class ProcessTransport:
@@ -113,7 +114,9 @@ class ProcessTransport:
         loop = asyncio.get_running_loop()
         died = loop.create_future()
         threading.Thread(target=lambda: _report_exit(process, loop, died), name="engine-watcher", daemon=True).start()
-        on_exit(f"the engine process ended with status {await died}")
+        status = await died
+        await asyncio.sleep(LAST_WORDS_SECONDS)
+        on_exit(f"the engine process ended with status {status}")
 
     async def _clean_up(self) -> None:
         current = asyncio.current_task()
@@ -123,6 +126,8 @@ class ProcessTransport:
         self._tasks = []
         if self._process is not None and self._process.stdin is not None:
             self._process.stdin.close()
+            if self._process.poll() is None:  # its start failed half-way
+                self._process.kill()
         if self._outbox is not None:
             self._outbox.close(linger=0)
             self._outbox = None
@@ -140,7 +145,11 @@ def _report_exit(process: "subprocess.Popen[bytes]", loop: asyncio.AbstractEvent
 async def _receive(inbox: "zmq.asyncio.Socket", on_message: Callable[[FromEngine], None]) -> None:
     try:
         while True:
-            on_message(decode_from_engine(await inbox.recv()))
+            message = decode_from_engine(await inbox.recv())
+            try:
+                on_message(message)
+            except Exception:  # later messages must arrive, whatever a listener does with this one
+                log.exception("%s from the engine could not be handled", type(message).__name__)
     finally:
         inbox.close(linger=0)
 

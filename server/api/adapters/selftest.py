@@ -27,7 +27,8 @@ async def self_tested(context: AppContext, inspected: Inspected, folder: Path) -
     """Run the self-test and add its result to the report. The version is in the store inside the `async with` body, and
     stays there only if the body publishes it.
 
-    Raises `AdapterInvalid` if the engine cannot load the adapter or its logits differ from the reference.
+    Raises `AdapterInvalid` if the engine cannot load the adapter or its logits differ from the reference, and
+    `AdapterMoveRefused` if the test itself failed.
     """
     registry, digest = context.registry, inspected.digest
     is_new = await asyncio.to_thread(registry.hold, digest, folder)
@@ -49,6 +50,8 @@ async def _selftest(context: AppContext, digest: str, *, verify: bool) -> dict[s
     except AdapterMoveRefused as refused:
         if refused.code == "no_room":
             return {"skipped": str(refused)}
+        if refused.code in ("failed", "timeout"):  # the adapter is not to blame
+            raise
         raise AdapterInvalid(
             [Problem("selftest", str(refused), "an adapter that can be loaded", "nonfinite")]
         ) from None

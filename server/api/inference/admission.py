@@ -9,7 +9,7 @@ from adapters.errors import AdapterNotFound
 from server.api.context import AppContext
 from server.api.errors import model_not_found, unavailable
 from server.api.inference.plan import AdmittedRequest, GenerationPlan, plan_generation
-from server.api.inference.targets import Target, resolve_target
+from server.api.inference.targets import Target, refuse_if_merged, resolve_target
 from server.api.middleware.auth import Key
 from server.api.schemas import GenerationRequest
 
@@ -34,7 +34,7 @@ def admit_prompts(
 ) -> GenerationPlan:
     """Check the request and its prompts, encoded by the request's tokenizer, and return the plan. Raises `ApiError` if
     they do not fit the model or if an adapter was deleted meanwhile."""
-    _check_not_deleted(context, admitted.target)
+    _check_still_there(context, admitted.target)
     return plan_generation(context, admitted, body, prompts)
 
 
@@ -46,9 +46,10 @@ def _check_capacity(context: AppContext) -> None:
         raise unavailable("Too many requests are waiting; try again later.", "queue_full")
 
 
-def _check_not_deleted(context: AppContext, target: Target) -> None:
-    """Raise 404 if an adapter was deleted since `resolve_target`. A version that was replaced meanwhile may still
-    run."""
+def _check_still_there(context: AppContext, target: Target) -> None:
+    """Raise 404 if an adapter was deleted since `resolve_target`, and 409 if another was merged. A version that was
+    replaced meanwhile may still run."""
+    refuse_if_merged(context, target.adapters)
     for name, digest in target.versions:
         try:
             context.registry.resolve(f"{name}@{digest}")

@@ -63,7 +63,7 @@ def resolve_target(context: AppContext, key: Key, body: GenerationRequest) -> Ta
     records = [_serving_record(context, key, part.name, body.user) for part in parts]
     found = zip(records, parts, strict=True)
     adapters = tuple(sorted(ScaledAdapter(record.version.digest, part.scale) for record, part in found))
-    _refuse_if_merged(context, adapters)
+    refuse_if_merged(context, adapters)
     if not records:
         return Target(body.model, BASE_NAME, (), (), f"{base}-base")
     _check_additive(parts, records)
@@ -143,7 +143,7 @@ def _identity(adapters: tuple[ScaledAdapter, ...]) -> str:
     return hashlib.sha256(msgspec.json.encode(adapters)).hexdigest()[:12]
 
 
-def _refuse_if_merged(context: AppContext, adapters: tuple[ScaledAdapter, ...]) -> None:
+def refuse_if_merged(context: AppContext, adapters: tuple[ScaledAdapter, ...]) -> None:
     merged = context.engine.requested_merge
     if context.config.merge_others == "refuse" and merged is not None and adapters != (ScaledAdapter(merged),):
         raise ApiError(

@@ -65,8 +65,9 @@ def is_adjusted(seq: Sequence) -> bool:
     return bool(has_penalties(p) or p.logit_bias or seq.num_output_tokens < p.min_tokens)
 
 
-def adjustment_tables(seqs: list[Sequence], eos_token_ids: frozenset[int]) -> list[Array]:
-    """Return the host's part of `Adjustments`: bias and forbidden tokens, each with its places."""
+def adjustment_tables(seqs: list[Sequence], eos_token_ids: frozenset[int], vocab_size: int) -> list[Array]:
+    """Return the host's part of `Adjustments`: bias and forbidden tokens, each with its places. End tokens beyond the
+    vocabulary of the step's logits, which some models list, are left out."""
     bias: list[Entries] = []
     forbidden: list[Entries] = []
     for row, seq in enumerate(seqs):
@@ -74,7 +75,8 @@ def adjustment_tables(seqs: list[Sequence], eos_token_ids: frozenset[int]) -> li
         if params.logit_bias:
             bias.append((row, [*params.logit_bias], [*params.logit_bias.values()]))
         if seq.num_output_tokens < params.min_tokens:
-            forbidden.append((row, [*eos_token_ids | set(params.stop_token_ids)], -np.inf))
+            ends = eos_token_ids | set(params.stop_token_ids)
+            forbidden.append((row, [token for token in ends if token < vocab_size], -np.inf))
     return [*_table(bias), *_table(forbidden)]
 
 

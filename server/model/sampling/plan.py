@@ -51,7 +51,7 @@ def plan_sampling(
     scored = [row for row, seq in enumerate(seqs) if seq.sampling.logprobs is not None]
     categorical, num_plain, num_few, in_order = plan_categorical(seqs, vocab, device.type == "cpu")
     own = [np.array(rows, dtype=np.int64) for rows in (scored, sizes)]
-    adjustments = [*adjustment_tables(seqs, eos_token_ids), *penalty_tables(seqs, vocab, counts)]
+    adjustments = [*adjustment_tables(seqs, eos_token_ids, vocab), *penalty_tables(seqs, vocab, counts)]
     uploaded = upload_all([*own, *categorical, *adjustments], device)
     bias_at, bias, forbidden_at, forbidden = uploaded[5:9]
     return SamplingPlan(
