@@ -100,8 +100,9 @@ class Sequence:
     number: int = 0  # in order of arrival
     status: SequenceStatus = SequenceStatus.WAITING
     slots: tuple[int, ...] = ()  # device slots of `adapters` while RUNNING, unless they are merged into the base
-    waited_steps: int = 0  # steps in which it was passed over
-    overdue: bool = False  # it was passed over more than max_wait_steps times
+    waited_steps: int = 0  # steps in which later sequences had what it lacked
+    overdue: bool = False  # waited_steps exceeds max_wait_steps
+    loading: bool = False  # its adapters were being loaded when it was last considered
     preempted: bool = False  # it was running before
 
     # Written by the block manager.

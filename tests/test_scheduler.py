@@ -31,6 +31,7 @@ class FakeSlots:
     prefetched: list[str] = field(default_factory=list)
     asked: list[str] = field(default_factory=list)
     indices: dict[str, int] = field(default_factory=dict)
+    pinned: set[str] = field(default_factory=set)
 
     def acquire(self, digest: str) -> int | None:
         if digest not in self.resident:
@@ -49,6 +50,15 @@ class FakeSlots:
     def where(self, digest: str) -> str:
         return "device" if digest in self.resident else "disk"
 
+    def is_loading(self, digest: str) -> bool:
+        """Whether it will be there after some ticks, whatever the sequences do."""
+        idle = any(count == 0 and name not in self.pinned for name, count in self.resident.items())
+        has_room = len(self.resident) < self.num_slots or idle
+        return digest not in self.resident and (digest in self.held or (digest in self.asked and has_room))
+
+    def is_pinned(self, digest: str) -> bool:
+        return digest in self.pinned
+
     def fit(self, digests: Iterable[str]) -> bool:
         return len(list(digests)) <= self.num_slots
 
@@ -60,7 +70,7 @@ class FakeSlots:
         for digest in self.asked:
             if digest in self.held or digest in self.resident:
                 continue
-            idle = [name for name, references in self.resident.items() if references == 0]
+            idle = [name for name, count in self.resident.items() if count == 0 and name not in self.pinned]
             if len(self.resident) >= self.num_slots and idle:
                 del self.resident[idle[0]], self.indices[idle[0]]
             if len(self.resident) < self.num_slots:
@@ -301,13 +311,60 @@ def test_a_cold_adapter_is_admitted_within_the_bound(bound: int) -> None:
 
 
 def test_before_the_bound_others_may_still_pass() -> None:
-    slots = FakeSlots(held={"slow"})
-    scheduler = make_scheduler(slots=slots, max_wait_steps=3)
-    scheduler.add(make_seq("slow", 2, "slow"))
+    """The slow one waits for the only slot, which an earlier sequence keeps and later ones share."""
+    scheduler = make_scheduler(slots=FakeSlots(num_slots=1), max_wait_steps=3)
+    scheduler.add(make_seq("holder", 2, "warm", max_tokens=20))
+    run_step(scheduler), run_step(scheduler)
+    scheduler.add(slow := make_seq("slow", 2, "slow"))
     for step in range(6):
-        scheduler.add(make_seq(f"s{step}", 2, max_tokens=1))
+        scheduler.add(make_seq(f"s{step}", 2, "warm", max_tokens=1))
         passed = f"s{step}" in shares(run_step(scheduler))
-        assert passed == (step < 3)
+        assert passed == (step < 4)
+        assert slow.waited_steps == min(step, 4)
+
+
+@pytest.mark.parametrize("held", [{"slow"}, set()])
+def test_base_and_pinned_sequences_pass_whoever_waits_for_an_adapter(held: set[str]) -> None:
+    """They take no slot that it could have, whether it waits for its load or for the only slot that is not pinned."""
+    slots = FakeSlots(num_slots=2, held=held, pinned={"pinned"})
+    scheduler = make_scheduler(slots=slots, max_wait_steps=3)
+    for name, adapter in (("a", "pinned"), ("b", "warm")):
+        scheduler.add(make_seq(name, 2, adapter, max_tokens=90))
+    run_step(scheduler), run_step(scheduler)
+    scheduler.add(slow := make_seq("slow", 2, "slow"))
+    for step in range(20):
+        scheduler.add(make_seq(f"base{step}", 2, max_tokens=1))
+        scheduler.add(make_seq(f"pin{step}", 2, "pinned", max_tokens=1))
+        scheduler.add(make_seq(f"warm{step}", 2, "warm", max_tokens=1))
+        passed = set(shares(run_step(scheduler)))
+        assert {f"base{step}", f"pin{step}"} <= passed
+        assert (f"warm{step}" in passed) == (bool(held) or step < 4)
+    assert slow.overdue == (not held)
+    assert slow.status is SequenceStatus.WAITING
+
+
+def test_nobody_ages_while_nothing_runs() -> None:
+    scheduler = make_scheduler(slots=FakeSlots(held={"slow"}), max_wait_steps=3)
+    scheduler.add(slow := make_seq("slow", 2, "slow"))
+    for _ in range(1000):
+        assert not run_step(scheduler)
+    assert slow.waited_steps == 0
+    scheduler.add(make_seq("base", 2))
+    assert shares(run_step(scheduler)) == {"base": 2}
+
+
+def test_who_was_read_and_evicted_before_its_turn_ages() -> None:
+    """Later loads took its place in host memory; without its age that could go on for ever."""
+    slots = FakeSlots(held={"cold", *(f"late{n}" for n in range(20))})
+    scheduler = make_scheduler(slots=slots, max_wait_steps=2)
+    scheduler.add(make_seq("runs", 2, max_tokens=90))
+    scheduler.add(cold := make_seq("cold", 2, "cold"))
+    for step in range(8):
+        scheduler.add(make_seq(f"late{step}", 2, f"late{step}"))
+        slots.asked.clear()
+        run_step(scheduler)
+        slots.held ^= {"cold"}  # its read begins or ends, and leaves nothing behind
+    assert cold.overdue and len(slots.asked) < 8
 
 
 def test_the_batch_is_ordered_by_slot_with_the_base_first() -> None:
@@ -414,6 +471,7 @@ def test_a_composition_is_admitted_within_the_bound(residency: Residency[Weights
     assert len(scheduler.running) == 2
     scheduler.add(pair := make_seq("pair", 2, "z", "w"))
     while pair.waited_steps <= bound:
+        residency.poll()
         scheduler.add(short := make_seq(f"{pair.waited_steps}", 2, "xy"[pair.waited_steps % 2], max_tokens=1))
         run_step(scheduler)
         assert (short.status is SequenceStatus.FINISHED) == (pair.waited_steps <= bound)

@@ -9,18 +9,18 @@ Waiting sequences are considered in the order of a policy (policies.py), preempt
 Adapters: a waiting sequence is admitted when all its adapters have device slots. A sequence whose adapter is loading is
 passed over; sequences behind it may not evict the adapters that it already has on the device.
 
-A sequence passed over `max_wait_steps` times gets priority within its tenant and blocks later arrivals until it is
-admitted. Therefore neither cold adapters nor low priorities starve.
+A sequence that later ones overtook more than `max_wait_steps` times gets priority within its tenant and holds back
+later sequences that compete with it until it is admitted (aging.py). Therefore neither cold adapters nor low priorities
+starve, and a slow load delays no other request.
 """
 
-import math
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from enum import Enum, auto
 from itertools import chain, count, islice
 from typing import Protocol
 
+from server.engine.aging import NOTHING, Aging, Need
 from server.engine.block_manager import BlockManager
 from server.engine.policies import FirstCome, Policy
 from server.sequence import ScheduledBatch, ScheduledSequence, Sequence, SequenceStatus
@@ -38,6 +38,12 @@ class AdapterSlots(Protocol):
 
     def where(self, digest: str) -> str:
         """Return the tier of the version; on "device" it has a slot to acquire."""
+
+    def is_loading(self, digest: str) -> bool:
+        """Return whether the version is being read or copied to the device."""
+
+    def is_pinned(self, digest: str) -> bool:
+        """Return whether the version has a slot that no other version can get."""
 
     def fit(self, digests: Iterable[str]) -> bool:
         """Return whether these versions fit on the device together, beside the pinned ones."""
@@ -72,12 +78,6 @@ class MergeGate:
         return self.merged and seq.sole_adapter == self.owner
 
 
-class Admission(Enum):
-    ADMITTED = auto()
-    NO_ADAPTER = auto()  # passed over: later sequences may still run
-    NO_BLOCKS = auto()  # memory is handed out in order: later sequences may not take it
-
-
 @dataclass(slots=True)
 class Scheduler:
     """Queues of waiting and running sequences.
@@ -97,6 +97,10 @@ class Scheduler:
     policy: Policy = field(default_factory=FirstCome)
     _numbers: Iterator[int] = field(default_factory=count)
     _suspect_blocks: list[int] = field(default_factory=list)
+    _aging: Aging = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._aging = Aging(self.max_wait_steps)
 
     def add(self, seq: Sequence) -> None:
         seq.number = next(self._numbers)
@@ -110,7 +114,9 @@ class Scheduler:
         """Distribute the token budget of one step. The batch is empty if all sequences wait for adapters."""
         batch: list[ScheduledSequence] = []
         budget = self._schedule_running(batch, self.max_batch_tokens)
-        self._schedule_waiting(batch, budget)
+        asking = self._schedule_waiting(batch, budget)
+        had = [(self._needs(scheduled.seq), scheduled.seq.number) for scheduled in batch]
+        self._aging.end_step([*had, *((Need.LOAD, seq.number) for seq in asking)] if batch else ())
         batch.sort(key=lambda scheduled: (scheduled.seq.slots, scheduled.seq.adapters))
         return ScheduledBatch(batch)
 
@@ -180,28 +186,32 @@ class Scheduler:
         self.waiting.appendleft(seq)
         self.preemptions += 1
 
-    def _schedule_waiting(self, batch: list[ScheduledSequence], budget: int) -> None:
+    def _schedule_waiting(self, batch: list[ScheduledSequence], budget: int) -> list[Sequence]:
+        """Admit waiting sequences into the step. Returns those that asked for a load."""
         candidates = self._candidates()
         admitted: list[Sequence] = []
+        asking: list[Sequence] = []
         passed_over: list[Sequence] = []
         held_back: list[Sequence] = []
-        blocked_after = math.inf  # number of the earliest overdue sequence; later arrivals are blocked
         collected: list[str] = []  # adapters of sequences passed over, referenced until the end of this method
+        self._aging.begin_step()
         while budget > 0 and len(self.running) < self.max_num_seqs and (seq := next(candidates, None)) is not None:
-            if seq.number > blocked_after:
+            needs = self._needs(seq)
+            if self._aging.holds_back(seq, needs):
                 held_back.append(seq)
                 continue
-            admission = self._try_admit(seq, collected, may_load=len(passed_over) < PREFETCH_DEPTH)
-            if admission is Admission.ADMITTED:
+            may_load = len(asking) < PREFETCH_DEPTH
+            lacks = self._try_admit(seq, collected, may_load)
+            if lacks is None:
                 admitted.append(seq)
                 budget = self._take_part(seq, batch, budget)
                 continue
             passed_over.append(seq)
-            self._pass_over(seq)
-            if seq.overdue:
-                blocked_after = min(blocked_after, seq.number)
-            if admission is Admission.NO_BLOCKS:
+            self._aging.pass_over(seq, lacks)
+            if Need.ROOM in lacks:  # memory is handed out in order: later sequences may not take it
                 break
+            if Need.LOAD in needs and may_load:
+                asking.append(seq)
         for seq in islice(chain(held_back, candidates), PREFETCH_DEPTH):
             for adapter in seq.adapters:
                 self.adapters.prefetch(adapter.digest)
@@ -209,52 +219,75 @@ class Scheduler:
             self.adapters.release(digest)
         if admitted:
             self.waiting = deque(seq for seq in self.waiting if seq.status is SequenceStatus.WAITING)
-            self._age(admitted, set(passed_over))
+            self._age(admitted, {*passed_over, *held_back})
+        return asking
 
     def _candidates(self) -> Iterator[Sequence]:
         yield from [seq for seq in self.waiting if seq.preempted]
         yield from self.policy.order([seq for seq in self.waiting if not seq.preempted])
 
-    def _pass_over(self, seq: Sequence) -> None:
-        seq.waited_steps += 1
-        seq.overdue = seq.waited_steps > self.max_wait_steps
+    def _needs(self, seq: Sequence) -> Need:
+        """Return what `seq` needs to run: for admission while it waits, and for the step once it runs."""
+        if not seq.adapters or self.gate.in_base(seq):
+            return Need.ROOM
+        if all(self.adapters.is_pinned(digest) for digest, _ in seq.adapters):
+            return Need.ROOM
+        if seq.slots or all(self.adapters.where(digest) == "device" for digest, _ in seq.adapters):
+            return Need.ROOM | Need.SLOT
+        return Need.ROOM | Need.SLOT | Need.LOAD
 
-    def _age(self, admitted: list[Sequence], counted: set[Sequence]) -> None:
-        """Count waiting sequences as passed over if a later one of the same tenant was admitted, even if they were not
-        considered. Admissions of other tenants do not count, because those are due to their shares."""
+    def _age(self, admitted: list[Sequence], considered: set[Sequence]) -> None:
+        """Count sequences that were not considered as overtaken if a later one of the same tenant was admitted.
+        Admissions of other tenants do not count, because those are due to their shares."""
         latest: dict[str, int] = {}
         for seq in admitted:
             latest[seq.tenant] = max(seq.number, latest.get(seq.tenant, -1))
         for seq in self.waiting:
-            if seq not in counted and seq.number < latest.get(seq.tenant, -1):
-                self._pass_over(seq)
+            if seq not in considered and seq.number < latest.get(seq.tenant, -1):
+                self._aging.overtake(seq)
 
-    def _try_admit(self, seq: Sequence, collected: list[str], may_load: bool) -> Admission:
-        """Acquire the adapters' slots and the cached prefix for `seq`. If refused, only slots in `collected` stay
-        acquired.
+    def _try_admit(self, seq: Sequence, collected: list[str], may_load: bool) -> Need | None:
+        """Acquire the adapters' slots and the cached prefix for `seq`, and return None. If refused, return what it
+        lacks and other sequences have; then only slots in `collected` stay acquired.
 
         Without `may_load` no load is requested: the host cache could not hold the adapters of a long queue.
         """
         if not self.gate.admits(seq):
-            return Admission.NO_ADAPTER
-        in_base = self.gate.in_base(seq)
-        if not (may_load or in_base) and any(self.adapters.where(digest) != "device" for digest, _ in seq.adapters):
-            return Admission.NO_ADAPTER
-        slots = () if in_base else self._acquire_all(seq, collected)
-        if slots is None:
-            return Admission.NO_ADAPTER
+            return NOTHING
+        slots: tuple[int, ...] = ()
+        if not self.gate.in_base(seq):
+            if not may_load and Need.LOAD in self._needs(seq):
+                return Need.LOAD
+            was_evicted = self._was_evicted(seq)
+            acquired = self._acquire_all(seq, collected)
+            if acquired is None:
+                return self._lacks(seq) | (Need.LOAD if was_evicted else NOTHING)
+            slots = acquired
         matched = self.blocks.match_prefix(seq)
         if not self.blocks.can_admit(seq, matched):
             if slots:
                 collected += [adapter.digest for adapter in seq.adapters]
-            return Admission.NO_BLOCKS
+            return Need.ROOM
         self.blocks.admit(seq, matched)
         if not seq.preempted:
             self.policy.charge(seq, prompt=seq.num_tokens - seq.num_computed_tokens)
             self.policy.left(seq)
         seq.slots, seq.status = slots, SequenceStatus.RUNNING
         self.running.append(seq)
-        return Admission.ADMITTED
+        return None
+
+    def _was_evicted(self, seq: Sequence) -> bool:
+        """Return whether an adapter of `seq` was read and left host memory again before it got a slot."""
+        was_loading, seq.loading = seq.loading, False
+        idle = (digest for digest, _ in seq.adapters if not self.adapters.is_loading(digest))
+        return was_loading and any(self.adapters.where(digest) == "disk" for digest in idle)
+
+    def _lacks(self, seq: Sequence) -> Need:
+        """Return NOTHING while all missing adapters are being loaded. A version that was requested and is not being
+        loaded is in host memory and finds no slot."""
+        missing = [digest for digest, _ in seq.adapters if self.adapters.where(digest) != "device"]
+        seq.loading = any(self.adapters.is_loading(digest) for digest in missing)
+        return NOTHING if all(self.adapters.is_loading(digest) for digest in missing) else Need.SLOT
 
     def _acquire_all(self, seq: Sequence, collected: list[str]) -> tuple[int, ...] | None:
         """Acquire the slots of all adapters of `seq`, or return None and add those acquired to `collected`.
