@@ -109,6 +109,8 @@ class Sequence:
     num_computed_tokens: int = 0
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)  # of the full blocks in token_ids, computed lazily
+    chain_merged: str = ""  # the version that was merged into the weights when the hash chain began
+    weight_changes: list[tuple[int, str]] = field(default_factory=list)  # since then: token, version ("": none)
 
     def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.token_ids)

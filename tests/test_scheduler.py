@@ -111,7 +111,7 @@ def run_step(scheduler: Scheduler) -> ScheduledBatch:
         assert len(seq.block_table) * BLOCK >= end, "the step's tokens have no place to go"
         scheduler.blocks.commit(seq, end)
         if samples:
-            seq.num_verified_tokens = end
+            scheduler.blocks.verify(seq, end)
             seq.token_ids.append(next_token(seq))
             if seq.num_output_tokens >= seq.sampling.max_tokens:
                 scheduler.finish(seq)
@@ -183,6 +183,86 @@ def test_a_cached_prefix_is_not_computed_again() -> None:
     run_step(scheduler)
     scheduler.add(make_seq("a", 9, max_tokens=1))
     assert shares(run_step(scheduler)) == {"a": 1}
+
+
+def burst(size: int, prefix: int, own: int, *adapters: str) -> list[Sequence]:
+    """Sequences that begin with the same tokens and end with different ones."""
+    params = SamplingParams(max_tokens=4)
+    prompts = [[*range(1000, 1000 + prefix), *([2000 + n] * own)] for n in range(size)]
+    return [Sequence(f"b{n}", prompt, params, taking(*adapters)) for n, prompt in enumerate(prompts)]
+
+
+@pytest.mark.parametrize("adapters", [(), ("x",)])
+@pytest.mark.parametrize(("budget", "own"), [(16, 1), (16, 5), (100, 1), (100, 5)])
+def test_a_prompt_that_several_begin_with_is_computed_once(budget: int, own: int, adapters: tuple[str, ...]) -> None:
+    """In one step or in several; the others come in right behind, each with its own end."""
+    scheduler = make_scheduler(max_batch_tokens=budget)
+    seqs = burst(6, 40, own, *adapters)
+    for seq in seqs:
+        scheduler.add(seq)
+    computed = 0
+    while scheduler.has_work():
+        batch = run_step(scheduler)
+        computed += sum(min(s.end, s.seq.num_prompt_tokens) - s.start for s in batch.sequences if s.start < 40 + own)
+    assert computed == 40 + 6 * own
+    for seq in seqs:
+        alone = Sequence("alone", seq.token_ids[: seq.num_prompt_tokens], seq.sampling, seq.adapters)
+        while alone.num_output_tokens < 4:
+            alone.token_ids.append(next_token(alone))
+        assert seq.token_ids == alone.token_ids
+
+
+def test_a_short_common_beginning_is_not_waited_for() -> None:
+    scheduler = make_scheduler(max_batch_tokens=100)
+    for seq in burst(2, 8, 12):
+        scheduler.add(seq)
+    assert len(shares(run_step(scheduler))) == 2
+
+
+def test_who_waits_for_a_common_beginning_keeps_its_place() -> None:
+    scheduler = make_scheduler(max_batch_tokens=100, max_num_seqs=3)
+    for seq in burst(2, 40, 1):
+        scheduler.add(seq)
+    for name in "xyz":
+        scheduler.add(make_seq(name, 2, max_tokens=50))
+    assert shares(run_step(scheduler)) == {"b0": 41, "x": 2}
+    assert shares(run_step(scheduler)) == {"b0": 1, "x": 1, "b1": 1}
+
+
+@pytest.mark.parametrize("how", ["abort", "preemption"])
+def test_when_the_first_of_a_burst_goes_the_next_computes_what_is_common(how: str) -> None:
+    scheduler = make_scheduler(max_batch_tokens=16)
+    first, *others = burst(3, 40, 1)
+    for seq in (first, *others):
+        scheduler.add(seq)
+    assert shares(run_step(scheduler)) == {"b0": 16}
+    if how == "abort":
+        scheduler.finish(first)
+        assert shares(run_step(scheduler)) == {"b1": 16}
+    else:
+        scheduler._preempt(first)
+        assert shares(run_step(scheduler)) == {"b0": 16}
+    run_to_end(scheduler)
+    assert all(seq.status is SequenceStatus.FINISHED for seq in (first, *others))
+
+
+@pytest.mark.parametrize("how", ["abort", "preemption"])
+def test_a_prefill_that_is_broken_off_leaves_the_prefix_that_it_found(how: str) -> None:
+    scheduler = make_scheduler()
+    first, broken, last = burst(3, 40, 1)
+    scheduler.add(first)
+    run_to_end(scheduler)
+    broken.token_ids += [7] * 60
+    scheduler.add(broken)
+    run_step(scheduler)
+    assert 40 < broken.num_computed_tokens < broken.num_tokens
+    (scheduler.finish if how == "abort" else scheduler._preempt)(broken)
+    assert len(scheduler.take_suspect_blocks()) == 4  # its own, of this step
+    if how == "abort":
+        scheduler.add(last)
+        assert shares(run_step(scheduler)) == {"b2": 1}
+    else:
+        assert shares(run_step(scheduler)) == {"b1": 16}
 
 
 def test_memory_is_handed_out_in_order_of_arrival() -> None:

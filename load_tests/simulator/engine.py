@@ -211,7 +211,7 @@ class Simulation:
             self.scheduler.blocks.commit(seq, end)
             if end < len(seq.token_ids):
                 continue
-            seq.num_verified_tokens = end
+            self.scheduler.blocks.verify(seq, end)
             seq.token_ids.append(0)
             num_output = end + 1 - seq.num_prompt_tokens
             if num_output == 1:

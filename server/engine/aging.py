@@ -19,6 +19,7 @@ class Need(Flag):
     ROOM = auto()  # a place in the step and KV blocks: every sequence
     SLOT = auto()  # a device slot with pages: sequences with adapters that are not pinned
     LOAD = auto()  # a load: sequences with adapters that are not on the device
+    PREFIX = auto()  # keys and values that a running sequence computes; nobody competes for them
 
 
 NOTHING = Need(0)

@@ -223,7 +223,7 @@ class Engine:
             self._abandon(seq, "the model produced numbers that are not finite")
             return
         if seq.num_computed_tokens >= end:  # not if it was preempted meanwhile: those blocks are no longer its own
-            seq.num_verified_tokens = end
+            self.scheduler.blocks.verify(seq, end)
         seq.token_ids[end:] = [sampled.token_id]
         self._finish(seq, [sampled.token_id], self._finish_reason(seq, sampled.token_id), sampled=sampled)
 

@@ -195,7 +195,8 @@ class Scheduler:
         held_back: list[Sequence] = []
         collected: list[str] = []  # adapters of sequences passed over, referenced until the end of this method
         self._aging.begin_step()
-        while budget > 0 and len(self.running) < self.max_num_seqs and (seq := next(candidates, None)) is not None:
+        num_places = self.max_num_seqs - len(self.running)
+        while budget > 0 and num_places > 0 and (seq := next(candidates, None)) is not None:
             needs = self._needs(seq)
             if self._aging.holds_back(seq, needs):
                 held_back.append(seq)
@@ -204,10 +205,12 @@ class Scheduler:
             lacks = self._try_admit(seq, collected, may_load)
             if lacks is None:
                 admitted.append(seq)
+                num_places -= 1
                 budget = self._take_part(seq, batch, budget)
                 continue
             passed_over.append(seq)
             self._aging.pass_over(seq, lacks)
+            num_places -= Need.PREFIX in lacks  # its place is kept, because it will run in a few steps
             if Need.ROOM in lacks:  # memory is handed out in order: later sequences may not take it
                 break
             if Need.LOAD in needs and may_load:
@@ -263,11 +266,12 @@ class Scheduler:
             if acquired is None:
                 return self._lacks(seq) | (Need.LOAD if was_evicted else NOTHING)
             slots = acquired
-        matched = self.blocks.match_prefix(seq)
-        if not self.blocks.can_admit(seq, matched):
+        matched = self.blocks.match_prefix(seq) if self.blocks.may_fit(seq) else None
+        lacks = Need.ROOM if matched is None else self._lacks_blocks(seq, matched)
+        if matched is None or lacks is not None:
             if slots:
                 collected += [adapter.digest for adapter in seq.adapters]
-            return Need.ROOM
+            return lacks
         self.blocks.admit(seq, matched)
         if not seq.preempted:
             self.policy.charge(seq, prompt=seq.num_tokens - seq.num_computed_tokens)
@@ -275,6 +279,16 @@ class Scheduler:
         seq.slots, seq.status = slots, SequenceStatus.RUNNING
         self.running.append(seq)
         return None
+
+    def _lacks_blocks(self, seq: Sequence, matched: list[int]) -> Need | None:
+        """Return None if `seq` has the KV blocks to run. It lacks its PREFIX while a running sequence computes blocks
+        that save it at least half of its prefill."""
+        num_missing = seq.num_tokens - len(matched) * self.blocks.block_size
+        for other in self.running:
+            num_saved = self.blocks.being_computed(seq, len(matched), other) * self.blocks.block_size
+            if num_saved and 2 * num_saved >= num_missing:
+                return Need.PREFIX
+        return None if self.blocks.can_admit(seq, matched) else Need.ROOM
 
     def _was_evicted(self, seq: Sequence) -> bool:
         """Return whether an adapter of `seq` was read and left host memory again before it got a slot."""
@@ -321,6 +335,7 @@ class Scheduler:
     def enter_base(self) -> None:
         """Release the slots of all running sequences, which all use the version that was just merged."""
         self.gate.merged = True
+        self.blocks.change_weights(self.gate.owner or "", self.running)
         for seq in self.running:
             self._release_slots(seq)
 
@@ -333,5 +348,6 @@ class Scheduler:
                 if slot is None:
                     return False
                 seq.slots = (slot,)
+        self.blocks.change_weights("", self.running)
         self.gate.open()
         return True
