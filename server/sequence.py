@@ -1,5 +1,6 @@
 """Sequences and their sampling parameters, shared by every part of the server. Does not import torch."""
 
+import math
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum, auto
 from typing import NamedTuple
@@ -45,6 +46,7 @@ class FinishReason(StrEnum):
     STOP = "stop"
     LENGTH = "length"
     ABORT = "abort"
+    TIMEOUT = "timeout"
     ERROR = "error"
 
 
@@ -88,6 +90,7 @@ class Sequence:
     active_from: int = 0  # the first token that the adapters apply to; earlier tokens use the base model
     priority: int = 0  # within its tenant; lower is more urgent
     weight: float = 1.0  # of its tenant, whose share of the device is proportional to it
+    deadline: float = math.inf  # monotonic seconds; it ends then, wherever it is
     num_prompt_tokens: int = 0
 
     # Written by the engine, when it launches and collects steps.

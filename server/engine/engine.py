@@ -1,6 +1,7 @@
 """The engine: token ids in, token ids out, one step at a time. Knows no HTTP and no text; owns no thread."""
 
 import logging
+import math
 import time
 from collections import deque
 
@@ -122,6 +123,7 @@ class Engine:
 
     def _between_steps(self) -> list[Reply]:
         """Let loads, self-tests and merges go on; return the replies that are due."""
+        self._end_expired()
         self.residency.poll()
         self.merging.advance()
         replies = [*self._moves.poll(), *self._selftests.advance(), *self.merging.take_replies()]
@@ -131,6 +133,12 @@ class Engine:
         for seq, reason in self.scheduler.failed():
             self._finish(seq, [], FinishReason.ERROR, error=f"the adapter could not be loaded: {reason}")
         return replies
+
+    def _end_expired(self) -> None:
+        """End sequences whose deadline has passed. Those that wait never start."""
+        for seq in self.scheduler.expired(time.monotonic()):
+            state = "before it started" if seq.admitted is None else f"after {seq.num_output_tokens} tokens"
+            self._finish(seq, [], FinishReason.TIMEOUT, error=f"the request's time ran out {state}")
 
     # -- sequences -----------------------------------------------------------------------------------------------
 
@@ -145,6 +153,7 @@ class Engine:
             request.active_from,
             request.priority,
             request.weight,
+            math.inf if request.deadline is None else request.deadline,
         )
         self._sequences[seq.seq_id] = seq
         for adapter in seq.adapters:

@@ -140,6 +140,10 @@ class Scheduler:
         """Return waiting sequences whose adapters cannot be loaded, with the reasons."""
         return [(seq, reason) for seq in self.waiting if (reason := self._failure(seq)) is not None]
 
+    def expired(self, now: float) -> list[Sequence]:
+        """Return waiting and running sequences whose deadline has passed."""
+        return [seq for seq in chain(self.running, self.waiting) if seq.deadline <= now]
+
     def _failure(self, seq: Sequence) -> str | None:
         if len(seq.adapters) > 1 and not self.adapters.fit(digest for digest, _ in seq.adapters):
             return f"{len(seq.adapters)} adapters do not fit on the device beside the pinned ones"
