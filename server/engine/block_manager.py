@@ -140,12 +140,16 @@ class BlockManager:
         self.prefix_queries += seq.num_tokens
         self.prefix_hits += seq.num_computed_tokens
 
+    def to_grow(self, seq: Sequence, num_tokens: int) -> int:
+        """Return how many blocks `seq` needs beyond its own to cover `num_tokens`."""
+        return max(0, self.blocks_for(num_tokens) - len(seq.block_table))
+
     def can_grow(self, seq: Sequence, num_tokens: int) -> bool:
-        return self.blocks_for(num_tokens) - len(seq.block_table) <= self.num_free
+        return self.to_grow(seq, num_tokens) <= self.num_free
 
     def grow(self, seq: Sequence, num_tokens: int) -> None:
         """Extend the block table of `seq` to cover `num_tokens`. The caller must check `can_grow` first."""
-        for _ in range(self.blocks_for(num_tokens) - len(seq.block_table)):
+        for _ in range(self.to_grow(seq, num_tokens)):
             block_id, _ = self._free.popitem(last=False)
             block = self._blocks[block_id]
             self._forget(block)

@@ -154,15 +154,21 @@ class Scheduler:
         return None
 
     def _schedule_running(self, batch: list[ScheduledSequence], budget: int) -> int:
-        for seq in list(self.running):  # oldest first, because the newest are preempted for them
-            if seq.status is not SequenceStatus.RUNNING or budget == 0:
-                continue
-            num_new_tokens = min(seq.num_tokens - seq.num_computed_tokens, budget)
-            if not num_new_tokens:  # its last token is in flight
-                continue
-            if self._make_room(seq, seq.num_computed_tokens + num_new_tokens):
+        while self._blocks_wanted(budget) > self.blocks.num_free:
+            self._preempt(self.policy.victim(self.running))
+        for seq in self.running:  # in order of admission
+            if budget and seq.num_tokens > seq.num_computed_tokens:  # otherwise its last token is in flight
                 budget = self._take_part(seq, batch, budget)
         return budget
+
+    def _blocks_wanted(self, budget: int) -> int:
+        """Return how many free blocks the running sequences need for a step of `budget` tokens."""
+        wanted = 0
+        for seq in self.running:
+            num_new_tokens = min(seq.num_tokens - seq.num_computed_tokens, budget)
+            wanted += self.blocks.to_grow(seq, seq.num_computed_tokens + num_new_tokens)
+            budget -= num_new_tokens
+        return wanted
 
     def _take_part(self, seq: Sequence, batch: list[ScheduledSequence], budget: int) -> int:
         """Add `seq` to the step and return the remaining budget."""
@@ -172,15 +178,6 @@ class Scheduler:
         if scheduled.samples:
             self.policy.charge(seq, generated=1)
         return budget - scheduled.num_new_tokens
-
-    def _make_room(self, seq: Sequence, num_tokens: int) -> bool:
-        """Preempt newer sequences until `seq` fits. Returns False if `seq` itself was preempted."""
-        while not self.blocks.can_grow(seq, num_tokens):
-            victim = self.running[-1]
-            self._preempt(victim)
-            if victim is seq:
-                return False
-        return True
 
     def _preempt(self, seq: Sequence) -> None:
         """Move `seq` to the head of the queue; its tokens are recomputed, often from the prefix cache."""
