@@ -213,6 +213,7 @@ WITHOUT_TORCH = [
     "server.api.middleware",
     "server.api.schemas",
     "server.config",
+    "server.engine.aging",
     "server.engine.block_manager",
     "server.engine.machine",
     "server.engine.merging",
@@ -222,6 +223,7 @@ WITHOUT_TORCH = [
     "server.launch",
     "server.logs",
     "server.metrics",
+    "server.queue_limits",
     "server.sequence",
     "server.writable",
 ]
