@@ -222,6 +222,16 @@ def check_capacity(context: AppContext) -> None:
         raise unavailable("Too many requests are waiting; try again later.", "queue_full")
 
 
+def check_queue(context: AppContext, key: Key, sequences: int, tokens: int) -> None:
+    """Raise 429 if the key's tenant holds its share of the queue, 503 if the queue has no room for the request."""
+    refusal = context.queue_limits.refusal(key.tenant, key.weight, sequences, tokens)
+    if refusal is None:
+        return
+    if refusal.of_tenant:
+        raise ApiError(429, refusal.message, code="queue_share", headers={"retry-after": "1"})
+    raise unavailable(refusal.message, "queue_full")
+
+
 def priority_of(context: AppContext, body: GenerationRequest) -> int:
     """Return the priority of the request. Raises 400 if it would have no effect."""
     if body.priority and context.config.scheduling_policy == "fcfs":

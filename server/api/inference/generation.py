@@ -65,9 +65,10 @@ class Choice:
 
     def absorb(self, output: SequenceOutput, delta: Delta) -> None:
         """Add `output` to `delta`. Raises `EngineFailure` if the sequence was aborted or failed."""
-        if output.finish_reason == "error" or output.finish_reason == "abort":
+        reason = output.finish_reason
+        if reason == "error" or reason == "abort" or reason == "timeout":
             self.finished = True
-            raise EngineFailure(output.finish_reason, output.error)
+            raise EngineFailure(reason, output.error)
         self.cached_tokens, self.queue_seconds = output.num_cached_tokens, output.queue_seconds
         text_ends = output.finish_reason == "stop" and output.token_ids and output.token_ids[-1] in self._stop_ids
         for i, token_id in enumerate(output.token_ids):
@@ -81,9 +82,9 @@ class Choice:
             if self._detokenizer.stopped:
                 self._finish(delta, "stop")
                 return
-        if output.finish_reason is not None:
+        if reason is not None:
             delta.text += self._detokenizer.flush()
-            self._finish(delta, output.finish_reason)
+            self._finish(delta, reason)
 
     def _finish(self, delta: Delta, reason: Literal["stop", "length"]) -> None:
         self.finished = True
@@ -260,9 +261,11 @@ def start_generation(
     max_tokens = admission.token_budget(context, prompts, requested, default)
     sampling = admission.sampling_params(vocab_size, body, max_tokens, logprobs, tokenizer.end_ids)
     priority = admission.priority_of(context, body)
+    n = body.n or 1
+    admission.check_queue(context, key, len(prompts) * n, sum(map(len, prompts)) * n)
     lease = context.rate_limits.begin_request(key.sha256, key.limits, target.adapter_names, sum(map(len, prompts)))
     generation = Generation(context, target, tokenizer, lease, prefix, request.state.started)
-    generation.submit(key, prompts, body.n or 1, sampling, body.stop_strings, priority)
+    generation.submit(key, prompts, n, sampling, body.stop_strings, priority)
     return generation
 
 
