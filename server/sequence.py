@@ -123,6 +123,10 @@ class Sequence:
         return self.cache_salt
 
     @property
+    def digests(self) -> list[str]:
+        return [adapter.digest for adapter in self.adapters]
+
+    @property
     def sole_adapter(self) -> str | None:
         """The only version, if it is unscaled; None for the base model, compositions and scaled adapters."""
         return self.adapters[0].digest if len(self.adapters) == 1 and self.adapters[0].scale == 1 else None

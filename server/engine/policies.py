@@ -99,8 +99,8 @@ class FairShare:
                 heapq.heappush(heap, (self._served[tenant], queue[-1].number, tenant))
 
     def victim(self, running: list[Sequence]) -> Sequence:
-        """Of the tenant that holds the most KV blocks in relation to its weight, the least urgent sequence, and of
-        those the newest."""
+        """Return the least urgent sequence of the tenant that holds the most KV blocks in relation to its weight, and
+        among equally urgent ones the newest."""
         held: defaultdict[str, float] = defaultdict(float)
         for seq in running:
             held[seq.tenant] += len(seq.block_table) / seq.weight

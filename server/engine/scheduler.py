@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from itertools import chain, count, islice
 from typing import Protocol
 
-from server.engine.aging import NOTHING, Aging, Need
+from server.engine.aging import LOAD, NOTHING, PREFIX, ROOM, SLOT, Aging
 from server.engine.block_manager import BlockManager
 from server.engine.policies import FirstCome, Policy
 from server.sequence import ScheduledBatch, ScheduledSequence, Sequence, SequenceStatus
@@ -116,7 +116,7 @@ class Scheduler:
         budget = self._schedule_running(batch, self.max_batch_tokens)
         asking = self._schedule_waiting(batch, budget)
         had = [(self._needs(scheduled.seq), scheduled.seq.number) for scheduled in batch]
-        self._aging.end_step([*had, *((Need.LOAD, seq.number) for seq in asking)] if batch else ())
+        self._aging.end_step([*had, *((LOAD, seq.number) for seq in asking)] if batch else ())
         batch.sort(key=lambda scheduled: (scheduled.seq.slots, scheduled.seq.adapters))
         return ScheduledBatch(batch)
 
@@ -211,10 +211,10 @@ class Scheduler:
                 continue
             passed_over.append(seq)
             self._aging.pass_over(seq, lacks)
-            num_places -= Need.PREFIX in lacks  # its place is kept, because it will run in a few steps
-            if Need.ROOM in lacks:  # memory is handed out in order: later sequences may not take it
+            num_places -= bool(lacks & PREFIX)  # its place is kept, because it will run in a few steps
+            if lacks & ROOM:  # memory is handed out in order: later sequences may not take it
                 break
-            if Need.LOAD in needs and may_load:
+            if needs & LOAD and may_load:
                 asking.append(seq)
         for seq in islice(chain(held_back, candidates), PREFETCH_DEPTH):
             for adapter in seq.adapters:
@@ -230,15 +230,14 @@ class Scheduler:
         yield from [seq for seq in self.waiting if seq.preempted]
         yield from self.policy.order([seq for seq in self.waiting if not seq.preempted])
 
-    def _needs(self, seq: Sequence) -> Need:
+    def _needs(self, seq: Sequence) -> int:
         """Return what `seq` needs to run: for admission while it waits, and for the step once it runs."""
-        if not seq.adapters or self.gate.in_base(seq):
-            return Need.ROOM
-        if all(self.adapters.is_pinned(digest) for digest, _ in seq.adapters):
-            return Need.ROOM
-        if seq.slots or all(self.adapters.where(digest) == "device" for digest, _ in seq.adapters):
-            return Need.ROOM | Need.SLOT
-        return Need.ROOM | Need.SLOT | Need.LOAD
+        if not seq.adapters or self.gate.in_base(seq) or all(map(self.adapters.is_pinned, seq.digests)):
+            return ROOM
+        return ROOM | SLOT if seq.slots or self._on_device(seq) else ROOM | SLOT | LOAD
+
+    def _on_device(self, seq: Sequence) -> bool:
+        return all(self.adapters.where(digest) == "device" for digest in seq.digests)
 
     def _age(self, admitted: list[Sequence], considered: set[Sequence]) -> None:
         """Count sequences that were not considered as overtaken if a later one of the same tenant was admitted.
@@ -250,7 +249,7 @@ class Scheduler:
             if seq not in considered and seq.number < latest.get(seq.tenant, -1):
                 self._aging.overtake(seq)
 
-    def _try_admit(self, seq: Sequence, collected: list[str], may_load: bool) -> Need | None:
+    def _try_admit(self, seq: Sequence, collected: list[str], may_load: bool) -> int | None:
         """Acquire the adapters' slots and the cached prefix for `seq`, and return None. If refused, return what it
         lacks and other sequences have; then only slots in `collected` stay acquired.
 
@@ -260,18 +259,18 @@ class Scheduler:
             return NOTHING
         slots: tuple[int, ...] = ()
         if not self.gate.in_base(seq):
-            if not may_load and Need.LOAD in self._needs(seq):
-                return Need.LOAD
+            if not (may_load or self._on_device(seq)):
+                return LOAD
             was_evicted = self._was_evicted(seq)
             acquired = self._acquire_all(seq, collected)
             if acquired is None:
-                return self._lacks(seq) | (Need.LOAD if was_evicted else NOTHING)
+                return self._lacks_slots(seq) | (LOAD if was_evicted else NOTHING)
             slots = acquired
         matched = self.blocks.match_prefix(seq) if self.blocks.may_fit(seq) else None
-        lacks = Need.ROOM if matched is None else self._lacks_blocks(seq, matched)
+        lacks = ROOM if matched is None else self._lacks_blocks(seq, matched)
         if matched is None or lacks is not None:
             if slots:
-                collected += [adapter.digest for adapter in seq.adapters]
+                collected += seq.digests
             return lacks
         self.blocks.admit(seq, matched)
         if not seq.preempted:
@@ -281,28 +280,32 @@ class Scheduler:
         self.running.append(seq)
         return None
 
-    def _lacks_blocks(self, seq: Sequence, matched: list[int]) -> Need | None:
+    def _lacks_blocks(self, seq: Sequence, matched: list[int]) -> int | None:
         """Return None if `seq` has the KV blocks to run. It lacks its PREFIX while a running sequence computes blocks
         that save it at least half of its prefill."""
         num_missing = seq.num_tokens - len(matched) * self.blocks.block_size
         for other in self.running:
             num_saved = self.blocks.being_computed(seq, len(matched), other) * self.blocks.block_size
             if num_saved and 2 * num_saved >= num_missing:
-                return Need.PREFIX
-        return None if self.blocks.can_admit(seq, matched) else Need.ROOM
+                return PREFIX
+        return None if self.blocks.can_admit(seq, matched) else ROOM
 
     def _was_evicted(self, seq: Sequence) -> bool:
         """Return whether an adapter of `seq` was read and left host memory again before it got a slot."""
-        was_loading, seq.loading = seq.loading, False
-        idle = (digest for digest, _ in seq.adapters if not self.adapters.is_loading(digest))
-        return was_loading and any(self.adapters.where(digest) == "disk" for digest in idle)
+        if not seq.loading:
+            return False
+        seq.loading = False
+        return any(
+            self.adapters.where(digest) == "disk" and not self.adapters.is_loading(digest) for digest in seq.digests
+        )
 
-    def _lacks(self, seq: Sequence) -> Need:
+    def _lacks_slots(self, seq: Sequence) -> int:
         """Return NOTHING while all missing adapters are being loaded. A version that was requested and is not being
         loaded is in host memory and finds no slot."""
-        missing = [digest for digest, _ in seq.adapters if self.adapters.where(digest) != "device"]
-        seq.loading = any(self.adapters.is_loading(digest) for digest in missing)
-        return NOTHING if all(self.adapters.is_loading(digest) for digest in missing) else Need.SLOT
+        missing = (digest for digest in seq.digests if self.adapters.where(digest) != "device")
+        loading = [self.adapters.is_loading(digest) for digest in missing]
+        seq.loading = any(loading)
+        return NOTHING if all(loading) else SLOT
 
     def _acquire_all(self, seq: Sequence, collected: list[str]) -> tuple[int, ...] | None:
         """Acquire the slots of all adapters of `seq`, or return None and add those acquired to `collected`.
