@@ -105,7 +105,8 @@ class Sequence:
     slots: tuple[int, ...] = ()  # device slots of `adapters` while RUNNING, unless they are merged into the base
     waited_steps: int = 0  # steps in which later sequences had what it lacked
     overdue: bool = False  # waited_steps exceeds max_wait_steps
-    loading: bool = False  # its adapters were being loaded when it was last considered
+    requested: bool = False  # its adapters were requested
+    read: set[str] = field(default_factory=set)  # of its adapters, those that were read since they were requested
     preempted: bool = False  # it was running before
 
     # Written by the block manager.

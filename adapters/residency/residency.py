@@ -232,10 +232,12 @@ class Residency(Generic[P]):
             return "device"
         return "host" if digest in self.host else "disk"
 
-    def is_loading(self, digest: str) -> bool:
-        """Return True while the version is being read or copied."""
+    def is_being_read(self, digest: str) -> bool:
+        return digest in self._reading
+
+    def is_being_copied(self, digest: str) -> bool:
         slot = self.slots.get(digest)
-        return digest in self._reading or (slot is not None and not slot.ready)
+        return slot is not None and not slot.ready
 
     def is_pinned(self, digest: str) -> bool:
         slot = self.slots.get(digest)

@@ -1,9 +1,9 @@
 """Aging: counts the steps in which a waiting sequence was overtaken, and holds back those that compete with it.
 
 A sequence ages in a step if it lacked something that a later sequence had in the step before. It does not age while its
-adapter is read or copied, while a merge keeps it out, or while the engine is idle, because no other sequence causes
-those waits. A sequence that was overtaken more than `max_wait_steps` times is overdue: until it is admitted, later
-sequences that need what it lacks are held back, and no others are.
+adapters are read for the first time or copied, while a merge keeps it out, or while the engine is idle, because no
+other sequence causes those waits. A sequence that was overtaken more than `max_wait_steps` times is overdue: until it
+is admitted, later sequences that need what it lacks are held back, and no others are.
 """
 
 from collections.abc import Iterable

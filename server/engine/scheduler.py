@@ -39,8 +39,10 @@ class AdapterSlots(Protocol):
     def where(self, digest: str) -> str:
         """Return the tier of the version; on "device" it has a slot to acquire."""
 
-    def is_loading(self, digest: str) -> bool:
-        """Return whether the version is being read or copied to the device."""
+    def is_being_read(self, digest: str) -> bool: ...
+
+    def is_being_copied(self, digest: str) -> bool:
+        """Return whether the version has a slot that it is being copied to."""
 
     def is_pinned(self, digest: str) -> bool:
         """Return whether the version has a slot that no other version can get."""
@@ -261,10 +263,10 @@ class Scheduler:
         if not self.gate.in_base(seq):
             if not (may_load or self._on_device(seq)):
                 return LOAD
-            was_evicted = self._was_evicted(seq)
+            self._note_reads(seq)
             acquired = self._acquire_all(seq, collected)
             if acquired is None:
-                return self._lacks_slots(seq) | (LOAD if was_evicted else NOTHING)
+                return self._lacks_slots(seq)
             slots = acquired
         matched = self.blocks.match_prefix(seq) if self.blocks.may_fit(seq) else None
         lacks = ROOM if matched is None else self._lacks_blocks(seq, matched)
@@ -290,22 +292,21 @@ class Scheduler:
                 return PREFIX
         return None if self.blocks.can_admit(seq, matched) else ROOM
 
-    def _was_evicted(self, seq: Sequence) -> bool:
-        """Return whether an adapter of `seq` was read and left host memory again before it got a slot."""
-        if not seq.loading:
-            return False
-        seq.loading = False
-        return any(
-            self.adapters.where(digest) == "disk" and not self.adapters.is_loading(digest) for digest in seq.digests
-        )
+    def _note_reads(self, seq: Sequence) -> None:
+        """Record which adapters of `seq` have been read. One that was requested, is not being read and is on disk was
+        read and evicted from host memory."""
+        for digest in seq.digests if len(seq.read) < len(seq.adapters) else ():
+            was_evicted = seq.requested and not self.adapters.is_being_read(digest)
+            if was_evicted or self.adapters.where(digest) != "disk":
+                seq.read.add(digest)
+        seq.requested = True
 
     def _lacks_slots(self, seq: Sequence) -> int:
-        """Return NOTHING while all missing adapters are being loaded. A version that was requested and is not being
-        loaded is in host memory and finds no slot."""
-        missing = (digest for digest in seq.digests if self.adapters.where(digest) != "device")
-        loading = [self.adapters.is_loading(digest) for digest in missing]
-        seq.loading = any(loading)
-        return NOTHING if all(loading) else SLOT
+        """Return what `seq` lacks for its adapters: NOTHING until each has been read once, and while those that are not
+        on the device are being copied there. One that is read again lost its place in host memory to others."""
+        missing = [digest for digest in seq.digests if self.adapters.where(digest) != "device"]
+        first_reads = len(seq.read) < len(seq.adapters)
+        return NOTHING if first_reads or all(map(self.adapters.is_being_copied, missing)) else SLOT
 
     def _acquire_all(self, seq: Sequence, collected: list[str]) -> tuple[int, ...] | None:
         """Acquire the slots of all adapters of `seq`, or return None and add those acquired to `collected`.
