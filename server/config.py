@@ -72,7 +72,15 @@ class ServeConfig:
     max_model_len: int = _setting(
         0, "Maximum number of tokens in prompt and output together; 0 uses the model's limit", ge=0
     )
-    max_queue: int = _setting(256, "Maximum number of waiting requests; further requests get 503", ge=1)
+    max_queue: int = _setting(
+        256,
+        "Maximum number of sequences that wait for their first token, where each prompt and choice is one. Further "
+        "requests get 503, or 429 if their tenant holds its share of the queue",
+        ge=1,
+    )
+    max_queue_tokens: int = _setting(
+        1 << 20, "Maximum number of prompt tokens of the waiting sequences, shared by tenants like --max-queue", ge=1
+    )
     scheduling_policy: Literal["fair", "fcfs"] = _setting(
         "fair",
         "fair shares the device among tenants by weight and honors priorities; fcfs runs requests in order of arrival",

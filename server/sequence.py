@@ -1,5 +1,6 @@
 """Sequences and their sampling parameters, shared by every part of the server. Does not import torch."""
 
+import math
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum, auto
 from typing import NamedTuple
@@ -45,6 +46,7 @@ class FinishReason(StrEnum):
     STOP = "stop"
     LENGTH = "length"
     ABORT = "abort"
+    TIMEOUT = "timeout"
     ERROR = "error"
 
 
@@ -59,33 +61,60 @@ class Sequence:
     """One stream of tokens. `num_computed_tokens` advances towards `num_tokens`; prefill, chunked prefill, decode,
     prefix hits and recomputation after preemption differ only in how far it advances.
 
+    The four cursors into `token_ids`, while a step with this sequence is in flight:
+
+        token_ids  0 ────────────┬──────────────────┬──────────────────┬──────────────── num_tokens
+                                 │                  │                  │
+               num_verified_tokens     num_computed_tokens     num_launched_tokens
+               led to finite logits    in the cache, as far    on the device or
+               (-1: none can be        as the accounting       being computed there
+               trusted)                goes
+
+    The fourth, `num_cached_tokens`, does not move: it is where the first admission began, behind the prefix that was
+    found in the cache.
+
+    Between steps, verified <= computed <= launched <= num_tokens for a sequence that has been in a step; launched is
+    ahead of computed only from the launch of a step to its commit. A preemption sets the first three to 0.
+
     Invariant: `block_table` covers at least `num_computed_tokens` slots of the KV cache while RUNNING and is empty
     otherwise; `adapters` and `active_from` never change, so an output cannot mix two versions.
     """
 
+    # Written by the API, and never changed: the fields of `Submit`.
     seq_id: str
-    token_ids: list[int]
+    token_ids: list[int]  # of the prompt; the engine appends the output
     sampling: SamplingParams
     adapters: tuple[ScaledAdapter, ...] = ()  # empty: the base model
     cache_salt: str = ""  # prefix-cache hits stay within one salt (the tenant)
-    arrival: float = 0.0
+    arrival: float = 0.0  # monotonic seconds, by the engine's clock
     active_from: int = 0  # the first token that the adapters apply to; earlier tokens use the base model
     priority: int = 0  # within its tenant; lower is more urgent
     weight: float = 1.0  # of its tenant, whose share of the device is proportional to it
-    number: int = 0  # in order of arrival, assigned by the scheduler
+    deadline: float = math.inf  # monotonic seconds; it ends then, wherever it is
     num_prompt_tokens: int = 0
-    num_computed_tokens: int = 0
+
+    # Written by the engine, when it launches and collects steps.
     num_launched_tokens: int = 0  # tokens whose keys and values are in the cache or being written
     num_verified_tokens: int = 0  # computed tokens whose keys and values led to finite logits
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache at first admission
+    admitted: float | None = None  # time of its first step
+
+    # Written by the scheduler.
+    number: int = 0  # in order of arrival
     status: SequenceStatus = SequenceStatus.WAITING
+    slots: tuple[int, ...] = ()  # device slots of `adapters` while RUNNING, unless they are merged into the base
+    waited_steps: int = 0  # steps in which later sequences had what it lacked
+    overdue: bool = False  # waited_steps exceeds max_wait_steps
+    requested: bool = False  # its adapters were requested
+    read: set[str] = field(default_factory=set)  # of its adapters, those that were read since they were requested
+    preempted: bool = False  # it was running before
+
+    # Written by the block manager.
+    num_computed_tokens: int = 0
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)  # of the full blocks in token_ids, computed lazily
-    slots: tuple[int, ...] = ()  # device slots of `adapters` while RUNNING, unless they are merged into the base
-    waited_steps: int = 0  # steps in which it was passed over
-    overdue: bool = False  # it was passed over more than max_wait_steps times
-    preempted: bool = False  # it was running before
-    admitted: float | None = None  # time of its first step
+    chain_merged: str = ""  # the version that was merged into the weights when the hash chain began
+    weight_changes: list[tuple[int, str]] = field(default_factory=list)  # since then: token, version ("": none)
 
     def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.token_ids)
@@ -93,6 +122,10 @@ class Sequence:
     @property
     def tenant(self) -> str:
         return self.cache_salt
+
+    @property
+    def digests(self) -> list[str]:
+        return [adapter.digest for adapter in self.adapters]
 
     @property
     def sole_adapter(self) -> str | None:

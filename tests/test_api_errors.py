@@ -8,7 +8,9 @@ from typing import Any
 import httpx
 import pytest
 
+from server.api.middleware.auth import KeyRing
 from server.api.middleware.body_limits import MAX_JSON_BYTES
+from server.config import ServeConfig
 from tests.fixtures.api_server import BASE, Api, LiveServer, assert_error, events, listening, serving
 from tests.fixtures.timing import cpu_seconds, eventually, leap
 
@@ -213,6 +215,32 @@ async def test_a_full_queue(tmp_path: Path) -> None:
         api.goes_on()
         assert [answer.status_code for answer in await asyncio.gather(*first)] == [200, 200]
         assert (await api.http.get("/readyz")).status_code == 200
+
+
+async def test_one_tenant_s_backlog_is_not_everyone_s(tmp_path: Path) -> None:
+    """Five requests of 64 sequences from one key; then eight of another."""
+    names = ("greedy", "patient")
+    file = tmp_path / "keys.toml"
+    file.write_text("".join(f'[[keys]]\nname = "{name}"\nkey = "{name}-secret"\n' for name in names))
+    async with serving(tmp_path, keys=KeyRing.load(ServeConfig(keys_file=file))) as api:
+        api.waits_after(0)
+
+        def ask(name: str, **fields: Any) -> "asyncio.Task[httpx.Response]":
+            headers, body = {"authorization": f"Bearer {name}-secret"}, {"model": BASE, "max_tokens": 1, **fields}
+            return asyncio.create_task(api.http.post("/v1/completions", json=body, headers=headers))
+
+        heavy = [ask("greedy", prompt=["hi"] * 8, n=8) for _ in range(5)]
+        await eventually(lambda: sum(task.done() for task in heavy) == 3)
+        assert len(api.context.in_flight) == 128
+        for task in heavy[2:]:
+            assert_error(await task, 429, "queue_share")
+            assert task.result().headers["retry-after"] == "1"
+        light = [ask("patient", prompt="hi") for _ in range(8)]
+        await eventually(lambda: len(api.context.in_flight) == 136)
+        assert (await api.http.get("/readyz")).status_code == 200
+        assert_error(await ask("patient", prompt=["hi"] * 8, n=8), 429, "queue_share")
+        api.goes_on()
+        assert {answer.status_code for answer in await asyncio.gather(*heavy[:2], *light)} == {200}
 
 
 async def test_drain_finishes_then_aborts(tmp_path: Path) -> None:

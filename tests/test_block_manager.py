@@ -221,6 +221,75 @@ def test_shared_blocks_are_not_disowned() -> None:
     blocks.check_integrity([first, second])
 
 
+def test_blocks_that_others_verified_stay_when_a_prefill_is_broken_off() -> None:
+    blocks = BlockManager(num_blocks=8, block_size=BLOCK)
+    first = compute(blocks, make_seq(range(9)))
+    blocks.verify(first, 9)
+    blocks.free(first)
+    broken = compute(blocks, make_seq(range(16)), 12)
+    assert blocks.disown_unverified(broken) == broken.block_table[2:]
+    blocks.free(broken)
+    assert len(blocks.match_prefix(make_seq(range(16)))) == 2
+
+
+def test_no_block_stays_of_a_sequence_whose_numbers_went_bad() -> None:
+    """Its last user takes out those that it shared, although they were verified before."""
+    blocks = BlockManager(num_blocks=8, block_size=BLOCK)
+    bad, beside = compute(blocks, make_seq(range(9))), compute(blocks, make_seq(range(9)))
+    blocks.verify(bad, 9)
+    bad.num_verified_tokens = -1
+    assert blocks.disown_unverified(bad) == bad.block_table[2:]
+    blocks.free(bad)
+    assert blocks.disown_unverified(beside) == beside.block_table
+    blocks.free(beside)
+    assert blocks.match_prefix(make_seq(range(9))) == []
+
+
+def test_blocks_are_shared_only_among_the_same_weights() -> None:
+    blocks = BlockManager(num_blocks=20, block_size=BLOCK)
+    plain_blocks = compute(blocks, make_seq(range(9), "a")).block_table[:2]
+    waiting = make_seq(range(9), "a")
+    assert blocks.match_prefix(waiting) == plain_blocks
+    blocks.change_weights("a", [])
+    assert blocks.match_prefix(waiting) == []
+    merged_blocks = compute(blocks, waiting).block_table[:2]
+    assert blocks.match_prefix(make_seq(range(9), "a")) == merged_blocks
+    blocks.change_weights("b", [])
+    assert blocks.match_prefix(make_seq(range(9), "a")) == []
+    blocks.change_weights("", [])
+    assert blocks.match_prefix(make_seq(range(9), "a")) == plain_blocks
+
+
+@pytest.mark.parametrize("num_computed", [2, 4, 6, 8])
+def test_a_merge_while_a_sequence_runs_divides_its_blocks(num_computed: int) -> None:
+    """Full blocks from before are found as before; those after it only by nobody else."""
+    blocks = BlockManager(num_blocks=20, block_size=BLOCK)
+    running = compute(blocks, make_seq(range(16), "a"), num_computed)
+    blocks.change_weights("a", [running])
+    blocks.grow(running, 12)
+    blocks.commit(running, 12)
+    assert blocks.match_prefix(make_seq(range(16), "a")) == []
+    blocks.change_weights("", [running])
+    blocks.grow(running, 16)
+    blocks.commit(running, 16)
+    assert blocks.match_prefix(make_seq(range(17), "a")) == running.block_table[: num_computed // BLOCK]
+    blocks.free(running)
+    again = compute(blocks, running)  # preempted and admitted again
+    assert (again.weight_changes, blocks.match_prefix(make_seq(range(17), "a"))) == ([], again.block_table)
+
+
+def test_a_prompt_that_cannot_fit_is_refused_without_a_look_at_its_tokens() -> None:
+    blocks = BlockManager(num_blocks=6, block_size=BLOCK)
+    shared = compute(blocks, make_seq(range(9)))
+    for length in range(1, 30):
+        seq = make_seq(range(length))
+        assert blocks.may_fit(seq) == blocks.can_admit(seq, blocks.match_prefix(seq))
+    blocks.free(shared)
+    for length in range(1, 30):
+        seq = make_seq(range(length))
+        assert blocks.may_fit(seq) == blocks.can_admit(seq, blocks.match_prefix(seq))
+
+
 class Ledger:
     """A block manager beside a record of what was really written to each block."""
 
@@ -228,6 +297,8 @@ class Ledger:
         self.blocks = BlockManager(num_blocks=9, block_size=2)
         self.running: list[Sequence] = []
         self.content: dict[int, tuple[Any, ...]] = {}
+        self.weights: dict[int, list[str]] = {}  # by id of the running sequence, of each computed token
+        self.keep: list[Sequence] = []  # so that no id is used twice
 
     def admit(self, pick: int) -> None:
         # Two tokens, two adapters, two salts: prefixes meet often.
@@ -237,11 +308,21 @@ class Ledger:
         for index, block_id in enumerate(matched):
             assert self.content[block_id] == self.expected(seq, index)
         if self.blocks.can_admit(seq, matched):
+            assert self.blocks.may_fit(seq)
             self.blocks.admit(seq, matched)
             self.running.append(seq)
+            self.keep.append(seq)
+            self.weights[id(seq)] = [self.blocks.merged] * seq.num_computed_tokens
 
     def expected(self, seq: Sequence, index: int) -> tuple[Any, ...]:
-        return (seq.adapters, seq.cache_salt, *seq.token_ids[: (index + 1) * self.blocks.block_size])
+        """The block's content: its tokens, and with which weights each was computed."""
+        end = (index + 1) * self.blocks.block_size
+        return (seq.adapters, seq.cache_salt, *zip(seq.token_ids[:end], self.weights_of(seq), strict=False))
+
+    def weights_of(self, seq: Sequence) -> list[str]:
+        """The weights of each of its tokens; those that it will compute get the present ones."""
+        known = self.weights.setdefault(id(seq), [])
+        return known + [self.blocks.merged] * (seq.num_tokens - len(known))
 
     def compute(self, pick: int) -> None:
         seq = self.running[pick % len(self.running)]
@@ -249,6 +330,7 @@ class Ledger:
         if not self.blocks.can_grow(seq, end):
             return
         self.blocks.grow(seq, end)
+        self.weights[id(seq)] = self.weights_of(seq)[:end]
         for position in range(seq.num_computed_tokens, end):
             index = position // self.blocks.block_size
             self.content[seq.block_table[index]] = self.expected(seq, index)
@@ -259,6 +341,13 @@ class Ledger:
     def free(self, pick: int) -> None:
         self.blocks.free(self.running.pop(pick % len(self.running)))
 
+    def verify(self, pick: int) -> None:
+        seq = self.running[pick % len(self.running)]
+        self.blocks.verify(seq, seq.num_computed_tokens)
+
+    def switch(self, pick: int) -> None:
+        self.blocks.change_weights(("", "a", "b")[pick % 3], self.running)
+
     def disown(self, pick: int) -> None:
         for block_id in self.blocks.disown_unverified(self.running[pick % len(self.running)]):
             self.content.pop(block_id, None)
@@ -266,7 +355,7 @@ class Ledger:
 
 
 OPERATIONS = st.tuples(
-    st.sampled_from(["admit", "admit", "compute", "compute", "compute", "free", "disown"]), st.integers(0, 2047)
+    st.sampled_from(["admit", "admit", *["compute"] * 3, "verify", "free", "disown", "switch"]), st.integers(0, 2047)
 )
 
 

@@ -377,6 +377,21 @@ async def test_listeners_hear_every_step_and_strangers_are_ignored(
     assert client.stats.running == 1
 
 
+async def test_who_waits_is_counted_until_its_first_output_or_its_end(
+    transport: FakeTransport, client: EngineClient
+) -> None:
+    for name, tenant in (("a", "x"), ("b", "x"), ("c", "y")):
+        client.submit(Submit(name, [1, 2, 3], SamplingParams(4), cache_salt=tenant, weight=2.0))
+    assert (client.waiting.sequences("x"), client.waiting.tokens("x"), client.waiting.heaviest()) == (2, 6, 2.0)
+    transport.output("a", 5)
+    transport.output("c", finish_reason="abort")
+    assert (client.waiting.sequences("x"), client.waiting.sequences("y")) == (1, 0)
+    transport.output("a", 5, finish_reason="length")
+    assert client.waiting.sequences() == 1
+    transport.die("it died")
+    assert client.waiting.sequences() == 0
+
+
 async def test_only_running_sequences_are_aborted(transport: FakeTransport, client: EngineClient) -> None:
     client.submit(request("a"))
     over = client.submit(request("b"))

@@ -359,6 +359,73 @@ def test_what_an_aborted_prefill_left_behind_is_not_read_by_others(drivers: Driv
     assert {driver.finish_reason(f"s{index}") for index in range(6)} == {"length"}
 
 
+# -- deadlines ---------------------------------------------------------------------------------------------------------
+
+
+def outlast(deadline: float) -> None:
+    while time.monotonic() < deadline:
+        time.sleep(0.001)
+
+
+def computed(driver: Driver) -> int:
+    return sum(step.stats.batch_tokens for step in driver.steps)
+
+
+def test_what_expired_before_it_started_never_starts(driver: Driver, adapters: dict[str, Path]) -> None:
+    reads, digest = [], driver.add_adapter(adapters["r16"])
+    driver.engine.residency._read = lambda digest: reads.append(digest)  # type: ignore[assignment,return-value]
+    driver.submit("late", prompt_of(20), digest, deadline=time.monotonic() - 1)
+    driver.run()
+    (output,) = driver.outputs["late"]
+    assert (output.finish_reason, output.token_ids) == ("timeout", [])
+    assert "before it started" in str(output.error)
+    assert computed(driver) == 0 and not reads
+
+
+def test_one_that_waits_in_the_queue_ends_at_its_deadline(drivers: Drivers) -> None:
+    driver = drivers.make(max_num_seqs=1)
+    driver.submit("runs", prompt_of(5), max_tokens=30)
+    driver.submit("waits", prompt_of(5, 1), deadline=(deadline := time.monotonic() + 0.05))
+    driver.step()
+    outlast(deadline)
+    driver.step()
+    assert driver.finish_reason("waits") == "timeout"
+    driver.run()
+    assert (len(driver.outputs["waits"]), driver.finish_reason("runs")) == (1, "length")
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_one_that_runs_ends_at_its_deadline_and_frees_everything(driver: Driver, overlap: bool) -> None:
+    driver.engine.overlap = overlap
+    driver.submit("runs", prompt_of(20), max_tokens=100, deadline=(deadline := time.monotonic() + 0.1))
+    driver.submit("beside", prompt_of(5), max_tokens=8)
+    driver.step()
+    driver.step()
+    outlast(deadline)
+    driver.step()
+    assert driver.finish_reason("runs") == "timeout"
+    assert "after" in str(driver.outputs["runs"][-1].error)
+    driver.run()
+    assert [output.finish_reason for output in driver.outputs["runs"]].count(None) == len(driver.outputs["runs"]) - 1
+    assert driver.tokens("beside") == greedy(tiny_llama(), prompt_of(5), 8)
+    assert driver.steps[-1].stats.blocks_used == 0
+
+
+def test_one_that_ends_in_time_says_nothing_of_its_deadline(driver: Driver) -> None:
+    driver.submit("s", prompt_of(5), max_tokens=3, deadline=time.monotonic() + 3600)
+    driver.run()
+    assert (driver.finish_reason("s"), len(driver.tokens("s"))) == ("length", 3)
+
+
+def test_a_request_whose_client_is_gone_never_starts(driver: Driver) -> None:
+    """Its abort is behind it in the inbox of the same step."""
+    driver.submit("gone", prompt_of(20))
+    driver.engine.handle(Abort(["gone"]))
+    driver.run()
+    (output,) = driver.outputs["gone"]
+    assert (output.finish_reason, computed(driver)) == ("abort", 0)
+
+
 # -- moves on request --------------------------------------------------------------------------------------------------
 
 

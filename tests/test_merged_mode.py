@@ -252,3 +252,27 @@ def test_an_idle_engine_says_that_it_is_merged_and_rests(serve: Any) -> None:
     assert not served.driver.engine.has_work()
     said: list[StepOutputs] = [step for step in served.driver.steps if step.merge is not None]
     assert [step.merge.state for step in said if step.merge] == ["preparing", "merged"]
+
+
+def test_keys_and_values_of_merged_weights_are_not_used_by_others(serve: Any) -> None:
+    """The same prompt before, during and after a merge: the third has the bits of the first, and so has a stream that
+    ran across both switches for as long as it was not merged."""
+    served: Served = serve()
+    driver, own, prompt = served.driver, served.digests["own"], [(7 * i) % 90 + 3 for i in range(40)]
+
+    def ask(seq_id: str) -> tuple[list[float], int]:
+        driver.submit(seq_id, prompt, own, max_tokens=4, logprobs=1)
+        driver.run()
+        outputs = driver.outputs[seq_id]
+        return [scores.logprob for output in outputs for scores in output.logprobs or []], outputs[-1].num_cached_tokens
+
+    first, _ = ask("before")
+    driver.submit("across", [*prompt, 5], own, max_tokens=NEW_TOKENS)
+    driver.step()
+    served.ask(1)
+    assert served.settled(1) is None
+    assert ask("merged")[1] == 0 and ask("merged again")[1] == 32
+    driver.engine.handle(Unmerge(2))
+    assert served.settled(2) is None
+    driver.run()
+    assert ask("after") == (first, 32)

@@ -236,8 +236,56 @@ def test_a_preempted_sequence_goes_first_and_is_charged_once() -> None:
     assert policy._served["greedy"] == 2 * (4 + 2 * 12)
 
 
+def preempted(scheduler: Scheduler) -> list[str]:
+    return names(seq for seq in scheduler.waiting if seq.preempted)
+
+
+def test_memory_is_taken_from_the_tenant_that_holds_too_much_of_it() -> None:
+    """The newest is the small tenant's only one; under fcfs it goes all the same."""
+    for policy, victim in ((FairShare(), "heavy-2"), (FirstCome(), "light-0")):
+        scheduler = make_scheduler(num_blocks=12, max_batch_tokens=64)
+        scheduler.policy = policy
+        for i in range(3):
+            scheduler.add(of("heavy", f"{i}", 8, max_tokens=32))
+        run_step(scheduler)
+        scheduler.add(of("light", "0", 4, max_tokens=16))
+        while not scheduler.preemptions:
+            run_step(scheduler)
+        assert preempted(scheduler) == [victim]
+        run_to_end(scheduler)
+
+
+def test_within_the_tenant_the_least_urgent_is_preempted_first() -> None:
+    scheduler = fair(num_blocks=9, max_batch_tokens=64)
+    for name, priority in (("first", 9), ("calm", 5), ("urgent", -1), ("usual", 0)):
+        scheduler.add(of("t", name, 8, priority=priority, max_tokens=12))
+        run_step(scheduler)
+    order: list[str] = []
+    while scheduler.has_work():
+        order += [name for name in preempted(scheduler) if name not in order]
+        run_step(scheduler)
+    assert order[0] == "t-calm", "the first one admitted is never preempted"
+
+
+@pytest.mark.parametrize(("weight", "victim"), [(1.0, "a-1"), (4.0, "b-1")])
+def test_the_share_of_memory_is_by_weight(weight: float, victim: str) -> None:
+    running = [of(tenant, f"{i}") for tenant in "bab" for i in range(2)][:4]
+    for seq, blocks in zip(running, (4, 2, 7, 7), strict=True):
+        seq.block_table = list(range(blocks))
+        seq.weight = weight if seq.tenant == "a" else 1.0
+    assert FairShare().victim(running).seq_id == victim
+
+
+@pytest.mark.parametrize("policy", [FairShare, FirstCome])
+def test_the_first_one_admitted_is_preempted_only_alone(policy: type[Policy]) -> None:
+    first, second = of("heavy", "0"), of("light", "0")
+    first.block_table = [1, 2, 3]
+    assert policy().victim([first, second]) is second
+    assert policy().victim([first]) is first
+
+
 @pytest.mark.parametrize("seed", range(15))
-def test_whatever_comes_everything_ends_and_no_overdue_one_is_passed_by_its_own(seed: int) -> None:
+def test_whatever_comes_everything_ends_and_none_of_its_own_takes_what_an_overdue_one_lacks(seed: int) -> None:
     """Random tenants, priorities, adapters and aborts over little memory and few slots."""
     chance = random.Random(seed)
     slots = FakeSlots(num_slots=chance.choice([1, 2]))
@@ -257,7 +305,10 @@ def test_whatever_comes_everything_ends_and_no_overdue_one_is_passed_by_its_own(
         run_step(scheduler)
         admitted = [seq for seq in new if seq.status is not SequenceStatus.WAITING]
         for late in (seq for seq in overdue if seq.status is SequenceStatus.WAITING):
-            assert not any(seq.tenant == late.tenant and seq.number > late.number for seq in admitted)
+            if len(late.read) < len(late.adapters) or slots.promised & {*late.digests}:
+                continue  # its adapters are on their way
+            competing = [seq for seq in admitted if seq.adapters or not late.adapters]
+            assert not any(seq.tenant == late.tenant and seq.number > late.number for seq in competing)
     run_to_end(scheduler)
     assert scheduler.blocks.num_used == 0
     policy = scheduler.policy

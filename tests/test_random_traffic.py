@@ -2,12 +2,14 @@
 says what it says alone."""
 
 import random
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from server.ipc.messages import (
@@ -101,6 +103,13 @@ def requests(seed: int, digests: list[str], late: bool) -> list[Submit]:
     return asked
 
 
+def in_a_hurry(chance: random.Random, request: Submit) -> Submit:
+    """Some requests have a deadline, which may have passed."""
+    if chance.random() < 0.8:
+        return request
+    return msgspec.structs.replace(request, deadline=time.monotonic() + chance.choice([-1.0, 0.0, 0.01, 60.0]))
+
+
 def disturbance(chance: random.Random, digests: list[str], ids: Iterator[int], merges: bool) -> list[ToEngine]:
     """Choose an action of an operator or a client; mostly none."""
     digest, kind = chance.choice(digests), chance.randrange(20)
@@ -120,9 +129,9 @@ def disturbance(chance: random.Random, digests: list[str], ids: Iterator[int], m
 
 
 def play(driver: Driver, seed: int, digests: list[str], merges: bool) -> None:
-    chance, ids = random.Random(-1 - seed), count()
+    chance, hurry, ids = random.Random(-1 - seed), random.Random(1000 + seed), count()
     for request in requests(seed, digests, not merges):
-        driver.engine.handle(request)
+        driver.engine.handle(in_a_hurry(hurry, request))
         for _ in range(chance.randrange(4)):
             driver.step()
         for message in disturbance(chance, digests, ids, merges):
@@ -148,7 +157,8 @@ def test_every_sequence_says_what_it_says_alone(
     assert_the_cache_is_finite(driver)
     for seq_id in alone.outputs:
         said, expected = driver.tokens(seq_id), alone.tokens(seq_id)
-        if driver.finish_reason(seq_id) == "abort":
+        assert [output.finish_reason is not None for output in driver.outputs[seq_id]].count(True) == 1
+        if driver.finish_reason(seq_id) in ("abort", "timeout"):
             assert said == expected[: len(said)]
         else:
             assert (said, driver.finish_reason(seq_id)) == (expected, alone.finish_reason(seq_id))

@@ -31,6 +31,8 @@ class FakeSlots:
     prefetched: list[str] = field(default_factory=list)
     asked: list[str] = field(default_factory=list)
     indices: dict[str, int] = field(default_factory=dict)
+    pinned: set[str] = field(default_factory=set)
+    promised: set[str] = field(default_factory=set)  # in this step
 
     def acquire(self, digest: str) -> int | None:
         if digest not in self.resident:
@@ -49,6 +51,20 @@ class FakeSlots:
     def where(self, digest: str) -> str:
         return "device" if digest in self.resident else "disk"
 
+    def is_being_read(self, digest: str) -> bool:
+        return digest in self.held
+
+    def is_being_copied(self, digest: str) -> bool:
+        """Whether the next tick brings it."""
+        idle = any(count == 0 and name not in self.pinned for name, count in self.resident.items())
+        if digest not in self.asked or digest in self.held or not (idle or len(self.resident) < self.num_slots):
+            return False
+        self.promised.add(digest)
+        return True
+
+    def is_pinned(self, digest: str) -> bool:
+        return digest in self.pinned
+
     def fit(self, digests: Iterable[str]) -> bool:
         return len(list(digests)) <= self.num_slots
 
@@ -57,10 +73,11 @@ class FakeSlots:
 
     def tick(self) -> None:
         """Give requested versions, the earliest first, a free slot or that of an idle version."""
+        self.promised.clear()
         for digest in self.asked:
             if digest in self.held or digest in self.resident:
                 continue
-            idle = [name for name, references in self.resident.items() if references == 0]
+            idle = [name for name, count in self.resident.items() if count == 0 and name not in self.pinned]
             if len(self.resident) >= self.num_slots and idle:
                 del self.resident[idle[0]], self.indices[idle[0]]
             if len(self.resident) < self.num_slots:
@@ -101,7 +118,7 @@ def run_step(scheduler: Scheduler) -> ScheduledBatch:
         assert len(seq.block_table) * BLOCK >= end, "the step's tokens have no place to go"
         scheduler.blocks.commit(seq, end)
         if samples:
-            seq.num_verified_tokens = end
+            scheduler.blocks.verify(seq, end)
             seq.token_ids.append(next_token(seq))
             if seq.num_output_tokens >= seq.sampling.max_tokens:
                 scheduler.finish(seq)
@@ -173,6 +190,86 @@ def test_a_cached_prefix_is_not_computed_again() -> None:
     run_step(scheduler)
     scheduler.add(make_seq("a", 9, max_tokens=1))
     assert shares(run_step(scheduler)) == {"a": 1}
+
+
+def burst(size: int, prefix: int, own: int, *adapters: str) -> list[Sequence]:
+    """Sequences that begin with the same tokens and end with different ones."""
+    params = SamplingParams(max_tokens=4)
+    prompts = [[*range(1000, 1000 + prefix), *([2000 + n] * own)] for n in range(size)]
+    return [Sequence(f"b{n}", prompt, params, taking(*adapters)) for n, prompt in enumerate(prompts)]
+
+
+@pytest.mark.parametrize("adapters", [(), ("x",)])
+@pytest.mark.parametrize(("budget", "own"), [(16, 1), (16, 5), (100, 1), (100, 5)])
+def test_a_prompt_that_several_begin_with_is_computed_once(budget: int, own: int, adapters: tuple[str, ...]) -> None:
+    """In one step or in several; the others come in right behind, each with its own end."""
+    scheduler = make_scheduler(max_batch_tokens=budget)
+    seqs = burst(6, 40, own, *adapters)
+    for seq in seqs:
+        scheduler.add(seq)
+    computed = 0
+    while scheduler.has_work():
+        batch = run_step(scheduler)
+        computed += sum(min(s.end, s.seq.num_prompt_tokens) - s.start for s in batch.sequences if s.start < 40 + own)
+    assert computed == 40 + 6 * own
+    for seq in seqs:
+        alone = Sequence("alone", seq.token_ids[: seq.num_prompt_tokens], seq.sampling, seq.adapters)
+        while alone.num_output_tokens < 4:
+            alone.token_ids.append(next_token(alone))
+        assert seq.token_ids == alone.token_ids
+
+
+def test_a_short_common_beginning_is_not_waited_for() -> None:
+    scheduler = make_scheduler(max_batch_tokens=100)
+    for seq in burst(2, 8, 12):
+        scheduler.add(seq)
+    assert len(shares(run_step(scheduler))) == 2
+
+
+def test_who_waits_for_a_common_beginning_keeps_its_place() -> None:
+    scheduler = make_scheduler(max_batch_tokens=100, max_num_seqs=3)
+    for seq in burst(2, 40, 1):
+        scheduler.add(seq)
+    for name in "xyz":
+        scheduler.add(make_seq(name, 2, max_tokens=50))
+    assert shares(run_step(scheduler)) == {"b0": 41, "x": 2}
+    assert shares(run_step(scheduler)) == {"b0": 1, "x": 1, "b1": 1}
+
+
+@pytest.mark.parametrize("how", ["abort", "preemption"])
+def test_when_the_first_of_a_burst_goes_the_next_computes_what_is_common(how: str) -> None:
+    scheduler = make_scheduler(max_batch_tokens=16)
+    first, *others = burst(3, 40, 1)
+    for seq in (first, *others):
+        scheduler.add(seq)
+    assert shares(run_step(scheduler)) == {"b0": 16}
+    if how == "abort":
+        scheduler.finish(first)
+        assert shares(run_step(scheduler)) == {"b1": 16}
+    else:
+        scheduler._preempt(first)
+        assert shares(run_step(scheduler)) == {"b0": 16}
+    run_to_end(scheduler)
+    assert all(seq.status is SequenceStatus.FINISHED for seq in (first, *others))
+
+
+@pytest.mark.parametrize("how", ["abort", "preemption"])
+def test_a_prefill_that_is_broken_off_leaves_the_prefix_that_it_found(how: str) -> None:
+    scheduler = make_scheduler()
+    first, broken, last = burst(3, 40, 1)
+    scheduler.add(first)
+    run_to_end(scheduler)
+    broken.token_ids += [7] * 60
+    scheduler.add(broken)
+    run_step(scheduler)
+    assert 40 < broken.num_computed_tokens < broken.num_tokens
+    (scheduler.finish if how == "abort" else scheduler._preempt)(broken)
+    assert len(scheduler.take_suspect_blocks()) == 4  # its own, of this step
+    if how == "abort":
+        scheduler.add(last)
+        assert shares(run_step(scheduler)) == {"b2": 1}
+    else:
+        assert shares(run_step(scheduler)) == {"b1": 16}
 
 
 def test_memory_is_handed_out_in_order_of_arrival() -> None:
@@ -301,13 +398,63 @@ def test_a_cold_adapter_is_admitted_within_the_bound(bound: int) -> None:
 
 
 def test_before_the_bound_others_may_still_pass() -> None:
-    slots = FakeSlots(held={"slow"})
-    scheduler = make_scheduler(slots=slots, max_wait_steps=3)
-    scheduler.add(make_seq("slow", 2, "slow"))
+    """The slow one waits for the only slot, which an earlier sequence keeps and later ones share."""
+    scheduler = make_scheduler(slots=FakeSlots(num_slots=1), max_wait_steps=3)
+    scheduler.add(make_seq("holder", 2, "warm", max_tokens=20))
+    run_step(scheduler), run_step(scheduler)
+    scheduler.add(slow := make_seq("slow", 2, "slow"))
     for step in range(6):
-        scheduler.add(make_seq(f"s{step}", 2, max_tokens=1))
+        scheduler.add(make_seq(f"s{step}", 2, "warm", max_tokens=1))
         passed = f"s{step}" in shares(run_step(scheduler))
-        assert passed == (step < 3)
+        assert passed == (step < 4)
+        assert slow.waited_steps == min(step, 4)
+
+
+@pytest.mark.parametrize("held", [{"slow"}, set()])
+def test_base_and_pinned_sequences_pass_whoever_waits_for_an_adapter(held: set[str]) -> None:
+    """They take no slot that it could have, whether it waits for its load or for the only slot that is not pinned."""
+    slots = FakeSlots(num_slots=2, held=held, pinned={"pinned"})
+    scheduler = make_scheduler(slots=slots, max_wait_steps=3)
+    for name, adapter in (("a", "pinned"), ("b", "warm")):
+        scheduler.add(make_seq(name, 2, adapter, max_tokens=90))
+    run_step(scheduler), run_step(scheduler)
+    scheduler.add(slow := make_seq("slow", 2, "slow"))
+    for step in range(20):
+        scheduler.add(make_seq(f"base{step}", 2, max_tokens=1))
+        scheduler.add(make_seq(f"pin{step}", 2, "pinned", max_tokens=1))
+        scheduler.add(make_seq(f"warm{step}", 2, "warm", max_tokens=1))
+        passed = set(shares(run_step(scheduler)))
+        assert {f"base{step}", f"pin{step}"} <= passed
+        assert (f"warm{step}" in passed) == (bool(held) or step < 4)
+    assert slow.overdue == (not held)
+    assert slow.status is SequenceStatus.WAITING
+
+
+def test_nobody_ages_while_nothing_runs() -> None:
+    scheduler = make_scheduler(slots=FakeSlots(held={"slow"}), max_wait_steps=3)
+    scheduler.add(slow := make_seq("slow", 2, "slow"))
+    for _ in range(1000):
+        assert not run_step(scheduler)
+    assert slow.waited_steps == 0
+    scheduler.add(make_seq("base", 2))
+    assert shares(run_step(scheduler)) == {"base": 2}
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_who_waits_for_a_slot_ages_while_it_is_read_again(in_memory: bool) -> None:
+    """Its first read is nobody's fault; later ones are, because others took its place in host memory."""
+    slots = FakeSlots(num_slots=1, held={"cold"})
+    scheduler = make_scheduler(slots=slots, max_wait_steps=3)
+    scheduler.add(make_seq("holder", 2, "warm", max_tokens=90))
+    run_step(scheduler), run_step(scheduler)
+    scheduler.add(cold := make_seq("cold", 2, "cold"))
+    for step in range(20):
+        if step >= 10:
+            slots.held = set() if in_memory or step % 2 == 0 else {"cold"}
+        scheduler.add(make_seq(f"warm{step}", 2, "warm", max_tokens=1))
+        passed = f"warm{step}" in shares(run_step(scheduler))
+        assert passed == (step < 13)
+    assert cold.overdue
 
 
 def test_the_batch_is_ordered_by_slot_with_the_base_first() -> None:
@@ -414,6 +561,7 @@ def test_a_composition_is_admitted_within_the_bound(residency: Residency[Weights
     assert len(scheduler.running) == 2
     scheduler.add(pair := make_seq("pair", 2, "z", "w"))
     while pair.waited_steps <= bound:
+        residency.poll()
         scheduler.add(short := make_seq(f"{pair.waited_steps}", 2, "xy"[pair.waited_steps % 2], max_tokens=1))
         run_step(scheduler)
         assert (short.status is SequenceStatus.FINISHED) == (pair.waited_steps <= bound)
@@ -491,6 +639,9 @@ def test_whatever_comes_the_books_balance_and_everything_ends_as_it_would_alone(
             adapters = chance.sample(["x", "y", "z"], chance.randint(0, slots.num_slots))
             max_tokens = chance.randint(1, 20)
             seqs.append(make_seq(f"s{step % 7}", chance.randint(1, 24), *adapters, max_tokens=max_tokens))
+            if chance.random() < 0.4:  # many begin alike
+                prompt = seqs[-1].token_ids
+                prompt[:] = [*range(100, 100 + chance.randint(1, 20)), *prompt][: len(prompt)]
             scheduler.add(seqs[-1])
         alive = [seq for seq in seqs if seq.status is not SequenceStatus.FINISHED]
         if alive and chance.random() < 0.1:

@@ -50,9 +50,10 @@ class _Done(Generic[P]):
 class Residency(Generic[P]):
     """Moves versions to the tiers where they are needed.
 
-    `read(digest)` reads, validates and packs a version; `write(slot, packed)` copies it into the slot's pages. Both run
-    in reader threads, or in `executor`, and may raise `AdapterError`. `max_pages` is the number of pages of the largest
-    version served: pins always leave room for one such version.
+    `read(digest)` reads, validates and packs a version; `write(slot, packed)` copies it into the slot's pages. Reads
+    run in reader threads or in `executor`, and may raise `AdapterError`. Copies run in a thread of their own or in
+    `copier`, because a version in host memory must not wait for the reads of others. `max_pages` is the number of pages
+    of the largest version served: pins always leave room for one such version.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Residency(Generic[P]):
         threads: int = 2,
         on_thread_start: Callable[[], None] = lambda: None,
         executor: Executor | None = None,
+        copier: Executor | None = None,
     ) -> None:
         self.slots = slots
         self.host = host
@@ -72,6 +74,7 @@ class Residency(Generic[P]):
         self._read = read
         self._write = write
         self._threads = executor or ThreadPoolExecutor(threads, "adapter-reader", initializer=on_thread_start)
+        self._copier = copier or ThreadPoolExecutor(1, "adapter-copier", initializer=on_thread_start)
         self._done: queue.SimpleQueue[_Done[P]] = queue.SimpleQueue()
         self._reading: dict[str, Future[None]] = {}
         self._failed: dict[str, tuple[str, float]] = {}
@@ -152,7 +155,7 @@ class Residency(Generic[P]):
             self._note(AdapterMove(victim, "device", "host" if victim in self.host else "disk", "ok", 0.0))
         if slot is not None:
             self.changed = True
-            self._threads.submit(self._write_job, slot, packed)
+            self._copier.submit(self._write_job, slot, packed)
 
     def bring(self, digest: str, tier: Tier) -> None:
         """Carry out an explicit load; call on every step until it is done. Raises `MoveRefused`."""
@@ -216,6 +219,17 @@ class Residency(Generic[P]):
             return "device"
         return "host" if digest in self.host else "disk"
 
+    def is_being_read(self, digest: str) -> bool:
+        return digest in self._reading
+
+    def is_being_copied(self, digest: str) -> bool:
+        slot = self.slots.get(digest)
+        return slot is not None and not slot.ready
+
+    def is_pinned(self, digest: str) -> bool:
+        slot = self.slots.get(digest)
+        return slot is not None and slot.pinned
+
     def loading(self) -> list[str]:
         """Return the digests of the versions being read or copied, sorted."""
         return sorted(self._reading.keys() | {slot.digest for slot in self.slots.slots() if not slot.ready})
@@ -236,8 +250,9 @@ class Residency(Generic[P]):
             self._finish(self._done.get())
 
     def close(self) -> None:
-        """Wait for the reader threads to end; pending reads are cancelled."""
+        """Wait for the threads to end; pending reads and copies are cancelled."""
         self._threads.shutdown(wait=True, cancel_futures=True)
+        self._copier.shutdown(wait=True, cancel_futures=True)
 
     # -- reader threads ------------------------------------------------------------------------------------------
 

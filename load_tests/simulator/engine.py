@@ -17,13 +17,12 @@ from adapters.residency.slots import PAGE_COLUMNS, Slot, SlotTable
 from adapters.tiers import Tier
 from load_tests.simulator.clock import Clock, VirtualExecutor
 from load_tests.simulator.cost import Profile, StepWork
-from load_tests.simulator.workload import Request
+from load_tests.simulator.workload import BASE, Request
 from server.engine.block_manager import BlockManager
 from server.engine.scheduler import Scheduler
 from server.sequence import SamplingParams, ScaledAdapter, ScheduledBatch, Sequence
 
 BLOCK_SIZE = 16
-POLL_SECONDS = 0.002  # the server's loop, while everything waits for adapters
 
 
 class Setting(msgspec.Struct, frozen=True):
@@ -40,6 +39,7 @@ class Setting(msgspec.Struct, frozen=True):
     max_queue: int = 256  # requests that may wait before new ones are refused
     reader_threads: int = 2
     streams: int = 0  # closed loop: so many requests at a time, arrival times do not count; 0: they do
+    pinned: tuple[int, ...] = ()  # adapters that are pinned to the device before the first request
 
 
 @dataclass(slots=True)
@@ -84,14 +84,16 @@ class Simulation:
         self._setting = setting
         self._profile = profile
         self._ranks = ranks
-        self._executor = VirtualExecutor(self.clock, setting.reader_threads, self._job_seconds)
+        self._reader = VirtualExecutor(self.clock, setting.reader_threads, self._job_seconds)
+        self._copier = VirtualExecutor(self.clock, 1, self._job_seconds)
         pages = setting.pages or setting.slots * -(-setting.max_rank // PAGE_COLUMNS)
         self.residency: Residency[Packed] = Residency(
             SlotTable(setting.slots, pages),
             HostCache(setting.host_bytes),
             self._read,
             self._write,
-            executor=self._executor,
+            executor=self._reader,
+            copier=self._copier,
         )
         self.scheduler = Scheduler(
             BlockManager(setting.kv_bytes // (profile.kv_bytes_per_token * BLOCK_SIZE), BLOCK_SIZE),
@@ -107,11 +109,21 @@ class Simulation:
 
     def run(self, requests: Iterable[Request]) -> Result:
         coming = deque(requests)
+        self._pin()
         while coming or self.scheduler.has_work():
             self._take_in(coming)
             if not self.step():
                 self._fast_forward(coming)
         return self.finish()
+
+    def _pin(self) -> None:
+        """Load the pinned adapters. Requests of later times find them on the device."""
+        for digest in map(str, self._setting.pinned):
+            while self.residency.where(digest) != "device":
+                self.residency.request(digest)
+                self.clock.now = min(self._ends_of_jobs())
+                self._run_due_jobs()
+            self.residency.pin(digest)
 
     def finish(self) -> Result:
         result = self.result
@@ -122,8 +134,7 @@ class Simulation:
 
     def step(self) -> bool:
         """What the engine does in a step; whether anything ran."""
-        self._executor.run_due()
-        self.residency.poll()
+        self._run_due_jobs()
         self.residency.take_moves()
         assert not self.scheduler.failed()
         batch = self.scheduler.schedule()
@@ -137,8 +148,9 @@ class Simulation:
 
     def submit(self, request: Request) -> None:
         arrival = self.clock.now if self._setting.streams else request.arrival
-        adapters = self._adapters.setdefault(request.adapter, (ScaledAdapter(str(request.adapter)),))
-        record = Record(request, self.residency.where(adapters[0].digest), arrival)
+        named = () if request.adapter == BASE else (ScaledAdapter(str(request.adapter)),)
+        adapters = self._adapters.setdefault(request.adapter, named)
+        record = Record(request, self.residency.where(adapters[0].digest) if adapters else "device", arrival)
         self.result.records.append(record)
         if len(self.scheduler.waiting) >= self._setting.max_queue:
             record.end, record.finished = "refused", arrival
@@ -155,33 +167,37 @@ class Simulation:
             self.submit(coming.popleft())
 
     def _fast_forward(self, coming: deque[Request]) -> None:
-        """To when something can change: a job ends or a request arrives. The server meanwhile polls, and each of its
-        polls passes over who waits."""
-        events = [self._executor.next_end()]
+        """To when something can change: a job ends or a request arrives. The server meanwhile polls, which changes
+        nothing."""
+        events = self._ends_of_jobs()
         if coming and not self._setting.streams:
             events.append(coming[0].arrival)
-        until = min((event for event in events if event is not None), default=None)
+        until = min(events, default=None)
         if until is None:
             raise RuntimeError("a request waits for what will never come")
-        polls = int((until - self.clock.now) / POLL_SECONDS)
         self.clock.now = max(until, self.clock.now)
-        for seq in self.scheduler.waiting:
-            seq.waited_steps += polls
-            if seq.waited_steps > self.scheduler.max_wait_steps:
-                break  # it holds back those behind it
+
+    def _ends_of_jobs(self) -> list[float]:
+        """Return when the next read and the next copy end."""
+        ends = (self._reader.next_end(), self._copier.next_end())
+        return [end for end in ends if end is not None]
+
+    def _run_due_jobs(self) -> None:
+        self._reader.run_due()
+        self._copier.run_due()
+        self.residency.poll()
 
     # -- the model's part ------------------------------------------------------------------------------------------
 
     def _work(self, batch: ScheduledBatch) -> StepWork:
         work = StepWork()
-        distinct = set()
+        distinct: set[int] = set()
         for scheduled in batch.sequences:
             seq, tokens = scheduled.seq, scheduled.num_new_tokens
             work.tokens += tokens
             work.context_tokens += seq.num_computed_tokens + tokens
-            slot = seq.slots[0]
-            work.token_ranks += tokens * self._slot_ranks[slot]
-            distinct.add(slot)
+            work.token_ranks += tokens * sum(self._slot_ranks[slot] for slot in seq.slots)
+            distinct.update(seq.slots)
         work.adapter_ranks = sum(self._slot_ranks[slot] for slot in distinct)
         self.result.steps += 1
         self.result.step_tokens += work.tokens
@@ -196,7 +212,7 @@ class Simulation:
             self.scheduler.blocks.commit(seq, end)
             if end < len(seq.token_ids):
                 continue
-            seq.num_verified_tokens = end
+            self.scheduler.blocks.verify(seq, end)
             seq.token_ids.append(0)
             num_output = end + 1 - seq.num_prompt_tokens
             if num_output == 1:

@@ -8,10 +8,12 @@ from typing import NamedTuple
 
 import msgspec
 
+BASE = -1
+
 
 class Request(NamedTuple):
     arrival: float  # seconds
-    adapter: int  # by popularity, 0 is the most popular; cold ones lie beyond the population
+    adapter: int  # by popularity, 0 is the most popular; cold ones lie beyond the population; BASE: the base model
     tenant: str
     prompt_tokens: int
     output_tokens: int

@@ -23,6 +23,7 @@ from server.config import ServeConfig
 from server.ipc.client import EngineClient, EngineState, EngineUnavailable
 from server.ipc.messages import EngineInfo, ResidencyReport
 from server.metrics import Metrics
+from server.queue_limits import QueueLimits
 
 BASE_NAME = ""  # the base model in usage accounting; not a valid adapter name
 _RATE_SECONDS = 30.0  # time constant of the decay
@@ -128,6 +129,7 @@ class AppContext:
     sandbox: TemplateSandbox = field(default_factory=TemplateSandbox)
     tokenizers: AdapterTokenizers = field(init=False)
     rate_limits: RateLimits = field(init=False)
+    queue_limits: QueueLimits = field(init=False)
     _tiers: tuple[ResidencyReport, dict[str, Tier]] = field(
         default_factory=lambda: (ResidencyReport(), {})
     )  # derived from that message
@@ -138,6 +140,8 @@ class AppContext:
         config = self.config
         per_adapter = Limits(config.adapter_max_concurrent, config.adapter_rpm, config.adapter_tpm)
         self.rate_limits = RateLimits(per_adapter)
+        shared = len(self.keys.tenants) > 1
+        self.queue_limits = QueueLimits(config.max_queue, config.max_queue_tokens, shared, self.engine.waiting)
 
     @property
     def ready(self) -> bool:
@@ -163,7 +167,8 @@ class AppContext:
 
     @property
     def saturated(self) -> bool:
-        return len(self.in_flight) - self.engine.stats.running >= self.config.max_queue
+        """Return whether the queue has no room for a request of anyone."""
+        return self.queue_limits.full
 
     def uptime(self) -> float:
         return time.time() - self.started

@@ -4,14 +4,17 @@ Every block is in exactly one of three states:
 
     free list, unhashed     contains nothing useful
     free list, hashed       content of a finished sequence, found by its prefix hash until the block is reused
-    block tables            referenced by `ref_count` running sequences; full blocks are hashed as well
+    block tables            referenced by `ref_count` running sequences; full blocks are hashed as well, before their
+                            content is verified, so that sequences with the same prompt compute it once
 
 The free list is in order of release, so the least recently used content is reused first.
 """
 
 import hashlib
 from array import array
+from bisect import bisect_left
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import msgspec
@@ -25,11 +28,20 @@ class Block:
     ref_count: int = 0
     block_hash: bytes | None = None
     token_ids: tuple[int, ...] = ()  # compared on a hit, so that a hash collision cannot return wrong keys and values
+    verified: bool = False  # finite logits were computed from its content
 
 
-def chain_seed(cache_salt: str) -> bytes:
-    """Return the start of a sequence's hash chain; blocks are shared only within one salt."""
-    return hashlib.sha256(b"salt" + cache_salt.encode()).digest()
+def chain_seed(cache_salt: str, merged: str = "") -> bytes:
+    """Return the start of a sequence's hash chain. Blocks are shared only within one salt, and only if the same version
+    is merged into the base model's weights: the merged product has other bits than the sum of two products."""
+    seed = hashlib.sha256(b"salt" + cache_salt.encode()).digest()
+    return _reweighted(seed, 0, merged) if merged else seed
+
+
+def _reweighted(parent: bytes, position: int, merged: str) -> bytes:
+    """Return the chain for the block in which a merge or its end, before the token at `position`, changed the
+    weights."""
+    return hashlib.sha256(parent + msgspec.json.encode(("merged", merged, position))).digest()
 
 
 def adapted(parent: bytes, adapters: tuple[ScaledAdapter, ...], active_from: int) -> bytes:
@@ -50,6 +62,7 @@ class BlockManager:
     block_size: int
     prefix_queries: int = 0  # prompt tokens looked up, in total
     prefix_hits: int = 0  # prompt tokens found, in total
+    merged: str = ""  # the version merged into the base model's weights
     _blocks: list[Block] = field(init=False)
     _free: "OrderedDict[int, None]" = field(init=False)
     _cached: dict[bytes, int] = field(init=False, default_factory=dict)
@@ -74,16 +87,40 @@ class BlockManager:
 
         The last token is never matched, because sampling needs its logits.
         """
-        self._extend_hashes(seq, (seq.num_tokens - 1) // self.block_size)
         matched: list[int] = []
-        for index, block_hash in enumerate(seq.block_hashes):
-            if index == (seq.num_tokens - 1) // self.block_size:
-                break
+        for index, block_hash in enumerate(self._prefix_hashes(seq)):
             block_id = self._cached.get(block_hash, -1)
             if block_id < 0 or self._blocks[block_id].token_ids != self._tokens_of(seq, index):
                 break
             matched.append(block_id)
         return matched
+
+    def _prefix_hashes(self, seq: Sequence) -> list[bytes]:
+        """Return the hashes of the blocks of a waiting sequence that may be matched."""
+        if seq.chain_merged != self.merged or seq.weight_changes:  # hashed for other weights
+            seq.block_hashes, seq.chain_merged, seq.weight_changes = [], self.merged, []
+        num_blocks = (seq.num_tokens - 1) // self.block_size
+        self._extend_hashes(seq, num_blocks)
+        return seq.block_hashes[:num_blocks]
+
+    def may_fit(self, seq: Sequence) -> bool:
+        """Return False if `can_admit` would surely refuse `seq`. Does not compare tokens, so that a long prompt may ask
+        in every step."""
+        missing = self.blocks_for(seq.num_tokens) - self.num_free
+        for block_hash in self._prefix_hashes(seq) if missing > 0 else ():
+            block_id = self._cached.get(block_hash, -1)
+            if block_id < 0 or missing <= 0:
+                break
+            missing -= self._blocks[block_id].ref_count > 0  # shared with a running sequence: takes no free block
+        return missing <= 0
+
+    def being_computed(self, seq: Sequence, num_matched: int, other: Sequence) -> int:
+        """Return how many blocks of `seq` after its first `num_matched` the running sequence `other` will compute."""
+        mine, others = seq.block_hashes, other.block_hashes
+        if other.num_computed_tokens // self.block_size > num_matched:
+            return 0
+        known = range(num_matched, min(len(mine), len(others)))
+        return bisect_left(known, True, key=lambda index: mine[index] != others[index])
 
     def can_admit(self, seq: Sequence, matched: list[int]) -> bool:
         """Return whether the whole of `seq` fits beside the running sequences, given the cached blocks it shares."""
@@ -103,12 +140,16 @@ class BlockManager:
         self.prefix_queries += seq.num_tokens
         self.prefix_hits += seq.num_computed_tokens
 
+    def to_grow(self, seq: Sequence, num_tokens: int) -> int:
+        """Return how many blocks `seq` needs beyond its own to cover `num_tokens`."""
+        return max(0, self.blocks_for(num_tokens) - len(seq.block_table))
+
     def can_grow(self, seq: Sequence, num_tokens: int) -> bool:
-        return self.blocks_for(num_tokens) - len(seq.block_table) <= self.num_free
+        return self.to_grow(seq, num_tokens) <= self.num_free
 
     def grow(self, seq: Sequence, num_tokens: int) -> None:
         """Extend the block table of `seq` to cover `num_tokens`. The caller must check `can_grow` first."""
-        for _ in range(self.blocks_for(num_tokens) - len(seq.block_table)):
+        for _ in range(self.to_grow(seq, num_tokens)):
             block_id, _ = self._free.popitem(last=False)
             block = self._blocks[block_id]
             self._forget(block)
@@ -122,6 +163,20 @@ class BlockManager:
         for index in range(full_before, full_now):
             self._publish(seq, index)
         seq.num_computed_tokens = num_computed_tokens
+
+    def verify(self, seq: Sequence, num_tokens: int) -> None:
+        """Record that finite logits were computed from the first `num_tokens` tokens of `seq`."""
+        for index in range(seq.num_verified_tokens // self.block_size, num_tokens // self.block_size):
+            self._blocks[seq.block_table[index]].verified = True
+        seq.num_verified_tokens = num_tokens
+
+    def change_weights(self, merged: str, running: Iterable[Sequence]) -> None:
+        """Record that `merged` ("": none) is now merged into the weights. From here on, blocks of `running` sequences
+        are shared with none that other weights computed."""
+        self.merged = merged
+        for seq in running:
+            del seq.block_hashes[seq.num_computed_tokens // self.block_size :]
+            seq.weight_changes.append((seq.num_computed_tokens, merged))
 
     def free(self, seq: Sequence) -> None:
         """Release the references of `seq`. Later blocks are freed first, so prefixes stay cached longest."""
@@ -138,12 +193,17 @@ class BlockManager:
     def disown_unverified(self, seq: Sequence) -> list[int]:
         """Remove blocks of `seq` alone whose content never led to finite logits from the prefix cache, and return them.
 
-        They may contain NaN (of an overflowing adapter, for example), which their next owner must not read.
+        They may contain NaN (of an overflowing adapter, for example), which their next owner must not read. Blocks that
+        led another sequence to finite logits stay, unless the logits of `seq` were not finite.
         """
         if seq.num_verified_tokens >= max(seq.num_computed_tokens, seq.num_launched_tokens):
             return []
         suspect = seq.block_table[max(seq.num_verified_tokens, 0) // self.block_size :]
-        own = [block_id for block_id in suspect if self._blocks[block_id].ref_count == 1]
+        if seq.num_verified_tokens < 0:
+            for block_id in suspect:
+                self._blocks[block_id].verified = False
+        blocks = (self._blocks[block_id] for block_id in suspect)
+        own = [block.block_id for block in blocks if block.ref_count == 1 and not block.verified]
         for block_id in own:
             self._forget(self._blocks[block_id])
         return own
@@ -165,7 +225,10 @@ class BlockManager:
 
     def _extend_hashes(self, seq: Sequence, num_full: int) -> None:
         for index in range(len(seq.block_hashes), num_full):
-            parent = seq.block_hashes[-1] if seq.block_hashes else chain_seed(seq.cache_salt)
+            parent = seq.block_hashes[-1] if seq.block_hashes else chain_seed(seq.cache_salt, seq.chain_merged)
+            for position, merged in seq.weight_changes:
+                if position // self.block_size == index:
+                    parent = _reweighted(parent, position, merged)
             if seq.adapters and index == seq.active_from // self.block_size:
                 parent = adapted(parent, seq.adapters, seq.active_from)
             seq.block_hashes.append(_block_hash(parent, list(self._tokens_of(seq, index))))
@@ -178,6 +241,7 @@ class BlockManager:
             self._cached[block_hash] = block.block_id
 
     def _forget(self, block: Block) -> None:
+        block.verified = False
         if block.block_hash is not None:
             del self._cached[block.block_hash]
             block.block_hash, block.token_ids = None, ()

@@ -1,6 +1,7 @@
 """The engine: token ids in, token ids out, one step at a time. Knows no HTTP and no text; owns no thread."""
 
 import logging
+import math
 import time
 from collections import deque
 
@@ -168,6 +169,7 @@ class Engine:
 
     def _between_steps(self) -> None:
         """Let loads, self-tests and merges go on, and collect the replies that are due."""
+        self._end_expired()
         self.residency.poll()
         self.merging.advance()
         self._replies += [*self._moves.poll(), *self._selftests.advance(), *self.merging.take_replies()]
@@ -178,6 +180,12 @@ class Engine:
             self._finish(seq, [], FinishReason.ERROR, error=f"the adapter could not be loaded: {reason}")
         for seq, reason in self.merging.refused():
             self._finish(seq, [], FinishReason.ERROR, error=reason)
+
+    def _end_expired(self) -> None:
+        """End sequences whose deadline has passed. Those that wait never start."""
+        for seq in self.scheduler.expired(time.monotonic()):
+            state = "before it started" if seq.admitted is None else f"after {seq.num_output_tokens} tokens"
+            self._finish(seq, [], FinishReason.TIMEOUT, error=f"the request's time ran out {state}")
 
     # -- sequences -----------------------------------------------------------------------------------------------
 
@@ -192,6 +200,7 @@ class Engine:
             request.active_from,
             request.priority,
             request.weight,
+            math.inf if request.deadline is None else request.deadline,
         )
         vocab_size = None if seq.adapters else self._runner.vocab_size(())
         problem = input_problem(seq.token_ids, seq.sampling, vocab_size)
@@ -290,7 +299,7 @@ class Engine:
             self._abandon(seq, "the model produced numbers that are not finite")
             return
         if seq.num_computed_tokens >= end:  # not if it was preempted meanwhile: those blocks are no longer its own
-            seq.num_verified_tokens = end
+            self.scheduler.blocks.verify(seq, end)
         seq.token_ids[end:] = [sampled.token_id]
         self._finish(seq, [sampled.token_id], self._finish_reason(seq, sampled.token_id), sampled=sampled)
 

@@ -1,4 +1,5 @@
-"""Scheduling policies: the order in which waiting sequences are considered. Uses neither torch nor a clock.
+"""Scheduling policies: the order in which waiting sequences are considered, and which running ones are preempted. Uses
+neither torch nor a clock.
 
 A policy tracks a sequence from its arrival until it is first admitted. Preempted sequences are admitted before all
 others and are not part of the order.
@@ -29,6 +30,10 @@ class Policy(Protocol):
         """Yield the sequences of `waiting`, given in order of arrival, in the order to consider them. Lazy, so that
         charges between two of them affect the rest."""
 
+    def victim(self, running: list[Sequence]) -> Sequence:
+        """Return the sequence to preempt when memory is short; `running` is in order of admission. It is not the first
+        one unless that is alone, so the first one always advances to its end."""
+
 
 class FirstCome:
     """Orders sequences by arrival, regardless of tenant and priority."""
@@ -41,6 +46,9 @@ class FirstCome:
 
     def order(self, waiting: Iterable[Sequence]) -> Iterator[Sequence]:
         return iter(waiting)
+
+    def victim(self, running: list[Sequence]) -> Sequence:
+        return running[-1]
 
 
 class FairShare:
@@ -89,6 +97,15 @@ class FairShare:
             yield queue.pop()
             if queue:
                 heapq.heappush(heap, (self._served[tenant], queue[-1].number, tenant))
+
+    def victim(self, running: list[Sequence]) -> Sequence:
+        """Return the least urgent sequence of the tenant that holds the most KV blocks in relation to its weight, and
+        among equally urgent ones the newest."""
+        held: defaultdict[str, float] = defaultdict(float)
+        for seq in running:
+            held[seq.tenant] += len(seq.block_table) / seq.weight
+        candidates = list(enumerate(running))[1:] or [(0, running[0])]
+        return max(candidates, key=lambda place: (held[place[1].tenant], place[1].priority, place[0]))[1]
 
 
 def _within_tenant(seq: Sequence) -> tuple[bool, int, int]:

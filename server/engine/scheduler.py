@@ -9,18 +9,18 @@ Waiting sequences are considered in the order of a policy (policies.py), preempt
 Adapters: a waiting sequence is admitted when all its adapters have device slots. A sequence whose adapter is loading is
 passed over; sequences behind it may not evict the adapters that it already has on the device.
 
-A sequence passed over `max_wait_steps` times gets priority within its tenant and blocks later arrivals until it is
-admitted. Therefore neither cold adapters nor low priorities starve.
+A sequence that later ones overtook more than `max_wait_steps` times gets priority within its tenant and holds back
+later sequences that compete with it until it is admitted (aging.py). Therefore neither cold adapters nor low priorities
+starve, and a slow load delays no other request.
 """
 
-import math
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from enum import Enum, auto
 from itertools import chain, count, islice
 from typing import Protocol
 
+from server.engine.aging import LOAD, NOTHING, PREFIX, ROOM, SLOT, Aging
 from server.engine.block_manager import BlockManager
 from server.engine.policies import FirstCome, Policy
 from server.sequence import ScheduledBatch, ScheduledSequence, Sequence, SequenceStatus
@@ -38,6 +38,14 @@ class AdapterSlots(Protocol):
 
     def where(self, digest: str) -> str:
         """Return the tier of the version; on "device" it has a slot to acquire."""
+
+    def is_being_read(self, digest: str) -> bool: ...
+
+    def is_being_copied(self, digest: str) -> bool:
+        """Return whether the version has a slot that it is being copied to."""
+
+    def is_pinned(self, digest: str) -> bool:
+        """Return whether the version has a slot that no other version can get."""
 
     def fit(self, digests: Iterable[str]) -> bool:
         """Return whether these versions fit on the device together, beside the pinned ones."""
@@ -74,12 +82,6 @@ class MergeGate:
         return self.merged and seq.sole_adapter == self.owner
 
 
-class Admission(Enum):
-    ADMITTED = auto()
-    NO_ADAPTER = auto()  # passed over: later sequences may still run
-    NO_BLOCKS = auto()  # memory is handed out in order: later sequences may not take it
-
-
 @dataclass(slots=True)
 class Scheduler:
     """Queues of waiting and running sequences.
@@ -99,6 +101,10 @@ class Scheduler:
     policy: Policy = field(default_factory=FirstCome)
     _numbers: Iterator[int] = field(default_factory=count)
     _suspect_blocks: list[int] = field(default_factory=list)
+    _aging: Aging = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._aging = Aging(self.max_wait_steps)
 
     def add(self, seq: Sequence) -> None:
         seq.number = next(self._numbers)
@@ -112,7 +118,9 @@ class Scheduler:
         """Distribute the token budget of one step. The batch is empty if all sequences wait for adapters."""
         batch: list[ScheduledSequence] = []
         budget = self._schedule_running(batch, self.max_batch_tokens)
-        self._schedule_waiting(batch, budget)
+        asking = self._schedule_waiting(batch, budget)
+        had = [(self._needs(scheduled.seq), scheduled.seq.number) for scheduled in batch]
+        self._aging.end_step([*had, *((LOAD, seq.number) for seq in asking)] if batch else ())
         batch.sort(key=lambda scheduled: (scheduled.seq.slots, scheduled.seq.adapters))
         return ScheduledBatch(batch)
 
@@ -136,6 +144,10 @@ class Scheduler:
         """Return waiting sequences whose adapters cannot be loaded, with the reasons."""
         return [(seq, reason) for seq in self.waiting if (reason := self._failure(seq)) is not None]
 
+    def expired(self, now: float) -> list[Sequence]:
+        """Return waiting and running sequences whose deadline has passed."""
+        return [seq for seq in chain(self.running, self.waiting) if seq.deadline <= now]
+
     def _failure(self, seq: Sequence) -> str | None:
         if len(seq.adapters) > 1 and not self.adapters.fit(digest for digest, _ in seq.adapters):
             return f"{len(seq.adapters)} adapters do not fit on the device beside the pinned ones"
@@ -146,15 +158,21 @@ class Scheduler:
         return None
 
     def _schedule_running(self, batch: list[ScheduledSequence], budget: int) -> int:
-        for seq in list(self.running):  # oldest first, because the newest are preempted for them
-            if seq.status is not SequenceStatus.RUNNING or budget == 0:
-                continue
-            num_new_tokens = min(seq.num_tokens - seq.num_computed_tokens, budget)
-            if not num_new_tokens:  # its last token is in flight
-                continue
-            if self._make_room(seq, seq.num_computed_tokens + num_new_tokens):
+        while self._blocks_wanted(budget) > self.blocks.num_free:
+            self._preempt(self.policy.victim(self.running))
+        for seq in self.running:  # in order of admission
+            if budget and seq.num_tokens > seq.num_computed_tokens:  # otherwise its last token is in flight
                 budget = self._take_part(seq, batch, budget)
         return budget
+
+    def _blocks_wanted(self, budget: int) -> int:
+        """Return how many free blocks the running sequences need for a step of `budget` tokens."""
+        wanted = 0
+        for seq in self.running:
+            num_new_tokens = min(seq.num_tokens - seq.num_computed_tokens, budget)
+            wanted += self.blocks.to_grow(seq, seq.num_computed_tokens + num_new_tokens)
+            budget -= num_new_tokens
+        return wanted
 
     def _take_part(self, seq: Sequence, batch: list[ScheduledSequence], budget: int) -> int:
         """Add `seq` to the step and return the remaining budget."""
@@ -165,15 +183,6 @@ class Scheduler:
             self.policy.charge(seq, generated=1)
         return budget - scheduled.num_new_tokens
 
-    def _make_room(self, seq: Sequence, num_tokens: int) -> bool:
-        """Preempt newer sequences until `seq` fits. Returns False if `seq` itself was preempted."""
-        while not self.blocks.can_grow(seq, num_tokens):
-            victim = self.running[-1]
-            self._preempt(victim)
-            if victim is seq:
-                return False
-        return True
-
     def _preempt(self, seq: Sequence) -> None:
         """Move `seq` to the head of the queue; its tokens are recomputed, often from the prefix cache."""
         self.running.remove(seq)
@@ -182,28 +191,35 @@ class Scheduler:
         self.waiting.appendleft(seq)
         self.preemptions += 1
 
-    def _schedule_waiting(self, batch: list[ScheduledSequence], budget: int) -> None:
+    def _schedule_waiting(self, batch: list[ScheduledSequence], budget: int) -> list[Sequence]:
+        """Admit waiting sequences into the step. Returns those that asked for a load."""
         candidates = self._candidates()
         admitted: list[Sequence] = []
+        asking: list[Sequence] = []
         passed_over: list[Sequence] = []
         held_back: list[Sequence] = []
-        blocked_after = math.inf  # number of the earliest overdue sequence; later arrivals are blocked
         collected: list[str] = []  # adapters of sequences passed over, referenced until the end of this method
-        while budget > 0 and len(self.running) < self.max_num_seqs and (seq := next(candidates, None)) is not None:
-            if seq.number > blocked_after:
+        self._aging.begin_step()
+        num_places = self.max_num_seqs - len(self.running)
+        while budget > 0 and num_places > 0 and (seq := next(candidates, None)) is not None:
+            needs = self._needs(seq)
+            if self._aging.holds_back(seq, needs):
                 held_back.append(seq)
                 continue
-            admission = self._try_admit(seq, collected, may_load=len(passed_over) < PREFETCH_DEPTH)
-            if admission is Admission.ADMITTED:
+            may_load = len(asking) < PREFETCH_DEPTH
+            lacks = self._try_admit(seq, collected, may_load)
+            if lacks is None:
                 admitted.append(seq)
+                num_places -= 1
                 budget = self._take_part(seq, batch, budget)
                 continue
             passed_over.append(seq)
-            self._pass_over(seq)
-            if seq.overdue:
-                blocked_after = min(blocked_after, seq.number)
-            if admission is Admission.NO_BLOCKS:
+            self._aging.pass_over(seq, lacks)
+            num_places -= bool(lacks & PREFIX)  # its place is kept, because it will run in a few steps
+            if lacks & ROOM:  # memory is handed out in order: later sequences may not take it
                 break
+            if needs & LOAD and may_load:
+                asking.append(seq)
         for seq in islice(chain(held_back, candidates), PREFETCH_DEPTH):
             for adapter in seq.adapters:
                 self.adapters.prefetch(adapter.digest)
@@ -211,7 +227,8 @@ class Scheduler:
             self.adapters.release(digest)
         if admitted:
             self.waiting = deque(seq for seq in self.waiting if seq.status is SequenceStatus.WAITING)
-            self._age(admitted, set(passed_over))
+            self._age(admitted, {*passed_over, *held_back})
+        return asking
 
     def _candidates(self) -> Iterator[Sequence]:
         """Yield the waiting sequences in the order to consider them. Those that the gate holds are left out: they do
@@ -220,44 +237,81 @@ class Scheduler:
         yield from [seq for seq in waiting if seq.preempted]
         yield from self.policy.order([seq for seq in waiting if not seq.preempted])
 
-    def _pass_over(self, seq: Sequence) -> None:
-        seq.waited_steps += 1
-        seq.overdue = seq.waited_steps > self.max_wait_steps
+    def _needs(self, seq: Sequence) -> int:
+        """Return what `seq` needs to run: for admission while it waits, and for the step once it runs."""
+        if not seq.adapters or self.gate.in_base(seq) or all(map(self.adapters.is_pinned, seq.digests)):
+            return ROOM
+        return ROOM | SLOT if seq.slots or self._on_device(seq) else ROOM | SLOT | LOAD
 
-    def _age(self, admitted: list[Sequence], counted: set[Sequence]) -> None:
-        """Count waiting sequences as passed over if a later one of the same tenant was admitted, even if they were not
-        considered. Admissions of other tenants do not count, because those are due to their shares."""
+    def _on_device(self, seq: Sequence) -> bool:
+        return all(self.adapters.where(digest) == "device" for digest in seq.digests)
+
+    def _age(self, admitted: list[Sequence], considered: set[Sequence]) -> None:
+        """Count sequences that were not considered as overtaken if a later one of the same tenant was admitted.
+        Admissions of other tenants do not count, because those are due to their shares."""
         latest: dict[str, int] = {}
         for seq in admitted:
             latest[seq.tenant] = max(seq.number, latest.get(seq.tenant, -1))
         for seq in self.waiting:
-            if seq not in counted and seq.number < latest.get(seq.tenant, -1) and self.gate.admits(seq):
-                self._pass_over(seq)
+            if seq not in considered and seq.number < latest.get(seq.tenant, -1) and self.gate.admits(seq):
+                self._aging.overtake(seq)
 
-    def _try_admit(self, seq: Sequence, collected: list[str], may_load: bool) -> Admission:
-        """Acquire the adapters' slots and the cached prefix for `seq`. If refused, only slots in `collected` stay
-        acquired.
+    def _try_admit(self, seq: Sequence, collected: list[str], may_load: bool) -> int | None:
+        """Acquire the adapters' slots and the cached prefix for `seq`, and return None. If refused, return what it
+        lacks and other sequences have; then only slots in `collected` stay acquired.
 
         Without `may_load` no load is requested: the host cache could not hold the adapters of a long queue.
         """
-        in_base = self.gate.in_base(seq)
-        if not (may_load or in_base) and any(self.adapters.where(digest) != "device" for digest, _ in seq.adapters):
-            return Admission.NO_ADAPTER
-        slots = () if in_base else self._acquire_all(seq, collected)
-        if slots is None:
-            return Admission.NO_ADAPTER
-        matched = self.blocks.match_prefix(seq)
-        if not self.blocks.can_admit(seq, matched):
+        if not self.gate.admits(seq):
+            return NOTHING
+        slots: tuple[int, ...] = ()
+        if not self.gate.in_base(seq):
+            if not (may_load or self._on_device(seq)):
+                return LOAD
+            self._note_reads(seq)
+            acquired = self._acquire_all(seq, collected)
+            if acquired is None:
+                return self._lacks_slots(seq)
+            slots = acquired
+        matched = self.blocks.match_prefix(seq) if self.blocks.may_fit(seq) else None
+        lacks = ROOM if matched is None else self._lacks_blocks(seq, matched)
+        if matched is None or lacks is not None:
             if slots:
-                collected += [adapter.digest for adapter in seq.adapters]
-            return Admission.NO_BLOCKS
+                collected += seq.digests
+            return lacks
         self.blocks.admit(seq, matched)
         if not seq.preempted:
             self.policy.charge(seq, prompt=seq.num_tokens - seq.num_computed_tokens)
             self.policy.left(seq)
         seq.slots, seq.status = slots, SequenceStatus.RUNNING
         self.running.append(seq)
-        return Admission.ADMITTED
+        return None
+
+    def _lacks_blocks(self, seq: Sequence, matched: list[int]) -> int | None:
+        """Return None if `seq` has the KV blocks to run. It lacks its PREFIX while a running sequence computes blocks
+        that save it at least half of its prefill."""
+        num_missing = seq.num_tokens - len(matched) * self.blocks.block_size
+        for other in self.running:
+            num_saved = self.blocks.being_computed(seq, len(matched), other) * self.blocks.block_size
+            if num_saved and 2 * num_saved >= num_missing:
+                return PREFIX
+        return None if self.blocks.can_admit(seq, matched) else ROOM
+
+    def _note_reads(self, seq: Sequence) -> None:
+        """Record which adapters of `seq` have been read. One that was requested, is not being read and is on disk was
+        read and evicted from host memory."""
+        for digest in seq.digests if len(seq.read) < len(seq.adapters) else ():
+            was_evicted = seq.requested and not self.adapters.is_being_read(digest)
+            if was_evicted or self.adapters.where(digest) != "disk":
+                seq.read.add(digest)
+        seq.requested = True
+
+    def _lacks_slots(self, seq: Sequence) -> int:
+        """Return what `seq` lacks for its adapters: NOTHING until each has been read once, and while those that are not
+        on the device are being copied there. One that is read again lost its place in host memory to others."""
+        missing = [digest for digest in seq.digests if self.adapters.where(digest) != "device"]
+        first_reads = len(seq.read) < len(seq.adapters)
+        return NOTHING if first_reads or all(map(self.adapters.is_being_copied, missing)) else SLOT
 
     def _acquire_all(self, seq: Sequence, collected: list[str]) -> tuple[int, ...] | None:
         """Acquire the slots of all adapters of `seq`, or return None and add those acquired to `collected`.
@@ -291,6 +345,7 @@ class Scheduler:
     def enter_base(self) -> None:
         """Release the slots of all running sequences, which all use the version that was just merged."""
         self.gate.merged = True
+        self.blocks.change_weights(self.gate.owner or "", self.running)
         for seq in self.running:
             self._release_slots(seq)
 
@@ -303,5 +358,6 @@ class Scheduler:
                 if slot is None:
                     return False
                 seq.slots = (slot,)
+        self.blocks.change_weights("", self.running)
         self.gate.open()
         return True

@@ -39,6 +39,7 @@ from server.ipc.messages import (
     ToEngine,
     Unmerge,
 )
+from server.queue_limits import Waiting
 
 log = logging.getLogger(__name__)
 
@@ -125,6 +126,7 @@ class EngineClient:
         self._pins: set[str] = set()
         self._merge: Merge | None = None  # requested, and not refused or ended
         self._request_ids = itertools.count()
+        self.waiting = Waiting()
         self._started: asyncio.Future[None] | None = None
         self._listeners: list[StepListener] = []
         self._last_progress = time.monotonic()
@@ -177,6 +179,7 @@ class EngineClient:
         self._note_work()
         self._transport.send(request)
         self._streams[request.seq_id] = stream = stream or Stream()
+        self.waiting.submitted(request.seq_id, request.cache_salt, request.weight, len(request.token_ids))
         return stream
 
     def abort(self, seq_ids: list[str]) -> None:
@@ -312,6 +315,7 @@ class EngineClient:
         if any(s.direction == "unmerge" and s.digest == self.requested_merge for s in message.switches):
             self._merge = None  # the engine unmerged it for other requests
         for output in message.outputs:
+            self.waiting.left(output.seq_id)
             stream = self._streams.get(output.seq_id)
             if stream is None:
                 continue
@@ -405,6 +409,7 @@ class EngineClient:
         for seq_id, stream in self._streams.items():
             stream.put(SequenceOutput(seq_id, [], "error", error=reason))
         self._streams.clear()
+        self.waiting.clear()
         for reply in self._replies.values():
             if not reply.done():
                 reply.set_exception(EngineUnavailable(reason))

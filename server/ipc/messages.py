@@ -19,7 +19,8 @@ SwitchReason = Literal["request", "policy", "others", "retired"]
 class Submit(msgspec.Struct, frozen=True, tag=True):
     """Start a sequence. Without `adapters` it uses the base model; the deltas of several adapters add up, each with its
     scale. Adapters apply to tokens from `active_from` on. `weight` belongs to the tenant; `priority` orders sequences
-    within the tenant (lower is more urgent)."""
+    within the tenant (lower is more urgent). At `deadline`, in seconds of `time.monotonic`, which the processes of a
+    machine share, the sequence ends with reason "timeout"; it never starts if it still waits then."""
 
     seq_id: str
     token_ids: list[int]
@@ -29,6 +30,7 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
     active_from: int = 0
     priority: int = 0
     weight: float = 1.0
+    deadline: float | None = None
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
@@ -96,11 +98,11 @@ class SequenceOutput(msgspec.Struct, frozen=True, array_like=True):
 
     seq_id: str
     token_ids: list[int]
-    finish_reason: Literal["stop", "length", "abort", "error"] | None = None
+    finish_reason: Literal["stop", "length", "abort", "timeout", "error"] | None = None
     logprobs: list[TokenLogprobs] | None = None  # one per token id, if requested
     num_cached_tokens: int = 0
     queue_seconds: float = 0.0
-    error: str | None = None  # message for the client, with reason "error"
+    error: str | None = None  # message for the client, with reasons "error" and "timeout"
 
 
 class ResidencyReport(msgspec.Struct, frozen=True):

@@ -7,7 +7,7 @@ from fastapi import Request
 
 from adapters.errors import AdapterNotFound
 from server.api.context import AppContext
-from server.api.errors import model_not_found, unavailable
+from server.api.errors import ApiError, model_not_found, unavailable
 from server.api.inference.plan import AdmittedRequest, GenerationPlan, plan_generation
 from server.api.inference.targets import Target, refuse_if_merged, resolve_target
 from server.api.middleware.auth import Key
@@ -35,7 +35,9 @@ def admit_prompts(
     """Check the request and its prompts, encoded by the request's tokenizer, and return the plan. Raises `ApiError` if
     they do not fit the model or if an adapter was deleted meanwhile."""
     _check_still_there(context, admitted.target)
-    return plan_generation(context, admitted, body, prompts)
+    plan = plan_generation(context, admitted, body, prompts)
+    _check_queue(context, plan)
+    return plan
 
 
 def _check_capacity(context: AppContext) -> None:
@@ -55,3 +57,14 @@ def _check_still_there(context: AppContext, target: Target) -> None:
             context.registry.resolve(f"{name}@{digest}")
         except AdapterNotFound:
             raise model_not_found(target.requested_model) from None
+
+
+def _check_queue(context: AppContext, plan: GenerationPlan) -> None:
+    """Raise 429 if the key's tenant holds its share of the queue, 503 if the queue has no room for the request."""
+    key, sequences, tokens = plan.key, len(plan.prompts) * plan.n, plan.prompt_tokens * plan.n
+    refusal = context.queue_limits.refusal(key.tenant, key.weight, sequences, tokens)
+    if refusal is None:
+        return
+    if refusal.of_tenant:
+        raise ApiError(429, refusal.message, code="queue_share", headers={"retry-after": "1"})
+    raise unavailable(refusal.message, "queue_full")

@@ -48,9 +48,10 @@ class Choice:
 
     def absorb(self, output: SequenceOutput, delta: Delta) -> None:
         """Add `output` to `delta`. Raises `EngineFailure` if the sequence was aborted or failed."""
-        if output.finish_reason == "error" or output.finish_reason == "abort":
+        reason = output.finish_reason
+        if reason == "error" or reason == "abort" or reason == "timeout":
             self.finished = True
-            raise EngineFailure(output.finish_reason, output.error)
+            raise EngineFailure(reason, output.error)
         self.cached_tokens, self.queue_seconds = output.num_cached_tokens, output.queue_seconds
         text_ends = output.finish_reason == "stop" and output.token_ids and output.token_ids[-1] in self._stop_ids
         for i, token_id in enumerate(output.token_ids):
@@ -64,9 +65,9 @@ class Choice:
             if self._detokenizer.stopped:
                 self._finish(delta, "stop")
                 return
-        if output.finish_reason is not None:
+        if reason is not None:
             delta.text += self._detokenizer.flush()
-            self._finish(delta, output.finish_reason)
+            self._finish(delta, reason)
 
     def _finish(self, delta: Delta, reason: Literal["stop", "length"]) -> None:
         self.finished = True

@@ -116,6 +116,10 @@ class KeyRing:
     def __bool__(self) -> bool:
         return bool(self._keys)
 
+    @property
+    def tenants(self) -> set[str]:
+        return {key.tenant for key in self._keys}
+
     def find(self, secret: str) -> Key | None:
         """Return the key with this secret. Compares with every key in constant time, so that timing reveals nothing."""
         digest = _digest(secret)
