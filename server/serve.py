@@ -72,7 +72,7 @@ async def _serve(config: ServeConfig, keys: KeyRing, registry: AdapterRegistry, 
 
 def _thread_transport(config: ServeConfig) -> EngineTransport:
     from server.engine.build import build_serving_engine
-    from server.engine.loop import ThreadTransport
+    from server.engine.thread_transport import ThreadTransport
 
     return ThreadTransport(lambda: build_serving_engine(config))
 

@@ -13,7 +13,7 @@ from adapters.model_spec import ModelSpec
 from server.config import ServeConfig
 from server.engine.build import build_engine
 from server.engine.faults import MAX_FAILED_STEPS
-from server.engine.loop import ThreadTransport
+from server.engine.thread_transport import ThreadTransport
 from server.ipc import client as client_module
 from server.ipc.client import AdapterMoveRefused, EngineClient, EngineState, EngineUnavailable, Stream
 from server.ipc.messages import (

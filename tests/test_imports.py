@@ -227,6 +227,7 @@ WITHOUT_TORCH = [
     "server.engine.aging",
     "server.engine.block_manager",
     "server.engine.machine",
+    "server.engine.merge_gate",
     "server.engine.merging",
     "server.engine.policies",
     "server.engine.scheduler",

@@ -7,8 +7,8 @@ import pytest
 
 from adapters.errors import AdapterInvalid, MoveRefused, Problem
 from server.engine.faults import EngineBroken
+from server.engine.merge_gate import MergeGate
 from server.engine.merging import Merged, MergePolicy, Merging
-from server.engine.scheduler import MergeGate
 from server.ipc.messages import Merge
 from server.sequence import ScaledAdapter, Sequence
 from tests.test_scheduler import FakeSlots, make_scheduler, make_seq, run_step

@@ -15,7 +15,7 @@ from adapters.peft.tensor_bytes import read_chunks
 from adapters.registry.store import AdapterStore
 from server.config import ServeConfig
 from server.engine.build import build_engine
-from server.engine.loop import ThreadTransport
+from server.engine.thread_transport import ThreadTransport
 from server.ipc.client import EngineClient
 from tests.fixtures.adapter_factory import tiny_llama, write_adapter
 from tests.fixtures.api_server import make_app

@@ -22,6 +22,7 @@ from typing import Protocol
 
 from server.engine.aging import LOAD, NOTHING, PREFIX, ROOM, SLOT, Aging
 from server.engine.block_manager import BlockManager
+from server.engine.merge_gate import MergeGate
 from server.engine.policies import FirstCome, Policy
 from server.sequence import ScheduledBatch, ScheduledSequence, Sequence, SequenceStatus
 
@@ -55,31 +56,6 @@ class AdapterSlots(Protocol):
 
     def failure(self, digest: str) -> str | None:
         """Return the reason why the last load of the version failed, if it did."""
-
-
-@dataclass(slots=True)
-class MergeGate:
-    """The restriction of admission by a merge (engine/merging.py). Closed, it admits only the `owner` version and,
-    until that is merged, sequences that arrived before it was closed."""
-
-    owner: str | None = None  # the version that is merged or about to be
-    closed: float = 0.0  # time of closing; other sequences that arrived later wait
-    merged: bool = False
-
-    def close(self, owner: str, now: float) -> None:
-        self.owner, self.closed = owner, now
-
-    def open(self) -> None:
-        self.owner, self.merged = None, False
-
-    def admits(self, seq: Sequence) -> bool:
-        if self.owner is None or seq.sole_adapter == self.owner:
-            return True
-        return not self.merged and seq.arrival <= self.closed
-
-    def in_base(self, seq: Sequence) -> bool:
-        """Return whether the adapter of `seq` is merged, so that it runs like the base model, without a slot."""
-        return self.merged and seq.sole_adapter == self.owner
 
 
 @dataclass(slots=True)

@@ -1,6 +1,6 @@
 """The API's client of the engine, over one of two transports.
 
-`ThreadTransport` (engine/loop.py) runs the engine in this process, for tests and debugging.
+`ThreadTransport` (engine/thread_transport.py) runs the engine in this process, for tests and debugging.
 `ProcessTransport` (ipc/process_transport.py) runs the engine in a child process over a local socket.
 The client supervises the engine: if the engine dies or hangs, every running stream gets one error output and the engine
 is restarted. A restart that fails, for whatever reason, is tried again after a while, for ever; only a first start that
