@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 
 from server.engine.engine import Engine
+from server.engine.loop import run_loop
 from server.ipc.messages import (
     EngineInfo,
     Fatal,
