@@ -34,7 +34,7 @@ from server.ipc.sockets import address
 log = logging.getLogger(__name__)
 
 STOP_SECONDS = 5.0  # time for the engine to end by itself
-LAST_WORDS_SECONDS = 0.05  # time for the last messages of a process that ended, which say whose fault it was
+LAST_WORDS_SECONDS = 0.2  # an ended child whose messages have not come for this long has no more
 
 
 class ProcessTransport:
@@ -46,6 +46,7 @@ class ProcessTransport:
         self._child = child
         self._folder: Path | None = None
         self._process: subprocess.Popen[bytes] | None = None
+        self._received = 0  # messages, of all children
         self._is_ahead = False  # the child was spawned and awaits `start`
         self._outbox: zmq.Socket[bytes] | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -82,7 +83,7 @@ class ProcessTransport:
         inbox.set_hwm(0)
         inbox.bind(address(self._folder, "from-engine"))
         self._tasks = [
-            asyncio.create_task(_receive(inbox, on_message)),
+            asyncio.create_task(self._receive(inbox, on_message)),
             asyncio.create_task(self._watch(self._process, on_exit)),
         ]
 
@@ -115,8 +116,23 @@ class ProcessTransport:
         died = loop.create_future()
         threading.Thread(target=lambda: _report_exit(process, loop, died), name="engine-watcher", daemon=True).start()
         status = await died
-        await asyncio.sleep(LAST_WORDS_SECONDS)
+        received = -1
+        while received != self._received:
+            received = self._received
+            await asyncio.sleep(LAST_WORDS_SECONDS)
         on_exit(f"the engine process ended with status {status}")
+
+    async def _receive(self, inbox: "zmq.asyncio.Socket", on_message: Callable[[FromEngine], None]) -> None:
+        try:
+            while True:
+                message = decode_from_engine(await inbox.recv())
+                self._received += 1
+                try:
+                    on_message(message)
+                except Exception:  # later messages must arrive, whatever a listener does with this one
+                    log.exception("%s from the engine could not be handled", type(message).__name__)
+        finally:
+            inbox.close(linger=0)
 
     async def _clean_up(self) -> None:
         current = asyncio.current_task()
@@ -140,18 +156,6 @@ def _report_exit(process: "subprocess.Popen[bytes]", loop: asyncio.AbstractEvent
     status = process.wait()
     if not loop.is_closed():
         loop.call_soon_threadsafe(lambda: None if died.done() else died.set_result(status))
-
-
-async def _receive(inbox: "zmq.asyncio.Socket", on_message: Callable[[FromEngine], None]) -> None:
-    try:
-        while True:
-            message = decode_from_engine(await inbox.recv())
-            try:
-                on_message(message)
-            except Exception:  # later messages must arrive, whatever a listener does with this one
-                log.exception("%s from the engine could not be handled", type(message).__name__)
-    finally:
-        inbox.close(linger=0)
 
 
 def _spawn(module: str, config: ServeConfig, folder: Path) -> "subprocess.Popen[bytes]":
