@@ -72,6 +72,7 @@ class Result:
 class Packed:
     num_pages: int
     nbytes: int
+    extra_bytes: int = 0
 
 
 class Simulation:
