@@ -142,6 +142,8 @@ ARROWS: dict[str, set[str]] = {
         "server",
         "server.engine",
         "server.launch",
+        "server.model.graphs",
+        "server.model.loading",
     },
     "server.api": {
         "adapters",
@@ -224,6 +226,7 @@ WITHOUT_TORCH = [
     "server.config",
     "server.engine.block_manager",
     "server.engine.machine",
+    "server.engine.memory_plan",
     "server.engine.merging",
     "server.engine.policies",
     "server.engine.scheduler",
