@@ -34,7 +34,7 @@ class PlanRefused(Exception):
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What the plan has to know of a base model; sizes in bytes."""
+    """The properties of a base model that decide the plan; sizes in bytes."""
 
     weights: int
     page: int  # 16 rank columns in all adaptable modules
