@@ -11,6 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from adapters.runtime import reference
 from adapters.runtime.pool import page_bytes
 from server.cli.main import app
 from server.cli.plan import plan_offline, size_in_bytes
@@ -18,6 +19,7 @@ from server.config import GIB, ServeConfig
 from server.engine.memory_plan import (
     BLOCK_SIZE,
     DRIVER_BYTES,
+    REFERENCE_ROWS,
     DeviceMemory,
     MemoryPlan,
     ModelFacts,
@@ -147,6 +149,10 @@ def test_the_facts_from_a_config_are_those_of_the_loaded_model(tmp_path: Path) -
     assert found.page == page_bytes(spec, torch.float32)
     assert found.whole == 2 * 97 * 64 * 4
     assert found.kv_token == 2 * 2 * 2 * 16 * 4 and found.vocab == 97 and found.max_model_len == 512
+
+
+def test_the_plan_counts_the_rows_that_the_reference_reads() -> None:
+    assert REFERENCE_ROWS == reference.REFERENCE_ROWS
 
 
 def test_on_a_cpu_the_sizes_are_upper_bounds(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ POOL_SHARE, OVERRIDE_SHARE = 4, 8  # by default, the pool gets at most a quarter
 USEFUL_TOKENS = 2048  # the KV cache has room for a sequence of this length, or the plan is refused
 CPU_OVERRIDE_BYTES = 256 * MIB  # the least that overrides may take on a CPU by default
 SELFTEST_TOKENS = 16
-REFERENCE_ROWS = 4096  # rows of a weight that the self-test's reference converts to float32 at once
+REFERENCE_ROWS = 4096  # the same in adapters/runtime/reference.py, which imports torch
 _LOGIT_BYTES = 32  # per logit while sampling: the logits, float32 copies, sorted values, indices, probabilities
 _LAYER_GRAPH_BYTES = 64 << 10  # of one layer in one recorded graph
 

@@ -47,9 +47,13 @@ def refuse_early(config: ServeConfig) -> None:
     device = chosen_device(config.device)
     if device.type != "cuda" or config.model.endswith(".gguf"):
         return
-    facts = facts_from_config(
-        config.model, config.dtype, config.quantization, config.max_model_len, config.max_adapter_rank
-    )
+    try:
+        facts = facts_from_config(
+            config.model, config.dtype, config.quantization, config.max_model_len, config.max_adapter_rank
+        )
+    except Exception as error:  # such a model can perhaps be probed once it is loaded
+        log.info("no memory plan before the load: %s", error)
+        return
     _planned(facts, config, device, 0)
 
 
