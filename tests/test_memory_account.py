@@ -1,0 +1,59 @@
+"""What an engine's process really takes, beside what the memory plan says."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.fixtures.adapter_factory import tiny_llama
+from tests.fixtures.timing import HANG_SECONDS
+
+MIB = 1 << 20
+ALLOWANCE = 48 * MIB  # what torch, oneDNN and the probe's forwards keep, whatever the model's size
+
+MEASURE = """
+import json, re, sys
+from pathlib import Path
+import torch
+import transformers.models.llama.modeling_llama
+from adapters.model_spec import ModelSpec
+from server.config import ServeConfig
+from server.engine.memory_plan import BLOCK_SIZE
+from server.engine.sizing import plan_memory
+from server.model.loading.loader import load_model
+from server.model.loading.probe import probe
+from server.model.runner import ModelRunner
+
+torch.set_num_threads(1)
+
+def anonymous():
+    return int(re.search(r"^RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text(), re.M)[1]) << 10
+
+before = anonymous()
+config = ServeConfig(model=sys.argv[1], dtype="bfloat16", device="cpu")
+loaded = load_model(config.model, "bfloat16", "none", "cpu", 0)
+shape, spec = probe(loaded, 64)
+plan = plan_memory(config, loaded, shape, spec)
+runner = ModelRunner(
+    loaded, shape, spec, num_blocks=plan.num_blocks, block_size=BLOCK_SIZE, num_pages=plan.num_pages
+)
+runner.check(loaded)
+mapped = "model.safetensors" in Path("/proc/self/maps").read_text()
+print(json.dumps({"grown": anonymous() - before, "weights": plan.parts["weights"], "mapped": mapped}))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_weights_are_in_memory_once(tmp_path: Path) -> None:
+    """Packed copies take the place of the file's pages; KV cache and pool take nothing until they are written."""
+    sizes = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 32, "vocab_size": 32000}
+    tiny_llama(num_attention_heads=8, **sizes).to(torch.bfloat16).save_pretrained(tmp_path)
+    command = [sys.executable, "-c", MEASURE, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG_SECONDS, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["weights"] > 200 * MIB
+    assert not found["mapped"]
+    assert 0.9 * found["weights"] < found["grown"] < 1.1 * found["weights"] + ALLOWANCE
