@@ -4,10 +4,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.nn import Params4bit
 
+from server.model.quantization.nf4_pieces import quantized_in_pieces
 from tests.fixtures.adapter_factory import tiny_llama
 from tests.fixtures.timing import HANG_SECONDS
 
@@ -57,3 +60,23 @@ def test_the_weights_are_in_memory_once(tmp_path: Path) -> None:
     assert found["weights"] > 200 * MIB
     assert not found["mapped"]
     assert 0.9 * found["weights"] < found["grown"] < 1.1 * found["weights"] + ALLOWANCE
+
+
+@pytest.mark.parametrize("shape", [(1024, 1024), (3, 262144), (515, 513)])
+def test_weights_quantized_in_pieces_have_the_same_bits(shape: tuple[int, int]) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+
+    def quantized() -> Any:
+        return Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=True).to("cpu")
+
+    expected = quantized()
+    with quantized_in_pieces():
+        found = quantized()
+    assert torch.equal(found.data, expected.data)
+    for own, other in (
+        (found.quant_state, expected.quant_state),
+        (found.quant_state.state2, expected.quant_state.state2),
+    ):
+        assert torch.equal(own.absmax, other.absmax) and torch.equal(own.code, other.code)
+    assert found.quant_state.shape == expected.quant_state.shape and found.quant_state.dtype is torch.bfloat16
+    assert torch.equal(found.quant_state.offset, expected.quant_state.offset)

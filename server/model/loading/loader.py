@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from server.model.loading.gguf import load_gguf
 from server.model.quantization.nf4 import Policy, apply_policy
+from server.model.quantization.nf4_pieces import quantized_in_pieces
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # RoPE types whose frequencies depend on the longest sequence: in a batch, one request would change the others.
@@ -134,7 +136,8 @@ def _from_pretrained(path: str, dtype: torch.dtype, quantization: str, device: t
             bnb_4bit_compute_dtype=dtype,
         )
         options["device_map"] = {"": device}
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, **options)
+    with quantized_in_pieces() if quantization == "nf4" else nullcontext():
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, **options)
     return model if quantization == "nf4" else model.to(device)
 
 
