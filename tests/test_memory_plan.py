@@ -16,6 +16,7 @@ from adapters.runtime.pool import page_bytes
 from server.cli.main import app
 from server.cli.plan import plan_offline, size_in_bytes
 from server.config import GIB, ServeConfig
+from server.engine import sizing
 from server.engine.memory_plan import (
     BLOCK_SIZE,
     DRIVER_BYTES,
@@ -28,6 +29,8 @@ from server.engine.memory_plan import (
 )
 from server.engine.model_facts import facts_from_config, loaded_weights
 from server.model.graphs import bucket_sizes
+from server.model.loading.loader import ModelRefused, load_model
+from server.model.loading.probe import probe
 from tests.fixtures.adapter_factory import spec_of, tiny_llama
 
 CONFIGS = sorted((Path(__file__).parent / "fixtures" / "model_configs").glob("*.json"))
@@ -161,6 +164,39 @@ def test_on_a_cpu_the_sizes_are_upper_bounds(tmp_path: Path) -> None:
     plan = make_plan(small, ServeConfig(), DeviceMemory(4 * GIB, lazy=True))
     assert plan.parts["KV cache"] == pytest.approx(GIB / 2, rel=0.01) and plan.num_pages == 64
     assert plan.override_bytes == GIB / 2
+
+
+# -- a server's start --------------------------------------------------------------------------------------------------
+
+
+def test_a_model_that_cannot_fit_is_refused_before_its_weights_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There are no weights beside these configs."""
+    config = ServeConfig(model=str(named("llama-3.1-8b")))
+    monkeypatch.setattr(sizing, "chosen_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (15 * GIB, 16 * GIB))
+    with pytest.raises(ModelRefused, match="--quantization nf4"):
+        sizing.refuse_early(config)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (23 * GIB, 24 * GIB))
+    sizing.refuse_early(config)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (15 * GIB, 24 * GIB))  # other programs have the rest
+    with pytest.raises(ModelRefused, match="--quantization nf4"):
+        sizing.refuse_early(config)
+
+
+def test_a_model_that_cannot_be_planned_is_loaded_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sizing, "chosen_device", lambda _: torch.device("cuda"))
+    sizing.refuse_early(ServeConfig(model=str(tmp_path)))
+
+
+def test_the_plan_is_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tiny_llama().save_pretrained(tmp_path)
+    config = ServeConfig(model=str(tmp_path), dtype="float32", device="cpu", kv_cache_bytes=8 << 20)
+    loaded = load_model(config.model, "float32", "none", "cpu", 0)
+    with caplog.at_level("INFO"):
+        plan = sizing.plan_memory(config, loaded, *probe(loaded, 64))
+    assert plan.parts["weights"] == loaded_weights(loaded.model) and plan.max_model_len == 512
+    for part in plan.parts:
+        assert part in caplog.text
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
