@@ -80,19 +80,19 @@ class ScaleShiftTables:
         """Change the planned rows of `y [rows, channels]` in place; all other rows are bit-identical."""
         gathered = [self._tables[slot].get(name) for slot in plan.slots]
         if any(vectors is not None for vectors in gathered):
-            identity = _identity(y.shape[1], self._device)
             own = y.index_select(0, plan.rows)
-            stack = torch.stack([identity if vectors is None else vectors for vectors in gathered])
-            _scale_shift(own, stack.index_select(0, plan.owners))
+            stack = torch.stack([_identity(own) if vectors is None else vectors for vectors in gathered])
+            is_one_each = len(plan.rows) == len(gathered)  # every range has a row
+            _scale_shift(own, stack if is_one_each else stack.index_select(0, plan.owners))
             y.index_copy_(0, plan.rows, own)
         for r in plan.ranges:
             if (vectors := self._tables[r.slot].get(name)) is not None:
                 _scale_shift(y[r.start : r.end], vectors)
 
 
-def _identity(channels: int, device: torch.device) -> Tensor:
-    """Return scale 1 and shift -0.0, which is neutral for -0.0 as well."""
-    return torch.tensor([[1.0], [-0.0]], device=device).expand(2, channels)
+def _identity(y: Tensor) -> Tensor:
+    """Return scale 1 and shift -0.0, which is neutral for -0.0 as well, for the channels of `y`."""
+    return torch.tensor([[1.0], [-0.0]], device=y.device).expand(2, y.shape[-1])
 
 
 def _scale_shift(y: Tensor, vectors: Tensor) -> None:
