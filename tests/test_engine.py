@@ -546,6 +546,40 @@ def test_a_budget_without_room_for_the_largest_rank_is_refused(drivers: Drivers)
     assert drivers.make(adapter_device_bytes=10**12, adapter_slots=3).info.adapter_pages == 12
 
 
+def test_whole_weights_leave_the_device_with_their_adapter(drivers: Drivers, tmp_path: Path) -> None:
+    """They are counted by their size, bounded, and freed on unload, eviction and deletion."""
+    copy = 97 * 64 * 4  # of the output head
+    config: dict[str, Any] = {"r": 4, "modules_to_save": ["lm_head"]}
+    folders = [write_adapter(tiny_llama(), tmp_path / f"{i}", seed=i, **config) for i in range(3)]
+    driver = drivers.make(adapter_override_bytes=2 * copy + 1)
+    a, b, c = (driver.add_adapter(folder) for folder in folders)
+    pool, residency = driver.engine._runner.pool, driver.engine.residency
+
+    def kept() -> list[str]:
+        found = [slot for slot in residency.slots.slots() if pool.extra_bytes().get(slot.index) == copy]
+        assert len(found) == len(pool.extra_bytes())
+        return [slot.digest for slot in found]
+
+    for index, digest in enumerate((a, b)):
+        assert settled(driver, MoveAdapter(index, digest, "device")) is None
+    assert kept() == [a, b]
+    assert settled(driver, MoveAdapter(3, c, "device")) is None
+    assert kept() == [b, c]  # a slot and pages were left, but no room for a third head
+    assert settled(driver, MoveAdapter(4, b, "disk")) is None
+    assert kept() == [c]
+    driver.engine.handle(RetireAdapter(c))
+    driver.run()
+    assert kept() == []
+
+
+def test_an_adapter_with_more_whole_weights_than_the_budget_is_refused(drivers: Drivers, tmp_path: Path) -> None:
+    driver = drivers.make(adapter_override_bytes=1000)
+    folder = write_adapter(tiny_llama(), tmp_path / "big", seed=1, modules_to_save=["lm_head"])
+    driver.submit("s", [1, 5, 9], driver.add_adapter(folder))
+    driver.run()
+    assert "--adapter-override-bytes" in str(driver.outputs["s"][-1].error)
+
+
 def test_pinning_loads_and_protects(drivers: Drivers, adapters: dict[str, Path]) -> None:
     driver = drivers.make(adapter_slots=2)
     digests = [driver.add_adapter(adapters[name]) for name in ("r1", "r4", "r16")]

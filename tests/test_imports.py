@@ -144,6 +144,8 @@ ARROWS: dict[str, set[str]] = {
         "server",
         "server.engine",
         "server.launch",
+        "server.model.graphs",
+        "server.model.loading",
     },
     "server.api": {
         "adapters",
@@ -228,6 +230,7 @@ WITHOUT_TORCH = [
     "server.engine.block_manager",
     "server.engine.machine",
     "server.engine.merge_gate",
+    "server.engine.memory_plan",
     "server.engine.merging",
     "server.engine.policies",
     "server.engine.scheduler",

@@ -25,6 +25,7 @@ class Weights:
     digest: str
     num_pages: int
     nbytes: int
+    extra_bytes: int = 0
 
 
 @dataclass
@@ -32,12 +33,14 @@ class Tiers:
     """Disk and device of a test: their content, blocked and failing operations, and the number of accesses."""
 
     sizes: dict[str, int] = field(default_factory=dict)  # pages; one byte each
+    extras: dict[str, int] = field(default_factory=dict)  # bytes on the device beside the pages
     read_errors: dict[str, BaseException] = field(default_factory=dict)
     write_errors: dict[str, Exception] = field(default_factory=dict)
     gates: dict[str, threading.Event] = field(default_factory=dict)  # "read x", "write x": waits until it is set
     reads: Counter[str] = field(default_factory=Counter)
     begun: list[str] = field(default_factory=list)  # "read x", "write x"
     pages: dict[int, str] = field(default_factory=dict)
+    kept: dict[int, int] = field(default_factory=dict)  # by slot, bytes beside the pages
 
     def hold(self, name: str) -> threading.Event:
         self.gates[name] = threading.Event()
@@ -49,7 +52,10 @@ class Tiers:
         if digest in self.read_errors:
             raise self.read_errors[digest]
         pages = self.sizes.get(digest, 1)
-        return Weights(digest, pages, nbytes=pages)
+        return Weights(digest, pages, nbytes=pages, extra_bytes=self.extras.get(digest, 0))
+
+    def drop(self, slot: int) -> None:
+        self.kept.pop(slot, None)
 
     def write(self, slot: Slot, packed: Weights) -> None:
         self._pass("write " + packed.digest)
@@ -57,6 +63,8 @@ class Tiers:
             raise self.write_errors[packed.digest]
         for page in slot.pages:
             self.pages[page] = packed.digest
+        if packed.extra_bytes:
+            self.kept[slot.index] = packed.extra_bytes
 
     def _pass(self, name: str) -> None:
         self.begun.append(name)
@@ -91,7 +99,8 @@ def roomy(tiers: Tiers) -> Iterator[Residency[Weights]]:
 
 
 def opened(tiers: Tiers, num_slots: int, max_pages: int = 1) -> Iterator[Residency[Weights]]:
-    made: Residency[Weights] = Residency(SlotTable(num_slots, 8), HostCache(10), tiers.read, tiers.write, max_pages)
+    slots = SlotTable(num_slots, 8, max_extra_bytes=100, on_drop=tiers.drop)
+    made: Residency[Weights] = Residency(slots, HostCache(10), tiers.read, tiers.write, max_pages)
     yield made
     for gate in tiers.gates.values():
         gate.set()
@@ -439,6 +448,37 @@ def test_a_version_that_can_never_fit_is_refused(residency: Residency[Weights], 
     assert residency.host.digests() == [] and residency.where("huge") == "disk"
 
 
+def test_what_is_beside_the_pages_is_bounded_and_freed(roomy: Residency[Weights], tiers: Tiers) -> None:
+    tiers.extras.update(a=60, b=30, c=50, huge=101)
+    for digest in "ab":
+        acquire(roomy, digest)
+        roomy.release(digest)
+    assert roomy.slots.extra_bytes == 90
+    acquire(roomy, "c")  # pages and slots are free, the bytes are not
+    assert roomy.where("a") == "host" and roomy.where("b") == "device"
+    roomy.check_integrity({"c": 1}, tiers.kept)
+    assert sorted(tiers.kept.values()) == [30, 50]
+    roomy.unload("b")
+    assert [*tiers.kept.values()] == [50]
+    roomy.acquire("huge")
+    wait_until(roomy, lambda: roomy.failure("huge"))
+    assert "101 bytes" in str(roomy.failure("huge")) and "--adapter-override-bytes" in str(roomy.failure("huge"))
+
+
+def test_a_version_without_room_beside_the_pinned_ones_is_refused(roomy: Residency[Weights], tiers: Tiers) -> None:
+    tiers.extras.update(a=50, b=60, c=40, d=60)
+    acquire(roomy, "d")
+    with pytest.raises(MoveRefused, match="half"):
+        roomy.pin("d")
+    roomy.release("d")
+    acquire(roomy, "a")
+    roomy.pin("a")
+    acquire(roomy, "c")
+    wait_until(roomy, lambda: roomy.acquire("b") or roomy.failure("b"))
+    assert "unpin" in str(roomy.failure("b")) and not roomy.fit(["b", "c"])
+    roomy.check_integrity({"a": 1, "c": 1}, tiers.kept)
+
+
 def test_an_explicit_load_is_repeated_until_it_is_done(residency: Residency[Weights]) -> None:
     for tier in ("host", "device"):
         wait_until(residency, lambda tier=tier: residency.bring("a", tier) or residency.where("a") == tier)
@@ -492,6 +532,7 @@ def test_after_any_operations_the_accounting_is_right_and_nothing_is_stuck(
     chance = random.Random(seed)
     digests = "abcdef"
     tiers.sizes.update({digest: chance.randint(1, 3) for digest in digests})
+    tiers.extras.update({digest: chance.choice([0, 20, 50]) for digest in digests})
     tiers.read_errors["f"] = OSError("broken")
     references: Counter[str] = Counter()
     for _ in range(300):
@@ -517,6 +558,7 @@ def test_after_any_operations_the_accounting_is_right_and_nothing_is_stuck(
                 assert refused.code == ("busy" if action == "unload" else "no_room")
         residency.poll()
         residency.slots.check_integrity(dict(references))
+        residency.check_integrity(dict(references), tiers.kept)
         if chance.random() < 0.2:
             time.sleep(0.001)
     for digest, count in references.items():

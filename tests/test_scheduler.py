@@ -506,6 +506,7 @@ def test_a_composition_ends_with_any_of_its_adapters_and_when_there_is_no_room_f
 class Weights:
     num_pages: int = 1
     nbytes: int = 1
+    extra_bytes: int = 0
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ their results return through a queue that `poll` empties. A slot is marked ready
 import logging
 import queue
 import time
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
@@ -24,10 +24,13 @@ RETRY_SECONDS = 1.0  # minimum time between two attempts to load a version that 
 
 
 class Packed(Protocol):
-    """A packed version: its number of pages, and its size in bytes."""
+    """A packed version: its number of pages, its size in bytes, and the part of it that is not in pages."""
 
     @property
     def num_pages(self) -> int: ...
+
+    @property
+    def extra_bytes(self) -> int: ...
 
     @property
     def nbytes(self) -> int: ...
@@ -89,6 +92,7 @@ class Residency(Generic[P]):
         slot = self.slots.get(digest)
         if slot is None or not slot.ready:
             self.request(digest)
+            self._refuse_if_hopeless(digest)
             return None
         slot.ref_count += 1
         self.slots.touch(digest)
@@ -102,7 +106,8 @@ class Residency(Generic[P]):
 
     def fit(self, digests: Iterable[str]) -> bool:
         """Return True if these versions fit on the device together, beside the pinned ones."""
-        return self._fit({digest: self._num_pages(digest) for digest in digests})
+        pages = {digest: self._num_pages(digest) for digest in digests}
+        return self._fit(pages) and self._fits_beside_pinned(pages)
 
     def _fit(self, pages: dict[str, int]) -> bool:
         return shortage_of(pages, self.pinned(), self.slots.num_slots, self.slots.num_pages) is None
@@ -111,6 +116,30 @@ class Residency(Generic[P]):
         """Return the pages of a version in memory; 1, the minimum, for any other."""
         slot, packed = self.slots.get(digest), self.host.peek(digest)
         return len(slot.pages) if slot is not None else packed.num_pages if packed is not None else 1
+
+    def _fits_beside_pinned(self, digests: Iterable[str]) -> bool:
+        """Return True if what these versions and the pinned ones keep beside their pages fits."""
+        together = {*digests, *self.pinned()}
+        return sum(map(self._extra_bytes, together)) <= self.slots.max_extra_bytes
+
+    def _leaves_half(self, slot: Slot) -> bool:
+        """Return True if at most half of the bytes beside the pages is pinned once `slot` is as well."""
+        pinned = sum(self._extra_bytes(digest) for digest in self.pinned())
+        return pinned + slot.extra_bytes <= self.slots.max_extra_bytes // 2
+
+    def _extra_bytes(self, digest: str) -> int:
+        """Return what a version in memory keeps beside its pages; 0, the minimum, for any other."""
+        slot, packed = self.slots.get(digest), self.host.peek(digest)
+        return slot.extra_bytes if slot is not None else packed.extra_bytes if packed is not None else 0
+
+    def _refuse_if_hopeless(self, digest: str) -> None:
+        """Fail a version that would wait for as long as the pinned ones stay."""
+        if self.slots.get(digest) is None and digest in self.host and not self._fits_beside_pinned([digest]):
+            reason = (
+                f"it keeps {self._extra_bytes(digest)} bytes beside its rank columns, and pinned adapters leave less"
+            )
+            self._failed[digest] = (f"{reason}; unpin one or raise --adapter-override-bytes", time.monotonic())
+            self.changed = True
 
     def failure(self, digest: str) -> str | None:
         """Return the reason why the version failed to load, or None."""
@@ -150,7 +179,7 @@ class Residency(Generic[P]):
         if packed is None:
             self._read_to_host(digest)
             return
-        slot, evicted = self.slots.reserve(digest, packed.num_pages)
+        slot, evicted = self.slots.reserve(digest, packed.num_pages, packed.extra_bytes)
         for victim in evicted:
             self._note(AdapterMove(victim, "device", "host" if victim in self.host else "disk", "ok", 0.0))
         if slot is not None:
@@ -198,6 +227,10 @@ class Residency(Generic[P]):
         assert slot is not None, digest
         if not slot.pinned and not self._fit({digest: len(slot.pages), "another": self._max_pages}):
             raise MoveRefused("no_room", "pinning it would leave no room for other adapters on the device")
+        if not slot.pinned and slot.extra_bytes and not self._leaves_half(slot):
+            raise MoveRefused(
+                "no_room", "pinned adapters may keep half of --adapter-override-bytes, so that others load"
+            )
         slot.pinned = True
         self.changed = True
 
@@ -249,6 +282,15 @@ class Residency(Generic[P]):
         while not self._done.empty():
             self._finish(self._done.get())
 
+    def check_integrity(self, references: dict[str, int], kept: Mapping[int, int]) -> None:
+        """Raise AssertionError unless the slots add up and `kept`, the bytes by slot that are on the device beside the
+        pages, are those of the account."""
+        self.slots.check_integrity(references)
+        slots = {slot.index: slot for slot in self.slots.slots()}
+        assert kept.keys() <= slots.keys(), kept
+        for slot in slots.values():
+            assert not slot.ready or kept.get(slot.index, 0) == slot.extra_bytes, slot
+
     def close(self) -> None:
         """Wait for the threads to end; pending reads and copies are cancelled."""
         self._threads.shutdown(wait=True, cancel_futures=True)
@@ -263,6 +305,11 @@ class Residency(Generic[P]):
             if done.packed.num_pages > self.slots.num_pages:
                 done.error = (
                     f"it needs {done.packed.num_pages} pages of rank columns, and the device has {self.slots.num_pages}"
+                )
+            elif done.packed.extra_bytes > self.slots.max_extra_bytes:
+                done.error = (
+                    f"it keeps {done.packed.extra_bytes} bytes of whole weights and vectors beside its rank columns, "
+                    f"and the device has {self.slots.max_extra_bytes} for them; raise --adapter-override-bytes"
                 )
         except AdapterError as error:
             done.error = str(error)

@@ -35,6 +35,9 @@ class CudaCopies:
             self._pool.write(slot, replace(packed, columns=packed.columns.to(self._device)))
             arrived: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
             arrived.record()
+        # Memory that is freed while a step in flight reads it must not be reused by the next copy.
+        for tensor in self._pool.extra_tensors(slot.index):
+            tensor.record_stream(torch.cuda.default_stream(self._device))
         arrived.synchronize()
 
     def _own_stream(self) -> AbstractContextManager[Any]:

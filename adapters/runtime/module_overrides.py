@@ -125,8 +125,13 @@ def _linear(weight: nn.Parameter, bias: Any) -> nn.Linear:
 
 def nbytes(module_overrides: Iterable[nn.Module]) -> int:
     """Return the size of the adapter's tensors in bytes; parameters shared with the base count too."""
-    tensors = {id(t): t for override in module_overrides for t in (*override.parameters(), *override.buffers())}
-    return sum(t.numel() * t.element_size() for t in tensors.values())
+    return sum(t.nbytes for t in _tensors(module_overrides))
+
+
+def _tensors(module_overrides: Iterable[nn.Module]) -> list[Tensor]:
+    """Return every tensor of the overrides once."""
+    found = {id(t): t for override in module_overrides for t in (*override.parameters(), *override.buffers())}
+    return [*found.values()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +191,19 @@ class ModuleOverrideTable:
             self._by_slot[slot] = {name: tuple(map(self._on_device, own)) for name, own in module_overrides.items()}
             self.written.extend(module_overrides)
         else:
-            self._by_slot.pop(slot, None)
+            self.clear(slot)
+
+    def clear(self, slot: int) -> None:
+        """Release the overrides of `slot`."""
+        self._by_slot.pop(slot, None)
+
+    def tensors(self, slot: int) -> list[Tensor]:
+        """Return the tensors that `slot` holds on the device; parameters shared with the base are among them."""
+        return _tensors(override for own in self._by_slot.get(slot, {}).values() for override in own)
+
+    def slots(self) -> set[int]:
+        """Return the slots that hold overrides."""
+        return set(self._by_slot)
 
     def _on_device(self, override: nn.Module) -> nn.Module:
         """Return the override on the device. The host's copy stays in host memory, because `Module.to` moves in

@@ -27,7 +27,7 @@ class PackedAdapter:
     """A version in the pool's layout and dtype: the scaling (and DoRA's) is folded into the B of `columns` before
     rounding, and the columns are zero-padded to whole pages. `vectors` are output vectors by module, `input_vectors`
     the same for inputs, `module_overrides` all other changes to a module, in order of application. `nbytes` is the
-    size in bytes."""
+    size in bytes, `extra_bytes` the part of it that is not in `columns`."""
 
     num_pages: int
     columns: RankColumns
@@ -36,6 +36,7 @@ class PackedAdapter:
     input_vectors: dict[str, Tensor] = field(default_factory=dict)
     module_overrides: dict[str, tuple[nn.Module, ...]] = field(default_factory=dict)
     vocab_size: int | None = None
+    extra_bytes: int = 0
 
 
 def pack(
@@ -74,11 +75,10 @@ def pack(
         _check_finite(name, dtype, [t for override in stack for t in (*override.parameters(), *override.buffers())])
     vectors |= _scaling_vectors(weights.output_scales)
     input_vectors = _scaling_vectors(weights.input_scales)
-    tensors = [columns.flat, *vectors.values(), *input_vectors.values()]
-    size = sum(t.numel() * t.element_size() for t in tensors) + nbytes(
-        o for stack in module_overrides.values() for o in stack
-    )
-    return PackedAdapter(num_pages, columns, size, vectors, input_vectors, module_overrides, weights.vocab_size)
+    extra = sum(own.nbytes for own in (*vectors.values(), *input_vectors.values()))
+    extra += nbytes(o for stack in module_overrides.values() for o in stack)
+    size = columns.flat.nbytes + extra
+    return PackedAdapter(num_pages, columns, size, vectors, input_vectors, module_overrides, weights.vocab_size, extra)
 
 
 def _scaling_vectors(scales: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -98,6 +98,23 @@ class AdapterPool:
                     own = slice(index * PAGE_COLUMNS, (index + 1) * PAGE_COLUMNS)
                     a[rows], b[rows] = source[0][own], source[1][own]
 
+    def release(self, slot: int) -> None:
+        """Free what the slot's adapter keeps beside its pages. The pages are overwritten by their next adapter."""
+        for table in (self.scale_shift, self.input_scale_shift, self.module_overrides):
+            table.clear(slot)
+        self._vocab_sizes.pop(slot, None)
+        self.planner.modules.pop(slot, None)
+
+    def extra_tensors(self, slot: int) -> list[torch.Tensor]:
+        """Return the tensors that the slot's adapter keeps on the device beside its pages."""
+        tables = (self.scale_shift, self.input_scale_shift, self.module_overrides)
+        return [tensor for table in tables for tensor in table.tensors(slot)]
+
+    def extra_bytes(self) -> dict[int, int]:
+        """Return the size of what adapters keep beside their pages, by slot; slots without any are absent."""
+        slots = self.scale_shift.slots() | self.input_scale_shift.slots() | self.module_overrides.slots()
+        return {slot: sum(tensor.nbytes for tensor in self.extra_tensors(slot)) for slot in slots}
+
     def step(
         self, tokens: Segments, head: Segments = NO_SEGMENTS, *, num_tokens: int = 0, num_head: int = 0
     ) -> AbstractContextManager[None]:

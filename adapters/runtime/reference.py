@@ -70,7 +70,8 @@ class ReferenceAdapter:
         if weight is None:
             y = output.float() - own_bias
         else:
-            y = linear(x.float(), of(weight.T if isinstance(base, Conv1D) else weight))
+            whole = weight.T if isinstance(base, Conv1D) else weight
+            y = torch.cat([linear(x.float(), of(rows)) for rows in torch.split(whole, REFERENCE_ROWS)], -1)
         bias = self.weights.biases.get(name, self.weights.replaced.get(name, {}).get("bias"))
         if factors := self.weights.factors.get(name):
             delta = linear(linear(x.float(), of(factors.a)), of(factors.b))
@@ -84,29 +85,40 @@ class ReferenceAdapter:
 
     def _embedding(self, name: str, base: nn.Embedding, ids: Tensor) -> Tensor:
         of = _on(ids)
-        weight = of(self.weights.replaced.get(name, {}).get("weight", base.weight))
+        weight = self.weights.replaced.get(name, {}).get("weight", base.weight)
+        y = of(embedding(ids.to(weight.device), weight))
         if rows := self.weights.tokens.get(name):
-            weight = weight.index_copy(0, torch.tensor(rows.ids, device=ids.device), of(rows.values))
-        y = embedding(ids, weight)
+            for index, token in enumerate(rows.ids):
+                y[ids == token] = of(rows.values[index])
         if factors := self.weights.embeddings.get(name):
             a, b = of(factors.a), factors.scaling * of(factors.b)
             y = y + embedding(ids, a.T) @ b.T
             if factors.magnitude is not None:
-                y = y * (of(factors.magnitude) / torch.linalg.vector_norm(weight.T + b @ a, dim=1))
+                y = y * (of(factors.magnitude) / of(self._embedding_norm(name, weight, factors)))
         return y * getattr(base, "embed_scale", 1)
 
+    def _embedding_norm(self, name: str, weight: Tensor, factors: LoraFactors) -> Tensor:
+        """Return the norm over the vocabulary of the embedding with its factors and tokens, in host memory."""
+        whole = weight.cpu().float()
+        if rows := self.weights.tokens.get(name):
+            whole = whole.index_copy(0, torch.tensor(rows.ids), rows.values.float())
+        delta = factors.scaling * factors.b.float() @ factors.a.float()
+        norm: Tensor = torch.linalg.vector_norm(whole.T + delta, dim=1)
+        return norm
+
     def _parameters(self, name: str, base: nn.Module) -> dict[str, Tensor]:
-        """Return the changed parameters of a module that computes with its parameters directly. The factors are
-        added to them, as PEFT's `ParamWrapper` does."""
+        """Return the parameters of a module that computes with its parameters directly: its own, or the adapter's. The
+        factors are added to them, as PEFT's `ParamWrapper` does, in host memory."""
         own = dict(base.named_parameters(recurse=False))
-        of = _on(next(iter(own.values())))
-        found = {key: of(value) for key, value in {**own, **self.weights.replaced.get(name, {})}.items()}
+        found: dict[str, Tensor] = {**own, **self.weights.replaced.get(name, {})}
         for key, factors in self.weights.parameters.get(name, {}).items():
-            found[key] = found[key] + of(_stacked_delta(own[key], factors, getattr(base, "is_transposed", False)))
-        return {key: value.to(own[key].dtype) for key, value in found.items()}
+            delta = _stacked_delta(own[key], factors, getattr(base, "is_transposed", False))
+            found[key] = found[key].cpu().float() + delta
+        return {key: value.to(own[key].dtype).to(own[key].device) for key, value in found.items()}
 
 
 _ONE = torch.ones(())
+REFERENCE_ROWS = 4096  # rows of a weight in float32 on the device at once; the memory plan counts them
 
 
 def _on(like: Tensor) -> Callable[[Tensor], Tensor]:

@@ -1,7 +1,6 @@
 """The per-step part of DoRA, trained biases and IA³: `y ← scale ⊙ y + shift` over the rows of adapters that have
 vectors, where `y` is a linear's output or (IA³) its input."""
 
-import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -18,70 +17,64 @@ FEW = 2  # up to this many short ranges are not gathered
 
 @dataclass(frozen=True, slots=True)
 class ScaleShiftPlan:
-    """`rows[i]` of the step belongs to `slots[i]`, both int64 `[n]`; `ranges` covers all other rows with vectors."""
+    """`rows[i]` of the step belongs to `slots[owners[i]]`, both int64 `[n]`; `ranges` covers all other rows with
+    vectors."""
 
     rows: Tensor
-    slots: Tensor
+    owners: Tensor
+    slots: tuple[int, ...]
     ranges: tuple[SlotRows, ...]
 
 
 class ScaleShiftTables:
-    """Per module a table `[slots, 2, channels]` in float32, created when the first adapter needs it.
+    """The vectors `[2, channels]` in float32 of the adapters in slots, by slot and module, and nothing else.
 
-    Invariant: every table covers every slot that has vectors, with scale 1 and shift 0 where the slot's adapter has
-    none for the module. Writes go to slots that no running sequence refers to, so they may happen in another thread.
+    Writes go to slots that no running sequence refers to, so they may happen in another thread.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._tables: dict[str, Tensor] = {}
-        self._slots: set[int] = set()
-        self._writing = threading.Lock()
+        self._tables: dict[int, dict[str, Tensor]] = {}
 
     def write(self, slot: int, vectors: Mapping[str, Tensor]) -> None:
         """Set the vectors of `slot`, `[2, channels]` by module; all other modules get scale 1 and shift 0."""
-        with self._writing:
-            self._slots.discard(slot)
-            if vectors:
-                self._slots.add(slot)
-                for name in self._tables.keys() | vectors.keys():
-                    self._fill(name, slot, vectors.get(name))
-            elif not self._slots:
-                self._tables.clear()
+        if vectors:
+            self._tables[slot] = {name: own.to(self._device, torch.float32) for name, own in vectors.items()}
+        else:
+            self.clear(slot)
 
-    def _fill(self, name: str, slot: int, vectors: Tensor | None) -> None:
-        table = self._tables.get(name)
-        if table is None:
-            assert vectors is not None
-            table = self._identity(0, vectors.shape[1])
-        missing = max(self._slots) + 1 - len(table)
-        if missing > 0:
-            table = torch.cat([table, self._identity(missing, table.shape[2])])
-        table[slot] = self._identity(1, table.shape[2])[0] if vectors is None else vectors
-        self._tables[name] = table
+    def clear(self, slot: int) -> None:
+        """Release the vectors of `slot`."""
+        self._tables.pop(slot, None)
 
-    def _identity(self, slots: int, outputs: int) -> Tensor:
-        return torch.tensor([[1.0], [0.0]], device=self._device).repeat(slots, 1, outputs)
+    def tensors(self, slot: int) -> list[Tensor]:
+        """Return the tensors that `slot` holds on the device."""
+        return [*self._tables.get(slot, {}).values()]
+
+    def slots(self) -> set[int]:
+        """Return the slots that hold vectors."""
+        return set(self._tables)
 
     def __contains__(self, slot: int) -> bool:
         """Return True if the slot's adapter has vectors."""
-        return slot in self._slots
+        return slot in self._tables
 
     def plan_rows(self, ranges: Iterable[SlotRows]) -> ScaleShiftPlan | None:
         """Return the plan of a step's rows; None when no adapter of the step has vectors."""
-        owned = [r for r in ranges if r.slot in self._slots]
+        owned = [r for r in ranges if r.slot in self._tables]
         if not owned:
             return None
         short = [r for r in owned if r.end - r.start <= SHORT]
         gathered = short if len(short) > FEW else []
-        pairs = [(row, r.slot) for r in gathered for row in range(r.start, r.end)]
-        rows, slots = torch.tensor(pairs, dtype=torch.int64, device=self._device).reshape(-1, 2).T.contiguous()
-        return ScaleShiftPlan(rows, slots, tuple(r for r in owned if r not in gathered))
+        pairs = [(row, owner) for owner, r in enumerate(gathered) for row in range(r.start, r.end)]
+        rows, owners = torch.tensor(pairs, dtype=torch.int64, device=self._device).reshape(-1, 2).T.contiguous()
+        slots = tuple(r.slot for r in gathered)
+        return ScaleShiftPlan(rows, owners, slots, tuple(r for r in owned if r not in gathered))
 
     def applied(self, x: Tensor, name: str, plan: ScaleShiftPlan) -> Tensor:
-        """Return `x [..., channels]` with the planned rows changed: a copy, or `x` itself if the module has no
-        table."""
-        if name not in self._tables:
+        """Return `x [..., channels]` with the planned rows changed: a copy, or `x` itself if no adapter of the plan has
+        vectors for the module."""
+        if not any(name in self._tables[slot] for slot in (*plan.slots, *(r.slot for r in plan.ranges))):
             return x
         rows = x.reshape(-1, x.shape[-1]).clone()
         self.apply(rows, name, plan)
@@ -89,15 +82,21 @@ class ScaleShiftTables:
 
     def apply(self, y: Tensor, name: str, plan: ScaleShiftPlan) -> None:
         """Change the planned rows of `y [rows, channels]` in place; all other rows are bit-identical."""
-        table = self._tables.get(name)
-        if table is None:
-            return
-        if len(plan.rows):
+        gathered = [self._tables[slot].get(name) for slot in plan.slots]
+        if any(vectors is not None for vectors in gathered):
             own = y.index_select(0, plan.rows)
-            _scale_shift(own, table.index_select(0, plan.slots))
+            stack = torch.stack([_identity(own) if vectors is None else vectors for vectors in gathered])
+            is_one_each = len(plan.rows) == len(gathered)  # every range has a row
+            _scale_shift(own, stack if is_one_each else stack.index_select(0, plan.owners))
             y.index_copy_(0, plan.rows, own)
         for r in plan.ranges:
-            _scale_shift(y[r.start : r.end], table[r.slot])
+            if (vectors := self._tables[r.slot].get(name)) is not None:
+                _scale_shift(y[r.start : r.end], vectors)
+
+
+def _identity(y: Tensor) -> Tensor:
+    """Return scale 1 and shift -0.0, which is neutral for -0.0 as well, for the channels of `y`."""
+    return torch.tensor([[1.0], [-0.0]], device=y.device).expand(2, y.shape[-1])
 
 
 def _scale_shift(y: Tensor, vectors: Tensor) -> None:

@@ -73,6 +73,7 @@ class Result:
 class Packed:
     num_pages: int
     nbytes: int
+    extra_bytes: int = 0
 
 
 class Simulation:

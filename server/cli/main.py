@@ -11,6 +11,7 @@ from server.cli import adapters as adapter_commands
 from server.cli import convert as folder_commands
 from server.cli import sync as sync_commands
 from server.cli.doctor import doctor
+from server.cli.plan import plan
 from server.config import HINTS, ConfigError, ServeConfig
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -71,6 +72,7 @@ app.command()(adapter_commands.merge)
 app.command()(adapter_commands.unmerge)
 app.command()(sync_commands.sync)
 app.command()(doctor)
+app.command()(plan)
 app.add_typer(adapter_commands.app, name="adapters")
 
 

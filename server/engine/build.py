@@ -15,7 +15,6 @@ from adapters.residency.residency import Residency
 from adapters.residency.slots import SlotTable, pages_of
 from adapters.runtime.copies import writer
 from adapters.runtime.pack import PackedAdapter, pack
-from adapters.runtime.pool import page_bytes
 from adapters.runtime.weight_merge import merge
 from adapters.traits import Traits
 from adapters.validation.inspect import inspect
@@ -23,12 +22,13 @@ from adapters.weights import AdapterWeights
 from server.config import ServeConfig
 from server.engine.block_manager import BlockManager
 from server.engine.engine import Engine
+from server.engine.memory_plan import BLOCK_SIZE, MemoryPlan
 from server.engine.merging import Merged, MergePolicy, Merging
 from server.engine.policies import FairShare, FirstCome
 from server.engine.progress import StepProgress
 from server.engine.scheduler import Scheduler
 from server.engine.selftest import SelfTests
-from server.engine.sizing import BLOCK_SIZE, host_cache_bytes, room, size_kv_cache, size_pool
+from server.engine.sizing import host_cache_bytes, plan_memory, refuse_early, room
 from server.engine.threads import set_threads, stay_single_threaded, step_aside
 from server.engine.weights_reader import WeightsReader
 from server.ipc.messages import EngineInfo
@@ -53,17 +53,18 @@ def build_engine(config: ServeConfig) -> tuple[Engine, EngineInfo]:
     """Load the model and build the engine. Raises `ModelRefused` with the reason."""
     set_threads(config.threads)
     log.info("native code: %s", _native_code())
+    refuse_early(config)
     loaded = load_model(
         config.model, config.dtype, config.quantization, config.device, config.max_model_len, config.nf4_policy
     )
     shape, spec = probe(loaded, config.max_adapter_rank)
-    num_blocks, max_model_len = size_kv_cache(config, loaded, shape)
-    num_pages = size_pool(config, spec, loaded.dtype)
-    runner = ModelRunner(loaded, shape, spec, num_blocks=num_blocks, block_size=BLOCK_SIZE, num_pages=num_pages)
+    plan = plan_memory(config, loaded, shape, spec)
+    num_blocks, max_model_len = plan.num_blocks, plan.max_model_len
+    runner = ModelRunner(loaded, shape, spec, num_blocks=num_blocks, block_size=BLOCK_SIZE, num_pages=plan.num_pages)
     runner.check_and_fuse(loaded)
     graphs = "none: --eager" if config.eager else runner.capture_graphs(config.max_num_seqs, max_model_len)
     reader = _weights_reader(config, spec)
-    residency = _residency(config, spec, runner, num_pages, reader)
+    residency = _residency(config, spec, runner, plan, reader)
     scheduler = Scheduler(
         BlockManager(num_blocks, BLOCK_SIZE),
         residency,
@@ -101,7 +102,11 @@ def _weights_reader(config: ServeConfig, spec: ModelSpec) -> WeightsReader[Adapt
 
 
 def _residency(
-    config: ServeConfig, spec: ModelSpec, runner: ModelRunner, num_pages: int, reader: WeightsReader[AdapterWeights]
+    config: ServeConfig,
+    spec: ModelSpec,
+    runner: ModelRunner,
+    plan: MemoryPlan,
+    reader: WeightsReader[AdapterWeights],
 ) -> Residency[PackedAdapter]:
     on_gpu = runner.device.type == "cuda"
 
@@ -109,8 +114,8 @@ def _residency(
         return pack(reader.read(digest), runner.pool.dtype, runner.bases, pinned=on_gpu)
 
     return Residency(
-        SlotTable(config.adapter_slots, num_pages),
-        HostCache(host_cache_bytes(config, runner, num_pages * page_bytes(spec, runner.pool.dtype))),
+        SlotTable(config.adapter_slots, plan.num_pages, plan.override_bytes, on_drop=runner.pool.release),
+        HostCache(host_cache_bytes(config, runner, runner.pool.nbytes())),
         read=read,
         write=writer(runner.pool, runner.device),
         max_pages=pages_of(config.max_adapter_rank),

@@ -381,5 +381,5 @@ class Engine:
                 continue
             for adapter in seq.adapters:
                 references[adapter.digest] = references.get(adapter.digest, 0) + 1
-        self.residency.slots.check_integrity(references)
+        self.residency.check_integrity(references, self._runner.pool.extra_bytes())
         assert {seq.seq_id for seq in [*running, *self.scheduler.waiting]} == set(self._sequences)

@@ -1,4 +1,4 @@
-"""The sizes of the adapter pool, the KV cache and the host cache."""
+"""The memory plan of this machine, and the sizes of the host cache and of the room for a merge."""
 
 import logging
 import math
@@ -6,19 +6,17 @@ import math
 import torch
 
 from adapters.model_spec import ModelSpec
-from adapters.residency.slots import pages_of
-from adapters.runtime.pool import page_bytes
 from adapters.runtime.weight_merge import FreeMemory
-from server.config import GIB, ServeConfig
+from server.config import ServeConfig
 from server.engine.machine import available_memory, memory_limit, total_memory
+from server.engine.memory_plan import DeviceMemory, MemoryPlan, ModelFacts, PlanRefused, make_plan
+from server.engine.model_facts import facts_from_config, facts_of, loaded_weights
+from server.model.graphs import bucket_sizes
 from server.model.kv_cache import CacheShape
-from server.model.loading.loader import LoadedModel, ModelRefused
+from server.model.loading.loader import LoadedModel, ModelRefused, chosen_device
 from server.model.runner import ModelRunner
 
 log = logging.getLogger(__name__)
-
-BLOCK_SIZE = 16
-FULL_SLOTS = 16  # adapters of the largest rank that fit by default; most adapters are smaller (docs/simulation.md)
 
 
 def host_cache_bytes(config: ServeConfig, runner: ModelRunner, pool_bytes: int) -> int:
@@ -43,37 +41,51 @@ def room(device: torch.device) -> FreeMemory:
     return FreeMemory(free + unused, host)
 
 
-def size_pool(config: ServeConfig, spec: ModelSpec, dtype: torch.dtype) -> int:
-    """Return the number of pages of the adapter pool. Raises `ModelRefused` if the largest adapter does not fit."""
-    largest, page = pages_of(config.max_adapter_rank), page_bytes(spec, dtype)
-    most = config.adapter_slots * largest
-    default = min(config.adapter_slots, FULL_SLOTS) * largest
-    num_pages = min(config.adapter_device_bytes // page, most) if config.adapter_device_bytes else default
-    if num_pages < largest:
-        raise ModelRefused(
-            f"an adapter of rank {config.max_adapter_rank} does not fit into --adapter-device-bytes "
-            f"{config.adapter_device_bytes}; raise it to {largest * page} or lower --max-adapter-rank"
+def refuse_early(config: ServeConfig) -> None:
+    """Raise `ModelRefused` if the server cannot fit on the GPU, before any weight is read. The plan that counts is made
+    after the load (`plan_memory`)."""
+    device = chosen_device(config.device)
+    if device.type != "cuda" or config.model.endswith(".gguf"):
+        return
+    try:
+        facts = facts_from_config(
+            config.model, config.dtype, config.quantization, config.max_model_len, config.max_adapter_rank
         )
-    return num_pages
+    except Exception as error:  # such a model can perhaps be probed once it is loaded
+        log.info("no memory plan before the load: %s", error)
+        return
+    _planned(facts, config, device, 0)
 
 
-def size_kv_cache(config: ServeConfig, loaded: LoadedModel, shape: CacheShape) -> tuple[int, int]:
-    """Return the number of blocks of the KV cache and the longest sequence that fits. Raises `ModelRefused`."""
-    block_bytes = shape.bytes_per_token() * BLOCK_SIZE
-    num_blocks = (config.kv_cache_bytes or _default_kv_bytes(loaded.device)) // block_bytes
-    # One spare block: the last token of a full-length sequence is never computed, but is looked up.
-    fits = (num_blocks - 1) * BLOCK_SIZE
-    if config.max_model_len > fits or fits < BLOCK_SIZE:
-        needed = (max(config.max_model_len, 1) // BLOCK_SIZE + 2) * block_bytes
-        raise ModelRefused(f"the KV cache has room for {max(fits, 0)} tokens; set --kv-cache-bytes {needed} or more")
-    if loaded.max_model_len > fits:
-        log.warning("max_model_len lowered from %d to %d: size of the KV cache", loaded.max_model_len, fits)
-    return num_blocks, min(loaded.max_model_len, fits)
+def plan_memory(config: ServeConfig, loaded: LoadedModel, shape: CacheShape, spec: ModelSpec) -> MemoryPlan:
+    """Return the plan for a loaded model, and log it. Raises `ModelRefused`."""
+    on_gpu = loaded.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.empty_cache()  # what loading left in torch's allocator
+    weights = torch.cuda.memory_allocated(loaded.device) if on_gpu else loaded_weights(loaded.model)
+    plan = _planned(facts_of(loaded, shape, spec, weights), config, loaded.device, weights)
+    log.info("memory plan of %s (workspace %s):\n%s", loaded.device, plan.workspace, plan.table())
+    if plan.unused < 0:
+        log.warning("memory: the parts exceed the host's by %d MiB once all of them are used", -plan.unused >> 20)
+    if loaded.max_model_len > plan.max_model_len:
+        log.warning(
+            "max_model_len lowered from %d to %d: size of the KV cache", loaded.max_model_len, plan.max_model_len
+        )
+    return plan
 
 
-def _default_kv_bytes(device: torch.device) -> int:
-    """Return most of a GPU's free memory, or a modest share of host memory (pages are only taken when written)."""
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        return max(free - total // 10, 0)
-    return min(2 * GIB, total_memory() // 8)
+def _planned(facts: ModelFacts, config: ServeConfig, device: torch.device, allocated: int) -> MemoryPlan:
+    on_gpu = device.type == "cuda"
+    rows = bucket_sizes(config.max_num_seqs) if on_gpu and not config.eager else ()
+    try:
+        return make_plan(facts, config, _device_memory(device, allocated), rows)
+    except PlanRefused as refused:
+        raise ModelRefused(str(refused)) from refused
+
+
+def _device_memory(device: torch.device, allocated: int) -> DeviceMemory:
+    """Return the memory of `device`; the model has `allocated` bytes of it. On a CPU it follows the memory limit."""
+    if device.type != "cuda":
+        return DeviceMemory(total_memory(), lazy=True)
+    free, total = torch.cuda.mem_get_info(device)
+    return DeviceMemory(total, taken=max(total - free - allocated, 0))

@@ -52,7 +52,17 @@ def pack_linears(model: nn.Module) -> int:
     changed = {name: module for name, module in found.items() if type(module) is not nn.Linear}
     for name, linear in changed.items():
         model.set_submodule(name, linear)
+    if any(isinstance(module, NativeLinear | PackedLinear) for module in model.modules()):
+        _leave_file(model)
     return len(changed)
+
+
+def _leave_file(model: nn.Module) -> None:
+    """Copy what remains of the weights file once linears are packed or quantized: the bf16 tensors on a CPU. A single
+    one of them would keep the whole file mapped, beside the packed copies."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.dtype is torch.bfloat16 and tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()
 
 
 def packed(linear: nn.Module) -> nn.Module:

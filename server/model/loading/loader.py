@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from server.model.loading.gguf import load_gguf
 from server.model.quantization.nf4 import Policy, apply_policy
+from server.model.quantization.nf4_pieces import quantized_in_pieces
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # RoPE types whose frequencies depend on the longest sequence: in a batch, one request would change the others.
@@ -44,11 +46,20 @@ def load_model(
 
     `max_model_len` 0 uses the model's own limit. Raises `ModelRefused`.
     """
-    where = _device(device)
+    where = chosen_device(device)
     try:
         model = _from_pretrained(path, _requested_dtype(path, dtype, where), quantization, where)
     except (OSError, ValueError, KeyError) as error:
         raise ModelRefused(f"the model '{path}' cannot be loaded: {error}") from error
+    loaded = described(model, where, max_model_len)
+    fingerprint = _fingerprint(model, quantization)
+    nf4 = apply_policy(model, nf4_policy, model.dtype, where) if quantization == "nf4" else ""
+    return replace(loaded, fingerprint=fingerprint, nf4=nf4)
+
+
+def described(model: Any, device: torch.device, max_model_len: int, nf4: str = "") -> LoadedModel:
+    """Return the description of a causal LM, whose weights may be on torch's meta device; the fingerprint is empty.
+    Raises `ModelRefused`."""
     model.eval().requires_grad_(False)
     config = model.config.get_text_config()
     refuse_unsupported(config)
@@ -57,18 +68,16 @@ def load_model(
     head = next((name for name, module in model.named_modules() if module is head_module), None)
     if head is None:
         raise ModelRefused("the model has no output head, so it cannot generate text")
-    fingerprint = _fingerprint(model, quantization)
-    nf4 = apply_policy(model, nf4_policy, model.dtype, where) if quantization == "nf4" else ""
     return LoadedModel(
         model=model,
         config=config,
         dtype=model.dtype,
-        device=where,
+        device=device,
         max_model_len=_max_model_len(config, max_model_len),
         head=head,
         linears=linears,
         eos_token_ids=_eos_token_ids(model),
-        fingerprint=fingerprint,
+        fingerprint="",
         nf4=nf4,
     )
 
@@ -93,7 +102,7 @@ def refuse_unsupported(config: Any) -> None:
         raise ModelRefused(f"{config.model_type} cannot be served exactly: {'; '.join(problems)}")
 
 
-def _device(device: str) -> torch.device:
+def chosen_device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     chosen = torch.device(device)
@@ -127,7 +136,8 @@ def _from_pretrained(path: str, dtype: torch.dtype, quantization: str, device: t
             bnb_4bit_compute_dtype=dtype,
         )
         options["device_map"] = {"": device}
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, **options)
+    with quantized_in_pieces() if quantization == "nf4" else nullcontext():
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, **options)
     return model if quantization == "nf4" else model.to(device)
 
 
