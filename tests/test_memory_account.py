@@ -46,7 +46,7 @@ plan = plan_memory(config, loaded, shape, spec)
 runner = ModelRunner(
     loaded, shape, spec, num_blocks=plan.num_blocks, block_size=BLOCK_SIZE, num_pages=plan.num_pages
 )
-runner.check(loaded)
+runner.check_and_fuse(loaded)
 mapped = "model.safetensors" in Path("/proc/self/maps").read_text()
 print(json.dumps({"grown": anonymous() - before, "weights": plan.parts["weights"], "mapped": mapped}))
 """
