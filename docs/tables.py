@@ -28,6 +28,7 @@ CODES = {
     "adapter_loading": "The adapter is still being fetched from its source.",
     "conflict": "The state of the adapter, alias or merge does not allow the operation.",
     "context_length_exceeded": "The prompt and the requested tokens do not fit into the context.",
+    "deadline_exceeded": "The request's time was over: its `timeout`, `x-request-timeout`, or `--request-timeout`.",
     "draining": "The server is shutting down.",
     "engine_dead": "The engine is dead or hung, or cannot be restarted; only the liveness probe reports this code.",
     "engine_error": "The engine could not compute the request.",

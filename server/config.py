@@ -84,6 +84,9 @@ class ServeConfig:
     max_queue_tokens: int = _setting(
         1 << 20, "Maximum number of prompt tokens of the waiting sequences, shared by tenants like --max-queue", ge=1
     )
+    request_timeout: float = _setting(
+        0.0, "Seconds after which a request is ended with 504, also while it waits; 0 means no limit", ge=0.0
+    )
     scheduling_policy: Literal["fair", "fcfs"] = _setting(
         "fair",
         "fair shares the device among tenants by weight and honors priorities; fcfs runs requests in order of arrival",

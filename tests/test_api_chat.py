@@ -171,6 +171,48 @@ async def test_priorities_reach_the_engine_unless_they_would_have_no_effect(tmp_
         assert (await api.complete(priority=0)).status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("fields", "headers", "limit", "seconds"),
+    [
+        ({}, {}, 0, None),
+        ({"timeout": 5}, {}, 0, 5),
+        ({}, {"x-request-timeout": "2.5"}, 0, 2.5),
+        ({}, {}, 7, 7),
+        ({"timeout": 5}, {"x-request-timeout": "9"}, 3, 3),
+        ({"timeout": 5}, {"x-request-timeout": "4"}, 60, 4),
+    ],
+)
+async def test_the_earliest_deadline_counts_from_the_arrival(
+    fields: dict[str, Any], headers: dict[str, str], limit: float, seconds: float | None, tmp_path: Path
+) -> None:
+    async with serving(tmp_path, request_timeout=limit) as api:
+        before = time.monotonic()
+        api.http.headers.update(headers)
+        assert (await api.chat(**fields)).status_code == 200
+        (submit,) = api.engine.submitted
+    if seconds is None:
+        assert submit.deadline is None
+    else:
+        assert submit.deadline is not None and before + seconds <= submit.deadline <= time.monotonic() + seconds
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "soon", "86401"])
+async def test_a_timeout_that_is_no_time_is_refused(value: str, tmp_path: Path) -> None:
+    async with serving(tmp_path) as api:
+        if value != "soon":
+            assert (await api.chat(timeout=float(value) if value != "nan" else value)).status_code == 400
+        api.http.headers["x-request-timeout"] = value
+        assert_error(await api.chat(), 400)
+        assert not api.engine.submitted
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_request_whose_time_is_over_gets_504(tmp_path: Path, stream: bool) -> None:
+    async with serving(tmp_path) as api:
+        api.engine.fail_after, api.engine.failure_reason = 0, "timeout"
+        assert_error(await api.chat(timeout=5, stream=stream), 504, "deadline_exceeded")
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_failure_before_the_first_token_is_a_json_error(tmp_path: Path, stream: bool) -> None:
     async with serving(tmp_path) as api:

@@ -14,6 +14,7 @@ ModelName = Annotated[str, Field(min_length=1, max_length=256)]
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=1 << 20, fail_fast=True)]
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
+MAX_TIMEOUT_SECONDS = 86400.0
 TokenCount = Annotated[int, Field(ge=1, lt=1 << 31)]
 AdapterScale = Annotated[float, Field(ge=-100, le=100)]
 LogitBias = dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Annotated[float, Field(ge=-100, le=100)]]
@@ -102,6 +103,7 @@ class GenerationRequest(Wire):
     ignore_eos: bool | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=64, fail_fast=True)] | None = None
     priority: int | None = Field(None, ge=-(1 << 31), lt=1 << 31)  # within the tenant; lower is more urgent
+    timeout: Annotated[float, Field(gt=0, le=MAX_TIMEOUT_SECONDS)] | None = None  # seconds from the request's arrival
 
     @model_validator(mode="before")
     @classmethod

@@ -1,17 +1,20 @@
 """Admission of requests. A request enters once before tokenizing, so that a refusal costs no tokenizing, and once
 after."""
 
+import math
 from collections.abc import Sequence
 
 from fastapi import Request
 
 from adapters.errors import AdapterNotFound
 from server.api.context import AppContext
-from server.api.errors import ApiError, model_not_found, unavailable
+from server.api.errors import ApiError, bad_request, model_not_found, unavailable
 from server.api.inference.plan import AdmittedRequest, GenerationPlan, plan_generation
 from server.api.inference.targets import Target, refuse_if_merged, resolve_target
 from server.api.middleware.auth import Key
-from server.api.schemas import GenerationRequest
+from server.api.schemas import MAX_TIMEOUT_SECONDS, GenerationRequest
+
+TIMEOUT_HEADER = "x-request-timeout"  # in seconds
 
 
 async def admit_request(request: Request, context: AppContext, key: Key, body: GenerationRequest) -> AdmittedRequest:
@@ -26,7 +29,28 @@ async def admit_request(request: Request, context: AppContext, key: Key, body: G
         tokenizer = await context.tokenizers.of(digest, target.traits)
     except FileNotFoundError:  # the adapter was deleted just now
         raise model_not_found(body.model) from None
-    return AdmittedRequest(target, tokenizer, key, request.state.started)
+    received = request.state.started
+    return AdmittedRequest(target, tokenizer, key, received, _deadline(context, request, body, received))
+
+
+def _deadline(context: AppContext, request: Request, body: GenerationRequest, received: float) -> float | None:
+    """Return the earliest time at which the request must end: by its field, its header, or the server's limit."""
+    given = (body.timeout, _header_timeout(request), context.config.request_timeout or None)
+    limits = [seconds for seconds in given if seconds is not None]
+    return received + min(limits) if limits else None
+
+
+def _header_timeout(request: Request) -> float | None:
+    value = request.headers.get(TIMEOUT_HEADER)
+    if value is None:
+        return None
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds <= MAX_TIMEOUT_SECONDS:
+        raise bad_request(f"The header {TIMEOUT_HEADER} must be a number of seconds above 0 and at most 86400.")
+    return seconds
 
 
 def admit_prompts(

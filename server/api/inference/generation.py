@@ -71,6 +71,7 @@ class Generation:
                 active_from,
                 plan.priority,
                 key.weight,
+                plan.deadline,
             )
             self._submit_choice(Choice(index, detokenizer, stop_ids), submit)
 
@@ -129,6 +130,8 @@ class Generation:
             return unavailable(
                 "The request was aborted because its adapter was deleted or the server is shutting down.", "aborted"
             )
+        if failure.reason == "timeout":
+            return ApiError(504, failure.message or "The request took too long.", code="deadline_exceeded")
         if self._context.engine.state is not EngineState.READY:
             return engine_unavailable(self._context.engine.state)
         no_room = room_error(self._context, self.plan.target.pages)  # adapters may have been pinned meanwhile

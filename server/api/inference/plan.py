@@ -20,6 +20,7 @@ class AdmittedRequest:
     tokenizer: Tokenizer
     key: Key
     received: float  # of time.monotonic()
+    deadline: float | None = None  # of time.monotonic()
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,7 @@ class GenerationPlan:
     stop: tuple[str, ...] = ()
     n: int = 1  # choices per prompt
     priority: int = 0
+    deadline: float | None = None  # of time.monotonic()
     stream: bool = False
     include_usage: bool = False  # in the last event of a stream
 
@@ -62,6 +64,7 @@ def plan_generation(
         stop=tuple(body.stop_strings),
         n=body.n or 1,
         priority=_priority(context, body),
+        deadline=admitted.deadline,
         stream=bool(body.stream),
         include_usage=body.include_usage,
     )

@@ -31,5 +31,5 @@ async def respond(
 def documented_responses(body: type[Wire], chunk: type[Wire]) -> dict[int | str, dict[str, Any]]:
     """Declare the responses of an inference endpoint for the OpenAPI document."""
     stream = {"text/event-stream": {"x-chunk": chunk.__name__}}
-    errors = error_responses(400, 401, 403, 404, 409, 413, 415, 429, 500, 503)
+    errors = error_responses(400, 401, 403, 404, 409, 413, 415, 429, 500, 503, 504)
     return {200: {"model": body, "content": stream}, **errors}
