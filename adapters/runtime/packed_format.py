@@ -115,7 +115,7 @@ def decode(file: BinaryIO, digest: str, layout: PackedLayout, *, pinned: bool = 
     text = _read(file, length)
     try:
         header = msgspec.json.decode(text, type=_Header)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (ValueError, msgspec.MsgspecError, RecursionError) as error:  # ValueError: not UTF-8
         raise PackedFileDamaged("its header is malformed") from error
     if not header.fits(digest, layout):
         raise PackedFileDamaged("it is of another version or layout")
@@ -149,7 +149,7 @@ def _checksum(parts: Iterable[bytes | memoryview]) -> int:
 
 def _bytes_of(tensor: Tensor) -> memoryview:
     """Return the memory of a contiguous tensor on the host."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _read(file: BinaryIO, size: int) -> bytes:
