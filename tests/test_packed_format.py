@@ -159,3 +159,11 @@ def test_nothing_is_allocated_for_a_header_that_is_too_long_or_nested() -> None:
     nested = b"[" * 100_000
     with pytest.raises(PackedFileDamaged, match="malformed"):
         read(start.pack(magic, len(nested), packed_format._checksum([nested])) + nested)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_a_version_for_a_gpu_is_read_into_pinned_memory() -> None:
+    found = decode(io.BytesIO(written(adapter())), ONE, LAYOUT, pinned=True)
+    assert found.columns.flat.is_pinned()
+    assert found.columns.flat.equal(adapter().columns.flat)

@@ -82,24 +82,21 @@ class _Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 def encode(digest: str, packed: PackedAdapter, layout: PackedLayout) -> list[memoryview] | None:
     """Return the parts of the version's file; None for a version that is not written."""
-    if not packed.follows_from_shapes:
-        return None
-    header = msgspec.json.encode(
-        _Header(
-            digest,
-            layout.key,
-            packed.num_pages,
-            [(name, *widths) for name, widths in packed.columns.widths.items()],
-            [(name, vector.shape[1]) for name, vector in packed.vectors.items()],
-            [(name, vector.shape[1]) for name, vector in packed.input_vectors.items()],
-        )
+    header = _Header(
+        digest,
+        layout.key,
+        packed.num_pages,
+        [(name, *widths) for name, widths in packed.columns.widths.items()],
+        [(name, vector.shape[1]) for name, vector in packed.vectors.items()],
+        [(name, vector.shape[1]) for name, vector in packed.input_vectors.items()],
     )
-    if len(header) > _MAX_HEADER:
+    text = msgspec.json.encode(header)
+    if not packed.follows_from_shapes or not header.fits(digest, layout) or len(text) > _MAX_HEADER:
         return None
     tensors = [packed.columns.flat, *packed.vectors.values(), *packed.input_vectors.values()]
-    payload = [_bytes_of(tensor.contiguous()) for tensor in tensors if tensor.numel()]
-    start = _PREFIX.pack(_MAGIC, len(header), _checksum([header, *payload]))
-    return [memoryview(start), memoryview(header), *payload]
+    payload = [_bytes_of(tensor) for tensor in tensors if tensor.numel()]
+    start = _PREFIX.pack(_MAGIC, len(text), _checksum([text, *payload]))
+    return [memoryview(start), memoryview(text), *payload]
 
 
 def decode(file: BinaryIO, digest: str, layout: PackedLayout, *, pinned: bool = False) -> PackedAdapter:
@@ -109,24 +106,16 @@ def decode(file: BinaryIO, digest: str, layout: PackedLayout, *, pinned: bool = 
     """
     size = file.seek(0, 2)
     file.seek(0)
-    magic, length, checksum = _PREFIX.unpack(_read(file, _PREFIX.size))
-    if magic != _MAGIC or length > _MAX_HEADER:
-        raise PackedFileDamaged("it is of another format")
-    text = _read(file, length)
-    try:
-        header = msgspec.json.decode(text, type=_Header)
-    except (ValueError, msgspec.MsgspecError, RecursionError) as error:  # ValueError: not UTF-8
-        raise PackedFileDamaged("its header is malformed") from error
-    if not header.fits(digest, layout):
-        raise PackedFileDamaged("it is of another version or layout")
+    text, checksum = _read_header(file)
+    header = _parsed(text, digest, layout)
     rows = header.pages * PAGE_COLUMNS
     widths = {name: (inputs, outputs) for name, inputs, outputs in header.columns}
     count = rows * sum(map(sum, widths.values()))
     channels = [number for _, number in (*header.vectors, *header.input_vectors)]
-    if size != _PREFIX.size + length + count * layout.dtype.itemsize + sum(channels) * 2 * 4:
+    if size != _PREFIX.size + len(text) + count * layout.dtype.itemsize + sum(channels) * 2 * 4:
         raise PackedFileDamaged("it has another size than its header says")
     flat = torch.empty(count, dtype=layout.dtype, pin_memory=pinned)
-    vectors = [torch.empty(2, number) for number in channels]
+    vectors = [torch.empty(2, number, dtype=torch.float32) for number in channels]
     payload = [_bytes_of(tensor) for tensor in (flat, *vectors) if tensor.numel()]
     for part in payload:
         _fill(file, part)
@@ -139,6 +128,24 @@ def decode(file: BinaryIO, digest: str, layout: PackedLayout, *, pinned: bool = 
     return PackedAdapter(header.pages, columns, flat.nbytes + extra, of_outputs, of_inputs, extra_bytes=extra)
 
 
+def _read_header(file: BinaryIO) -> tuple[bytes, int]:
+    """Return the text of the header, and the checksum that the file should have."""
+    magic, length, checksum = _PREFIX.unpack(_read(file, _PREFIX.size))
+    if magic != _MAGIC or length > _MAX_HEADER:
+        raise PackedFileDamaged("it is of another format")
+    return _read(file, length), checksum
+
+
+def _parsed(text: bytes, digest: str, layout: PackedLayout) -> _Header:
+    try:
+        header = msgspec.json.decode(text, type=_Header)
+    except (ValueError, msgspec.MsgspecError, RecursionError) as error:  # ValueError: not UTF-8
+        raise PackedFileDamaged("its header is malformed") from error
+    if not header.fits(digest, layout):
+        raise PackedFileDamaged("it is of another version or layout")
+    return header
+
+
 def _checksum(parts: Iterable[bytes | memoryview]) -> int:
     """Return the CRC-32: it finds damage in 2 ms for 10 MB, where sha256 takes 6 to 25."""
     checksum = 0
@@ -149,7 +156,7 @@ def _checksum(parts: Iterable[bytes | memoryview]) -> int:
 
 def _bytes_of(tensor: Tensor) -> memoryview:
     """Return the memory of a contiguous tensor on the host."""
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
+    return tensor.view(-1).view(torch.uint8).numpy().data
 
 
 def _read(file: BinaryIO, size: int) -> bytes:
