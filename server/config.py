@@ -69,6 +69,11 @@ class ServeConfig:
     )
     max_adapter_rank: int = _setting(64, "Largest LoRA rank that the server accepts", ge=1, le=512)
     adapter_host_bytes: int = _setting(2 * GIB, "Host memory that caches adapters which are not on the device", ge=0)
+    adapter_packed_bytes: int = _setting(
+        20 * GIB,
+        "Disk space in --data-dir for packed copies of adapters, which load in a fraction of the time; 0 keeps none",
+        ge=0,
+    )
     kv_cache_bytes: int = _setting(0, "Memory of the KV cache; 0 chooses it by the memory that is free", ge=0)
     max_num_seqs: int = _setting(64, "Maximum number of sequences in one step", ge=1, le=4096)
     max_batch_tokens: int = _setting(512, "Maximum number of tokens in one step, prefill and decode together", ge=16)

@@ -18,6 +18,7 @@ from adapters.registry.db import connect, point, read_entries, read_pending, tra
 from adapters.registry.folder_lock import RegistryLocked, lock
 from adapters.registry.gc import GarbageCollector
 from adapters.registry.index import RegistryIndex
+from adapters.registry.packed_files import PACKED_FOLDER, remove_packed
 from adapters.registry.store import AdapterStore
 
 __all__ = ["AdapterRecord", "AdapterRegistry", "AdapterVersion", "HistoryEntry", "RegistryLocked", "check_name"]
@@ -47,6 +48,7 @@ class AdapterRegistry:
         data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._reserved = frozenset(reserved)
         self._writing = threading.Lock()
+        self._packed = data_dir / PACKED_FOLDER
         with ExitStack() as undo:  # releases the lock and the database when a later step fails
             undo.callback(os.close, lock(data_dir / "lock"))
             self.store = AdapterStore(data_dir / "store")
@@ -256,7 +258,10 @@ class AdapterRegistry:
         """Delete the stored versions that are in no name's history and not `in_use`; returns their digests. Raises
         `NoSpace`."""
         with self._writing:
-            return self._collector.collect(in_use)
+            deleted = self._collector.collect(in_use)
+            for digest in deleted:
+                remove_packed(self._packed, digest)
+            return deleted
 
     def _check_free(self, name: str) -> None:
         check_name(name)

@@ -56,7 +56,8 @@ class Residency(Generic[P]):
     `read(digest)` reads, validates and packs a version; `write(slot, packed)` copies it into the slot's pages. Reads
     run in reader threads or in `executor`, and may raise `AdapterError`. Copies run in a thread of their own or in
     `copier`, because a version in host memory must not wait for the reads of others. `max_pages` is the number of pages
-    of the largest version served: pins always leave room for one such version.
+    of the largest version served: pins always leave room for one such version. `keep(digest, packed)` is called in the
+    reader thread after it has reported the version as read, for work that nobody waits for.
     """
 
     def __init__(
@@ -70,12 +71,14 @@ class Residency(Generic[P]):
         on_thread_start: Callable[[], None] = lambda: None,
         executor: Executor | None = None,
         copier: Executor | None = None,
+        keep: Callable[[str, P], None] = lambda *_: None,
     ) -> None:
         self.slots = slots
         self.host = host
         self._max_pages = max_pages
         self._read = read
         self._write = write
+        self._keep = keep
         self._threads = executor or ThreadPoolExecutor(threads, "adapter-reader", initializer=on_thread_start)
         self._copier = copier or ThreadPoolExecutor(1, "adapter-copier", initializer=on_thread_start)
         self._done: queue.SimpleQueue[_Done[P]] = queue.SimpleQueue()
@@ -316,7 +319,16 @@ class Residency(Generic[P]):
         except Exception:  # without a report, sequences would wait for the version forever
             log.exception("reading adapter %s failed", digest)
             done.error = "reading it failed; the server's log has the reason"
+        packed = done.packed if done.error is None else None
         self._done.put(done)
+        if packed is not None:
+            self._keep_job(digest, packed)
+
+    def _keep_job(self, digest: str, packed: P) -> None:
+        try:
+            self._keep(digest, packed)
+        except Exception:
+            log.exception("keeping adapter %s in packed form failed", digest)
 
     def _write_job(self, slot: Slot, packed: P) -> None:
         done: _Done[P] = _Done(slot.digest, time.monotonic(), slot=slot)

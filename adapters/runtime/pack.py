@@ -27,7 +27,8 @@ class PackedAdapter:
     """A version in the pool's layout and dtype: the scaling (and DoRA's) is folded into the B of `columns` before
     rounding, and the columns are zero-padded to whole pages. `vectors` are output vectors by module, `input_vectors`
     the same for inputs, `module_overrides` all other changes to a module, in order of application. `nbytes` is the
-    size in bytes, `extra_bytes` the part of it that is not in `columns`."""
+    size in bytes, `extra_bytes` the part of it that is not in `columns`. `follows_from_shapes` tells that all of it was
+    computed from the adapter and the shapes of the base model alone, not from the base's weights."""
 
     num_pages: int
     columns: RankColumns
@@ -37,6 +38,7 @@ class PackedAdapter:
     module_overrides: dict[str, tuple[nn.Module, ...]] = field(default_factory=dict)
     vocab_size: int | None = None
     extra_bytes: int = 0
+    follows_from_shapes: bool = False
 
 
 def pack(
@@ -78,7 +80,23 @@ def pack(
     extra = sum(own.nbytes for own in (*vectors.values(), *input_vectors.values()))
     extra += nbytes(o for stack in module_overrides.values() for o in stack)
     size = columns.flat.nbytes + extra
-    return PackedAdapter(num_pages, columns, size, vectors, input_vectors, module_overrides, weights.vocab_size, extra)
+    return PackedAdapter(
+        num_pages,
+        columns,
+        size,
+        vectors,
+        input_vectors,
+        module_overrides,
+        weights.vocab_size,
+        extra,
+        follows_from_shapes=_follows_from_shapes(weights, module_overrides),
+    )
+
+
+def _follows_from_shapes(weights: AdapterWeights, module_overrides: Mapping[str, tuple[nn.Module, ...]]) -> bool:
+    """Return True for plain factors and scales: DoRA, biases and overrides use the base's weights."""
+    own_modules = module_overrides or _overridden_modules(weights) or weights.biases or weights.vocab_size is not None
+    return not own_modules and all(own.magnitude is None and own.bias is None for own in weights.factors.values())
 
 
 def _scaling_vectors(scales: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 Two servers over the same adapters run in turn: one with few slots, and one with a slot for every adapter that a round
 asks for, loaded before the round. So both sides of a ratio are the same requests, with as many adapters in a step.
+Adapters have packed copies, as published ones do; `LORAPLEX_ADAPTER_PACKED_BYTES=0` measures without them.
 """
 
 import asyncio
@@ -32,6 +33,7 @@ class Setting(msgspec.Struct, frozen=True):
     rank: int = 16
     requests: int = 96  # in a round
     rounds: int = 3
+    loaded_before: int = 1  # 1: every adapter was loaded once before, as its self-test does when it is published
 
 
 class Round(msgspec.Struct, frozen=True):
@@ -73,6 +75,8 @@ def run(setting: Setting) -> bool:
 async def _measure(setting: Setting, names: list[str], few_url: str, all_url: str) -> list[tuple[Round, Round]]:
     rounds = []
     async with new_client(few_url, None) as few, new_client(all_url, None) as resident:
+        if setting.loaded_before:
+            await load(few, names, "host")
         await load(few, drawn(names, WARMING), "host")
         for number in range(-1, setting.rounds):  # the first one warms up
             schedule = build(scenario(setting), "base", names, seed=number + 1)

@@ -5,16 +5,19 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import msgspec
 
+import server
 from adapters.device.forms import FormRefused, described_choice
 from adapters.errors import MoveRefused
 from adapters.load import load
 from adapters.model_spec import ModelSpec
+from adapters.registry.packed_files import PACKED_FOLDER, PackedFiles
 from adapters.registry.store import AdapterStore
 from adapters.residency.host_cache import HostCache
 from adapters.residency.residency import Residency
 from adapters.residency.slots import SlotTable, pages_of
 from adapters.runtime.copies import writer
 from adapters.runtime.pack import PackedAdapter, pack
+from adapters.runtime.packed_format import PackedLayout
 from adapters.runtime.weight_merge import merge
 from adapters.traits import Traits
 from adapters.validation.inspect import inspect
@@ -24,6 +27,7 @@ from server.engine.block_manager import BlockManager
 from server.engine.engine import Engine
 from server.engine.memory_plan import BLOCK_SIZE, MemoryPlan
 from server.engine.merging import Merged, MergePolicy, Merging
+from server.engine.packed_reads import PackedReads
 from server.engine.policies import FairShare, FirstCome
 from server.engine.progress import StepProgress
 from server.engine.scheduler import Scheduler
@@ -64,7 +68,7 @@ def build_engine(config: ServeConfig) -> tuple[Engine, EngineInfo]:
     runner.check_and_fuse(loaded)
     graphs = "none: --eager" if config.eager else runner.capture_graphs(config.max_num_seqs, max_model_len)
     reader = _weights_reader(config, spec)
-    residency = _residency(config, spec, runner, plan, reader)
+    residency = _residency(config, loaded, spec, runner, plan, reader)
     scheduler = Scheduler(
         BlockManager(num_blocks, BLOCK_SIZE),
         residency,
@@ -103,25 +107,44 @@ def _weights_reader(config: ServeConfig, spec: ModelSpec) -> WeightsReader[Adapt
 
 def _residency(
     config: ServeConfig,
+    loaded: LoadedModel,
     spec: ModelSpec,
     runner: ModelRunner,
     plan: MemoryPlan,
     reader: WeightsReader[AdapterWeights],
 ) -> Residency[PackedAdapter]:
-    on_gpu = runner.device.type == "cuda"
-
-    def read(digest: str) -> PackedAdapter:
-        return pack(reader.read(digest), runner.pool.dtype, runner.bases, pinned=on_gpu)
-
+    reads = _packed_reads(config, loaded, spec, runner, reader)
     return Residency(
         SlotTable(config.adapter_slots, plan.num_pages, plan.override_bytes, on_drop=runner.pool.release),
         HostCache(host_cache_bytes(config, runner, runner.pool.nbytes())),
-        read=read,
+        read=reads.read,
         write=writer(runner.pool, runner.device),
         max_pages=pages_of(config.max_adapter_rank),
         threads=1 if runner.device.type == "cpu" else 2,
         on_thread_start=step_aside if runner.device.type == "cpu" else stay_single_threaded,
+        keep=reads.keep,
     )
+
+
+def _packed_reads(
+    config: ServeConfig,
+    loaded: LoadedModel,
+    spec: ModelSpec,
+    runner: ModelRunner,
+    reader: WeightsReader[AdapterWeights],
+) -> PackedReads:
+    on_gpu, dtype = runner.device.type == "cuda", runner.pool.dtype
+    store = AdapterStore(config.data_dir / "store")
+    layout = PackedLayout.of(spec, dtype, loaded.fingerprint, server.__version__)
+    files = PackedFiles(config.data_dir / PACKED_FOLDER, layout.key, config.adapter_packed_bytes, store.__contains__)
+    if not config.adapter_packed_bytes:
+        files.clear()
+
+    def fresh(weights: AdapterWeights) -> PackedAdapter:
+        return pack(weights, dtype, runner.bases, pinned=on_gpu)
+
+    kept = files if config.adapter_packed_bytes else None
+    return PackedReads(reader, fresh, kept, layout, pinned=on_gpu)
 
 
 def _merging(config: ServeConfig, spec: ModelSpec, runner: ModelRunner, scheduler: Scheduler) -> Merging:

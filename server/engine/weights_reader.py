@@ -42,6 +42,10 @@ class WeightsReader(Generic[W]):
         if not shared.users:
             del self._shared[digest]
 
+    def is_shared(self, digest: str) -> bool:
+        """Return True between `share` and `unshare` of the version."""
+        return digest in self._shared
+
     def read(self, digest: str) -> W:
         """Return the weights of a version. Raises `AdapterError`."""
         shared = self._shared.get(digest)
