@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 
 from server.sequence import ScheduledBatch, Sequence
 
-MIN_CHUNK = 16  # tokens of prefill that a step computes whatever they cost; chunks are multiples of it
+MIN_CHUNK = 16  # tokens of prefill that a step computes whatever they cost
+GRAIN = 8  # chunks are multiples of it: half a block, since on a slow machine a whole one is a third of the target
 DEFAULT_SECONDS = {"cpu": 0.15, "cuda": 0.1}  # `--max-step-ms 0`
 DECODE_SHARE = 0.5  # of the chosen target: slower decode steps raise it, so that prefill keeps half of the time
 
@@ -177,4 +178,4 @@ class StepBudget:
         if self.chosen:
             seconds = max(seconds, self.cost.without_prefill(rows) / DECODE_SHARE)
         fits = min(self.cost.tokens_within(seconds, rows, context), _GROWTH * self._reach)
-        return max(int(fits) // MIN_CHUNK, 1) * MIN_CHUNK
+        return max(int(fits) // GRAIN * GRAIN, MIN_CHUNK)
