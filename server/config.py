@@ -77,6 +77,13 @@ class ServeConfig:
     kv_cache_bytes: int = _setting(0, "Memory of the KV cache; 0 chooses it by the memory that is free", ge=0)
     max_num_seqs: int = _setting(64, "Maximum number of sequences in one step", ge=1, le=4096)
     max_batch_tokens: int = _setting(512, "Maximum number of tokens in one step, prefill and decode together", ge=16)
+    max_step_ms: float = _setting(
+        0.0,
+        "Target duration in milliseconds of a step that decodes and prefills: prompts are cut so that running streams "
+        "get their tokens this often. 0 chooses 150 on a CPU and 100 on CUDA, and more if decoding alone takes over "
+        "half of that; inf uses --max-batch-tokens alone",
+        ge=0.0,
+    )
     max_model_len: int = _setting(
         0, "Maximum number of tokens in prompt and output together; 0 uses the model's limit", ge=0
     )

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from adapters.residency import residency
 from adapters.runtime.pool import page_bytes
+from server.engine.step_cost import MIN_CHUNK
 from server.ipc.messages import Abort, MoveAdapter, PinAdapter, RetireAdapter, Submit
 from server.model.loading.loader import ModelRefused
 from server.sequence import SamplingParams, Sequence
@@ -223,6 +224,33 @@ def test_a_prefix_is_never_shared_across_adapters_versions_or_salts(
     submit(driver, "again", prompt_of(40), first, "x")
     driver.run()
     assert driver.outputs["again"][-1].num_cached_tokens == 32
+
+
+# -- long prompts beside streams ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_long_prompt_beside_a_stream_is_cut_by_time_and_its_tokens_stay_the_same(
+    drivers: Drivers, overlap: bool
+) -> None:
+    """No step is as short as this target, so chunks are the smallest ones. Alone, the prompt takes whole steps."""
+    driver = drivers.make(max_step_ms=1e-6)
+    driver.engine.overlap = overlap
+    driver.submit("alone", prompt_of(200, 1))
+    driver.run()
+    assert driver.steps[0].stats.batch_tokens == 200
+    driver.submit("stream", prompt_of(20, 2), max_tokens=40)
+    while not driver.outputs.get("stream"):
+        driver.step()
+    before = len(driver.steps)
+    driver.submit("beside", [*prompt_of(199, 3), 5], max_tokens=8)
+    driver.submit("again", prompt_of(200, 1), max_tokens=8)
+    driver.run()
+    sizes = [step.stats.batch_tokens for step in driver.steps[before:]]
+    assert sizes[:12] == [1 + MIN_CHUNK] * 12
+    assert driver.tokens("again") == driver.tokens("alone")
+    assert all(driver.finish_reason(name) == "length" for name in ("stream", "beside", "again"))
+    assert driver.engine.scheduler.step_budget.cost.predict(1, MIN_CHUNK) > 0
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------

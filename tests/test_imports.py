@@ -234,6 +234,7 @@ WITHOUT_TORCH = [
     "server.engine.merging",
     "server.engine.policies",
     "server.engine.scheduler",
+    "server.engine.step_cost",
     "server.engine.weights_reader",
     "server.ipc",
     "server.launch",

@@ -276,6 +276,19 @@ def test_an_endless_stream_of_slow_loads_delays_nobody_else(policy: type[Policy]
     assert sum(beside) <= 1.2 * sum(alone)
 
 
+def test_chat_beside_long_prompts_keeps_its_pace_under_a_target() -> None:
+    """At any length of the prompts, on both profiles, and for the same throughput."""
+    scenario = SCENARIOS["long_prompts"](100)
+    found = {(run.profile, run.x, run.setting.max_step_ms): simulate(run) for run in scenario.runs}
+    for (profile, tokens, ms), target in found.items():
+        fixed = found[profile, tokens, None]
+        if ms is not None:
+            alone = load_profile(profile).step_seconds(StepWork(8))
+            assert target.gap_max_s <= 2 * max(0.15, 2 * alone) < fixed.gap_max_s
+            assert target.tokens_per_s >= 0.97 * fixed.tokens_per_s
+            assert target.refused == fixed.refused == 0
+
+
 # -- report --------------------------------------------------------------------------------------------------------
 
 

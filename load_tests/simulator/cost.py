@@ -28,9 +28,11 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     write_gb_s: float
     adapter_page_bytes: int  # of 16 rank columns
     kv_bytes_per_token: int
+    prefill_pair_us: float = 0.0  # per token of a prompt and token that it attends to
 
     def step_seconds(self, work: "StepWork") -> float:
         ms = self.step_ms + self.token_ms * work.tokens + self.context_token_us * work.context_tokens / 1e3
+        ms += self.prefill_pair_us * work.prefill_pairs / 1e3
         if work.adapter_ranks:
             ms += self.lora_ms + self.lora_token_ms * work.token_ranks + self.adapter_ms * work.adapter_ranks
         return ms / 1e3
@@ -55,6 +57,7 @@ class StepWork(msgspec.Struct):
     context_tokens: int = 0  # summed over the sequences: tokens so far, the step's own included
     token_ranks: int = 0  # summed over the tokens: the rank of their adapter
     adapter_ranks: int = 0  # summed over the distinct adapters: their rank
+    prefill_pairs: float = 0.0  # summed over the tokens of prefill: the tokens that they attend to
 
 
 def load_profile(name: str, path: Path = PROFILES) -> Profile:

@@ -4,6 +4,8 @@ What it leaves out: messages and HTTP take no time, samplers and stop tokens do 
 was drawn), no adapter fails to load, and reader threads do not slow the step down.
 """
 
+import math
+from array import array
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -20,6 +22,7 @@ from load_tests.simulator.cost import Profile, StepWork
 from load_tests.simulator.workload import BASE, Request
 from server.engine.block_manager import BlockManager
 from server.engine.scheduler import Scheduler
+from server.engine.step_cost import StepBudget
 from server.sequence import SamplingParams, ScaledAdapter, ScheduledBatch, Sequence
 
 BLOCK_SIZE = 16
@@ -35,6 +38,7 @@ class Setting(msgspec.Struct, frozen=True):
     kv_bytes: int = 2 << 30
     max_num_seqs: int = 64
     max_batch_tokens: int = 512
+    max_step_ms: float | None = None  # None: the budget is a fixed number of tokens, not the server's default
     max_wait_steps: int = 256
     max_queue: int = 256  # requests that may wait before new ones are refused
     reader_threads: int = 2
@@ -52,6 +56,7 @@ class Record:
     end: Literal["", "done", "refused"] = ""
     admitted: float = 0.0
     first_token: float = 0.0
+    last_token: float = 0.0
     finished: float = 0.0
     tokens: int = 0
     waited_steps: int = 0
@@ -67,6 +72,11 @@ class Result:
     preemptions: int = 0
     step_adapters: int = 0  # distinct adapters, summed over the steps
     step_tokens: int = 0
+    gaps: "array[float]" = field(default_factory=lambda: array("d"))  # between two tokens of a sequence
+
+
+def _step_budget(setting: Setting) -> StepBudget:
+    return StepBudget.for_device(math.inf if setting.max_step_ms is None else setting.max_step_ms, "cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +112,7 @@ class Simulation:
             setting.max_num_seqs,
             setting.max_batch_tokens,
             setting.max_wait_steps,
+            step_budget=_step_budget(setting),
         )
         self._slot_ranks = [0] * setting.slots
         self._records: dict[str, Record] = {}
@@ -143,7 +154,9 @@ class Simulation:
         if not batch:
             return False
         started = self.clock.now
-        self.clock.now += self._profile.step_seconds(self._work(batch))
+        seconds = self._profile.step_seconds(self._work(batch))
+        self.clock.now += seconds
+        self.scheduler.step_budget.record(batch, seconds)
         self._update(batch, started)
         return True
 
@@ -197,6 +210,7 @@ class Simulation:
             seq, tokens = scheduled.seq, scheduled.num_new_tokens
             work.tokens += tokens
             work.context_tokens += seq.num_computed_tokens + tokens
+            work.prefill_pairs += tokens * (scheduled.start + tokens / 2) if tokens > 1 else 0.0
             work.token_ranks += tokens * sum(self._slot_ranks[slot] for slot in seq.slots)
             distinct.update(seq.slots)
         work.adapter_ranks = sum(self._slot_ranks[slot] for slot in distinct)
@@ -216,8 +230,12 @@ class Simulation:
             self.scheduler.blocks.verify(seq, end)
             seq.token_ids.append(0)
             num_output = end + 1 - seq.num_prompt_tokens
+            record = self._records[seq.seq_id]
             if num_output == 1:
-                self._records[seq.seq_id].first_token = self.clock.now
+                record.first_token = self.clock.now
+            else:
+                self.result.gaps.append(self.clock.now - record.last_token)
+            record.last_token = self.clock.now
             if num_output >= seq.sampling.max_tokens:
                 self._finish(seq)
 

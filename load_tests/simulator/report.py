@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from docs.tables import render
 from docs.tables import table as markdown
 from load_tests.simulator.scenarios import Scenario, best_shares
-from load_tests.simulator.summary import Summary
+from load_tests.simulator.summary import Summary, Tenant
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "simulation.md"
 NAMES = {
@@ -24,6 +24,10 @@ NAMES = {
     "wait_p50_s": "wait p50, s",
     "wait_p99_s": "wait p99, s",
     "latency_p95_s": "latency p95, s",
+    "gap_p50_s": "gap p50, s",
+    "gap_p99_s": "gap p99, s",
+    "gap_max_s": "longest gap, s",
+    "first_tokens": "first token of each, p50, s",
     "device_hits": "on the device",
     "host_hits": "in host memory",
     "reads_per_1000": "reads / 1000",
@@ -108,10 +112,14 @@ def _best_rows(finding: Finding) -> list[tuple[str, ...]]:
 
 def _cell(value: object) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{name} {of.latency_p95_s:.1f} ({of.refused})" for name, of in value.items())
+        return ", ".join(f"{name} {_cell_of_tenant(of)}" for name, of in value.items())
     if isinstance(value, float):
         return f"{value:.0f}" if value >= 100 else f"{value:.2f}" if value >= 0.1 else f"{value:.3f}"
     return f"{value}"
+
+
+def _cell_of_tenant(of: Tenant | float) -> str:
+    return _cell(of) if isinstance(of, float) else f"{of.latency_p95_s:.1f} ({of.refused})"
 
 
 def _plots(finding: Finding) -> dict[str, bytes]:

@@ -9,9 +9,9 @@ import msgspec
 from load_tests.simulator.cost import load_profile
 from load_tests.simulator.engine import Setting, Simulation
 from load_tests.simulator.summary import Summary, summarize
-from load_tests.simulator.workload import Lengths, Workload, cold_burst, generate, merged, ranks
+from load_tests.simulator.workload import BASE, Lengths, Workload, cold_burst, generate, merged, ranks
 
-CPU, GPU = "smollm2-cpu", "invented-gpu"
+CPU, LARGE_CPU, GPU = "smollm2-cpu", "llama-1b-cpu", "invented-gpu"
 SATURATED = 64  # streams of a closed loop that keeps every place in the batch taken
 MIB = 1 << 20
 
@@ -23,6 +23,7 @@ class Run(msgspec.Struct, frozen=True):
     setting: Setting = Setting()
     profile: str = CPU
     cold: tuple[float, int] | None = None  # at this second, requests for so many adapters never seen before
+    long: Workload | None = None  # merged into the other, for the base model
 
 
 class Scenario(msgspec.Struct, frozen=True):
@@ -39,6 +40,8 @@ def simulate(run: Run) -> Summary:
     requests = generate(run.workload)
     if run.cold is not None:
         requests = merged(requests, cold_burst(*run.cold, run.workload))
+    if run.long is not None:
+        requests = merged(requests, [request._replace(adapter=BASE) for request in generate(run.long)])
     adapter_ranks = ranks(run.workload.adapters)
     return summarize(Simulation(run.setting, load_profile(run.profile), adapter_ranks).run(requests))
 
@@ -167,8 +170,22 @@ def _split_setting(profile: str, budget: int, share: float) -> Setting:
     return Setting(pages, pages, host_bytes=host, kv_bytes=budget - pages * page, streams=SATURATED)
 
 
+def long_prompts(requests: int) -> Scenario:
+    """Chat streams beside long prompts, with a fixed budget of tokens and with chunks that follow a target."""
+    runs = []
+    for profile, rate, every in ((CPU, 1.0, 30.0), (LARGE_CPU, 0.08, 300.0)):
+        chat = Workload(requests=requests // 2, rate=rate, adapters=8, tenants=(("chat", 1.0),))
+        count = max(round(chat.requests / rate / every), 1)
+        for tokens, ms in product((500, 2000, 4000), (None, 0.0)):
+            long = Workload(count, 1 / every, tenants=(("long", 1.0),), prompt=Lengths(tokens, 0.0, tokens), seed=1)
+            name = f"{'fixed budget' if ms is None else 'target'}; {profile}"
+            runs.append(Run(name, tokens, chat, Setting(max_step_ms=ms), profile, long=long))
+    columns = ("gap_p50_s", "gap_p99_s", "gap_max_s", "first_tokens", "tokens_per_s")
+    return Scenario("long_prompts", "Chat streams beside long prompts", "tokens of a prompt", runs, columns, ())
+
+
 SCENARIOS: dict[str, Callable[[int], Scenario]] = {
-    made.__name__: made for made in (traffic, slots, zipf, cold, tenants, starvation, bound, split)
+    made.__name__: made for made in (traffic, slots, zipf, cold, tenants, starvation, bound, split, long_prompts)
 }
 
 

@@ -9,6 +9,7 @@ from load_tests.simulator.engine import Record, Result
 
 class Tenant(msgspec.Struct, frozen=True):
     latency_p95_s: float
+    first_token_p50_s: float
     refused: int
     tokens: int  # served before the last request arrived
 
@@ -24,6 +25,9 @@ class Summary(msgspec.Struct, frozen=True):
     wait_p50_s: float
     wait_p99_s: float
     latency_p95_s: float
+    gap_p50_s: float  # between two tokens of a request
+    gap_p99_s: float
+    gap_max_s: float
     device_hits: float
     host_hits: float  # off the device, but in host memory
     reads_per_1000: float
@@ -33,6 +37,7 @@ class Summary(msgspec.Struct, frozen=True):
     waited_steps: int  # the most of any request
     fairness: float
     tenants: dict[str, Tenant]
+    first_tokens: dict[str, float]  # of the tenants: from arrival, p50
     timeline: list[tuple[float, float]]  # second of arrival, the longest wait of those that arrived then
 
 
@@ -48,6 +53,9 @@ def summarize(result: Result) -> Summary:
         wait_p50_s=percentile(waits, 0.5),
         wait_p99_s=percentile(waits, 0.99),
         latency_p95_s=_latency_p95(done),
+        gap_p50_s=percentile(result.gaps, 0.5),
+        gap_p99_s=percentile(result.gaps, 0.99),
+        gap_max_s=max(result.gaps, default=0.0),
         device_hits=sum(record.found == "device" for record in records) / len(records),
         host_hits=sum(record.found == "host" for record in records) / len(records),
         reads_per_1000=result.reads * per_1000,
@@ -57,6 +65,7 @@ def summarize(result: Result) -> Summary:
         waited_steps=max(record.waited_steps for record in done),
         fairness=_fairness(records),
         tenants={name: _tenant(records, name) for name in _tenants(records)},
+        first_tokens={name: _tenant(records, name).first_token_p50_s for name in _tenants(records)},
         timeline=_timeline(done),
     )
 
@@ -99,7 +108,8 @@ def _tenant(records: list[Record], name: str) -> Tenant:
     done = [record for record in own if record.end == "done"]
     last_arrival = records[-1].arrival
     tokens = sum(record.tokens for record in done if record.finished <= last_arrival)
-    return Tenant(_latency_p95(done), len(own) - len(done), tokens)
+    first = percentile([record.first_token - record.arrival for record in done], 0.5)
+    return Tenant(_latency_p95(done), first, len(own) - len(done), tokens)
 
 
 def _latency_p95(done: Iterable[Record]) -> float:

@@ -33,6 +33,7 @@ from server.engine.progress import StepProgress
 from server.engine.scheduler import Scheduler
 from server.engine.selftest import SelfTests
 from server.engine.sizing import host_cache_bytes, plan_memory, refuse_early, room
+from server.engine.step_cost import StepBudget
 from server.engine.threads import set_threads, stay_single_threaded, step_aside
 from server.engine.weights_reader import WeightsReader
 from server.ipc.messages import EngineInfo
@@ -76,6 +77,7 @@ def build_engine(config: ServeConfig) -> tuple[Engine, EngineInfo]:
         max_batch_tokens=config.max_batch_tokens,
         max_wait_steps=config.max_wait_steps,
         policy=FairShare() if config.scheduling_policy == "fair" else FirstCome(),
+        step_budget=StepBudget.for_device(config.max_step_ms, runner.device.type),
     )
     selftests = SelfTests(runner, residency, reader, scheduler.gate, stay_single_threaded)
     merging = _merging(config, spec, runner, scheduler)

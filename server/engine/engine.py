@@ -81,6 +81,7 @@ class Engine:
         self._outputs: list[SequenceOutput] = []
         self._replies: list[Reply] = []
         self._steps = 0
+        self._collected = 0.0  # when the last step was collected
         self.broken: str | None = None  # why the engine cannot continue; its process must end
         ways = self._forward, self._advance, self._take_all, self._abandon, self._is_live
         self._isolation = Isolation(runner.device, scheduler.blocks.block_size, *ways)
@@ -239,10 +240,13 @@ class Engine:
     def _launch(self, batch: ScheduledBatch) -> InFlightStep:
         """Queue one forward pass on the device. If that fails, collecting the step raises the error."""
         self._steps += 1
+        launched = time.perf_counter()
         try:
-            return self._forward(batch)
+            step = self._forward(batch)
         except Exception as error:
             return failed_step(batch, error)
+        step.launched = launched
+        return step
 
     def _forward(self, batch: ScheduledBatch) -> InFlightStep:
         sampled = [scheduled.seq for scheduled in batch.sequences if scheduled.samples]
@@ -284,6 +288,8 @@ class Engine:
             self._isolation.isolate(step, later, error)
             return
         self._isolation.failed_steps = 0
+        began, self._collected = max(step.launched, self._collected), time.perf_counter()
+        self.scheduler.step_budget.record(step.batch, self._collected - began)
         self._take_all(step.batch, samples)
 
     def _take_all(self, batch: ScheduledBatch, found: list[Sample]) -> None:

@@ -25,6 +25,7 @@ class InFlightStep:
     collect: Callable[[], list[Sample]]
     placeholders: dict[Sequence, int] = field(default_factory=dict)
     failed: bool = False  # in the launch: nothing was computed
+    launched: float = 0.0  # when its launch began, in seconds of `perf_counter`
 
 
 def failed_step(batch: ScheduledBatch, error: Exception) -> InFlightStep:

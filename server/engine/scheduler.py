@@ -1,8 +1,8 @@
 """Scheduling: chooses the sequences of the next step and their numbers of tokens. Does not use torch.
 
 There are no phases: every running sequence has tokens left to compute (one in decode, a chunk in prefill), and the
-step's token budget goes to running sequences first, then to waiting ones. (This model of computed tokens that catch up
-with known tokens is vLLM's.)
+step's token budget (step_cost.py) goes to running sequences first, then to waiting ones. (This model of computed tokens
+that catch up with known tokens is vLLM's.)
 
 Waiting sequences are considered in the order of a policy (policies.py), preempted sequences before all others.
 
@@ -24,6 +24,7 @@ from server.engine.aging import LOAD, NOTHING, PREFIX, ROOM, SLOT, Aging
 from server.engine.block_manager import BlockManager
 from server.engine.merge_gate import MergeGate
 from server.engine.policies import FirstCome, Policy
+from server.engine.step_cost import StepBudget
 from server.sequence import ScheduledBatch, ScheduledSequence, Sequence, SequenceStatus
 
 PREFETCH_DEPTH = 32  # number of waiting sequences whose adapters are loaded or prefetched from disk
@@ -75,6 +76,7 @@ class Scheduler:
     preemptions: int = 0
     gate: MergeGate = field(default_factory=MergeGate)
     policy: Policy = field(default_factory=FirstCome)
+    step_budget: StepBudget = field(default_factory=StepBudget)
     _numbers: Iterator[int] = field(default_factory=count)
     _suspect_blocks: list[int] = field(default_factory=list)
     _aging: Aging = field(init=False)
@@ -93,7 +95,8 @@ class Scheduler:
     def schedule(self) -> ScheduledBatch:
         """Distribute the token budget of one step. The batch is empty if all sequences wait for adapters."""
         batch: list[ScheduledSequence] = []
-        budget = self._schedule_running(batch, self.max_batch_tokens)
+        tokens = self.step_budget.tokens(self.running, self.waiting, self.max_batch_tokens)
+        budget = self._schedule_running(batch, tokens)
         asking = self._schedule_waiting(batch, budget)
         had = [(self._needs(scheduled.seq), scheduled.seq.number) for scheduled in batch]
         self._aging.end_step([*had, *((LOAD, seq.number) for seq in asking)] if batch else ())
@@ -152,12 +155,13 @@ class Scheduler:
 
     def _take_part(self, seq: Sequence, batch: list[ScheduledSequence], budget: int) -> int:
         """Add `seq` to the step and return the remaining budget."""
-        scheduled = ScheduledSequence(seq, min(seq.num_tokens - seq.num_computed_tokens, budget))
+        num_new_tokens, budget = self.step_budget.take(seq, budget)
+        scheduled = ScheduledSequence(seq, num_new_tokens)
         self.blocks.grow(seq, scheduled.end)
         batch.append(scheduled)
         if scheduled.samples:
             self.policy.charge(seq, generated=1)
-        return budget - scheduled.num_new_tokens
+        return budget
 
     def _preempt(self, seq: Sequence) -> None:
         """Move `seq` to the head of the queue; its tokens are recomputed, often from the prefix cache."""
