@@ -140,7 +140,6 @@ ARROWS: dict[str, set[str]] = {
         "adapters.convert",
         "adapters.device",
         "adapters.peft",
-        "adapters.validation",
         "server",
         "server.engine",
         "server.launch",

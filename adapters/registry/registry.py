@@ -1,6 +1,7 @@
 """Registry of adapters: names that point to immutable versions, durable in SQLite, looked up without a lock."""
 
 import json
+import logging
 import os
 import threading
 import time
@@ -14,13 +15,27 @@ from adapters.errors import AdapterConflict, AdapterNotFound
 from adapters.names import check_name
 from adapters.records import AdapterRecord, AdapterVersion, Entry, HistoryEntry, Inspected, PendingAdapter
 from adapters.registry.aliases import Alias, delete_alias, read_aliases, write_alias
-from adapters.registry.db import connect, point, read_entries, read_pending, transaction, update_report, was_set_aside
+from adapters.registry.db import (
+    connect,
+    names_with,
+    point,
+    read_checks,
+    read_damage,
+    read_entries,
+    read_pending,
+    transaction,
+    update_report,
+    was_set_aside,
+    write_check,
+)
 from adapters.registry.folder_lock import RegistryLocked, lock
-from adapters.registry.gc import GarbageCollector
+from adapters.registry.gc import GarbageCollector, Stored
 from adapters.registry.index import RegistryIndex
-from adapters.registry.store import AdapterStore
+from adapters.registry.store import AdapterStore, Signature
 
 __all__ = ["AdapterRecord", "AdapterRegistry", "AdapterVersion", "HistoryEntry", "RegistryLocked", "check_name"]
+
+log = logging.getLogger(__name__)
 
 RETAINED_VERSIONS = 5
 
@@ -136,7 +151,7 @@ class AdapterRegistry:
             same = known is not None and known.record.version.digest == inspected.digest
             if known is not None and not same and not replace:
                 raise AdapterConflict(f"The adapter '{name}' exists; publish with replace to give it a new version.")
-            self._collector.commit(folder, inspected.digest)
+            stored = self._commit(folder, inspected.digest)
             with transaction(self._db):
                 if known is None or known.damage or not same:
                     point(self._db, name, _as_version(inspected), source, pinned, RETAINED_VERSIONS)
@@ -144,21 +159,47 @@ class AdapterRegistry:
                     update_report(self._db, inspected.digest, json.dumps(inspected.report))
                 self._db.execute("DELETE FROM pending WHERE name = ?", (name,))
             self._refresh(name)
+            if stored != "same" or self._is_damaged(inspected.digest):  # the version's row is whole now as well
+                self._refresh_sharing(inspected.digest)
             self.pending = {key: value for key, value in self.pending.items() if key != name}
             return self._entry(name).record, not same
 
     def hold(self, digest: str, folder: Path) -> bool:
-        """Store the staged `folder` before any name points at it, and keep it until `release`. Returns False if the
-        version was stored already. Raises `NoSpace`."""
+        """Store the staged `folder` before any name points at it, and keep it until `release`. Damaged files of the
+        same version are replaced, for all names. Returns False if the stored files are not those of `folder`, but
+        earlier ones. Raises `NoSpace`."""
         with self._writing:
-            is_new = self._collector.commit(folder, digest)
+            stored = self._commit(folder, digest)
             self._collector.hold(digest)
-            return is_new
+            return stored != "same"
 
     def release(self, digest: str) -> None:
         """End a `hold`; the next `collect_garbage` deletes the files unless a name points at them by then."""
         with self._writing:
             self._collector.release(digest)
+
+    def unchecked(self, before: int) -> list[str]:
+        """Return the versions in use by a name whose stored files were not checked since `before`, in Unix seconds,
+        oldest check first."""
+        with self._writing:
+            return read_checks(self._db, before)
+
+    def note_check(self, digest: str, damage: str | None, signature: Signature) -> bool:
+        """Record that the stored files of a version were compared with its digest, and found damaged unless `damage` is
+        None. A damaged version is not served under any name until its files are replaced.
+
+        Returns False, and changes nothing, if the files were replaced or deleted meanwhile: `signature` is the store's
+        from before the comparison.
+        """
+        with self._writing:
+            names = names_with(self._db, digest)
+            if not names or self.store.signature(digest) != signature:
+                return False
+            with transaction(self._db):
+                write_check(self._db, digest, int(time.time()), damage)
+            for name in names:
+                self._refresh(name)
+            return True
 
     def rollback(self, name: str, version: str | None) -> AdapterRecord:
         """Point `name` at an earlier version: the one before the current version, or the one whose digest starts with
@@ -257,6 +298,25 @@ class AdapterRegistry:
         `NoSpace`."""
         with self._writing:
             return self._collector.collect(in_use)
+
+    def _commit(self, folder: Path, digest: str) -> Stored:
+        """Store the staged `folder`, and end the damage of its version."""
+        stored = self._collector.commit(folder, digest)
+        if stored == "healed":
+            log.warning("the damaged stored files of version %s were replaced by those of an upload", digest[:12])
+        if stored != "same" or self._is_damaged(digest):
+            with transaction(self._db):
+                write_check(self._db, digest, int(time.time()), None)
+            self._refresh_sharing(digest)
+        return stored
+
+    def _is_damaged(self, digest: str) -> bool:
+        named = any(self._entry(name).record.version.digest == digest for name in self.damaged if name in self)
+        return named or read_damage(self._db, digest) is not None
+
+    def _refresh_sharing(self, digest: str) -> None:
+        for name in names_with(self._db, digest):
+            self._refresh(name)
 
     def _check_free(self, name: str) -> None:
         check_name(name)

@@ -1,9 +1,10 @@
 """Publication and deletion of adapters: stage, fill, examine, self-test, publish; retire, drain, free."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, nullcontext, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from adapters.errors import AdapterInvalid, AdapterNotFound, Problem
@@ -15,8 +16,9 @@ from adapters.registry.registry import AdapterRecord
 from adapters.validation.inspect import inspect
 from server.api.adapters.schemas import DeletedBody
 from server.api.adapters.selftest import earlier_result, self_tested
+from server.api.adapters.threads import finish_in_thread
 from server.api.context import AppContext
-from server.api.errors import ApiError, model_not_found
+from server.api.errors import ApiError, model_not_found, unavailable
 from server.api.middleware.auth import Key
 from server.api.text.template_sandbox import TemplateFailed
 from server.ipc.client import AdapterMoveRefused, EngineUnavailable
@@ -42,6 +44,16 @@ def check_writable(key: Key, name: str) -> None:
     check_name(name)
     if not key.sees(name):
         raise ApiError(403, "This API key may not publish under this name.", code="insufficient_scope")
+
+
+@asynccontextmanager
+async def place_for_client(context: AppContext) -> AsyncIterator[None]:
+    """Hold a place for an upload or registration that a client waits for. Raises 503 when all places are taken: what is
+    staged and tested at once is bounded."""
+    if context.uploads.locked():
+        raise unavailable("Too many adapters are being uploaded or registered; try again later.", "uploads_busy")
+    async with context.uploads:
+        yield
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +105,16 @@ async def publish_from(
         async with _tested(context, decided, inspected, folder):
             if decided.dry_run:
                 return Published(publication.name, inspected)
-            return await _publish(context, decided, inspected, folder)
+            published = await _publish(context, decided, inspected, folder)
+        await _forget_failure(context, inspected.digest)
+        return published
+
+
+async def _forget_failure(context: AppContext, digest: str) -> None:
+    """Have the engine forget that it could not load the version: its stored files were compared with good ones."""
+    if digest in context.engine.residency.failed:
+        with suppress(AdapterMoveRefused, EngineUnavailable):
+            await context.engine.move_adapter(digest, "disk")
 
 
 async def _examined(context: AppContext, publication: Publication, folder: Path, spec: ModelSpec) -> Inspected:
@@ -150,9 +171,10 @@ async def _publish(context: AppContext, publication: Publication, inspected: Ins
     name, registry = publication.name, context.registry
     async with context.lock(name):
         old = _current(context, name)
-        record, created = await asyncio.to_thread(
+        write = partial(
             registry.publish, name, inspected, folder, source=publication.source, replace=publication.replace
         )
+        record, created = await finish_in_thread(write)
         await follow(context, old, record)
         if publication.pinned and not record.pinned:
             record = await pin(context, record)
