@@ -49,6 +49,7 @@ CODES = {
     "too_large": "The body or one of its files is too large.",
     "unsupported": "The request uses a parameter that this server does not implement.",
     "unsupported_media_type": "The body has a content type that the route does not read.",
+    "uploads_busy": "Too many uploads and registrations are staged or self-tested at the moment.",
 }
 # What each code in the `problems` of a refused adapter means.
 PROBLEMS: dict[ProblemCode, str] = {
