@@ -181,7 +181,9 @@ class AppContext:
 
     def watch(self) -> None:
         """Connect the metrics to the engine and the registry."""
-        self.metrics.watch(self.engine, self.registry.names_of, self.registry.digests)
+        registry = self.registry
+        self.metrics.watch(self.engine, registry.names_of, registry.digests)
+        self.metrics.watch_registry(lambda: len(registry.damaged), lambda: len(registry.set_aside))
 
     def tier_of(self, digest: str) -> Tier:
         residency = self.engine.residency
