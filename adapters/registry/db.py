@@ -4,6 +4,7 @@ An invalid row damages only the adapter that it belongs to; a file that is not a
 """
 
 import json
+import logging
 import sqlite3
 import sys
 import time
@@ -20,6 +21,10 @@ from adapters.registry.migrations import check_readable, migrate, schema_of
 from adapters.registry.store import AdapterStore
 
 DATABASE = "registry.sqlite3"
+_DAMAGED = ".damaged-"
+
+log = logging.getLogger(__name__)
+
 _ROWS = """
 SELECT names.name, names.pinned, names.created AS named, history.digest, history.source,
        history.created AS published, history.current, versions.rank, versions.target_modules, versions.nbytes,
@@ -31,32 +36,54 @@ FROM names LEFT JOIN history ON history.name = names.name LEFT JOIN versions ON 
 
 
 def connect(data_dir: Path, store: AdapterStore) -> sqlite3.Connection:
-    """Open or create the registry's database; a file that is not a sound database is renamed to `….damaged-<time>`.
+    """Open or create the registry's database; a file that is not a sound database is renamed to `….damaged-<time>`, and
+    a lost one leaves an empty file of that name.
 
     Raises `AdapterError` when a newer server wrote it.
     """
     path = data_dir / DATABASE
-    if path.exists() and path.stat().st_size == 0 and store.digests():
-        _set_aside(data_dir)  # SQLite would treat a truncated, empty file as a new database
+    is_lost = not path.exists() or path.stat().st_size == 0
+    if is_lost and not was_set_aside(data_dir) and store.digests():
+        path.touch()  # SQLite would treat an absent or empty file as a new database
+        _set_aside(data_dir, "it is empty or absent, and the store has adapters")
     try:
         return _open(path)
     except sqlite3.DatabaseError as error:
         if _code(error) not in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
             raise
-    _set_aside(data_dir)
+        reason = str(error)
+    _set_aside(data_dir, reason)
     return _open(path)
 
 
-def _set_aside(data_dir: Path) -> None:
-    suffix = f".damaged-{time.time_ns()}"
+def _set_aside(data_dir: Path, reason: str) -> None:
+    suffix = f"{_DAMAGED}{time.time_ns()}"
     for name in (DATABASE, f"{DATABASE}-wal", f"{DATABASE}-shm"):
         with suppress(FileNotFoundError):
             (data_dir / name).rename(data_dir / (name + suffix))
+    log.error(
+        "the registry is damaged (%s) and was put aside as %s; the server starts without the adapters that it listed. "
+        "Their files stay in the store: stop the server and run `loraplex registry rebuild`",
+        reason,
+        DATABASE + suffix,
+    )
+
+
+def set_aside_files(data_dir: Path) -> list[Path]:
+    """Return the damaged databases beside the live one, oldest first; each may be the only record of some stored
+    adapters."""
+    return sorted(data_dir.glob(f"{DATABASE}{_DAMAGED}*"))
 
 
 def was_set_aside(data_dir: Path) -> bool:
-    """Return True if a damaged database lies beside the live one; it may be the only record of some stored adapters."""
-    return any(data_dir.glob(f"{DATABASE}.damaged-*"))
+    """Return True if a damaged database lies beside the live one."""
+    return bool(set_aside_files(data_dir))
+
+
+def mark_rebuilt(data_dir: Path) -> None:
+    """Rename the damaged databases: the live one has every stored adapter again."""
+    for path in data_dir.glob(f"{DATABASE}*{_DAMAGED}*"):
+        path.rename(path.with_name(path.name.replace(_DAMAGED, ".rebuilt-")))
 
 
 def _open(path: Path) -> sqlite3.Connection:

@@ -17,23 +17,34 @@ from adapters.records import AdapterRecord, AdapterVersion, Entry, HistoryEntry,
 from adapters.registry.aliases import Alias, delete_alias, read_aliases, write_alias
 from adapters.registry.db import (
     connect,
+    mark_rebuilt,
     names_with,
     point,
     read_checks,
     read_damage,
     read_entries,
     read_pending,
+    set_aside_files,
     transaction,
     update_report,
-    was_set_aside,
     write_check,
 )
 from adapters.registry.folder_lock import RegistryLocked, lock
 from adapters.registry.gc import GarbageCollector, Stored
 from adapters.registry.index import RegistryIndex
+from adapters.registry.journal import Journal, Line, alias_line, name_line, no_alias_line
+from adapters.registry.rebuild import Restored, restore
 from adapters.registry.store import AdapterStore, Signature
 
-__all__ = ["AdapterRecord", "AdapterRegistry", "AdapterVersion", "HistoryEntry", "RegistryLocked", "check_name"]
+__all__ = [
+    "AdapterRecord",
+    "AdapterRegistry",
+    "AdapterVersion",
+    "HistoryEntry",
+    "RegistryLocked",
+    "Restored",
+    "check_name",
+]
 
 log = logging.getLogger(__name__)
 
@@ -46,13 +57,15 @@ class AdapterRegistry:
     Methods may be called from any thread. Readers see the state of the last finished write and never wait. The cost of
     a change does not depend on the number of adapters. `damaged` has by name the reason why an adapter is not served,
     `pending` has by name the adapters still to be fetched or that failed to be, and `aliases` distribute requests over
-    several adapters; writers replace `pending` and `aliases` as a whole.
+    several adapters; writers replace `pending` and `aliases` as a whole. `set_aside` has the damaged databases that
+    were put aside and that `rebuild` has not dealt with.
     """
 
     store: AdapterStore
     damaged: dict[str, str]
     pending: dict[str, PendingAdapter]
     aliases: dict[str, Alias]
+    set_aside: list[Path]
 
     def __init__(self, data_dir: Path, reserved: Collection[str] = ()):
         """Open `data_dir`, creating it if needed; `reserved` names cannot be taken by adapters.
@@ -61,19 +74,23 @@ class AdapterRegistry:
         """
         data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._reserved = frozenset(reserved)
+        self._data_dir = data_dir
         self._writing = threading.Lock()
         with ExitStack() as undo:  # releases the lock and the database when a later step fails
             undo.callback(os.close, lock(data_dir / "lock"))
             self.store = AdapterStore(data_dir / "store")
             self.store.sweep()
             self._db = undo.enter_context(closing(connect(data_dir, self.store)))
-            self._collector = GarbageCollector(self._db, self.store, keep_orphans=was_set_aside(data_dir))
+            self.set_aside = set_aside_files(data_dir)
+            self._collector = GarbageCollector(self._db, self.store, keep_orphans=bool(self.set_aside))
             self.collect_garbage()
             entries = read_entries(self._db, self.store)
             self._index = RegistryIndex(entries)
             self.damaged = {name: entry.damage for name, entry in entries.items() if entry.damage}
             self.aliases = read_aliases(self._db)
             self.pending = read_pending(self._db)
+            self._journal = Journal(data_dir)
+            self._write_journal()
             self._held = undo.pop_all()
 
     def close(self) -> None:
@@ -159,6 +176,7 @@ class AdapterRegistry:
                     update_report(self._db, inspected.digest, json.dumps(inspected.report))
                 self._db.execute("DELETE FROM pending WHERE name = ?", (name,))
             self._refresh(name)
+            self._note(name_line(self._db, name))
             if stored != "same" or self._is_damaged(inspected.digest):  # the version's row is whole now as well
                 self._refresh_sharing(inspected.digest)
             self.pending = {key: value for key, value in self.pending.items() if key != name}
@@ -218,6 +236,7 @@ class AdapterRegistry:
                 values = (target.version.digest, name)
                 self._db.execute("UPDATE history SET current = (digest = ?) WHERE name = ?", values)
             self._refresh(name)
+            self._note(name_line(self._db, name))
             return self._entry(name).record
 
     def set_pinned(self, name: str, pinned: bool) -> AdapterRecord:
@@ -227,6 +246,7 @@ class AdapterRegistry:
             with transaction(self._db):
                 self._db.execute("UPDATE names SET pinned = ? WHERE name = ?", (pinned, name))
             self._refresh(name)
+            self._note(name_line(self._db, name))
             return self._entry(name).record
 
     def retire(self, name: str) -> AdapterRecord:
@@ -243,6 +263,7 @@ class AdapterRegistry:
                 self._db.execute("DELETE FROM names WHERE name = ?", (name,))
                 self._db.execute("DELETE FROM history WHERE name = ?", (name,))
             self._refresh(name)
+            self._note(name_line(self._db, name))
             return record
 
     def remember(self, pending: PendingAdapter) -> None:
@@ -282,6 +303,7 @@ class AdapterRegistry:
             with transaction(self._db):
                 write_alias(self._db, alias)
             self.aliases = {**self.aliases, name: alias}
+            self._note(alias_line(alias))
             return alias
 
     def unsplit(self, name: str) -> None:
@@ -292,6 +314,7 @@ class AdapterRegistry:
             with transaction(self._db):
                 delete_alias(self._db, name)
             self.aliases = {key: value for key, value in self.aliases.items() if key != name}
+            self._note(no_alias_line(name))
 
     def collect_garbage(self, in_use: Collection[str] = ()) -> list[str]:
         """Delete the stored versions that are in no name's history and not `in_use`; returns their digests. Raises
@@ -317,6 +340,30 @@ class AdapterRegistry:
     def _refresh_sharing(self, digest: str) -> None:
         for name in names_with(self._db, digest):
             self._refresh(name)
+
+    def rebuild(self) -> list[Restored]:
+        """Add the names of the journal that the registry has lost; returns what became of each name and stored version.
+        The damaged databases are renamed once every stored version has a name again."""
+        with self._writing:
+            found = restore(self._db, self.store, self._journal.read(), self._reserved)
+            for name in (one.name for one in found if one.outcome in ("restored", "damaged")):
+                if name is not None:
+                    self._refresh(name)
+            self.aliases = read_aliases(self._db)
+            if not any(one.outcome == "unknown" for one in found):
+                mark_rebuilt(self._data_dir)
+                self.set_aside = []
+                self._write_journal()
+            return found
+
+    def _write_journal(self) -> None:
+        """Write the journal anew, unless it may have names that the database has lost."""
+        if not self.set_aside:
+            self._journal.write(self._db)
+
+    def _note(self, line: Line) -> None:
+        if self._journal.append(line):
+            self._write_journal()
 
     def _check_free(self, name: str) -> None:
         check_name(name)

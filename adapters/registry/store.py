@@ -142,7 +142,12 @@ class AdapterStore:
 
     def digests(self) -> list[str]:
         """Return every digest that has a folder, complete or not, sorted."""
-        return sorted(path.name for path in self._root.glob("??/*") if _DIGEST.fullmatch(path.name))
+        return self.digests_in(self._root)
+
+    @staticmethod
+    def digests_in(root: Path) -> list[str]:
+        """Return every digest that has a folder in the store `root`, which need not exist."""
+        return sorted(path.name for path in root.glob("??/*") if _DIGEST.fullmatch(path.name))
 
     def sweep(self) -> None:
         """Remove staging folders left by an earlier process. Call before the first `stage`."""
