@@ -18,7 +18,7 @@ DAMAGED = "its stored files are damaged"
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """What became of one name, or of a stored version that no name is known for (`name` is None). `kept` names were in
+    """Result for one name, or for a stored version that no name is known for (`name` is None). `kept` names were in
     the registry already; `lost` ones have no stored version."""
 
     name: str | None

@@ -10,6 +10,8 @@ from pathlib import Path
 from adapters.errors import AdapterInvalid, AdapterNotFound, Problem
 from adapters.model_spec import ModelSpec
 from adapters.names import check_name
+from adapters.peft.config_reader import MAX_CONFIG_BYTES, read_json
+from adapters.peft.files import CONFIG_FILE
 from adapters.peft.tokenizer_files import CONFIG, TEMPLATE, read_tokenizer_files
 from adapters.records import Inspected
 from adapters.registry.registry import AdapterRecord
@@ -23,6 +25,7 @@ from server.api.middleware.auth import Key
 from server.api.text.template_sandbox import TemplateFailed
 from server.ipc.client import AdapterMoveRefused, EngineUnavailable
 
+_MAX_NAMED = 200  # characters of a base model's name in the report
 UPLOAD = "upload"  # the source of adapters that a client sent
 
 
@@ -149,7 +152,26 @@ async def examine(context: AppContext, folder: Path, spec: ModelSpec) -> Inspect
         raise AdapterInvalid([*error.problems, *problems]) from None
     if problems:
         raise AdapterInvalid(problems)
+    other = await asyncio.to_thread(_other_base, context, folder)
+    if other is not None:
+        inspected.report["trained_on"] = {"base_model_name_or_path": other, "served": context.base_model}
     return inspected
+
+
+def _other_base(context: AppContext, folder: Path) -> str | None:
+    """Return the base model that the adapter's config names, unless its last part is a name of the served model. This
+    is no reason for a refusal: the same model has many names."""
+    with (folder / CONFIG_FILE).open("rb") as file:
+        config, _ = read_json(file.read(MAX_CONFIG_BYTES + 1))
+    named = (config or {}).get("base_model_name_or_path")
+    if not isinstance(named, str) or not named:
+        return None
+    served = {_last_part(name) for name in (context.base_model, context.config.model)}
+    return None if _last_part(named) in served else named[:_MAX_NAMED]
+
+
+def _last_part(name: str) -> str:
+    return name.rstrip("/\\").replace("\\", "/").rpartition("/")[2].lower()
 
 
 async def _template_problems(context: AppContext, folder: Path) -> list[Problem]:
