@@ -24,7 +24,8 @@ Rows = list[tuple[str, ...]]
 
 # What each code of an API error means. `api_errors` finds the codes in the sources; one that is missing here fails.
 CODES = {
-    "aborted": "The adapter was deleted or the server stopped while the request ran.",
+    "aborted": "The server stopped while the request ran.",
+    "adapter_failed": "The adapter exists and cannot be served: its stored files are damaged or could not be loaded.",
     "adapter_loading": "The adapter is still being fetched from its source.",
     "conflict": "The state of the adapter, alias or merge does not allow the operation.",
     "context_length_exceeded": "The prompt and the requested tokens do not fit into the context.",
@@ -49,6 +50,7 @@ CODES = {
     "too_large": "The body or one of its files is too large.",
     "unsupported": "The request uses a parameter that this server does not implement.",
     "unsupported_media_type": "The body has a content type that the route does not read.",
+    "uploads_busy": "Too many uploads and registrations are staged or self-tested at the moment.",
 }
 # What each code in the `problems` of a refused adapter means.
 PROBLEMS: dict[ProblemCode, str] = {

@@ -114,6 +114,12 @@ class ServeConfig:
     watch_adapters: str = _setting(
         "", "Folder whose subfolders are registered as adapters, now and whenever they change"
     )
+    scrub_mb_per_second: float = _setting(
+        8.0,
+        "Rate in MiB per second at which stored adapters are read in the background and compared with their digests, "
+        "each once a day; 0 turns this off",
+        ge=0.0,
+    )
     merge: str = _setting("", "Adapter to merge into the base model at startup")
     merge_policy: Literal["off", "auto"] = _setting(
         "off", "auto merges an adapter that has received all traffic for a while"

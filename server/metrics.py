@@ -57,6 +57,9 @@ METRICS: list[MetricSpec] = [
     MetricSpec("loraplex_adapter_loads_total", "counter", ("from", "to", "outcome"), "Adapter loads by tier"),
     MetricSpec("loraplex_adapter_load_seconds", "histogram", ("from", "to"), "Time of adapter loads", _LOAD),
     MetricSpec("loraplex_adapter_evictions_total", "counter", ("tier",), "Adapters evicted from a tier"),
+    MetricSpec("loraplex_adapters_damaged", "gauge", (), "Names that are not served because stored data is damaged"),
+    MetricSpec("loraplex_store_checks_total", "counter", ("outcome",), "Stored versions checked: ok or damaged"),
+    MetricSpec("loraplex_registry_set_aside", "gauge", (), "Damaged registry files that await `registry rebuild`"),
     MetricSpec("loraplex_merged_adapter_info", "gauge", ("adapter", "version"), "1 while merged into the base model"),
     MetricSpec("loraplex_merge_switches_total", "counter", ("direction", "reason"), "Merges and unmerges"),
     MetricSpec("loraplex_engine_step_seconds", "histogram", (), "Time of one engine step", _STEP),
@@ -104,6 +107,9 @@ class Metrics:
         self._loads = self._counter("loraplex_adapter_loads_total")
         self._load_seconds = self._histogram("loraplex_adapter_load_seconds")
         self._evictions = self._counter("loraplex_adapter_evictions_total")
+        self.store_checks = self._counter("loraplex_store_checks_total")
+        for outcome in ("ok", "damaged"):
+            self.store_checks.labels(outcome)
         self._merge_switches = self._counter("loraplex_merge_switches_total")
         self._step_seconds = self._histogram("loraplex_engine_step_seconds")
         self._batch_adapters = self._histogram("loraplex_batch_adapters")
@@ -125,6 +131,10 @@ class Metrics:
         """Listen to the engine's steps and read its gauges at each scrape. `digests` returns all published versions."""
         engine.add_listener(self._on_step)
         self._registry.register(_EngineGauges(engine, names_of, digests, self.label))
+
+    def watch_registry(self, damaged: Callable[[], int], set_aside: Callable[[], int]) -> None:
+        """Read the number of damaged adapters and of registry files that were put aside at each scrape."""
+        self._registry.register(_RegistryGauges(damaged, set_aside))
 
     def add_adapter(self, name: str) -> None:
         """Give a registered adapter its own label value, up to `MAX_ADAPTER_LABELS` adapters."""
@@ -280,6 +290,22 @@ class _EngineGauges:
             state = "failed" if failed else "loading" if digest in loading else "ready"
             counts[tier, state] = counts.get((tier, state), 0) + 1
         return counts
+
+
+class _RegistryGauges:
+    """The damage that the registry knows of, collected at scrape time."""
+
+    def __init__(self, damaged: Callable[[], int], set_aside: Callable[[], int]):
+        self._damaged = damaged
+        self._set_aside = set_aside
+
+    def collect(self) -> Iterator[Metric]:
+        yield _sampled("loraplex_adapters_damaged", {(): self._damaged()})
+        yield _sampled("loraplex_registry_set_aside", {(): self._set_aside()})
+
+    def describe(self) -> Iterator[Metric]:
+        """Describe nothing at registration, because the adapter registry may not be open yet."""
+        return iter(())
 
 
 def _sampled(name: str, samples: dict[tuple[str, ...], float]) -> Metric:

@@ -18,6 +18,7 @@ from adapters.sources import copy_from
 from server.api.adapters import fetching
 from server.api.adapters.merge import merge
 from server.api.adapters.publishing import Publication, publish_from
+from server.api.adapters.scrub import Scrubber
 from server.api.adapters.watcher import FolderWatcher
 from server.api.app import create_app
 from server.api.context import AppContext
@@ -58,12 +59,15 @@ async def _serve(config: ServeConfig, keys: KeyRing, registry: AdapterRegistry, 
         )
         server = Server(context)
         bringing_up = asyncio.create_task(_bring_up(context, starting, server))
+        scrubbing = asyncio.create_task(_scrub(context))
         try:
             await server.serve()
             if bringing_up.done():
                 bringing_up.result()
             bringing_up.cancel()
         finally:
+            scrubbing.cancel()
+            await asyncio.gather(scrubbing, return_exceptions=True)
             await context.sandbox.close()
     finally:
         starting.cancel()
@@ -150,6 +154,11 @@ async def _bring_up(context: AppContext, starting: "asyncio.Task[None]", server:
     _greet(context, server.url)
     if context.config.watch_adapters:
         await FolderWatcher(context, Path(context.config.watch_adapters)).run()
+
+
+async def _scrub(context: AppContext) -> None:
+    if context.config.scrub_mb_per_second:
+        await Scrubber(context, context.config.scrub_mb_per_second).run()
 
 
 async def _use_tokenizer(context: AppContext) -> None:

@@ -405,7 +405,7 @@ async def test_delete_drains_then_aborts(tmp_path: Path) -> None:
         leap(3600)
         assert (await deleting).json() == {"name": "acme", "deleted": True, "drained": 1, "aborted": 1}
         assert (await finishing).status_code == 200 and (await base).status_code == 200
-        assert events(await stuck)[-1]["error"]["code"] == "aborted"
+        assert events(await stuck)[-1]["error"]["code"] == "model_not_found"
         assert version not in api.engine.device
         assert version not in api.context.registry.store
         assert_error(await api.http.delete("/v1/adapters/acme"), 404, "model_not_found")

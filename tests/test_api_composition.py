@@ -268,7 +268,7 @@ async def test_deleting_one_of_a_composition_aborts_what_takes_too_long(tmp_path
         await eventually(lambda: len(api.context.in_flight) == 2)
         deleted = await api.http.delete("/v1/adapters/two?drain_timeout=0.05")
         assert deleted.json() == {"name": "two", "deleted": True, "drained": 0, "aborted": 1}
-        assert_error(await stuck, 503, "aborted")
+        assert_error(await stuck, 404, "model_not_found")
         api.goes_on()
         assert (await other).status_code == 200
         assert api.context.in_flight.count("one") == 0

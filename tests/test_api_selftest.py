@@ -1,11 +1,14 @@
 """Nothing is published that the engine did not compute right."""
 
+import asyncio
 from pathlib import Path
 
 import pytest
 
+from server.api.context import MAX_SELFTESTS, MAX_UPLOADS
 from server.ipc.messages import SelfTest
 from tests.fixtures.api_server import Api, assert_error, form, serving
+from tests.fixtures.timing import eventually
 
 
 def stored(api: Api) -> list[str]:
@@ -71,3 +74,38 @@ async def test_a_full_device_is_no_fault_of_the_adapter(tmp_path: Path) -> None:
         api.engine.selftest_error = ("no_room", "no device slot became free")
         record = (await api.upload("acme")).json()
         assert record["report"]["selftest"] == {"skipped": "no device slot became free"}
+
+
+async def test_uploads_beyond_the_bound_are_refused_with_when_to_try_again(tmp_path: Path) -> None:
+    async with serving(tmp_path) as api:
+        async with api.context.selftests, api.context.selftests:  # every self-test waits
+            uploads = [asyncio.create_task(api.upload(f"n{i}", seed=i)) for i in range(MAX_UPLOADS)]
+            await eventually(api.context.uploads.locked)
+            assert_error(await api.upload("late"), 503, "uploads_busy")
+            body = {"name": "late", "source": "file:///srv/late"}
+            assert_error(await api.http.post("/v1/adapters", json=body), 503, "uploads_busy")
+            assert (await api.chat()).status_code == 200
+        assert {answer.status_code for answer in await asyncio.gather(*uploads)} == {201}
+        assert (await api.upload("late")).status_code == 201
+
+
+async def test_few_self_tests_are_in_the_engine_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with serving(tmp_path) as api:
+        running: set[object] = set()
+        most = 0
+        run_selftest = api.context.engine.run_selftest
+
+        async def counted(digest: str, *, verify: bool) -> SelfTest:
+            nonlocal most
+            running.add(token := object())
+            most = max(most, len(running))
+            await asyncio.sleep(0.01)
+            try:
+                return await run_selftest(digest, verify=verify)
+            finally:
+                running.discard(token)
+
+        monkeypatch.setattr(api.context.engine, "run_selftest", counted)
+        answers = await asyncio.gather(*(api.upload(f"n{i}", seed=i) for i in range(6)))
+        assert {answer.status_code for answer in answers} == {201}
+        assert 1 <= most <= MAX_SELFTESTS

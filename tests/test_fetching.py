@@ -3,16 +3,19 @@
 import asyncio
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Event
+from typing import Any
 
 import pytest
 
+from adapters.registry.registry import AdapterRegistry
 from adapters.sources import download
 from server.api.adapters import fetching
 from server.api.adapters.publishing import Published
 from server.api.adapters.schemas import RegisterRequest
-from server.api.context import AppContext
+from server.api.context import MAX_FETCHES, AppContext
 from tests.fixtures import remote_servers
-from tests.fixtures.api_server import adapter_files, assert_error, serving
+from tests.fixtures.api_server import Api, adapter_files, assert_error, serving
 from tests.fixtures.remote_servers import Remote
 from tests.fixtures.timing import eventually
 
@@ -156,3 +159,100 @@ async def test_an_engine_that_is_away_fails_no_lazy_adapter(tmp_path: Path, monk
         api.context.engine.info = info
         await asyncio.gather(*api.context.fetching.values())
         assert (await api.http.get("/v1/adapters/acme")).json()["state"] == "ready"
+
+
+def held_back(monkeypatch: pytest.MonkeyPatch, registry: AdapterRegistry, method: str) -> tuple[Event, Event]:
+    """Hold back a method of the registry in its thread: returns what says that it has begun, and what lets it go on."""
+    begun, go_on = Event(), Event()
+    original = getattr(registry, method)
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        begun.set()
+        assert go_on.wait(10)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(registry, method, slow)
+    return begun, go_on
+
+
+async def begin_lazily(api: Api, tmp_path: Path) -> dict[str, Any]:
+    body = {"name": "acme", "source": f"file://{tmp_path}/allowed/acme", "lazy": True}
+    assert (await api.http.post("/v1/adapters", json=body)).status_code == 202
+    return body
+
+
+@pytest.mark.parametrize("method", ["hold", "publish"])
+async def test_nothing_is_published_after_a_deletion(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread that writes the registry cannot be cancelled, so the deletion waits for it."""
+    _folder(tmp_path / "allowed" / "acme")
+    async with serving(tmp_path / "server", allow_source=(f"file://{tmp_path}/allowed",)) as api:
+        registry = api.context.registry
+        begun, go_on = held_back(monkeypatch, registry, method)
+        await begin_lazily(api, tmp_path)
+        await eventually(begun.is_set)
+        deleting = asyncio.create_task(api.http.delete("/v1/adapters/acme"))
+        await asyncio.sleep(0.1)
+        assert not deleting.done()
+        go_on.set()
+        assert (await deleting).json()["deleted"]
+        await asyncio.sleep(0.05)
+        assert "acme" not in registry and not registry.pending and registry.store.digests() == []
+        assert_error(await api.http.get("/v1/adapters/acme"), 404)
+        monkeypatch.undo()
+        assert registry.collect_garbage() == []  # the hold was released
+        assert (await api.upload("acme")).status_code == 201
+
+
+async def test_a_failure_is_not_noted_after_a_deletion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with serving(tmp_path / "server", allow_source=(f"file://{tmp_path}/allowed",)) as api:
+        await begin_lazily(api, tmp_path)  # there is no such folder
+        begun, go_on = held_back(monkeypatch, api.context.registry, "remember")
+        await eventually(begun.is_set)
+        deleting = asyncio.create_task(api.http.delete("/v1/adapters/acme"))
+        await asyncio.sleep(0.1)
+        assert not deleting.done()
+        go_on.set()
+        assert (await deleting).json()["deleted"]
+        await asyncio.sleep(0.05)
+        assert not api.context.registry.pending
+
+
+async def test_an_adapter_registered_again_during_its_deletion_stays(tmp_path: Path) -> None:
+    _folder(tmp_path / "allowed" / "acme")
+    async with serving(tmp_path / "server", allow_source=(f"file://{tmp_path}/allowed",)) as api:
+        await begin_lazily(api, tmp_path)
+        async with api.context.lock("acme"):
+            forgetting = asyncio.create_task(fetching.forget(api.context, "acme"))
+            await eventually(lambda: not api.context.fetching)
+            pending = api.context.registry.pending["acme"]
+            fetching._start_fetching(api.context, pending)  # as a registration under the lock does
+        await forgetting
+        assert api.context.registry.pending == {"acme": pending} or "acme" in api.context.registry
+        await asyncio.gather(*api.context.fetching.values())
+        assert "acme" in api.context.registry
+
+
+async def test_lazy_adapters_wait_for_their_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = _folder(tmp_path / "allowed" / "acme")
+    running: list[int] = []
+    at_once = 0
+    register = fetching.register
+
+    async def counted(context: AppContext, body: RegisterRequest) -> Published:
+        nonlocal at_once
+        running.append(1)
+        at_once = max(at_once, len(running))
+        try:
+            return await register(context, body)
+        finally:
+            running.pop()
+
+    monkeypatch.setattr(fetching, "register", counted)
+    async with serving(tmp_path / "server", allow_source=(f"file://{tmp_path}/allowed",)) as api:
+        for number in range(3 * MAX_FETCHES):
+            body = {"name": f"n{number}", "source": f"file://{source}", "lazy": True}
+            assert (await api.http.post("/v1/adapters", json=body)).status_code == 202
+        await asyncio.gather(*api.context.fetching.values())
+        assert len(api.context.registry) == 3 * MAX_FETCHES and at_once <= MAX_FETCHES

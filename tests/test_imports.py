@@ -140,7 +140,7 @@ ARROWS: dict[str, set[str]] = {
         "adapters.convert",
         "adapters.device",
         "adapters.peft",
-        "adapters.validation",
+        "adapters.registry",
         "server",
         "server.engine",
         "server.launch",

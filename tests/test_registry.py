@@ -26,6 +26,7 @@ from adapters.registry import db as registry_db
 from adapters.registry import registry as registry_module
 from adapters.registry import store as store_module
 from adapters.registry.aliases import Alias
+from adapters.registry.migrations import SCHEMA_VERSION
 from adapters.registry.registry import AdapterRecord, AdapterRegistry, RegistryLocked, check_name
 
 
@@ -729,7 +730,7 @@ def test_a_database_without_aliases_opens_unchanged(registry: AdapterRegistry, d
     spoil(data_dir, "DROP TABLE aliases")
     again = AdapterRegistry(data_dir)
     assert state(again) == before and again.aliases == {}
-    assert again._db.execute("PRAGMA user_version").fetchone()[0] == 1
+    assert again._db.execute("PRAGMA user_version").fetchone()[0] == SCHEMA_VERSION
     again.close()
 
 

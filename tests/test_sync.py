@@ -12,7 +12,7 @@ from click.testing import Result
 from peft import IA3Config
 from typer.testing import CliRunner
 
-from adapters.validation.inspect import digest_of
+from adapters.peft.digest import digest_of
 from server.cli.main import app
 from tests.fixtures import remote_servers
 from tests.fixtures.adapter_factory import tiny_llama, write_adapter, write_peft_adapter

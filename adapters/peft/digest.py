@@ -1,12 +1,14 @@
 """Version digests: the identity of an adapter by its content."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from adapters.peft.files import TOKENIZER_FILES
-from adapters.peft.safetensors_header import TensorInfo
+from adapters.errors import AdapterInvalid
+from adapters.peft.config_reader import MAX_CONFIG_BYTES, canonical, read_json
+from adapters.peft.files import CONFIG_FILE, TOKENIZER_FILES, WEIGHTS_FILE
+from adapters.peft.safetensors_header import INDEX_BYTES, ITEM_BYTES, TensorInfo, read_header
 from adapters.peft.tensor_bytes import Magnitude, is_float, read_chunks
 
 
@@ -17,6 +19,25 @@ class Scan:
 
     digest: str
     magnitudes: dict[str, float]
+
+
+def _unpaced(_: int) -> None:
+    pass
+
+
+def digest_of(folder: Path, pace: Callable[[int], None] = _unpaced) -> str:
+    """Return the version digest of the adapter in `folder`, independent of the base model. `pace` is called with
+    the size in bytes of each piece of the weights that was read; it may wait or raise.
+
+    Raises `AdapterInvalid` for files that are not an adapter, and `OSError` where one cannot be read.
+    """
+    with (folder / CONFIG_FILE).open("rb") as file:
+        config, problems = read_json(file.read(MAX_CONFIG_BYTES + 1))
+    if config is None:
+        raise AdapterInvalid(problems)
+    weights = folder / WEIGHTS_FILE
+    tensors = read_header(weights, {**ITEM_BYTES, **INDEX_BYTES}, allow_empty=True)
+    return _scan(canonical(config), tensors, weights, {}, pace)
 
 
 def version_digest(canonical: str, tensors: Mapping[str, TensorInfo], path: Path) -> str:
@@ -36,7 +57,13 @@ def scan(canonical: str, tensors: Mapping[str, TensorInfo], path: Path) -> Scan:
     return Scan(digest, {name: magnitude.value for name, magnitude in magnitudes.items()})
 
 
-def _scan(canonical: str, tensors: Mapping[str, TensorInfo], path: Path, magnitudes: Mapping[str, Magnitude]) -> str:
+def _scan(
+    canonical: str,
+    tensors: Mapping[str, TensorInfo],
+    path: Path,
+    magnitudes: Mapping[str, Magnitude],
+    pace: Callable[[int], None] = _unpaced,
+) -> str:
     digest = hashlib.sha256(_field(b"config", canonical.encode()))
     with path.open("rb") as file:
         for name, info in sorted(tensors.items()):
@@ -45,11 +72,13 @@ def _scan(canonical: str, tensors: Mapping[str, TensorInfo], path: Path, magnitu
             digest.update(b"".join(fields) + b"data:%d:" % (info.end - info.start))
             magnitude = magnitudes.get(name)
             for chunk in read_chunks(file, info):
+                pace(len(chunk))
                 digest.update(chunk)
                 if magnitude is not None:
                     magnitude.see(chunk)
     for beside in (path.parent / name for name in sorted(TOKENIZER_FILES)):
         if beside.is_file():
+            pace(beside.stat().st_size)
             digest.update(_field(b"file", beside.name.encode()) + _field(b"data", beside.read_bytes()))
     return digest.hexdigest()
 

@@ -4,6 +4,7 @@ An invalid row damages only the adapter that it belongs to; a file that is not a
 """
 
 import json
+import logging
 import sqlite3
 import sys
 import time
@@ -14,83 +15,75 @@ from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 
-from adapters.errors import AdapterError, NoSpace
+from adapters.errors import NoSpace
 from adapters.records import AdapterRecord, AdapterVersion, Entry, HistoryEntry, PendingAdapter
-from adapters.registry import aliases
+from adapters.registry.migrations import check_readable, migrate, schema_of
 from adapters.registry.store import AdapterStore
 
 DATABASE = "registry.sqlite3"
-_SCHEMA_VERSION = 1
-_SCHEMA = f"""
-CREATE TABLE IF NOT EXISTS versions (
-    digest TEXT PRIMARY KEY,
-    rank INTEGER NOT NULL,
-    target_modules TEXT NOT NULL,  -- JSON list
-    nbytes INTEGER NOT NULL,
-    created INTEGER NOT NULL,
-    report TEXT NOT NULL           -- JSON object
-) STRICT;
-CREATE TABLE IF NOT EXISTS names (
-    name TEXT PRIMARY KEY,
-    pinned INTEGER NOT NULL,
-    created INTEGER NOT NULL
-) STRICT;
-CREATE TABLE IF NOT EXISTS history (  -- versions that each name has pointed to; the highest id is the latest
-    id INTEGER PRIMARY KEY AUTOINCREMENT,
-    name TEXT NOT NULL,
-    digest TEXT NOT NULL,
-    source TEXT NOT NULL,
-    created INTEGER NOT NULL,
-    current INTEGER NOT NULL,         -- 1 in exactly one row per name
-    UNIQUE (name, digest)
-) STRICT;
-CREATE INDEX IF NOT EXISTS history_digest ON history (digest);
-CREATE TABLE IF NOT EXISTS pending (  -- adapters that are requested and not fetched yet, or failed to be
-    name TEXT PRIMARY KEY,
-    source TEXT NOT NULL,
-    replacing INTEGER NOT NULL,
-    pinned INTEGER NOT NULL,
-    created INTEGER NOT NULL,
-    error TEXT
-) STRICT;
-PRAGMA user_version = {_SCHEMA_VERSION};
-"""
+_DAMAGED = ".damaged-"
+
+log = logging.getLogger(__name__)
+
 _ROWS = """
 SELECT names.name, names.pinned, names.created AS named, history.digest, history.source,
        history.created AS published, history.current, versions.rank, versions.target_modules, versions.nbytes,
-       versions.created, versions.report
+       versions.created, versions.report, checks.damage
 FROM names LEFT JOIN history ON history.name = names.name LEFT JOIN versions ON versions.digest = history.digest
+     LEFT JOIN checks ON checks.digest = history.digest
 {where} ORDER BY names.name, history.id DESC
 """
 
 
 def connect(data_dir: Path, store: AdapterStore) -> sqlite3.Connection:
-    """Open or create the registry's database; a file that is not a sound database is renamed to `….damaged-<time>`.
+    """Open or create the registry's database; a file that is not a sound database is renamed to `….damaged-<time>`, and
+    a lost one leaves an empty file of that name.
 
     Raises `AdapterError` when a newer server wrote it.
     """
     path = data_dir / DATABASE
-    if path.exists() and path.stat().st_size == 0 and store.digests():
-        _set_aside(data_dir)  # SQLite would treat a truncated, empty file as a new database
+    is_lost = not path.exists() or path.stat().st_size == 0
+    if is_lost and not was_set_aside(data_dir) and store.digests():
+        path.touch()  # SQLite would treat an absent or empty file as a new database
+        _set_aside(data_dir, "it is empty or absent, and the store has adapters")
     try:
         return _open(path)
     except sqlite3.DatabaseError as error:
         if _code(error) not in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
             raise
-    _set_aside(data_dir)
+        reason = str(error)
+    _set_aside(data_dir, reason)
     return _open(path)
 
 
-def _set_aside(data_dir: Path) -> None:
-    suffix = f".damaged-{time.time_ns()}"
+def _set_aside(data_dir: Path, reason: str) -> None:
+    suffix = f"{_DAMAGED}{time.time_ns()}"
     for name in (DATABASE, f"{DATABASE}-wal", f"{DATABASE}-shm"):
         with suppress(FileNotFoundError):
             (data_dir / name).rename(data_dir / (name + suffix))
+    log.error(
+        "the registry is damaged (%s) and was put aside as %s; the server starts without the adapters that it listed. "
+        "Their files stay in the store: stop the server and run `loraplex registry rebuild`",
+        reason,
+        DATABASE + suffix,
+    )
+
+
+def set_aside_files(data_dir: Path) -> list[Path]:
+    """Return the damaged databases beside the live one, oldest first; each may be the only record of some stored
+    adapters."""
+    return sorted(data_dir.glob(f"{DATABASE}{_DAMAGED}*"))
 
 
 def was_set_aside(data_dir: Path) -> bool:
-    """Return True if a damaged database lies beside the live one; it may be the only record of some stored adapters."""
-    return any(data_dir.glob(f"{DATABASE}.damaged-*"))
+    """Return True if a damaged database lies beside the live one."""
+    return bool(set_aside_files(data_dir))
+
+
+def mark_rebuilt(data_dir: Path) -> None:
+    """Rename the damaged databases: the live one has every stored adapter again."""
+    for path in data_dir.glob(f"{DATABASE}*{_DAMAGED}*"):
+        path.rename(path.with_name(path.name.replace(_DAMAGED, ".rebuilt-")))
 
 
 def _open(path: Path) -> sqlite3.Connection:
@@ -98,12 +91,11 @@ def _open(path: Path) -> sqlite3.Connection:
     try:
         db.row_factory = sqlite3.Row
         db.text_factory = _decode
+        check_readable(schema_of(db), path)  # a newer server's database is not written to
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = FULL")
-        if db.execute("PRAGMA user_version").fetchone()[0] > _SCHEMA_VERSION:
-            raise AdapterError("The registry was written by a newer version of this server.")
         _check_sound(db)
-        db.executescript(_SCHEMA + aliases.SCHEMA)
+        migrate(db, path)
     except BaseException:
         db.close()
         raise
@@ -183,6 +175,33 @@ def read_entries(db: sqlite3.Connection, store: AdapterStore, name: str | None =
         return {key: _entry(list(rows), store) for key, rows in groupby(cursor, key=itemgetter("name"))}
 
 
+def names_with(db: sqlite3.Connection, digest: str) -> list[str]:
+    """Return the names whose history has the version."""
+    return [row["name"] for row in db.execute("SELECT name FROM history WHERE digest = ? ORDER BY name", (digest,))]
+
+
+def write_check(db: sqlite3.Connection, digest: str, checked: int, damage: str | None) -> None:
+    """Record the result of a comparison of the stored files with their digest. Call in a transaction."""
+    db.execute("INSERT OR REPLACE INTO checks VALUES (?, ?, ?)", (digest, checked, damage))
+
+
+def read_damage(db: sqlite3.Connection, digest: str) -> str | None:
+    """Return what the last check found wrong with the stored files, or None."""
+    row = db.execute("SELECT damage FROM checks WHERE digest = ?", (digest,)).fetchone()
+    return None if row is None else row["damage"]
+
+
+def read_checks(db: sqlite3.Connection, before: int) -> list[str]:
+    """Return the versions in a name's history that were not checked since `before`, in Unix seconds, oldest check
+    first."""
+    query = """
+        SELECT history.digest FROM history LEFT JOIN checks ON checks.digest = history.digest
+        WHERE COALESCE(checks.checked, 0) < ? GROUP BY history.digest
+        ORDER BY COALESCE(checks.checked, 0), history.digest
+    """
+    return [row["digest"] for row in db.execute(query, (before,))]
+
+
 def read_pending(db: sqlite3.Connection) -> dict[str, PendingAdapter]:
     """Read all pending adapters by name, oldest first."""
     rows = db.execute("SELECT name, source, replacing, pinned, created, error FROM pending ORDER BY created, name")
@@ -228,6 +247,8 @@ def _stored_version(row: sqlite3.Row, store: AdapterStore) -> AdapterVersion:
         raise _Damaged("its row in the registry cannot be read") from None
     if not stored:
         raise _Damaged("its files are missing from the store")
+    if row["damage"] is not None:
+        raise _Damaged(row["damage"])
     return AdapterVersion(row["digest"], row["rank"], targets, row["nbytes"], row["created"], report)
 
 

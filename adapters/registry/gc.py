@@ -4,9 +4,12 @@ import sqlite3
 from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
+from typing import Literal
 
 from adapters.registry.db import transaction
 from adapters.registry.store import AdapterStore
+
+Stored = Literal["new", "healed", "same"]  # whether a version was stored just now, replaced damaged files, or was there
 
 
 class GarbageCollector:
@@ -28,13 +31,15 @@ class GarbageCollector:
         named = {row["digest"] for row in db.execute("SELECT digest FROM history")}
         self._candidates = (rows if keep_orphans else rows.union(store.digests())) - named
 
-    def commit(self, folder: Path, digest: str) -> bool:
-        """Store the staged `folder` as a candidate; returns False if it is stored already. Raises `NoSpace`."""
-        is_new = digest not in self._store
-        if is_new:
-            self._candidates.add(digest)
+    def commit(self, folder: Path, digest: str) -> Stored:
+        """Store the staged `folder` as a candidate; damaged files of the same digest are replaced. Raises `NoSpace`."""
+        if self._held[digest] > 0 and digest in self._store:
+            return "same"  # compared or written by `hold`
+        if digest in self._store:
+            return "healed" if self._store.heal(folder, digest) else "same"
+        self._candidates.add(digest)
         self._store.commit(folder, digest)
-        return is_new
+        return "new"
 
     def hold(self, digest: str) -> None:
         """Protect `digest` from collection until `release`."""
@@ -56,7 +61,8 @@ class GarbageCollector:
         garbage = sorted(self._candidates.difference(in_use, self._held))
         if garbage:
             with transaction(self._db):
-                self._db.executemany("DELETE FROM versions WHERE digest = ?", [(digest,) for digest in garbage])
+                for table in ("versions", "checks"):
+                    self._db.executemany(f"DELETE FROM {table} WHERE digest = ?", [(digest,) for digest in garbage])
         for digest in garbage:
             self._store.delete(digest)
         self._candidates.difference_update(garbage)

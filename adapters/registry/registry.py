@@ -1,6 +1,7 @@
 """Registry of adapters: names that point to immutable versions, durable in SQLite, looked up without a lock."""
 
 import json
+import logging
 import os
 import threading
 import time
@@ -14,14 +15,39 @@ from adapters.errors import AdapterConflict, AdapterNotFound
 from adapters.names import check_name
 from adapters.records import AdapterRecord, AdapterVersion, Entry, HistoryEntry, Inspected, PendingAdapter
 from adapters.registry.aliases import Alias, delete_alias, read_aliases, write_alias
-from adapters.registry.db import connect, point, read_entries, read_pending, transaction, update_report, was_set_aside
+from adapters.registry.db import (
+    connect,
+    mark_rebuilt,
+    names_with,
+    point,
+    read_checks,
+    read_damage,
+    read_entries,
+    read_pending,
+    set_aside_files,
+    transaction,
+    update_report,
+    write_check,
+)
 from adapters.registry.folder_lock import RegistryLocked, lock
-from adapters.registry.gc import GarbageCollector
+from adapters.registry.gc import GarbageCollector, Stored
 from adapters.registry.index import RegistryIndex
+from adapters.registry.journal import Journal, Line, alias_line, name_line, no_alias_line
 from adapters.registry.packed_files import PACKED_FOLDER, remove_packed
-from adapters.registry.store import AdapterStore
+from adapters.registry.rebuild import Restored, restore
+from adapters.registry.store import AdapterStore, Signature
 
-__all__ = ["AdapterRecord", "AdapterRegistry", "AdapterVersion", "HistoryEntry", "RegistryLocked", "check_name"]
+__all__ = [
+    "AdapterRecord",
+    "AdapterRegistry",
+    "AdapterVersion",
+    "HistoryEntry",
+    "RegistryLocked",
+    "Restored",
+    "check_name",
+]
+
+log = logging.getLogger(__name__)
 
 RETAINED_VERSIONS = 5
 
@@ -32,13 +58,15 @@ class AdapterRegistry:
     Methods may be called from any thread. Readers see the state of the last finished write and never wait. The cost of
     a change does not depend on the number of adapters. `damaged` has by name the reason why an adapter is not served,
     `pending` has by name the adapters still to be fetched or that failed to be, and `aliases` distribute requests over
-    several adapters; writers replace `pending` and `aliases` as a whole.
+    several adapters; writers replace `pending` and `aliases` as a whole. `set_aside` has the damaged databases that
+    were put aside and that `rebuild` has not dealt with.
     """
 
     store: AdapterStore
     damaged: dict[str, str]
     pending: dict[str, PendingAdapter]
     aliases: dict[str, Alias]
+    set_aside: list[Path]
 
     def __init__(self, data_dir: Path, reserved: Collection[str] = ()):
         """Open `data_dir`, creating it if needed; `reserved` names cannot be taken by adapters.
@@ -47,6 +75,7 @@ class AdapterRegistry:
         """
         data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._reserved = frozenset(reserved)
+        self._data_dir = data_dir
         self._writing = threading.Lock()
         self._packed = data_dir / PACKED_FOLDER
         with ExitStack() as undo:  # releases the lock and the database when a later step fails
@@ -54,13 +83,16 @@ class AdapterRegistry:
             self.store = AdapterStore(data_dir / "store")
             self.store.sweep()
             self._db = undo.enter_context(closing(connect(data_dir, self.store)))
-            self._collector = GarbageCollector(self._db, self.store, keep_orphans=was_set_aside(data_dir))
+            self.set_aside = set_aside_files(data_dir)
+            self._collector = GarbageCollector(self._db, self.store, keep_orphans=bool(self.set_aside))
             self.collect_garbage()
             entries = read_entries(self._db, self.store)
             self._index = RegistryIndex(entries)
             self.damaged = {name: entry.damage for name, entry in entries.items() if entry.damage}
             self.aliases = read_aliases(self._db)
             self.pending = read_pending(self._db)
+            self._journal = Journal(data_dir)
+            self._write_journal()
             self._held = undo.pop_all()
 
     def close(self) -> None:
@@ -138,7 +170,7 @@ class AdapterRegistry:
             same = known is not None and known.record.version.digest == inspected.digest
             if known is not None and not same and not replace:
                 raise AdapterConflict(f"The adapter '{name}' exists; publish with replace to give it a new version.")
-            self._collector.commit(folder, inspected.digest)
+            stored = self._commit(folder, inspected.digest)
             with transaction(self._db):
                 if known is None or known.damage or not same:
                     point(self._db, name, _as_version(inspected), source, pinned, RETAINED_VERSIONS)
@@ -146,21 +178,48 @@ class AdapterRegistry:
                     update_report(self._db, inspected.digest, json.dumps(inspected.report))
                 self._db.execute("DELETE FROM pending WHERE name = ?", (name,))
             self._refresh(name)
+            self._note(name_line(self._db, name))
+            if stored != "same" or self._is_damaged(inspected.digest):  # the version's row is whole now as well
+                self._refresh_sharing(inspected.digest)
             self.pending = {key: value for key, value in self.pending.items() if key != name}
             return self._entry(name).record, not same
 
     def hold(self, digest: str, folder: Path) -> bool:
-        """Store the staged `folder` before any name points at it, and keep it until `release`. Returns False if the
-        version was stored already. Raises `NoSpace`."""
+        """Store the staged `folder` before any name points at it, and keep it until `release`. Damaged files of the
+        same version are replaced, for all names. Returns False if the stored files are not those of `folder`, but
+        earlier ones. Raises `NoSpace`."""
         with self._writing:
-            is_new = self._collector.commit(folder, digest)
+            stored = self._commit(folder, digest)
             self._collector.hold(digest)
-            return is_new
+            return stored != "same"
 
     def release(self, digest: str) -> None:
         """End a `hold`; the next `collect_garbage` deletes the files unless a name points at them by then."""
         with self._writing:
             self._collector.release(digest)
+
+    def unchecked(self, before: int) -> list[str]:
+        """Return the versions in use by a name whose stored files were not checked since `before`, in Unix seconds,
+        oldest check first."""
+        with self._writing:
+            return read_checks(self._db, before)
+
+    def note_check(self, digest: str, damage: str | None, signature: Signature) -> bool:
+        """Record that the stored files of a version were compared with its digest, and found damaged unless `damage` is
+        None. A damaged version is not served under any name until its files are replaced.
+
+        Returns False, and changes nothing, if the files were replaced or deleted meanwhile: `signature` is the store's
+        from before the comparison.
+        """
+        with self._writing:
+            names = names_with(self._db, digest)
+            if not names or self.store.signature(digest) != signature:
+                return False
+            with transaction(self._db):
+                write_check(self._db, digest, int(time.time()), damage)
+            for name in names:
+                self._refresh(name)
+            return True
 
     def rollback(self, name: str, version: str | None) -> AdapterRecord:
         """Point `name` at an earlier version: the one before the current version, or the one whose digest starts with
@@ -179,6 +238,7 @@ class AdapterRegistry:
                 values = (target.version.digest, name)
                 self._db.execute("UPDATE history SET current = (digest = ?) WHERE name = ?", values)
             self._refresh(name)
+            self._note(name_line(self._db, name))
             return self._entry(name).record
 
     def set_pinned(self, name: str, pinned: bool) -> AdapterRecord:
@@ -188,6 +248,7 @@ class AdapterRegistry:
             with transaction(self._db):
                 self._db.execute("UPDATE names SET pinned = ? WHERE name = ?", (pinned, name))
             self._refresh(name)
+            self._note(name_line(self._db, name))
             return self._entry(name).record
 
     def retire(self, name: str) -> AdapterRecord:
@@ -204,6 +265,7 @@ class AdapterRegistry:
                 self._db.execute("DELETE FROM names WHERE name = ?", (name,))
                 self._db.execute("DELETE FROM history WHERE name = ?", (name,))
             self._refresh(name)
+            self._note(name_line(self._db, name))
             return record
 
     def remember(self, pending: PendingAdapter) -> None:
@@ -243,6 +305,7 @@ class AdapterRegistry:
             with transaction(self._db):
                 write_alias(self._db, alias)
             self.aliases = {**self.aliases, name: alias}
+            self._note(alias_line(alias))
             return alias
 
     def unsplit(self, name: str) -> None:
@@ -253,6 +316,7 @@ class AdapterRegistry:
             with transaction(self._db):
                 delete_alias(self._db, name)
             self.aliases = {key: value for key, value in self.aliases.items() if key != name}
+            self._note(no_alias_line(name))
 
     def collect_garbage(self, in_use: Collection[str] = ()) -> list[str]:
         """Delete the stored versions that are in no name's history and not `in_use`; returns their digests. Raises
@@ -262,6 +326,49 @@ class AdapterRegistry:
             for digest in deleted:
                 remove_packed(self._packed, digest)
             return deleted
+
+    def _commit(self, folder: Path, digest: str) -> Stored:
+        """Store the staged `folder`, and end the damage of its version."""
+        stored = self._collector.commit(folder, digest)
+        if stored == "healed":
+            log.warning("the damaged stored files of version %s were replaced by those of an upload", digest[:12])
+        if stored != "same" or self._is_damaged(digest):
+            with transaction(self._db):
+                write_check(self._db, digest, int(time.time()), None)
+            self._refresh_sharing(digest)
+        return stored
+
+    def _is_damaged(self, digest: str) -> bool:
+        named = any(self._entry(name).record.version.digest == digest for name in self.damaged if name in self)
+        return named or read_damage(self._db, digest) is not None
+
+    def _refresh_sharing(self, digest: str) -> None:
+        for name in names_with(self._db, digest):
+            self._refresh(name)
+
+    def rebuild(self) -> list[Restored]:
+        """Add the names of the journal that the registry has lost; returns what became of each name and stored version.
+        The damaged databases are renamed once every stored version has a name again."""
+        with self._writing:
+            found = restore(self._db, self.store, self._journal.read(), self._reserved)
+            for name in (one.name for one in found if one.outcome in ("restored", "damaged")):
+                if name is not None:
+                    self._refresh(name)
+            self.aliases = read_aliases(self._db)
+            if not any(one.outcome == "unknown" for one in found):
+                mark_rebuilt(self._data_dir)
+                self.set_aside = []
+                self._write_journal()
+            return found
+
+    def _write_journal(self) -> None:
+        """Write the journal anew, unless it may have names that the database has lost."""
+        if not self.set_aside:
+            self._journal.write(self._db)
+
+    def _note(self, line: Line) -> None:
+        if self._journal.append(line):
+            self._write_journal()
 
     def _check_free(self, name: str) -> None:
         check_name(name)

@@ -2,10 +2,11 @@
 
 `<root>/<digest[:2]>/<digest>/` holds `adapter_config.json`, `adapter_model.safetensors` and those of `TOKENIZER_FILES`
 that the adapter includes, and nothing else. A folder appears there by one rename after its bytes are on disk, so at any
-moment a digest is absent or complete.
+moment a digest is absent or complete. Files that were damaged later are replaced one by one, each by one rename.
 """
 
 import errno
+import filecmp
 import os
 import re
 import shutil
@@ -15,8 +16,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from adapters.errors import NoSpace
+from adapters.errors import AdapterInvalid, NoSpace
+from adapters.peft.digest import digest_of
 from adapters.peft.files import FILES, TOKENIZER_FILES, WEIGHTS_FILE
+
+Signature = tuple[tuple[str, int, int, int], ...]  # per file: name, inode, size in bytes, modification time in ns
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -73,6 +77,50 @@ class AdapterStore:
             _fsync(self._root)
         return place
 
+    def heal(self, folder: Path, digest: str) -> bool:
+        """Replace the stored files of `digest` by those of the staged `folder`, which have this digest, if the stored
+        ones do not have it. Returns True if files were replaced.
+
+        The bytes are compared first, which costs less than a digest; files of other bytes may have the same digest,
+        because the order of tensors and the config's whitespace do not count. Raises `NoSpace`.
+        """
+        place = self.path(digest)
+        names = [name for name in (*FILES, *TOKENIZER_FILES) if (folder / name).is_file()]
+        if not set(FILES) <= set(names) or self._is_sound(place, folder, names, digest):
+            return False
+        with _no_space():
+            for name in names:
+                _fsync(folder / name)
+            with self._places:
+                place.mkdir(parents=True, exist_ok=True)
+                for name in names:
+                    os.replace(folder / name, place / name)
+                for path in place.iterdir():
+                    if path.name not in names:
+                        path.unlink()
+            _fsync(place)
+        return True
+
+    def _is_sound(self, place: Path, folder: Path, names: list[str], digest: str) -> bool:
+        try:
+            same = all(filecmp.cmp(folder / name, place / name, shallow=False) for name in names)
+            beside = any((place / name).exists() for name in TOKENIZER_FILES if name not in names)
+            return (same and not beside) or digest_of(place) == digest
+        except (AdapterInvalid, OSError):
+            return False
+        finally:
+            filecmp.clear_cache()  # it knows files by size and time, which damage does not change
+
+    def signature(self, digest: str) -> Signature:
+        """Return name, inode, size and modification time of the stored files of `digest`; it changes when `heal`
+        replaces them."""
+        place, found = self.path(digest), []
+        for name in (*FILES, *TOKENIZER_FILES):
+            with suppress(FileNotFoundError):
+                status = os.stat(place / name)
+                found.append((name, status.st_ino, status.st_size, status.st_mtime_ns))
+        return tuple(found)
+
     def path(self, digest: str) -> Path:
         """Return the folder of `digest`, stored or not. Raises `ValueError` for anything but 64 hex digits."""
         if not _DIGEST.fullmatch(digest):
@@ -94,7 +142,12 @@ class AdapterStore:
 
     def digests(self) -> list[str]:
         """Return every digest that has a folder, complete or not, sorted."""
-        return sorted(path.name for path in self._root.glob("??/*") if _DIGEST.fullmatch(path.name))
+        return self.digests_in(self._root)
+
+    @staticmethod
+    def digests_in(root: Path) -> list[str]:
+        """Return every digest that has a folder in the store `root`, which need not exist."""
+        return sorted(path.name for path in root.glob("??/*") if _DIGEST.fullmatch(path.name))
 
     def sweep(self) -> None:
         """Remove staging folders left by an earlier process. Call before the first `stage`."""

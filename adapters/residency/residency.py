@@ -206,7 +206,12 @@ class Residency(Generic[P]):
         attempt."""
         failed = self._failed.get(digest)
         if failed is not None and time.monotonic() - failed[1] > RETRY_SECONDS:
-            del self._failed[digest]
+            self.forget_failure(digest)
+
+    def forget_failure(self, digest: str) -> None:
+        """Allow another attempt to load the version at once: its stored files were published again."""
+        if self._failed.pop(digest, None) is not None:
+            self.changed = True
 
     def unload(self, digest: str) -> None:
         """Free device and host memory. Raises `MoveRefused` while the version is in use, loading or pinned."""
@@ -215,7 +220,7 @@ class Residency(Generic[P]):
             raise MoveRefused("busy", "the adapter is pinned; unpin it first")
         if (slot is not None and (slot.ref_count > 0 or not slot.ready)) or digest in self._reading:
             raise MoveRefused("busy", "the adapter is in use or being loaded")
-        self._failed.pop(digest, None)
+        self.forget_failure(digest)
         if slot is not None:
             self.slots.drop(digest)
             self._note(AdapterMove(digest, "device", "disk", "ok", 0.0))

@@ -8,8 +8,8 @@ from typing import Any
 
 from adapters.errors import AdapterInvalid, Problem
 from adapters.model_spec import ModelSpec
-from adapters.peft.config_reader import MAX_CONFIG_BYTES, canonical, read_json
-from adapters.peft.digest import Scan, scan, version_digest
+from adapters.peft.config_reader import MAX_CONFIG_BYTES, read_json
+from adapters.peft.digest import Scan, scan
 from adapters.peft.files import CONFIG_FILE, FILES, WEIGHTS_FILE
 from adapters.peft.lora_config import LoraSettings, parse_config
 from adapters.peft.lora_tensors import (
@@ -59,19 +59,6 @@ def _inspect_converted(adapter: Converted, folder: Path, spec: ModelSpec) -> Ins
 
 def _last_parts(modules: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted({module.rpartition(".")[2] for module in modules}))
-
-
-def digest_of(folder: Path) -> str:
-    """Return the version digest of the adapter in `folder`, independent of the base model.
-
-    Raises `AdapterInvalid` for files that are not an adapter, and `OSError` where one cannot be read.
-    """
-    with (folder / CONFIG_FILE).open("rb") as file:
-        config, problems = read_json(file.read(MAX_CONFIG_BYTES + 1))
-    if config is None:
-        raise AdapterInvalid(problems)
-    tensors = read_header(folder / WEIGHTS_FILE, {**ITEM_BYTES, **INDEX_BYTES}, allow_empty=True)
-    return version_digest(canonical(config), tensors, folder / WEIGHTS_FILE)
 
 
 def check_files(folder: Path) -> None:

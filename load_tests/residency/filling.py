@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
+from adapters.peft.digest import digest_of
 from adapters.peft.files import CONFIG_FILE, WEIGHTS_FILE
 from adapters.registry.db import connect, point, transaction
 from adapters.registry.registry import AdapterRegistry, AdapterVersion
 from adapters.registry.store import AdapterStore
-from adapters.validation.inspect import digest_of
 from load_tests.engine_bench import write_adapter
 from server.model.loading.default_model import prepare_default_model
 

@@ -27,6 +27,9 @@ from server.queue_limits import QueueLimits
 
 BASE_NAME = ""  # the base model in usage accounting; not a valid adapter name
 _RATE_SECONDS = 30.0  # time constant of the decay
+MAX_UPLOADS = 16  # uploads and registrations that clients wait for, at once; each has up to --max-upload-bytes on disk
+MAX_FETCHES = 4  # lazy registrations that are copied and examined at once; the others wait
+MAX_SELFTESTS = 2  # adapters that the engine holds in memory for their self-test at once; the others wait
 
 
 class Rate:
@@ -125,7 +128,10 @@ class AppContext:
     in_flight: InFlight = field(default_factory=InFlight)
     fetching: dict[str, "asyncio.Task[None]"] = field(default_factory=dict)  # tasks of the registry's pending adapters
     # Separate threads, so that slow remotes do not block uploads and tokenizers.
-    fetchers: Executor = field(default_factory=lambda: ThreadPoolExecutor(4, "fetch"))
+    fetchers: Executor = field(default_factory=lambda: ThreadPoolExecutor(MAX_FETCHES, "fetch"))
+    uploads: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_UPLOADS))
+    fetches: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_FETCHES))
+    selftests: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_SELFTESTS))
     sandbox: TemplateSandbox = field(default_factory=TemplateSandbox)
     tokenizers: AdapterTokenizers = field(init=False)
     rate_limits: RateLimits = field(init=False)
@@ -175,7 +181,9 @@ class AppContext:
 
     def watch(self) -> None:
         """Connect the metrics to the engine and the registry."""
-        self.metrics.watch(self.engine, self.registry.names_of, self.registry.digests)
+        registry = self.registry
+        self.metrics.watch(self.engine, registry.names_of, registry.digests)
+        self.metrics.watch_registry(lambda: len(registry.damaged), lambda: len(registry.set_aside))
 
     def tier_of(self, digest: str) -> Tier:
         residency = self.engine.residency

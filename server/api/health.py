@@ -63,6 +63,12 @@ class TierNumbers(Wire):
     failed: int
 
 
+class RegistryNumbers(Wire):
+    adapters: int
+    damaged: int
+    set_aside: int
+
+
 class AdapterNumbers(Wire):
     name: str
     tier: Tier
@@ -82,6 +88,7 @@ class Stats(Wire):
     kv_cache: CacheNumbers
     slots: SlotNumbers
     tiers: TierNumbers
+    registry: RegistryNumbers
     adapters: list[AdapterNumbers]
 
 
@@ -126,7 +133,7 @@ async def version(context: Context) -> VersionInfo:
 
 @router.get("/v1/stats", responses=error_responses(401, 403))
 async def stats(context: Context) -> Stats:
-    """Return statistics of the engine, queue, KV cache, adapter slots and adapters."""
+    """Return statistics of the engine, queue, KV cache, adapter slots, registry and adapters."""
     now, residency = context.engine.stats, context.engine.residency
     return Stats(
         base_model=context.base_model,
@@ -153,6 +160,11 @@ async def stats(context: Context) -> Stats:
             host=len(residency.host),
             loading=len(residency.loading),
             failed=len(residency.failed),
+        ),
+        registry=RegistryNumbers(
+            adapters=len(context.registry),
+            damaged=len(context.registry.damaged),
+            set_aside=len(context.registry.set_aside),
         ),
         adapters=[_adapter_numbers(context, name) for name in sorted(context.in_flight.uses)],
     )

@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import math
 import platform
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -19,9 +20,14 @@ GIB = 1 << 30
 
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables")] = False,
+    data_dir: Annotated[Path | None, typer.Option(help="Also show the condition of this data folder")] = None,
 ) -> None:
     """Show the native code, processors, memory and packages that the server would use on this machine."""
     found = {"native code": _native_code(), "machine": _machine(), "packages": _packages()}
+    if data_dir is not None:
+        from adapters.registry.condition import condition  # imported here because every command imports this module
+
+        found["data folder"] = condition(data_dir)
     if as_json:
         typer.echo(json.dumps(found, indent=2))
         return

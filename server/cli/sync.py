@@ -122,7 +122,7 @@ def _dry_run(entry: Entry, beside: Path) -> None:
 
 
 def _digest(folder: Path) -> str:
-    from adapters.validation.inspect import digest_of
+    from adapters.peft.digest import digest_of
 
     try:
         return digest_of(folder)

@@ -58,7 +58,7 @@ class SelfTests:
         return {test.request.digest for test in self._pending}
 
     def add(self, request: RunSelfTest) -> None:
-        self._residency.expect(request.digest)
+        self._residency.forget_failure(request.digest)
         self._reader.share(request.digest, verify=request.verify)
         self._pending.append(_Pending(request, self._threads.submit(self._reference, request.digest)))
 

@@ -13,6 +13,7 @@ from adapters.records import PendingAdapter
 from adapters.sources import check_source, copy_from
 from server.api.adapters.publishing import Publication, Published, publish_from
 from server.api.adapters.schemas import RegisterRequest
+from server.api.adapters.threads import finish_in_thread
 from server.api.context import AppContext
 from server.ipc.client import AdapterMoveRefused, EngineUnavailable
 
@@ -72,7 +73,8 @@ async def _fetch(context: AppContext, pending: PendingAdapter) -> None:
     try:
         while True:
             try:
-                await register(context, body)
+                async with context.fetches:
+                    await register(context, body)
                 return
             except EngineUnavailable:  # not a failure of the adapter
                 await asyncio.sleep(_ENGINE_POLL_SECONDS)
@@ -93,13 +95,16 @@ async def _note_failure(context: AppContext, pending: PendingAdapter, reason: st
     log.warning("adapter %s could not be fetched: %s", pending.name, reason)
     async with context.lock(pending.name):
         if context.registry.pending.get(pending.name) == pending:
-            await asyncio.to_thread(context.registry.remember, replace(pending, error=reason))
+            await finish_in_thread(partial(context.registry.remember, replace(pending, error=reason)))
 
 
 async def forget(context: AppContext, name: str) -> None:
-    """Stop fetching `name` and remove it from the pending adapters."""
+    """Stop fetching `name` and remove it from the pending adapters. A publication that has begun is complete when this
+    returns; none begins afterwards."""
     task = context.fetching.get(name)
     if task is not None:
         task.cancel()
         await asyncio.wait([task])
-    await asyncio.to_thread(context.registry.forget, name)
+    async with context.lock(name):
+        if name not in context.fetching:  # else it was registered again meanwhile
+            await asyncio.to_thread(context.registry.forget, name)

@@ -1,26 +1,31 @@
 """Publication and deletion of adapters: stage, fill, examine, self-test, publish; retire, drain, free."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, nullcontext, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from adapters.errors import AdapterInvalid, AdapterNotFound, Problem
 from adapters.model_spec import ModelSpec
 from adapters.names import check_name
+from adapters.peft.config_reader import MAX_CONFIG_BYTES, read_json
+from adapters.peft.files import CONFIG_FILE
 from adapters.peft.tokenizer_files import CONFIG, TEMPLATE, read_tokenizer_files
 from adapters.records import Inspected
 from adapters.registry.registry import AdapterRecord
 from adapters.validation.inspect import inspect
 from server.api.adapters.schemas import DeletedBody
 from server.api.adapters.selftest import earlier_result, self_tested
+from server.api.adapters.threads import finish_in_thread
 from server.api.context import AppContext
-from server.api.errors import ApiError, model_not_found
+from server.api.errors import ApiError, model_not_found, unavailable
 from server.api.middleware.auth import Key
 from server.api.text.template_sandbox import TemplateFailed
 from server.ipc.client import AdapterMoveRefused, EngineUnavailable
 
+_MAX_NAMED = 200  # characters of a base model's name in the report
 UPLOAD = "upload"  # the source of adapters that a client sent
 
 
@@ -42,6 +47,16 @@ def check_writable(key: Key, name: str) -> None:
     check_name(name)
     if not key.sees(name):
         raise ApiError(403, "This API key may not publish under this name.", code="insufficient_scope")
+
+
+@asynccontextmanager
+async def place_for_client(context: AppContext) -> AsyncIterator[None]:
+    """Hold a place for an upload or registration that a client waits for. Raises 503 when all places are taken: what is
+    staged and tested at once is bounded."""
+    if context.uploads.locked():
+        raise unavailable("Too many adapters are being uploaded or registered; try again later.", "uploads_busy")
+    async with context.uploads:
+        yield
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +108,16 @@ async def publish_from(
         async with _tested(context, decided, inspected, folder):
             if decided.dry_run:
                 return Published(publication.name, inspected)
-            return await _publish(context, decided, inspected, folder)
+            published = await _publish(context, decided, inspected, folder)
+        await _forget_failure(context, inspected.digest)
+        return published
+
+
+async def _forget_failure(context: AppContext, digest: str) -> None:
+    """Have the engine forget that it could not load the version: its stored files were compared with good ones."""
+    if digest in context.engine.residency.failed:
+        with suppress(AdapterMoveRefused, EngineUnavailable):
+            await context.engine.move_adapter(digest, "disk")
 
 
 async def _examined(context: AppContext, publication: Publication, folder: Path, spec: ModelSpec) -> Inspected:
@@ -128,7 +152,26 @@ async def examine(context: AppContext, folder: Path, spec: ModelSpec) -> Inspect
         raise AdapterInvalid([*error.problems, *problems]) from None
     if problems:
         raise AdapterInvalid(problems)
+    other = await asyncio.to_thread(_other_base, context, folder)
+    if other is not None:
+        inspected.report["trained_on"] = {"base_model_name_or_path": other, "served": context.base_model}
     return inspected
+
+
+def _other_base(context: AppContext, folder: Path) -> str | None:
+    """Return the base model that the adapter's config names, unless its last part is a name of the served model. This
+    is no reason for a refusal: the same model has many names."""
+    with (folder / CONFIG_FILE).open("rb") as file:
+        config, _ = read_json(file.read(MAX_CONFIG_BYTES + 1))
+    named = (config or {}).get("base_model_name_or_path")
+    if not isinstance(named, str) or not named:
+        return None
+    served = {_last_part(name) for name in (context.base_model, context.config.model)}
+    return None if _last_part(named) in served else named[:_MAX_NAMED]
+
+
+def _last_part(name: str) -> str:
+    return name.rstrip("/\\").replace("\\", "/").rpartition("/")[2].lower()
 
 
 async def _template_problems(context: AppContext, folder: Path) -> list[Problem]:
@@ -150,9 +193,10 @@ async def _publish(context: AppContext, publication: Publication, inspected: Ins
     name, registry = publication.name, context.registry
     async with context.lock(name):
         old = _current(context, name)
-        record, created = await asyncio.to_thread(
+        write = partial(
             registry.publish, name, inspected, folder, source=publication.source, replace=publication.replace
         )
+        record, created = await finish_in_thread(write)
         await follow(context, old, record)
         if publication.pinned and not record.pinned:
             record = await pin(context, record)

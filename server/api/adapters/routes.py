@@ -100,14 +100,16 @@ async def _create_from_upload(request: Request, context: AppContext, key: Key, d
         publishing.check_writable(key, form.name)
         return Publication(form.name, UPLOAD, replace=form.replace, pinned=form.pinned, dry_run=dry_run)
 
-    return _created(context, await publish_from(context, fill))
+    async with publishing.place_for_client(context):
+        return _created(context, await publish_from(context, fill))
 
 
 async def _create_from_source(context: AppContext, key: Key, body: RegisterRequest, dry_run: bool) -> JSONResponse:
     publishing.check_writable(key, body.name)
     if body.lazy and not dry_run:
         return _json(pending_body(context, await fetching.register_lazily(context, body)), 202)
-    return _created(context, await fetching.register(context, body, dry_run=dry_run))
+    async with publishing.place_for_client(context):
+        return _created(context, await fetching.register(context, body, dry_run=dry_run))
 
 
 def _created(context: AppContext, published: Published) -> JSONResponse:

@@ -8,6 +8,7 @@ from typing import Any
 
 from adapters.errors import AdapterInvalid, Problem
 from adapters.records import Inspected
+from server.api.adapters.threads import finish_in_thread
 from server.api.context import AppContext
 from server.ipc.client import AdapterMoveRefused
 from server.ipc.messages import SelfTest
@@ -31,13 +32,22 @@ async def self_tested(context: AppContext, inspected: Inspected, folder: Path) -
     `AdapterMoveRefused` if the test itself failed.
     """
     registry, digest = context.registry, inspected.digest
-    is_new = await asyncio.to_thread(registry.hold, digest, folder)
+    held = False
+
+    def hold() -> bool:
+        nonlocal held
+        is_new = registry.hold(digest, folder)
+        held = True
+        return is_new
+
     try:
+        is_new = await finish_in_thread(hold)
         # Bytes that were stored earlier are not those that were hashed a moment ago.
         inspected.report["selftest"] = await _selftest(context, digest, verify=not is_new)
         yield
     finally:
-        await asyncio.to_thread(registry.release, digest)
+        if held:
+            await asyncio.to_thread(registry.release, digest)
         if not registry.names_of(digest):
             context.engine.retire_adapter(digest)
             await asyncio.to_thread(registry.collect_garbage, context.in_flight.digests())
@@ -46,7 +56,8 @@ async def self_tested(context: AppContext, inspected: Inspected, folder: Path) -
 async def _selftest(context: AppContext, digest: str, *, verify: bool) -> dict[str, float | str]:
     """Return the self-test's entry in the report. A full device skips the test and is not an error."""
     try:
-        result = await context.engine.run_selftest(digest, verify=verify)
+        async with context.selftests:
+            result = await context.engine.run_selftest(digest, verify=verify)
     except AdapterMoveRefused as refused:
         if refused.code == "no_room":
             return {"skipped": str(refused)}

@@ -31,7 +31,8 @@ async def load_lora_adapter(body: VllmLoadRequest, context: Context, key: Caller
     source = body.lora_path if "://" in body.lora_path else f"file://{quote(body.lora_path)}"
     try:
         request = RegisterRequest(name=body.lora_name, source=source, replace=body.load_inplace, lazy=False)
-        published = await fetching.register(context, request)
+        async with publishing.place_for_client(context):
+            published = await fetching.register(context, request)
     except (AdapterConflict, AdapterInvalid, SourceNotAllowed) as error:
         raise bad_request(str(error), code=error.code) from None
     except ValidationError as error:  # the path as a URL may exceed the maximum length of a source

@@ -12,7 +12,7 @@ from server.api.context import AdapterUse, AppContext
 from server.api.errors import ApiError, engine_unavailable, server_error, unavailable
 from server.api.inference.choices import Choice, Delta, EngineFailure
 from server.api.inference.plan import GenerationPlan
-from server.api.inference.targets import room_error
+from server.api.inference.targets import adapter_failed, room_error
 from server.api.middleware.rate_limits import Lease
 from server.api.middleware.request_scope import unless_disconnected
 from server.api.schemas import PromptTokensDetails, UsageBody
@@ -127,9 +127,7 @@ class Generation:
 
     def _api_error(self, failure: EngineFailure) -> ApiError:
         if failure.reason == "abort":
-            return unavailable(
-                "The request was aborted because its adapter was deleted or the server is shutting down.", "aborted"
-            )
+            return self._abort_error()
         if failure.reason == "timeout":
             return ApiError(504, failure.message or "The request took too long.", code="deadline_exceeded")
         if self._context.engine.state is not EngineState.READY:
@@ -137,7 +135,23 @@ class Generation:
         no_room = room_error(self._context, self.plan.target.pages)  # adapters may have been pinned meanwhile
         if no_room is not None:
             return no_room
+        failed = self._context.engine.residency.failed
+        for name, digest in self.plan.target.versions:
+            if digest in failed:
+                return adapter_failed(name, failed[digest])
         return ApiError(500, failure.message, code="engine_error") if failure.message else server_error()
+
+    def _abort_error(self) -> ApiError:
+        """Return a 404 if an adapter of the request was deleted, which a retry would meet again."""
+        for name in self.plan.target.adapter_names:
+            if name not in self._context.registry:
+                return ApiError(
+                    404,
+                    f"The model '{self.plan.target.requested_model}' was deleted while the request ran.",
+                    code="model_not_found",
+                    param="model",
+                )
+        return unavailable("The request was aborted because the server is shutting down.", "aborted")
 
     def close(self) -> None:
         """Abort running sequences and release everything. May be called twice."""

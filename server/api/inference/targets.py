@@ -163,10 +163,19 @@ def _serving_record(context: AppContext, key: Key, name: str, user: str | None) 
     try:
         record = context.registry.resolve(alias.pick(user))
     except AdapterNotFound:  # the member is damaged
-        raise model_not_found(name) from None
+        if not key.sees(name):
+            raise model_not_found(name) from None
+        raise adapter_failed(name, "an adapter that the alias chose is damaged") from None
     if not key.sees(name):
         raise model_not_found(name)
     return record
+
+
+def adapter_failed(name: str, reason: str) -> ApiError:
+    """Return the 503 for an adapter that exists and cannot be served."""
+    return unavailable(
+        f"The adapter '{name}' cannot be served; its state is 'failed': {reason.removesuffix('.')}.", "adapter_failed"
+    )
 
 
 def resolve_record(context: AppContext, key: Key, model: str) -> AdapterRecord:
@@ -178,6 +187,9 @@ def resolve_record(context: AppContext, key: Key, model: str) -> AdapterRecord:
         pending = context.registry.pending.get(model)
         if pending is not None and pending.error is None and key.sees(model):
             raise unavailable("The adapter is being fetched; try again later.", "adapter_loading") from None
+        damage = context.registry.damaged.get(model)
+        if damage is not None and key.sees(model):
+            raise adapter_failed(model, damage) from None
         raise model_not_found(model) from None
     if not key.sees(record.name):
         raise model_not_found(model)
