@@ -40,7 +40,10 @@ def _checked(path: Path, roots: Sequence[Path], source: str) -> Path:
     """Return `path` with all links resolved. Raises `SourceNotAllowed` when the result is below none of `roots`."""
     resolved = _resolve(path, source)
     if not any(resolved.is_relative_to(root) for root in roots):
-        raise SourceNotAllowed(f"The source {source[:200]!r} is not one that this server may read.")
+        raise SourceNotAllowed(
+            f"The source {source[:200]!r} is not one that this server may read: a folder, and what its symbolic links "
+            "point to, must lie below an --allow-source."
+        )
     return resolved
 
 
