@@ -12,8 +12,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
+from torch import Tensor, nn
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+)
 
 from adapters.errors import AdapterInvalid, Problem
 from adapters.load import load
@@ -449,6 +458,79 @@ def test_refuses_declared_targets_without_tensors(folder: Path, spec: ModelSpec)
     problems = refused(folder, spec)
     assert [problem.code for problem in problems] == ["no_target"] * 2
     assert ["gate_proj" in problems[0].found, "k_proj" in problems[1].found] == [True, True]
+
+
+SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+FUSED = {
+    "Phi-3": (Phi3ForCausalLM, Phi3Config, {"pad_token_id": 0}, SEVEN),
+    "Mixtral": (MixtralForCausalLM, MixtralConfig, {"num_local_experts": 2}, SEVEN),
+    "Llama": (LlamaForCausalLM, LlamaConfig, {}, [*SEVEN, "qkv_proj", "Wqkv"]),
+}
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_targets_that_the_base_lacks_are_reported(name: str, tmp_path: Path) -> None:
+    """PEFT writes them all into the config and adapts those that match."""
+    kind, config, changes, targets = FUSED[name]
+    sizes = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 2}
+    fused = kind(config(**sizes, num_attention_heads=4, num_key_value_heads=2, **changes))
+    folder = write_adapter(fused, tmp_path, target_modules=targets)
+    inspected = inspect(folder, spec_of(fused))
+    present = {name.rpartition(".")[2] for name, module in fused.named_modules() if isinstance(module, nn.Linear)}
+    reference = [m for m in with_peft(fused, folder).modules() if hasattr(m, "lora_A")]
+    assert inspected.report["applied"]["modules"] == len(reference)
+    (note,) = inspected.report["notes"]
+    words = note.replace(",", " ").replace(";", " ").split()
+    assert all((target in words) == (target not in present) for target in targets)
+    assert load(folder, spec_of(fused), inspected.digest)
+
+
+def test_a_base_without_any_target_is_refused(plain: Path, folder: Path, spec: ModelSpec) -> None:
+    change_config(folder, target_modules=["Wqkv", "q_proj"])
+    assert {problem.code for problem in refused(folder, spec)} == {"no_target"}  # v_proj is beyond the targets
+    change_config(folder, target_modules=["Wqkv"])
+    assert {problem.code for problem in refused(folder, spec)} == {"no_target"}
+
+
+LOST: dict[str, tuple[dict[str, Any], str, int]] = {
+    "a layer": ({"target_modules": SEVEN}, ".layers.1.", 7),
+    "one module of one layer": ({"target_modules": SEVEN}, ".layers.0.mlp.up_proj.", 1),
+    "the attention of a layer": ({"target_modules": SEVEN}, ".0.self_attn.", 4),
+    "a regular expression": ({"target_modules": r".*(q|k|v)_proj"}, ".1.self_attn.k_proj.", 1),
+    "a layer beside another that is not adapted": ({"layers_to_transform": [1], "r": 4}, ".1.self_attn.q_proj.", 1),
+    "an embedding": ({"target_modules": r".*q_proj|.*embed_tokens"}, ".embed_tokens.", 1),
+}
+
+
+@pytest.mark.parametrize("name", LOST)
+def test_refuses_a_file_that_lost_modules(name: str, model: LlamaForCausalLM, spec: ModelSpec, tmp_path: Path) -> None:
+    settings, lost, count = LOST[name]
+    folder = write_adapter(model, tmp_path, **settings)
+    assert inspect(folder, spec)
+    change_tensors(folder, lambda tensors: [tensors.pop(key) for key in list(tensors) if lost in key])
+    (problem,) = [p for p in refused(folder, spec) if "without tensors" in p.found or "without a tensor" in p.found]
+    assert problem.code == "no_target"
+    if name != "a layer beside another that is not adapted":  # then the name has no tensor at all
+        assert problem.found.startswith(f"{count} targeted module") and lost.strip(".") in problem.found
+
+
+@pytest.mark.parametrize(
+    "explained",
+    [
+        {"layers_to_transform": [0]},
+        {"layers_to_transform": 0, "layers_pattern": "layers"},
+        {"exclude_modules": ["layers.1.self_attn.q_proj", "layers.1.self_attn.v_proj"]},
+        {"exclude_modules": r".*layers\.1\..*"},
+        {"exclude_modules": r"(?!.*\.0\.).*"},  # RE2 does not accept it: the tensors show the targets
+        {"target_modules": r".*layers\.0.*(q|v)_proj"},
+        {"target_modules": ["layers.0.self_attn.q_proj", "layers.0.self_attn.v_proj"]},
+    ],
+)
+def test_the_config_may_explain_what_a_file_lacks(explained: dict[str, Any], folder: Path, spec: ModelSpec) -> None:
+    change_tensors(folder, lambda tensors: [tensors.pop(key) for key in list(tensors) if ".layers.1." in key])
+    refused(folder, spec)
+    change_config(folder, **explained)
+    assert inspect(folder, spec).report["applied"]["modules"] == 2
 
 
 def test_refuses_tensors_that_peft_would_drop(folder: Path, spec: ModelSpec) -> None:

@@ -1,15 +1,17 @@
 """The tensors of a LoRA file, sorted by the module of the base model and by their role in it."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from adapters.errors import Problem, ProblemCode
 from adapters.model_spec import ModelSpec
 from adapters.peft.config_reader import shown
+from adapters.peft.files import CONFIG_FILE
 from adapters.peft.lora_config import LoraSettings
 from adapters.peft.patterns import dotted_suffixes
 from adapters.peft.safetensors_header import TensorInfo, read_header
+from adapters.peft.targets import some_of
 from adapters.peft.tensor_names import TensorKind, parse_tensor_name
 
 KINDS: dict[str, str] = {
@@ -207,3 +209,10 @@ def shares_weight(spec: ModelSpec, settings: LoraSettings) -> bool:
 def problem(where: str, found: str, expected: str, code: ProblemCode = "unsupported_feature") -> Problem:
     """Build a problem with an untrusted `where`, shortened to 200 characters of printable ASCII."""
     return Problem(shown(where, 200), found, expected, code)
+
+
+def lost_modules(modules: Collection[str]) -> Problem:
+    """Build the problem of targeted modules that the file has no tensors for."""
+    plural = "module" if len(modules) == 1 else "modules"
+    found = f"{len(modules)} targeted {plural} without tensors: {some_of(modules)}"
+    return problem(f"{CONFIG_FILE}: target_modules", found, "tensors for every module that PEFT wraps", "no_target")

@@ -12,9 +12,10 @@ from adapters.model_spec import ModelSpec
 from adapters.peft.config_reader import MAX_CONFIG_BYTES, canonical, read_json, shown
 from adapters.peft.digest import Scan, scan
 from adapters.peft.files import CONFIG_FILE, FILES, WEIGHTS_FILE
-from adapters.peft.lora_tensors import problem
+from adapters.peft.lora_tensors import lost_modules, problem
 from adapters.peft.patterns import dotted_suffixes
 from adapters.peft.safetensors_header import INDEX_BYTES, ITEM_BYTES, read_header
+from adapters.peft.targets import unmatched
 from adapters.peft.tensor_bytes import read_array
 from adapters.validation.peft_types.adalora import AdaLora
 from adapters.validation.peft_types.base import PREFIX, ChannelScale, Factors, Layer, PeftTypeConfig
@@ -129,6 +130,9 @@ class Converted:
     def _target_problems(self) -> Iterator[Problem]:
         """Yield every declared target without a tensor, and every tensor that PEFT would drop because no target
         declares it."""
+        missing = self._untouched()
+        if missing and self.layers:
+            yield lost_modules(missing)
         if self.type_config.target_modules is None:
             return
         declared = set(self.type_config.target_modules)
@@ -136,9 +140,26 @@ class Converted:
         for layer in (self.layers[name] for name, suffixes in reached.items() if not suffixes):
             present, expected = layer.tensor(next(iter(layer.shapes))), "only modules that target_modules names"
             yield problem(present, "a module beyond them", expected, "no_target")
-        for target in sorted(declared.difference(*reached.values())):
+        for target in sorted(declared.difference(*reached.values()) - set(self.unmatched)):
             where = f"{CONFIG_FILE}: target_modules"
             yield problem(where, f"{shown(target)} without a tensor", "tensors for every target", "no_target")
+
+    def _untouched(self) -> set[str]:
+        """Return the modules that PEFT wraps and the file has no tensor for, without those whose name in
+        `target_modules` has no tensor at all."""
+        targets = self.type_config.targets
+        if targets is None:
+            return set()
+        missing = targets.wrapped(self._spec.modules, "", self._spec.head) - self.layers.keys()
+        if targets.names is None:
+            return missing
+        present = {suffix for layer in self.layers for suffix in dotted_suffixes(layer)} & targets.names
+        return {module for module in missing if not present.isdisjoint(dotted_suffixes(module))}
+
+    @property
+    def unmatched(self) -> list[str]:
+        """The targets that no module of the base model has."""
+        return unmatched(self.type_config.target_modules or (), self._spec.names)
 
     def _dtype_problems(self) -> Iterator[Problem]:
         for name, info in self.tensors.items():
