@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from adapters.peft.config_reader import shown
 from adapters.peft.patterns import BadPattern, ModuleNames, dotted_suffixes, is_literal, layer_of
 
 _ALL_LINEAR = "all-linear"  # PEFT replaces it by names before it saves a config; other tools may not
@@ -97,3 +98,9 @@ def some_of(names: Iterable[str], limit: int = 3) -> str:
     given = sorted(names)
     more = f" and {len(given) - limit} more" if len(given) > limit else ""
     return ", ".join(given[:limit]) + more
+
+
+def target_notes(unmatched: list[str]) -> list[str]:
+    """Return the sentence of the report about targets that match no module."""
+    names = some_of(map(shown, unmatched), 10)
+    return [f"target_modules: the base model has no module {names}; PEFT ignores such names, too"] if unmatched else []

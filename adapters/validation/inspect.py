@@ -8,7 +8,7 @@ from typing import Any
 
 from adapters.errors import AdapterInvalid, Problem
 from adapters.model_spec import ModelSpec
-from adapters.peft.config_reader import MAX_CONFIG_BYTES, canonical, read_json, shown
+from adapters.peft.config_reader import MAX_CONFIG_BYTES, canonical, read_json
 from adapters.peft.digest import Scan, scan, version_digest
 from adapters.peft.files import CONFIG_FILE, FILES, WEIGHTS_FILE
 from adapters.peft.lora_config import LoraSettings, parse_config
@@ -18,7 +18,7 @@ from adapters.peft.lora_tensors import (
     rank_of,
 )
 from adapters.peft.safetensors_header import INDEX_BYTES, ITEM_BYTES, read_header
-from adapters.peft.targets import some_of
+from adapters.peft.targets import target_notes
 from adapters.peft.tokenizer_files import check_tokenizer, read_tokenizer_files
 from adapters.records import Inspected
 from adapters.traits import Traits
@@ -42,7 +42,7 @@ def _inspect_lora(folder: Path, spec: ModelSpec) -> Inspected:
     tensors, settings = checked.tensors, checked.settings
     applied = {"modules": len(tensors.touched()), "tensors": len(tensors.infos)}
     report: dict[str, Any] = {"applied": applied, "features": _features(tensors, settings, spec)}
-    if notes := _target_notes(LoraChecks(tensors, spec).unmatched(settings)):
+    if notes := [*target_notes(LoraChecks(tensors, spec).unmatched(settings)), *tensors.notes]:
         report["notes"] = notes
     if traits := _traits(tensors, settings, spec).described():
         report["traits"] = traits
@@ -55,16 +55,11 @@ def _inspect_converted(adapter: Converted, folder: Path, spec: ModelSpec) -> Ins
         raise AdapterInvalid(problems)
     applied = {"modules": len(adapter.layers), "tensors": len(adapter.tensors)}
     report: dict[str, Any] = {"applied": applied, "features": list(adapter.type_config.features)}
-    if notes := _target_notes(adapter.unmatched):
+    if notes := adapter.notes():
         report["notes"] = notes
     if traits := adapter.type_config.traits().described():
         report["traits"] = traits
     return Inspected(adapter.digest, adapter.rank, _last_parts(adapter.layers), adapter.nbytes(), report)
-
-
-def _target_notes(unmatched: list[str]) -> list[str]:
-    names = some_of(map(shown, unmatched), 10)
-    return [f"target_modules: the base model has no module {names}; PEFT ignores such names, too"] if unmatched else []
 
 
 def _last_parts(modules: Iterable[str]) -> tuple[str, ...]:

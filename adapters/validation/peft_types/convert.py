@@ -15,7 +15,8 @@ from adapters.peft.files import CONFIG_FILE, FILES, WEIGHTS_FILE
 from adapters.peft.lora_tensors import lost_modules, problem
 from adapters.peft.patterns import dotted_suffixes
 from adapters.peft.safetensors_header import INDEX_BYTES, ITEM_BYTES, read_header
-from adapters.peft.targets import unmatched
+from adapters.peft.spellings import peft_names, repeated
+from adapters.peft.targets import target_notes, unmatched
 from adapters.peft.tensor_bytes import read_array
 from adapters.validation.peft_types.adalora import AdaLora
 from adapters.validation.peft_types.base import PREFIX, ChannelScale, Factors, Layer, PeftTypeConfig
@@ -67,10 +68,15 @@ class Converted:
         self, path: Path, type_config: PeftTypeConfig, config: str, spec: ModelSpec, known_digest: str | None = None
     ):
         self.type_config = type_config
-        self.tensors = read_header(path, {**ITEM_BYTES, **INDEX_BYTES}, allow_empty=True)
-        self._scanned = Scan(known_digest, {}) if known_digest else scan(config, self.tensors, path)
+        stored = read_header(path, {**ITEM_BYTES, **INDEX_BYTES}, allow_empty=True)
+        self._scanned = Scan(known_digest, {}) if known_digest else scan(config, stored, path)
         self._path, self._spec = path, spec
         self._misnamed: list[str] = []
+        own = {*type_config.kinds, *(name.rpartition(".")[2] for name in type_config.shared)}
+        spellings = peft_names(stored, spec.modules.keys() | spec.parameters.keys(), own)
+        self._repeated = repeated(spellings.names)
+        self._spelling_notes = spellings.notes
+        self.tensors = {spellings.names[name]: info for name, info in stored.items()}
         shapes = self._shapes_by_module()
         self._unknown = shapes.keys() - spec.modules.keys()
         self.layers = {
@@ -109,6 +115,10 @@ class Converted:
         """Return every problem that can be found without the conversion."""
         expected = f"those of {self.type_config.peft_type} on linear layers"
         found = [problem(name, "a tensor of another kind", expected) for name in self._misnamed]
+        found += [
+            problem(name, f"another spelling of {shown(first, 200)}", "each tensor once", "malformed_file")
+            for name, first in self._repeated.items()
+        ]
         found += [*self._module_problems(), *self._dtype_problems()]
         if self.type_config.usable and self.layers:
             found += [
@@ -160,6 +170,10 @@ class Converted:
     def unmatched(self) -> list[str]:
         """The targets that no module of the base model has."""
         return unmatched(self.type_config.target_modules or (), self._spec.names)
+
+    def notes(self) -> list[str]:
+        """Return sentences for the report about what was read in another way than it was written."""
+        return [*target_notes(self.unmatched), *self._spelling_notes]
 
     def _dtype_problems(self) -> Iterator[Problem]:
         for name, info in self.tensors.items():
