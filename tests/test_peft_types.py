@@ -428,6 +428,25 @@ def test_refuses_a_file_that_lost_a_layer(name: str, good: dict[str, Path], spec
         assert inspect(folder, spec)
 
 
+@pytest.mark.parametrize("name", ["LOHA", "IA3", "VERA"])
+def test_float64_is_rounded_to_float32(name: str, good: dict[str, Path], spec: ModelSpec, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(good[name], tmp_path / "adapter"))
+    change_tensors(folder, lambda t: t.update({key: tensor.double() for key, tensor in t.items()}))
+    one, other = inspect(folder, spec), inspect(good[name], spec)
+    assert one.nbytes == other.nbytes and "float64" in one.report["notes"][0]
+    weights, expected = load(folder, spec, one.digest), load(good[name], spec)
+    assert all(torch.equal(weights.factors[m].a, expected.factors[m].a) for m in expected.factors)
+    assert weights.factors.keys() == expected.factors.keys()
+    change_tensors(folder, lambda t: next(iter(t.values())).view(-1)[:1].fill_(1e300))
+    assert "nonfinite" in {problem.code for problem in refused(folder, spec)}
+
+
+def test_says_where_empty_tensors_come_from(good: dict[str, Path], spec: ModelSpec, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(good["LOHA"], tmp_path / "adapter"))
+    change_tensors(folder, lambda tensors: tensors.update({name: torch.ones(0) for name in tensors}))
+    assert all("zero_to_fp32" in problem.expected for problem in refused(folder, spec))
+
+
 def test_vera_without_its_projections(model: LlamaForCausalLM, spec: ModelSpec, tmp_path: Path) -> None:
     config = VeraConfig(r=4, save_projection=True, **TARGETS)
     folder = write_peft_adapter(model, tmp_path, config)

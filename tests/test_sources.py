@@ -208,6 +208,13 @@ def test_an_endless_file_stops_at_the_cap(root: Path) -> None:
     assert (root / "into" / FILES[1]).stat().st_size <= LIMIT
 
 
+def test_a_pickle_is_named_with_the_command_that_converts_it(root: Path) -> None:
+    one = root / "allowed" / "one"
+    (one / FILES[1]).rename(one / "adapter_model.bin")
+    with pytest.raises(SourceNotFound, match=r"adapter_model\.bin.*torch\.load"):
+        fetch(root, f"file://{one}")
+
+
 def test_messages_are_printable(root: Path) -> None:
     with pytest.raises(AdapterError) as caught:
         fetch(root, "file:///a\r\nb\ud800")

@@ -1,6 +1,6 @@
 """The tensors of a LoRA file, sorted by the module of the base model and by their role in it."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from adapters.peft.config_reader import shown
 from adapters.peft.files import CONFIG_FILE
 from adapters.peft.lora_config import LoraSettings
 from adapters.peft.patterns import dotted_suffixes
-from adapters.peft.safetensors_header import TensorInfo, read_header
+from adapters.peft.safetensors_header import FLOAT_BYTES, TensorInfo, read_header, stored_bytes
 from adapters.peft.spellings import peft_names, repeated
 from adapters.peft.targets import some_of
 from adapters.peft.tensor_names import TensorKind, parse_tensor_name
@@ -58,10 +58,10 @@ class LoraTensors:
     def read(cls, path: Path, spec: ModelSpec) -> "LoraTensors":
         """Read the header of the file at `path` and sort its tensors. Raises `AdapterInvalid` if it is not a
         safetensors file."""
-        tensors = cls(path, read_header(path))
+        tensors = cls(path, read_header(path, FLOAT_BYTES))
         spellings = peft_names(tensors.infos, spec.modules.keys() | spec.parameters.keys())
         again = repeated(spellings.names)
-        tensors.notes += spellings.notes
+        tensors.notes += [*spellings.notes, *rounding_notes(tensors.infos)]
         for name, own in spellings.names.items():
             if name in again:
                 found = f"another spelling of {shown(again[name], 200)}"
@@ -76,8 +76,8 @@ class LoraTensors:
         return tensors
 
     def nbytes(self) -> int:
-        """Return the size of all tensors in bytes."""
-        return sum(info.end - info.start for info in self.infos.values())
+        """Return the size of all tensors in bytes, once they are loaded."""
+        return sum(map(stored_bytes, self.infos.values()))
 
     def touched(self) -> set[str]:
         """Return every module that the adapter changes."""
@@ -218,6 +218,17 @@ def shares_weight(spec: ModelSpec, settings: LoraSettings) -> bool:
 def problem(where: str, found: str, expected: str, code: ProblemCode = "unsupported_feature") -> Problem:
     """Build a problem with an untrusted `where`, shortened to 200 characters of printable ASCII."""
     return Problem(shown(where, 200), found, expected, code)
+
+
+def rounding_notes(infos: Mapping[str, TensorInfo]) -> list[str]:
+    """Return the sentence of the report about tensors that are rounded."""
+    count = sum(info.dtype == "F64" for info in infos.values())
+    return [f"{count} tensors in float64 were rounded to float32"] if count else []
+
+
+def rank_of_module(module: str) -> str:
+    """Return the location of a problem with the rank of `module`, which names the flag of the limit."""
+    return f"{CONFIG_FILE}: rank of {module} (--max-adapter-rank)"
 
 
 def lost_modules(modules: Collection[str]) -> Problem:

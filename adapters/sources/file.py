@@ -9,7 +9,8 @@ from typing import BinaryIO
 from urllib.parse import unquote, urlsplit
 
 from adapters.errors import AdapterTooLarge, SourceNotAllowed, SourceNotFound
-from adapters.peft.files import FILES, TOKENIZER_FILES
+from adapters.peft.files import FILES, TOKENIZER_FILES, WEIGHTS_FILE
+from adapters.peft.foreign_files import PICKLE_FILE, TO_SAFETENSORS
 
 _CHUNK_BYTES = 1 << 20
 
@@ -31,6 +32,8 @@ def copy(source: str, allowed: Sequence[str], into: Path, max_bytes: int, stop: 
     folder, left = _file_url_path(source), max_bytes
     for name in (*FILES, *TOKENIZER_FILES):
         path = _checked(folder / name, roots(allowed), source)
+        if name == WEIGHTS_FILE and not path.exists() and os.path.lexists(folder / PICKLE_FILE):
+            raise SourceNotFound(f"The source {source[:200]!r} has {PICKLE_FILE} and no {name}; run {TO_SAFETENSORS}.")
         if name in FILES or os.path.lexists(folder / name):
             left -= _copy_file(path, into / name, min(left, TOKENIZER_FILES.get(name, left)), source)
     return source

@@ -11,13 +11,14 @@ from adapters.model_spec import ModelSpec
 from adapters.peft.config_reader import MAX_CONFIG_BYTES, canonical, read_json
 from adapters.peft.digest import Scan, scan, version_digest
 from adapters.peft.files import CONFIG_FILE, FILES, WEIGHTS_FILE
+from adapters.peft.foreign_files import PICKLE_FILE, TO_SAFETENSORS
 from adapters.peft.lora_config import LoraSettings, parse_config
 from adapters.peft.lora_tensors import (
     LoraTensors,
     parameter_factors,
     rank_of,
 )
-from adapters.peft.safetensors_header import INDEX_BYTES, ITEM_BYTES, read_header
+from adapters.peft.safetensors_header import FLOAT_BYTES, INDEX_BYTES, read_header
 from adapters.peft.targets import target_notes
 from adapters.peft.tokenizer_files import BaseTokens, examine_tokenizer, own_end, read_tokenizer_files
 from adapters.records import Inspected
@@ -95,7 +96,7 @@ def digest_of(folder: Path) -> str:
         config, problems = read_json(file.read(MAX_CONFIG_BYTES + 1))
     if config is None:
         raise AdapterInvalid(problems)
-    tensors = read_header(folder / WEIGHTS_FILE, {**ITEM_BYTES, **INDEX_BYTES}, allow_empty=True)
+    tensors = read_header(folder / WEIGHTS_FILE, {**FLOAT_BYTES, **INDEX_BYTES}, allow_empty=True)
     return version_digest(canonical(config), tensors, folder / WEIGHTS_FILE)
 
 
@@ -109,7 +110,7 @@ def check_files(folder: Path) -> None:
     type_config = None if config is None else type_config_of(config)
     problems = parse_config(text)[1] if type_config is None else type_config.all_problems()
     try:
-        read_header(folder / WEIGHTS_FILE, {**ITEM_BYTES, **INDEX_BYTES}, allow_empty=True)
+        read_header(folder / WEIGHTS_FILE, {**FLOAT_BYTES, **INDEX_BYTES}, allow_empty=True)
     except AdapterInvalid as error:
         problems += error.problems
     if problems:
@@ -119,7 +120,15 @@ def check_files(folder: Path) -> None:
 def _require_files(folder: Path) -> None:
     absent = [name for name in FILES if not (folder / name).is_file()]
     if absent:
-        raise AdapterInvalid([Problem(name, "no file", "a file", "malformed_file") for name in absent])
+        raise AdapterInvalid([_absent(folder, name) for name in absent])
+
+
+def _absent(folder: Path, name: str) -> Problem:
+    if name == WEIGHTS_FILE and (folder / PICKLE_FILE).is_file():
+        return Problem(
+            name, f"no file, but {PICKLE_FILE}, a pickle", f"safetensors: {TO_SAFETENSORS}", "malformed_file"
+        )
+    return Problem(name, "no file", "a file", "malformed_file")
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from adapters.peft.lora_tensors import (
     parameter_names,
     problem,
     rank_of,
+    rank_of_module,
     scaling_of,
     shares_weight,
     targeted_parameters,
@@ -183,8 +184,7 @@ class LoraChecks:
 
     def _rank(self, module: str, rank: int) -> Iterator[Problem]:
         if rank > self.spec.max_rank:
-            where = f"{CONFIG_FILE}: rank of {module}"
-            yield problem(where, str(rank), f"at most {self.spec.max_rank}", "rank_too_large")
+            yield problem(rank_of_module(module), str(rank), f"at most {self.spec.max_rank}", "rank_too_large")
 
     def _shape(self, name: str, expected: tuple[int, ...]) -> Iterator[Problem]:
         shape = self.tensors.infos[name].shape

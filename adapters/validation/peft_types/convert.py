@@ -1,6 +1,5 @@
 """Adapters of types other than LORA: validated as a LoRA is, then converted layer by layer."""
 
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,13 @@ from adapters.model_spec import ModelSpec
 from adapters.peft.config_reader import MAX_CONFIG_BYTES, canonical, read_json, shown
 from adapters.peft.digest import Scan, scan
 from adapters.peft.files import CONFIG_FILE, FILES, WEIGHTS_FILE
-from adapters.peft.lora_tensors import lost_modules, problem
+from adapters.peft.foreign_files import GATHERED
+from adapters.peft.lora_tensors import lost_modules, problem, rank_of_module, rounding_notes
 from adapters.peft.patterns import dotted_suffixes
-from adapters.peft.safetensors_header import INDEX_BYTES, ITEM_BYTES, read_header
+from adapters.peft.safetensors_header import FLOAT_BYTES, INDEX_BYTES, read_header, stored_bytes
 from adapters.peft.spellings import peft_names, repeated
 from adapters.peft.targets import target_notes, unmatched
-from adapters.peft.tensor_bytes import read_array
+from adapters.peft.tensor_bytes import largest_finite, read_array
 from adapters.validation.peft_types.adalora import AdaLora
 from adapters.validation.peft_types.base import PREFIX, ChannelScale, Factors, Layer, PeftTypeConfig
 from adapters.validation.peft_types.delora import DeLora
@@ -68,14 +68,15 @@ class Converted:
         self, path: Path, type_config: PeftTypeConfig, config: str, spec: ModelSpec, known_digest: str | None = None
     ):
         self.type_config = type_config
-        stored = read_header(path, {**ITEM_BYTES, **INDEX_BYTES}, allow_empty=True)
+        stored = read_header(path, {**FLOAT_BYTES, **INDEX_BYTES}, allow_empty=True)
         self._scanned = Scan(known_digest, {}) if known_digest else scan(config, stored, path)
         self._path, self._spec = path, spec
         self._misnamed: list[str] = []
         own = {*type_config.kinds, *(name.rpartition(".")[2] for name in type_config.shared)}
         spellings = peft_names(stored, spec.modules.keys() | spec.parameters.keys(), own)
         self._repeated = repeated(spellings.names)
-        self._spelling_notes = spellings.notes
+        self._reading_notes = [*spellings.notes, *rounding_notes(stored)]
+        self._dtypes = {name: info.dtype for name, info in stored.items()}
         self.tensors = {spellings.names[name]: info for name, info in stored.items()}
         shapes = self._shapes_by_module()
         self._unknown = shapes.keys() - spec.modules.keys()
@@ -106,8 +107,8 @@ class Converted:
         return self._scanned.digest
 
     def nbytes(self) -> int:
-        """Return the size of all tensors in bytes."""
-        return sum(info.end - info.start for info in self.tensors.values())
+        """Return the size of all tensors in bytes, once they are loaded."""
+        return sum(map(stored_bytes, self.tensors.values()))
 
     # -- checks ------------------------------------------------------------------------------------------------------
 
@@ -173,11 +174,11 @@ class Converted:
 
     def notes(self) -> list[str]:
         """Return sentences for the report about what was read in another way than it was written."""
-        return [*target_notes(self.unmatched), *self._spelling_notes]
+        return [*target_notes(self.unmatched), *self._reading_notes]
 
     def _dtype_problems(self) -> Iterator[Problem]:
         for name, info in self.tensors.items():
-            wanted = INDEX_BYTES if name.rpartition(".")[2] in self.type_config.indices else ITEM_BYTES
+            wanted = INDEX_BYTES if name.rpartition(".")[2] in self.type_config.indices else FLOAT_BYTES
             if info.dtype not in wanted:
                 yield problem(name, info.dtype, " or ".join(wanted), "malformed_file")
 
@@ -191,18 +192,20 @@ class Converted:
             info = self.tensors.get(name)
             if info is None or info.shape != shape:
                 found = "no tensor" if info is None else str(list(info.shape))
-                yield problem(name, found, str(list(shape)), "shape_mismatch")
+                is_empty = info is not None and 0 in info.shape and 0 not in shape
+                expected_shape = f"{list(shape)}, or {GATHERED}" if is_empty else str(list(shape))
+                yield problem(name, found, expected_shape, "shape_mismatch")
 
     def _rank_problems(self) -> Iterator[Problem]:
         for layer in self.layers.values():
             rank = self.type_config.rank(layer)
             if rank > self._spec.max_rank:
-                where, found = f"{CONFIG_FILE}: rank of {layer.name}", f"{rank} as a LoRA"
+                where, found = rank_of_module(layer.name), f"{rank} as a LoRA"
                 yield problem(where, found, f"at most {self._spec.max_rank}", "rank_too_large")
 
     def _value_problems(self) -> Iterator[Problem]:
         for name, largest in self._scanned.magnitudes.items():
-            if not math.isfinite(largest):
+            if not largest <= largest_finite(self._dtypes[name]):
                 yield problem(name, "NaN or infinity", "finite numbers", "nonfinite")
 
     # -- conversion --------------------------------------------------------------------------------------------------
