@@ -32,7 +32,7 @@ def load(folder: Path, spec: ModelSpec, digest: str | None = None, *, verify: bo
         return _converted(converted, _expected(digest, converted.digest))
     checked = check_lora(folder, spec, with_numbers=digest is None, known_digest=known)
     found, tensors = _expected(digest, checked.digest), checked.tensors
-    reader = _Reader(load_file(tensors.path), tensors, checked.settings, spec)
+    reader = _Reader(_loaded(tensors.path), tensors, checked.settings, spec)
     return AdapterWeights(
         found,
         checked.rank,
@@ -45,6 +45,11 @@ def load(folder: Path, spec: ModelSpec, digest: str | None = None, *, verify: bo
         tokens=reader.tokens(),
         vocab_size=tensors.vocab_size(spec),
     )
+
+
+def _loaded(path: Path) -> dict[str, Tensor]:
+    """Read all tensors; float64 is rounded to float32."""
+    return {name: t.float() if t.dtype is torch.float64 else t for name, t in load_file(path).items()}
 
 
 def _expected(digest: str | None, found: str) -> str:

@@ -14,7 +14,8 @@ class ModelSpec:
     `biased` is the subset of `modules` that has a bias. `parameters` maps each module, in definition order, to the
     shapes of all parameters that an adapter may replace; `transposed` is the subset of its modules whose stacked
     experts are stored as `[experts, in, out]`. `tied` is true when the output head uses the input embedding's weight.
-    `siblings` lists groups of `modules` that read the same input, in call order.
+    `siblings` lists groups of `modules` that read the same input, in call order. `names` has every module of the base
+    model, adaptable or not; it is empty if the base model is unknown.
     """
 
     modules: dict[str, tuple[int, int]]
@@ -26,6 +27,7 @@ class ModelSpec:
     head: str = ""
     tied: bool = False
     siblings: tuple[tuple[str, ...], ...] = ()
+    names: frozenset[str] = frozenset()
 
     def groups(self) -> Iterator[tuple[str, ...]]:
         """Yield every module exactly once: siblings together, all others alone."""

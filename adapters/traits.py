@@ -13,7 +13,7 @@ class Traits:
     changes linear layers only, and every token in the same way. `invocation_tokens`: it is active from the last
     occurrence of these tokens in the prompt; empty for always active. `vocab_size`: the size of its vocabulary where it
     differs from the base model's, else None. `tokenizer`, `chat_template`: it includes a tokenizer or a chat template
-    of its own.
+    of its own. `eos_token`: it has neither, and a token of the base's tokenizer that ends its outputs.
     """
 
     additive: bool = True
@@ -22,6 +22,7 @@ class Traits:
     vocab_size: int | None = None
     tokenizer: bool = False
     chat_template: bool = False
+    eos_token: bool = False
 
     def described(self) -> dict[str, Any]:
         """Return the traits that differ from the defaults, for the report."""

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from adapters.errors import AdapterError
 from adapters.registry.registry import AdapterRegistry
-from adapters.sources import copy_from
+from adapters.sources import NAMED_BY_OPERATOR, copy_from
 from server.api.adapters import fetching
 from server.api.adapters.merge import merge
 from server.api.adapters.publishing import Publication, publish_from
@@ -172,7 +172,7 @@ async def _register(context: AppContext, name: str, folder: Path) -> None:
     source, max_bytes = folder.resolve().as_uri(), context.config.max_upload_bytes
 
     async def fill(staged: Path) -> Publication:
-        await asyncio.to_thread(copy_from, source, [source], staged, max_bytes=max_bytes)
+        await asyncio.to_thread(copy_from, source, NAMED_BY_OPERATOR, staged, max_bytes=max_bytes)
         return Publication(name, source, replace=True)
 
     try:

@@ -1,6 +1,7 @@
 """Adapters with a tokenizer or chat template of their own, over the whole API."""
 
 import asyncio
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,35 @@ async def test_added_tokens_are_one_token_in_and_out(tmp_path: Path) -> None:
         assert bytes(chat["logprobs"]["content"][1]["bytes"]) == b"<tool>"
         chunks = events(await api.chat("x", model="tools", stream=True, stop=["<tool>"]))
         assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == "x"
+
+
+async def test_a_token_without_an_embedding_is_refused_when_a_prompt_has_it(tmp_path: Path) -> None:
+    async with serving(tmp_path) as api:
+        api.context.engine.info = msgspec.structs.replace(api.engine.info, vocab_size=TOOL)
+        spec = api.engine.info.spec
+        rows = {
+            name: {key: (TOOL, *shape[1:]) if shape[0] == 300 else shape for key, shape in own.items()}
+            for name, own in spec.parameters.items()
+        }
+        api.context.engine.info = msgspec.structs.replace(
+            api.context.engine.info, spec=dataclasses.replace(spec, parameters=rows)
+        )
+        await publish(api, "padded", "[PAD]")
+        assert (await api.complete("x", model="padded")).status_code == 200
+        assert_error(await api.complete("x[PAD]", model="padded"), 400)
+
+
+async def test_an_end_token_without_a_tokenizer_ends_outputs(tmp_path: Path) -> None:
+    async with serving(tmp_path) as api:
+        config = json.dumps({"eos_token": "q", "tokenizer_class": "LlamaTokenizer"}).encode()
+        slow = {"added_tokens.json": json.dumps({EOS: ids(api.context.tokenizer, EOS)[0]}).encode()}
+        answer = await api.upload("ends", beside={"tokenizer_config.json": config, **slow})
+        assert answer.status_code == 201 and "eos_token" in answer.json()["report"]["features"]
+        await api.complete("x", model="ends")
+        (end,) = ids(api.context.tokenizer, "q")
+        assert end in api.engine.submitted[-1].sampling.stop_token_ids
+        await api.complete("x")
+        assert end not in api.engine.submitted[-1].sampling.stop_token_ids
 
 
 async def test_the_base_and_other_adapters_keep_the_base_s(tmp_path: Path) -> None:

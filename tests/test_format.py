@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from adapters.errors import Problem
 from adapters.peft.config_keys import HARMLESS_KEYS, REFUSED_KEYS, SERVED_KEYS
-from adapters.peft.config_reader import MAX_CONFIG_BYTES
+from adapters.peft.config_reader import KNOWN_PEFT, MAX_CONFIG_BYTES
 from adapters.peft.digest import version_digest
 from adapters.peft.lora_config import LoraSettings, parse_config
 from adapters.peft.patterns import ModulePatterns
@@ -141,6 +141,9 @@ def test_refuses_a_feature_by_its_name(key: str, value: Any) -> None:
         ("a_key_of_tomorrow", None),
         ("a_key_of_tomorrow", False),
         ("a_key_of_tomorrow", ""),
+        ("_comment", "trained on Monday"),
+        ("merge_weights", True),
+        ("lorap_lr_ratio", 16.0),
     ],
 )
 def test_serves_what_can_be_applied(key: str, value: Any) -> None:
@@ -151,6 +154,12 @@ def test_serves_what_can_be_applied(key: str, value: Any) -> None:
 def test_refuses_unknown_keys_with_a_value(value: Any) -> None:
     _, problems = parse(a_key_of_tomorrow=value)
     assert [problem.code for problem in problems] == ["unknown_key"]
+
+
+def test_an_unknown_key_is_refused_with_the_versions() -> None:
+    assert peft.__version__.startswith(f"{KNOWN_PEFT}.")
+    _, (problem,) = parse(a_key_of_tomorrow=1, peft_version="0.99.1")
+    assert f"PEFT {KNOWN_PEFT}" in problem.expected and "PEFT 0.99.1" in problem.expected
 
 
 @pytest.mark.parametrize(

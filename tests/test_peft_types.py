@@ -409,6 +409,44 @@ def test_names_the_rank_that_it_would_take(model: LlamaForCausalLM, tmp_path: Pa
     assert (problem.found, problem.expected, problem.code) == ("25 as a LoRA", "at most 24", "rank_too_large")
 
 
+def test_targets_that_the_base_lacks_are_reported(good: dict[str, Path], spec: ModelSpec, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(good["LOHA"], tmp_path / "adapter"))
+    change_config(folder, target_modules=["q_proj", "v_proj", "w1"])
+    (note,) = inspect(folder, spec).report["notes"]
+    assert "w1" in note and "q_proj" not in note
+
+
+@pytest.mark.parametrize("name", ["LOHA", "IA3", "VERA"])
+def test_refuses_a_file_that_lost_a_layer(name: str, good: dict[str, Path], spec: ModelSpec, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(good[name], tmp_path / "adapter"))
+    change_tensors(folder, lambda tensors: [tensors.pop(key) for key in list(tensors) if ".layers.1." in key])
+    problems = refused(folder, spec)
+    assert {problem.code for problem in problems} == {"no_target"}
+    assert "layers.1." in problems[0].found and "targeted modules without tensors" in problems[0].found
+    if name != "IA3":  # which has no such key
+        change_config(folder, layers_to_transform=[0])
+        assert inspect(folder, spec)
+
+
+@pytest.mark.parametrize("name", ["LOHA", "IA3", "VERA"])
+def test_float64_is_rounded_to_float32(name: str, good: dict[str, Path], spec: ModelSpec, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(good[name], tmp_path / "adapter"))
+    change_tensors(folder, lambda t: t.update({key: tensor.double() for key, tensor in t.items()}))
+    one, other = inspect(folder, spec), inspect(good[name], spec)
+    assert one.nbytes == other.nbytes and "float64" in one.report["notes"][0]
+    weights, expected = load(folder, spec, one.digest), load(good[name], spec)
+    assert all(torch.equal(weights.factors[m].a, expected.factors[m].a) for m in expected.factors)
+    assert weights.factors.keys() == expected.factors.keys()
+    change_tensors(folder, lambda t: next(iter(t.values())).view(-1)[:1].fill_(1e300))
+    assert "nonfinite" in {problem.code for problem in refused(folder, spec)}
+
+
+def test_says_where_empty_tensors_come_from(good: dict[str, Path], spec: ModelSpec, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(good["LOHA"], tmp_path / "adapter"))
+    change_tensors(folder, lambda tensors: tensors.update({name: torch.ones(0) for name in tensors}))
+    assert all("zero_to_fp32" in problem.expected for problem in refused(folder, spec))
+
+
 def test_vera_without_its_projections(model: LlamaForCausalLM, spec: ModelSpec, tmp_path: Path) -> None:
     config = VeraConfig(r=4, save_projection=True, **TARGETS)
     folder = write_peft_adapter(model, tmp_path, config)
@@ -420,7 +458,7 @@ def test_vera_without_its_projections(model: LlamaForCausalLM, spec: ModelSpec, 
 
 def test_collects_everything_at_once(good: dict[str, Path], spec: ModelSpec, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(good["LOHA"], tmp_path / "adapter"))
-    change_config(folder, modules_to_save=["lm_head"], brand_new=1, target_modules=["q_proj", "v_proj", "x"])
+    change_config(folder, modules_to_save=["lm_head"], brand_new=1, target_modules=["q_proj", "v_proj", "k_proj"])
     change_tensors(folder, replace(f"{Q0}.hada_w1_a", 3, 3))
     change_tensors(folder, replace(f"{Q0}.hada_t1", 3, 3))
     change_tensors(folder, fill(f"{V0}.hada_w2_a", float("nan")))

@@ -7,7 +7,7 @@ import pytest
 
 from adapters.errors import AdapterError, AdapterTooLarge, SourceNotAllowed, SourceNotFound
 from adapters.peft.files import FILES, TOKENIZER_FILES
-from adapters.sources import copy_from
+from adapters.sources import NAMED_BY_OPERATOR, copy_from
 
 LIMIT = 1000
 
@@ -114,6 +114,7 @@ def test_nothing_outside_is_read(root: Path, path: str) -> None:
     with pytest.raises(SourceNotAllowed) as caught:
         fetch(root, f"file://{root}{path}")
     assert "secret/two" not in str(caught.value).replace(path, "")
+    assert "links" in str(caught.value) and "--allow-source" in str(caught.value)
     assert copied(root) == []
 
 
@@ -151,6 +152,20 @@ def test_other_ways_to_name_a_place_are_not_served(root: Path, source: str) -> N
     with pytest.raises(SourceNotAllowed) as caught:
         fetch(root, source)
     assert str(root) not in str(caught.value)
+
+
+def test_links_of_a_folder_that_the_operator_named_lead_anywhere(root: Path) -> None:
+    snapshot = root / "snapshot"
+    snapshot.mkdir()
+    for name in FILES:
+        (snapshot / name).symlink_to(Path("..") / "secret" / "two" / name)
+    (root / "link").symlink_to(snapshot)
+    copy_from(f"file://{root}/link", NAMED_BY_OPERATOR, root / "into", max_bytes=LIMIT)
+    assert copied(root) == sorted(FILES)
+    os.unlink(snapshot / FILES[1])
+    os.mkfifo(snapshot / FILES[1])  # a folder of the operator is still only read where it has files
+    with pytest.raises(SourceNotFound):
+        copy_from(f"file://{root}/link", NAMED_BY_OPERATOR, root / "into", max_bytes=LIMIT)
 
 
 def test_nothing_is_allowed_by_default(root: Path) -> None:
@@ -191,6 +206,13 @@ def test_an_endless_file_stops_at_the_cap(root: Path) -> None:
     with pytest.raises(AdapterTooLarge):
         fetch(root, f"file://{root}/allowed/one")
     assert (root / "into" / FILES[1]).stat().st_size <= LIMIT
+
+
+def test_a_pickle_is_named_with_the_command_that_converts_it(root: Path) -> None:
+    one = root / "allowed" / "one"
+    (one / FILES[1]).rename(one / "adapter_model.bin")
+    with pytest.raises(SourceNotFound, match=r"adapter_model\.bin.*torch\.load"):
+        fetch(root, f"file://{one}")
 
 
 def test_messages_are_printable(root: Path) -> None:

@@ -8,7 +8,13 @@ from typing import Any
 import pytest
 
 from adapters.errors import AdapterInvalid
-from adapters.peft.tokenizer_files import TokenizerFiles, check_tokenizer, read_tokenizer_files
+from adapters.peft.tokenizer_files import (
+    BaseTokens,
+    TokenizerFiles,
+    check_tokenizer,
+    examine_tokenizer,
+    read_tokenizer_files,
+)
 from adapters.traits import Traits
 from adapters.validation.inspect import inspect
 from tests.fixtures.adapter_factory import spec_of, tiny_llama, write_adapter
@@ -54,8 +60,12 @@ def test_the_report_lists_them(tmp_path: Path) -> None:
     found = inspect(tmp_path, spec_of(model))
     assert found.report["features"] == ["tokenizer", "chat_template"] and found.digest != plain.digest
     assert Traits.of(found.report) == Traits(tokenizer=True, chat_template=True)
+    write(tmp_path, {"chat_template.jinja": b"<tool>"})
     with pytest.raises(AdapterInvalid, match=f"token id {TOOL}, expected ids below {TOOL}"):
         inspect(tmp_path, spec_of(tiny_llama(vocab_size=TOOL)))
+    write(tmp_path, tokenizer_files("<tool>"))
+    (note,) = inspect(tmp_path, spec_of(tiny_llama(vocab_size=TOOL))).report["notes"]
+    assert f"<tool> ({TOOL})" in note
     (tmp_path / "tokenizer.json").write_text("{}")
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(AdapterInvalid) as refused:
@@ -114,9 +124,71 @@ def test_templates_have_several_places(tmp_path: Path) -> None:
 
 def test_ids_stay_within_the_vocabulary(tmp_path: Path) -> None:
     assert problems(tmp_path, {"tokenizer.json": JSON}, TOOL + 1) == []
-    assert problems(tmp_path, {}, TOOL) == [f"tokenizer.json: token id {TOOL}; ids below {TOOL}"]
+    assert problems(tmp_path, {}, TOOL) == []  # an added token without an embedding, which no prompt need have
+    assert problems(tmp_path, {}, LETTER) == [f"tokenizer.json: token id {END - 1}; ids below {LETTER}"]
     huge = {**JSON, "model": {**JSON["model"], "vocab": {**JSON["model"]["vocab"], "zz": 1 << 31}}}
     assert problems(tmp_path, {"tokenizer.json": huge}) == ["tokenizer.json: token id 2147483648; ids below 1048576"]
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"chat_template.jinja": b"{{ x }}<tool>"},
+        {"tokenizer_config.json": {"eos_token": "<tool>"}},
+        {"tokenizer_config.json": {"bos_token": "<tool>", "add_bos_token": True}},
+        {"tokenizer.json": {**JSON, "model": {**JSON["model"], "vocab": {**JSON["model"]["vocab"], "zz": TOOL + 5}}}},
+    ],
+)
+def test_a_token_that_is_used_needs_an_embedding(tmp_path: Path, beside: dict[str, Any]) -> None:
+    (problem,) = problems(tmp_path, {"tokenizer.json": JSON, **beside}, TOOL)
+    assert f"; ids below {TOOL}" in problem
+
+
+def test_a_token_for_padding_alone_may_lie_beyond_the_vocabulary(tmp_path: Path) -> None:
+    pad = {"pad_token": "<tool>"}
+    files = {"tokenizer.json": JSON, "tokenizer_config.json": pad, "added_tokens.json": {"<tool>": TOOL}}
+    assert problems(tmp_path, files, TOOL) == []
+    assert examine_tokenizer(tmp_path, TOOL + 1) == ([], [])
+    _, (note,) = examine_tokenizer(tmp_path, TOOL)
+    assert (
+        note == f"tokenizer.json: the model has no embedding for <tool> ({TOOL}); a prompt with such a token is refused"
+    )
+
+
+BASE_TOKENS = BaseTokens({"<s>": 1, "</s>": 2, "<tool>": TOOL, "a": LETTER}.get, "</s>")
+
+
+@pytest.mark.parametrize(
+    ("files", "found", "notes"),
+    [
+        ({"added_tokens.json": {"<tool>": TOOL}}, [], []),
+        ({"added_tokens.json": {"<tool>": TOOL, "[PAD]": TOOL + 1}}, [], ["[PAD]"]),
+        ({"added_tokens.json": {"<tool>": TOOL - 1}}, ["added_tokens.json: <tool> as 257, which is no token"], []),
+        ({"added_tokens.json": {"<new>": 9}}, ["added_tokens.json: <new> as 9, which is no token"], []),
+        ({"tokenizer_config.json": {"eos_token": "a"}}, [], []),
+        ({"tokenizer_config.json": {"eos_token": "<none>"}}, [], ["eos_token <none>"]),
+        ({"added_tokens.json": {}, "special_tokens_map.json": {"eos_token": "</s>", "pad_token": "</s>"}}, [], []),
+    ],
+)
+def test_a_slow_tokenizer_has_the_tokens_of_the_base(
+    tmp_path: Path, files: dict[str, Any], found: list[str], notes: list[str]
+) -> None:
+    """Its tokenizer.model is not read: the base's tokenizer is used, with the end token of the configs."""
+    reasons, said = examine_tokenizer(write(tmp_path, files), TOOL + 1, BASE_TOKENS)
+    texts = [f"{problem.where}: {problem.found}" for problem in reasons]
+    assert len(texts) == len(found) and all(a.startswith(b) for a, b in zip(texts, found, strict=True))
+    assert len(said) == len(notes) and all(b in a for a, b in zip(said, notes, strict=True))
+    if reasons:
+        assert "save_pretrained" in reasons[0].expected
+
+
+def test_an_end_token_alone_is_a_trait(tmp_path: Path) -> None:
+    model = tiny_llama(vocab_size=300)
+    write_adapter(model, tmp_path)
+    for end, traits in (("a", Traits(eos_token=True)), ("</s>", Traits()), ("<none>", Traits())):
+        write(tmp_path, {"tokenizer_config.json": {"eos_token": end}})
+        report = inspect(tmp_path, spec_of(model), BASE_TOKENS).report
+        assert Traits.of(report) == traits and report["features"] == ["eos_token"] * traits.eos_token
 
 
 def around(token_id: int, **changes: Any) -> dict[str, Any]:

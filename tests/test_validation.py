@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from hashlib import sha256
@@ -12,13 +13,22 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
+from torch import Tensor, nn
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+)
 
 from adapters.errors import AdapterInvalid, Problem
 from adapters.load import load
 from adapters.model_spec import ModelSpec
-from adapters.validation.inspect import inspect
+from adapters.validation.inspect import check_files, inspect
 from tests.fixtures.adapter_factory import spec_of, tiny_llama, with_peft, write_adapter
 from tests.fixtures.timing import cpu_seconds
 
@@ -165,6 +175,35 @@ def test_odd_but_finite_numbers_are_served(folder: Path, spec: ModelSpec) -> Non
     values = torch.tensor([-0.0, 1e-45, 1e-39, -3e38, 3e38])
     change_tensors(folder, lambda t: t[f"{Q0}.lora_A.weight"].view(-1)[:5].copy_(values))
     assert inspect(folder, spec)
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True, "modules_to_save": ["norm"]}])
+def test_float64_is_rounded_to_float32(
+    settings: dict[str, Any], model: LlamaForCausalLM, spec: ModelSpec, tmp_path: Path
+) -> None:
+    folder = write_adapter(model, tmp_path, **settings)
+    single, before = load(folder, spec), inspect(folder, spec)
+    nudge = 1 + 1e-12  # less than float32 can hold
+    change_tensors(folder, lambda t: t.update({name: tensor.double() * nudge for name, tensor in t.items()}))
+    found = inspect(folder, spec)
+    assert found.nbytes == before.nbytes and found.digest != before.digest
+    (note,) = found.report["notes"]
+    assert note == f"{found.report['applied']['tensors']} tensors in float64 were rounded to float32"
+    double = load(folder, spec, found.digest)
+    assert double.nbytes == found.nbytes
+    for module, factors in single.factors.items():
+        assert double.factors[module].b.dtype is torch.float32 and torch.equal(double.factors[module].b, factors.b)
+    change_tensors(folder, set_item("lora_A", 3, 1e300))
+    assert [problem.code for problem in refused(folder, spec)] == ["nonfinite"]
+    change_tensors(folder, set_item("lora_A", 3, math.nan))
+    assert [problem.code for problem in refused(folder, spec)] == ["nonfinite"]
+
+
+def test_a_config_may_begin_with_a_byte_order_mark(folder: Path, spec: ModelSpec) -> None:
+    plain = inspect(folder, spec)
+    (folder / CONFIG).write_bytes(b"\xef\xbb\xbf" + (folder / CONFIG).read_bytes())
+    assert inspect(folder, spec) == plain
+    check_files(folder)
 
 
 # --- biases and magnitudes ---
@@ -451,6 +490,79 @@ def test_refuses_declared_targets_without_tensors(folder: Path, spec: ModelSpec)
     assert ["gate_proj" in problems[0].found, "k_proj" in problems[1].found] == [True, True]
 
 
+SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+FUSED = {
+    "Phi-3": (Phi3ForCausalLM, Phi3Config, {"pad_token_id": 0}, SEVEN),
+    "Mixtral": (MixtralForCausalLM, MixtralConfig, {"num_local_experts": 2}, SEVEN),
+    "Llama": (LlamaForCausalLM, LlamaConfig, {}, [*SEVEN, "qkv_proj", "Wqkv"]),
+}
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_targets_that_the_base_lacks_are_reported(name: str, tmp_path: Path) -> None:
+    """PEFT writes them all into the config and adapts those that match."""
+    kind, config, changes, targets = FUSED[name]
+    sizes = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 2}
+    fused = kind(config(**sizes, num_attention_heads=4, num_key_value_heads=2, **changes))
+    folder = write_adapter(fused, tmp_path, target_modules=targets)
+    inspected = inspect(folder, spec_of(fused))
+    present = {name.rpartition(".")[2] for name, module in fused.named_modules() if isinstance(module, nn.Linear)}
+    reference = [m for m in with_peft(fused, folder).modules() if hasattr(m, "lora_A")]
+    assert inspected.report["applied"]["modules"] == len(reference)
+    (note,) = inspected.report["notes"]
+    words = note.replace(",", " ").replace(";", " ").split()
+    assert all((target in words) == (target not in present) for target in targets)
+    assert load(folder, spec_of(fused), inspected.digest)
+
+
+def test_a_base_without_any_target_is_refused(plain: Path, folder: Path, spec: ModelSpec) -> None:
+    change_config(folder, target_modules=["Wqkv", "q_proj"])
+    assert {problem.code for problem in refused(folder, spec)} == {"no_target"}  # v_proj is beyond the targets
+    change_config(folder, target_modules=["Wqkv"])
+    assert {problem.code for problem in refused(folder, spec)} == {"no_target"}
+
+
+LOST: dict[str, tuple[dict[str, Any], str, int]] = {
+    "a layer": ({"target_modules": SEVEN}, ".layers.1.", 7),
+    "one module of one layer": ({"target_modules": SEVEN}, ".layers.0.mlp.up_proj.", 1),
+    "the attention of a layer": ({"target_modules": SEVEN}, ".0.self_attn.", 4),
+    "a regular expression": ({"target_modules": r".*(q|k|v)_proj"}, ".1.self_attn.k_proj.", 1),
+    "a layer beside another that is not adapted": ({"layers_to_transform": [1], "r": 4}, ".1.self_attn.q_proj.", 1),
+    "an embedding": ({"target_modules": r".*q_proj|.*embed_tokens"}, ".embed_tokens.", 1),
+}
+
+
+@pytest.mark.parametrize("name", LOST)
+def test_refuses_a_file_that_lost_modules(name: str, model: LlamaForCausalLM, spec: ModelSpec, tmp_path: Path) -> None:
+    settings, lost, count = LOST[name]
+    folder = write_adapter(model, tmp_path, **settings)
+    assert inspect(folder, spec)
+    change_tensors(folder, lambda tensors: [tensors.pop(key) for key in list(tensors) if lost in key])
+    (problem,) = [p for p in refused(folder, spec) if "without tensors" in p.found or "without a tensor" in p.found]
+    assert problem.code == "no_target"
+    if name != "a layer beside another that is not adapted":  # then the name has no tensor at all
+        assert problem.found.startswith(f"{count} targeted module") and lost.strip(".") in problem.found
+
+
+@pytest.mark.parametrize(
+    "explained",
+    [
+        {"layers_to_transform": [0]},
+        {"layers_to_transform": 0, "layers_pattern": "layers"},
+        {"exclude_modules": ["layers.1.self_attn.q_proj", "layers.1.self_attn.v_proj"]},
+        {"exclude_modules": r".*layers\.1\..*"},
+        {"exclude_modules": r"(?!.*\.0\.).*"},  # RE2 does not accept it: the tensors show the targets
+        {"target_modules": r".*layers\.0.*(q|v)_proj"},
+        {"target_modules": ["layers.0.self_attn.q_proj", "layers.0.self_attn.v_proj"]},
+    ],
+)
+def test_the_config_may_explain_what_a_file_lacks(explained: dict[str, Any], folder: Path, spec: ModelSpec) -> None:
+    change_tensors(folder, lambda tensors: [tensors.pop(key) for key in list(tensors) if ".layers.1." in key])
+    refused(folder, spec)
+    change_config(folder, **explained)
+    assert inspect(folder, spec).report["applied"]["modules"] == 2
+
+
 def test_refuses_tensors_that_peft_would_drop(folder: Path, spec: ModelSpec) -> None:
     change_config(folder, target_modules=["q_proj"])
     problems = refused(folder, spec)
@@ -464,6 +576,7 @@ def test_refuses_a_rank_above_the_limit(model: LlamaForCausalLM, tmp_path: Path)
     assert [(problem.code, problem.found, problem.expected) for problem in problems] == [
         ("rank_too_large", "9", "at most 8")
     ]
+    assert "--max-adapter-rank" in problems[0].where
 
 
 def test_refuses_a_rank_that_the_tensors_do_not_have(folder: Path, spec: ModelSpec) -> None:
@@ -509,6 +622,53 @@ def test_a_config_is_checked_also_beside_a_broken_file(folder: Path, spec: Model
     change_config(folder, use_bdlora={"nblocks": 2})
     (folder / WEIGHTS).write_bytes(b"PK\x03\x04")
     assert [problem.code for problem in refused(folder, spec)] == ["unsupported_feature", "malformed_file"]
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
+
+@pytest.mark.parametrize(
+    ("data", "found", "expected"),
+    [
+        (LFS, "git-lfs pointer", "git lfs pull"),
+        (b"PK\x03\x04\x00\x00\x08\x08" + b"adapter_model/data.pkl", "zip", "torch.load('adapter_model.bin'"),
+        (b"\x80\x02}q\x00X\x10\x00\x00\x00", "pickle", "safetensors.torch"),
+        (b"GGUF\x03\x00\x00\x00\x01\x00", "GGUF", "PEFT's format"),
+        (b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00", "gzip", "tar"),
+        (b"<!DOCTYPE html><html><body>Not found", "web page", "hf download"),
+    ],
+)
+def test_says_what_a_file_is_and_what_helps(
+    data: bytes, found: str, expected: str, folder: Path, spec: ModelSpec
+) -> None:
+    (folder / WEIGHTS).write_bytes(data)
+    (problem,) = refused(folder, spec)
+    assert found in problem.found and expected in problem.expected and problem.where == WEIGHTS
+
+
+def test_a_config_may_be_a_pointer_too(folder: Path, spec: ModelSpec) -> None:
+    (folder / CONFIG).write_bytes(LFS)
+    (problem,) = refused(folder, spec)
+    assert problem.where == CONFIG and "git-lfs" in problem.found and "git lfs pull" in problem.expected
+
+
+def test_a_pickle_instead_of_the_weights_is_named(folder: Path, spec: ModelSpec) -> None:
+    torch.save(load_file(folder / WEIGHTS), folder / "adapter_model.bin")
+    assert inspect(folder, spec)  # beside the weights it is not read
+    (folder / WEIGHTS).unlink()
+    (problem,) = refused(folder, spec)
+    assert "adapter_model.bin" in problem.found and problem.where == WEIGHTS
+    command = problem.expected.split("`")[1]
+    assert command.startswith('python -c "') and command.endswith('"')
+    subprocess.run([sys.executable, "-c", command.removeprefix('python -c "')[:-1]], cwd=folder, check=True)
+    assert inspect(folder, spec)
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 64)])
+def test_says_where_empty_tensors_come_from(shape: tuple[int, ...], folder: Path, spec: ModelSpec) -> None:
+    change_tensors(folder, lambda tensors: tensors.update({name: torch.ones(shape) for name in tensors}))
+    (problem,) = refused(folder, spec)
+    assert "ZeRO-3" in problem.found and "stage3_gather_16bit_weights_on_model_save" in problem.expected
 
 
 @pytest.mark.parametrize("missing", [CONFIG, WEIGHTS])

@@ -202,7 +202,7 @@ async def test_what_was_rolled_back_stays_so_after_a_restart(tmp_path: Path, roo
         assert await digest(api, "acme") != first
 
 
-async def test_links_that_lead_out_are_refused(tmp_path: Path, root: Path) -> None:
+async def test_links_that_lead_out_are_followed(tmp_path: Path, root: Path) -> None:
     async with serving(tmp_path) as api:
         put(tmp_path / "outside")
         put(root / "inside", seed=1)
@@ -212,9 +212,28 @@ async def test_links_that_lead_out_are_refused(tmp_path: Path, root: Path) -> No
         (root / "file-out" / "adapter_model.safetensors").unlink()
         os.symlink(tmp_path / "outside" / "adapter_model.safetensors", root / "file-out" / "adapter_model.safetensors")
         await polls(FolderWatcher(api.context, root))
-        assert [r.name for r in api.context.registry.walk()] == ["inside", "link-in"]
-        for name in ("link-out", "file-out"):
-            assert (await record(api, name))["state"] == "failed"
+        assert [r.name for r in api.context.registry.walk()] == ["file-out", "inside", "link-in", "link-out"]
+
+
+async def test_a_folder_of_the_hubs_cache_is_registered(tmp_path: Path, root: Path) -> None:
+    async with serving(tmp_path) as api:
+        cache = tmp_path / "models--org--repo"
+        (cache / "blobs").mkdir(parents=True)
+        snapshot = cache / "snapshots" / "f00d"
+        snapshot.mkdir(parents=True)
+        for number, (name, data) in enumerate(adapter_files(0).items()):
+            (cache / "blobs" / str(number)).write_bytes(data)
+            (snapshot / name).symlink_to(Path("../../blobs") / str(number))
+        (root / "watched").symlink_to(snapshot)
+        await polls(FolderWatcher(api.context, root))
+        await serve._register(api.context, "named", snapshot)
+        assert [r.name for r in api.context.registry.walk()] == ["named", "watched"]
+        assert await digest(api, "named") == await digest(api, "watched")
+        (root / "gone").mkdir()
+        for name in adapter_files(0):
+            (root / "gone" / name).symlink_to(tmp_path / "absent")
+        await polls(FolderWatcher(api.context, root))
+        assert "gone" not in api.context.registry
 
 
 @pytest.mark.parametrize("trouble", [EngineUnavailable("it restarts"), NoSpace("the disk is full")])

@@ -17,7 +17,8 @@ from adapters.model_spec import ModelSpec
 from adapters.peft.config_reader import MAX_CONFIG_BYTES, MAX_RANK
 from adapters.peft.files import CONFIG_FILE, FILES, WEIGHTS_FILE
 from adapters.peft.lora_config import parse_config
-from adapters.peft.safetensors_header import read_header
+from adapters.peft.safetensors_header import FLOAT_BYTES, read_header
+from adapters.peft.spellings import peft_names
 from adapters.peft.tensor_names import parse_tensor_name
 from adapters.weights import LoraFactors
 
@@ -46,8 +47,10 @@ def read(folder: Path, origin: Path | None = None) -> dict[str, LoraFactors]:
 def _own_spec(weights: Path) -> ModelSpec:
     """Return the spec of a base model that has exactly the adapter's own modules."""
     sizes: dict[str, dict[str, tuple[int, ...]]] = {}
-    for name, info in read_header(weights).items():
-        if parsed := parse_tensor_name(name):
+    header = read_header(weights, FLOAT_BYTES)
+    names = peft_names(header, ()).names
+    for name, info in header.items():
+        if parsed := parse_tensor_name(names[name]):
             sizes.setdefault(parsed[0], {})[parsed[1]] = info.shape
     pairs = {module: (kinds["A"], kinds["B"]) for module, kinds in sizes.items() if {"A", "B"} <= kinds.keys()}
     return ModelSpec({module: (a[-1], b[0]) for module, (a, b) in pairs.items() if a and b}, MAX_RANK)

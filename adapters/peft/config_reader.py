@@ -11,12 +11,16 @@ from typing import Any
 
 from adapters.errors import Problem, ProblemCode
 from adapters.peft.files import CONFIG_FILE
+from adapters.peft.foreign_files import foreign
 from adapters.peft.patterns import BadPattern, ModulePatterns
 from adapters.peft.safetensors_header import unique_keys
 
 MAX_CONFIG_BYTES = 256 << 10  # an AdaLoRA config has a line for every rank of every layer
 MAX_ALPHA = 10_000
 MAX_RANK = 1 << 16
+KNOWN_PEFT = "0.21"  # the version whose keys are in the tables
+# Keys that other tools, and PEFT before 0.3, add about the training or about their own loading.
+_ANNOTATIONS = frozenset({"merge_weights", "lora_dtype", "lorap_lr_ratio", "lorap_emb_lr", "unsloth_fixed"})
 
 
 def read_json(data: bytes) -> tuple[dict[str, Any] | None, list[Problem]]:
@@ -27,13 +31,16 @@ def read_json(data: bytes) -> tuple[dict[str, Any] | None, list[Problem]]:
     if len(data) > MAX_CONFIG_BYTES:
         return None, [config_problem("", f"{len(data)} bytes", f"at most {MAX_CONFIG_BYTES}", "malformed_file")]
     try:
-        config = json.loads(data.decode(), object_pairs_hook=unique_keys, parse_float=_finite, parse_constant=_finite)
+        config = json.loads(
+            data.decode("utf-8-sig"), object_pairs_hook=unique_keys, parse_float=_finite, parse_constant=_finite
+        )
         if not isinstance(config, dict):
             raise ValueError("no object")
         canonical(config)
     except (ValueError, RecursionError):
-        expected = "a JSON object with finite numbers and no repeated key"
-        return None, [config_problem("", "something else", expected, "malformed_file")]
+        other = ("something else", "a JSON object with finite numbers and no repeated key")
+        found, expected = foreign(data) or other
+        return None, [config_problem("", found, expected, "malformed_file")]
     return config, []
 
 
@@ -61,10 +68,10 @@ class KeyTable:
         """Return a problem for every key that is refused or unknown, unless its value is empty."""
         problems = []
         for key, value in config.items():
-            if key in self.served or key in self.harmless or _is_empty(value):
+            if key in self.served or key in self.harmless or _is_empty(value) or _is_annotation(key):
                 continue
             if key not in self.refused:
-                problems.append(config_problem(key, value, "no such key", "unknown_key"))
+                problems.append(config_problem(key, value, _known_keys(config), "unknown_key"))
             elif value not in self.refused[key]:
                 expected = " or ".join(map(json.dumps, self.refused[key])) or "no value"
                 problems.append(
@@ -145,6 +152,17 @@ def shown(value: Any, limit: int = 80) -> str:
     if isinstance(value, dict | list):
         return "an object" if isinstance(value, dict) else "a list"
     return json.dumps(value)[:limit]
+
+
+def _is_annotation(key: str) -> bool:
+    """Return True for a key that cannot change what the tensors mean: a comment, or the note of a tool."""
+    return key.startswith("_") or key in _ANNOTATIONS
+
+
+def _known_keys(config: Mapping[str, Any]) -> str:
+    version = config.get("peft_version")
+    written = f"; this config is of PEFT {shown(version, 20)}" if isinstance(version, str) else ""
+    return f"a key of PEFT {KNOWN_PEFT} or earlier{written}"
 
 
 def _is_empty(value: Any) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 from adapters.errors import AdapterInvalid
 from adapters.peft.config_reader import MAX_CONFIG_BYTES, canonical, read_json
 from adapters.peft.files import CONFIG_FILE, TOKENIZER_FILES, WEIGHTS_FILE
-from adapters.peft.safetensors_header import INDEX_BYTES, ITEM_BYTES, TensorInfo, read_header
+from adapters.peft.safetensors_header import FLOAT_BYTES, INDEX_BYTES, TensorInfo, read_header
 from adapters.peft.tensor_bytes import Magnitude, is_float, read_chunks
 
 
@@ -36,7 +36,7 @@ def digest_of(folder: Path, pace: Callable[[int], None] = _unpaced) -> str:
     if config is None:
         raise AdapterInvalid(problems)
     weights = folder / WEIGHTS_FILE
-    tensors = read_header(weights, {**ITEM_BYTES, **INDEX_BYTES}, allow_empty=True)
+    tensors = read_header(weights, {**FLOAT_BYTES, **INDEX_BYTES}, allow_empty=True)
     return _scan(canonical(config), tensors, weights, {}, pace)
 
 

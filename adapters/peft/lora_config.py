@@ -10,6 +10,7 @@ from adapters.errors import Problem
 from adapters.peft.config_keys import FEATURES, HARMLESS_KEYS, REFUSED_KEYS, SERVED_KEYS, WAYS_OUT
 from adapters.peft.config_reader import ConfigReader, KeyTable, canonical, read_json
 from adapters.peft.patterns import BadPattern, ModuleNames, ModulePatterns, is_literal, layer_of
+from adapters.peft.targets import Targets
 from adapters.traits import Traits
 
 # LORA, and the types that `adapters.validation.peft_types` converts.
@@ -23,7 +24,8 @@ BIASES = ("none", "lora_only", "all")
 class LoraSettings:
     """Settings of a LoRA config that give its tensors their meaning.
 
-    `target_modules` is None where only the tensors show the targets, and `layers` is None where all layers are meant;
+    `target_modules` is None where it is not a list, `targets` where only the tensors show the targets, and `layers` is
+    None where all layers are meant;
     `bias` is one of `BIASES`; with `ensures_tying`, settings for one end of a tied vocabulary apply to both;
     `token_indices` maps the ending of a module's name to the trained tokens, with "" for the input embedding;
     `qalora_group_size` is None without QA-LoRA; `invocation_tokens` activate an aLoRA. `features` are the names for the
@@ -39,6 +41,7 @@ class LoraSettings:
     rank_pattern: ModulePatterns
     alpha_pattern: ModulePatterns
     target_modules: tuple[str, ...] | None
+    targets: Targets | None
     exclude_modules: ModuleNames
     layers: frozenset[int] | None
     layers_pattern: tuple[str, ...]
@@ -112,6 +115,7 @@ class _Reader(ConfigReader):
             rank_pattern=self._patterns("rank_pattern", self._rank),
             alpha_pattern=self._patterns("alpha_pattern", self._alpha),
             target_modules=self._target_modules(),
+            targets=Targets.of(self._config),
             exclude_modules=self._exclude_modules(),
             layers=self._layers(),
             layers_pattern=self._layers_pattern(),

@@ -1,15 +1,18 @@
 """The tensors of a LoRA file, sorted by the module of the base model and by their role in it."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from adapters.errors import Problem, ProblemCode
 from adapters.model_spec import ModelSpec
 from adapters.peft.config_reader import shown
+from adapters.peft.files import CONFIG_FILE
 from adapters.peft.lora_config import LoraSettings
 from adapters.peft.patterns import dotted_suffixes
-from adapters.peft.safetensors_header import TensorInfo, read_header
+from adapters.peft.safetensors_header import FLOAT_BYTES, TensorInfo, read_header, stored_bytes
+from adapters.peft.spellings import peft_names, repeated
+from adapters.peft.targets import some_of
 from adapters.peft.tensor_names import TensorKind, parse_tensor_name
 
 KINDS: dict[str, str] = {
@@ -35,7 +38,7 @@ class LoraTensors:
     whole parameters, `biases` trained biases of linears that are not adapted, `tokens` rows of embeddings.
 
     Where the vocabulary was resized, PEFT writes whole wrappers: `copies` lists duplicates of saved parameters and
-    `unused` the weights that they replaced, as (module, parameter, tensor).
+    `unused` the weights that they replaced, as (module, parameter, tensor). `notes` are sentences for the report.
     """
 
     path: Path
@@ -49,14 +52,22 @@ class LoraTensors:
     copies: list[tuple[str, str, str]] = field(default_factory=list)
     unused: list[tuple[str, str, str]] = field(default_factory=list)
     misnamed: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @classmethod
     def read(cls, path: Path, spec: ModelSpec) -> "LoraTensors":
         """Read the header of the file at `path` and sort its tensors. Raises `AdapterInvalid` if it is not a
         safetensors file."""
-        tensors = cls(path, read_header(path))
-        for name in tensors.infos:
-            tensors._sort(name, spec)
+        tensors = cls(path, read_header(path, FLOAT_BYTES))
+        spellings = peft_names(tensors.infos, spec.modules.keys() | spec.parameters.keys())
+        again = repeated(spellings.names)
+        tensors.notes += [*spellings.notes, *rounding_notes(tensors.infos)]
+        for name, own in spellings.names.items():
+            if name in again:
+                found = f"another spelling of {shown(again[name], 200)}"
+                tensors.misnamed.append(problem(name, found, "each tensor once", "malformed_file"))
+            else:
+                tensors._sort(name, own, spec)
         for module, parameter, name in list(tensors.copies):
             if tensors.saved.setdefault(module, {}).setdefault(parameter, name) == name:
                 tensors.copies.remove((module, parameter, name))  # not a duplicate: the only tensor of the parameter
@@ -65,8 +76,8 @@ class LoraTensors:
         return tensors
 
     def nbytes(self) -> int:
-        """Return the size of all tensors in bytes."""
-        return sum(info.end - info.start for info in self.infos.values())
+        """Return the size of all tensors in bytes, once they are loaded."""
+        return sum(map(stored_bytes, self.infos.values()))
 
     def touched(self) -> set[str]:
         """Return every module that the adapter changes."""
@@ -84,15 +95,16 @@ class LoraTensors:
         sizes = {self.infos[name].shape[0] for name in names if name} - {spec.vocab_size}
         return max(sizes) if sizes else None
 
-    def _sort(self, name: str, spec: ModelSpec) -> None:
-        parsed = parse_tensor_name(name)
+    def _sort(self, name: str, own: str, spec: ModelSpec) -> None:
+        """Sort the tensor `name`, which PEFT would call `own`."""
+        parsed = parse_tensor_name(own)
         if parsed is None:
             self.misnamed.append(problem(name, "no tensor of a LoRA", "base_model.model.<module>.lora_A.weight"))
             return
         module, kind = parsed
         bare = module.replace(_BASE_LAYER, "")
         if kind == "parameter" or (kind == "bias" and module not in spec.modules):
-            self._sort_parameter(name, bare, spec)
+            self._sort_parameter(name, own.rpartition(".")[2], bare, spec)
         elif kind == "bias":
             self.biases[module] = name
         elif kind == "tokens":
@@ -105,8 +117,7 @@ class LoraTensors:
         else:
             self._put(self.modules.setdefault(module, {}), kind, name)
 
-    def _sort_parameter(self, name: str, module: str, spec: ModelSpec) -> None:
-        parameter = name.rpartition(".")[2]
+    def _sort_parameter(self, name: str, parameter: str, module: str, spec: ModelSpec) -> None:
         wrapper = next((wrapper for wrapper in _WRAPPERS if module.endswith(wrapper)), "")
         module = module.removesuffix(wrapper)
         if parameter not in spec.parameters.get(module, {}):
@@ -207,3 +218,21 @@ def shares_weight(spec: ModelSpec, settings: LoraSettings) -> bool:
 def problem(where: str, found: str, expected: str, code: ProblemCode = "unsupported_feature") -> Problem:
     """Build a problem with an untrusted `where`, shortened to 200 characters of printable ASCII."""
     return Problem(shown(where, 200), found, expected, code)
+
+
+def rounding_notes(infos: Mapping[str, TensorInfo]) -> list[str]:
+    """Return the sentence of the report about tensors that are rounded."""
+    count = sum(info.dtype == "F64" for info in infos.values())
+    return [f"{count} tensors in float64 were rounded to float32"] if count else []
+
+
+def rank_of_module(module: str) -> str:
+    """Return the location of a problem with the rank of `module`, which names the flag of the limit."""
+    return f"{CONFIG_FILE}: rank of {module} (--max-adapter-rank)"
+
+
+def lost_modules(modules: Collection[str]) -> Problem:
+    """Build the problem of targeted modules that the file has no tensors for."""
+    plural = "module" if len(modules) == 1 else "modules"
+    found = f"{len(modules)} targeted {plural} without tensors: {some_of(modules)}"
+    return problem(f"{CONFIG_FILE}: target_modules", found, "tensors for every module that PEFT wraps", "no_target")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 from adapters.errors import AdapterInvalid, Problem
+from adapters.peft.foreign_files import GATHERED, PEEKED_BYTES, foreign
 
 MAX_HEADER_BYTES = 4 << 20
 MAX_METADATA_BYTES = 64 << 10
@@ -21,6 +22,7 @@ MAX_NAME_LENGTH = 512
 MAX_DIMENSIONS = 4
 MAX_DIGITS = 15
 ITEM_BYTES = {"F16": 2, "BF16": 2, "F32": 4}
+FLOAT_BYTES = {**ITEM_BYTES, "F64": 8}  # what an adapter may have; F64 is rounded to F32 when it is loaded
 INDEX_BYTES = {"U8": 1, "I16": 2, "I32": 4, "I64": 8}
 # No header within the limits has more commas, and a header with more would take long to parse.
 _MAX_COMMAS = MAX_TENSORS * (MAX_DIMENSIONS + 3) + MAX_METADATA_BYTES
@@ -53,7 +55,19 @@ def read_header(
             _check_sizes(tensors)
         return tensors
     except _Malformed as error:
-        raise AdapterInvalid([Problem(path.name, error.found, error.expected, "malformed_file")]) from None
+        found, expected = _foreign(path) or (error.found, error.expected)
+        raise AdapterInvalid([Problem(path.name, found, expected, "malformed_file")]) from None
+
+
+def stored_bytes(info: TensorInfo) -> int:
+    """Return the size of a tensor in bytes once it is loaded: that in the file, or for F64 half of it."""
+    return (info.end - info.start) // (2 if info.dtype == "F64" else 1)
+
+
+def _foreign(path: Path) -> tuple[str, str] | None:
+    with path.open("rb") as file:
+        start = file.read(PEEKED_BYTES)
+    return None if start[8:9] == b"{" else foreign(start)
 
 
 class _Malformed(Exception):
@@ -158,7 +172,9 @@ def _parse_tensor(name: str, entry: Any, data_start: int, item_bytes: Mapping[st
 def _check_sizes(tensors: Mapping[str, TensorInfo]) -> None:
     for name, info in tensors.items():
         if 0 in info.shape:
-            raise _Malformed(f"an odd shape for {name}", "sizes of at least 1")
+            raise _Malformed(
+                f"an empty tensor for {name}, as DeepSpeed ZeRO-3 saves weights that are elsewhere", GATHERED
+            )
 
 
 def _are_numbers(values: Any) -> bool:

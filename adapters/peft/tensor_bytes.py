@@ -11,13 +11,19 @@ from numpy.typing import NDArray
 from adapters.peft.safetensors_header import TensorInfo
 
 CHUNK_BYTES = 1 << 20  # large enough that a reader thread seldom needs the interpreter lock
-_BITS: dict[str, np.dtype[Any]] = {"F16": np.dtype("<u2"), "BF16": np.dtype("<u2"), "F32": np.dtype("<u4")}
+_BITS: dict[str, np.dtype[Any]] = {
+    "F16": np.dtype("<u2"),
+    "BF16": np.dtype("<u2"),
+    "F32": np.dtype("<u4"),
+    "F64": np.dtype("<u8"),
+}
 _INDICES: dict[str, np.dtype[Any]] = {
     "U8": np.dtype("u1"),
     "I16": np.dtype("<i2"),
     "I32": np.dtype("<i4"),
     "I64": np.dtype("<i8"),
 }
+_FLOATS = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}
 _LARGEST_FINITE = {"F16": 0x7BFF, "BF16": 0x7F7F, "F32": 0x7F7FFFFF}
 
 
@@ -31,7 +37,7 @@ def read_chunks(file: BinaryIO, info: TensorInfo) -> Iterator[bytearray]:
 
 
 def read_array(path: Path, info: TensorInfo) -> NDArray[Any]:
-    """Read one tensor: floats as float32, whole numbers as they are stored."""
+    """Read one tensor: floats as float32, to which F64 is rounded, whole numbers as they are stored."""
     dtype = _BITS.get(info.dtype) or _INDICES[info.dtype]
     stored = np.fromfile(path, dtype, math.prod(info.shape), offset=info.start).reshape(info.shape)
     return _as_floats(stored, info.dtype) if info.dtype in _BITS else stored
@@ -61,13 +67,16 @@ class Magnitude:
 
 
 def largest_finite(dtype: str) -> float:
-    """Return the largest finite number of a float dtype in safetensors' spelling."""
+    """Return the largest finite number of a float dtype in safetensors' spelling, once it is loaded."""
+    if dtype == "F64":
+        dtype = "F32"
     return float_of(_LARGEST_FINITE[dtype], dtype)
 
 
 def float_of(bits: int, dtype: str) -> float:
     """Return the number with these bits."""
-    return float(_as_floats(np.array([bits], _BITS[dtype]), dtype)[0])
+    array = np.array([bits], _BITS[dtype])
+    return float(array.view("<f8")[0] if dtype == "F64" else _as_floats(array, dtype)[0])
 
 
 def is_float(dtype: str) -> bool:
@@ -77,4 +86,4 @@ def is_float(dtype: str) -> bool:
 def _as_floats(bits: NDArray[Any], dtype: str) -> NDArray[np.float32]:
     if dtype == "BF16":
         return (bits.astype("<u4") << 16).view("<f4")
-    return bits.view("<f2" if dtype == "F16" else "<f4").astype("<f4", copy=False)
+    return bits.view(_FLOATS[dtype]).astype("<f4", copy=False)

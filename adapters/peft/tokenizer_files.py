@@ -5,7 +5,7 @@ beside it give the special tokens and the chat template. Templates are compiled 
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,7 @@ from tokenizers.processors import TemplateProcessing
 from adapters.errors import AdapterInvalid, Problem
 from adapters.peft.config_reader import shown
 from adapters.peft.safetensors_header import unique_keys
+from adapters.peft.targets import some_of
 
 TOKENIZER, CONFIG, SPECIAL, ADDED, TEMPLATE = (
     "tokenizer.json",
@@ -90,28 +91,94 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
     )
 
 
-def check_tokenizer(folder: Path, vocab_size: int | None) -> list[Problem]:
+@dataclass(frozen=True, slots=True)
+class BaseTokens:
+    """The base model's tokenizer: `id_of` returns the id of a token or None, `eos` is its end token."""
+
+    id_of: Callable[[str], int | None]
+    eos: str | None
+
+
+def check_tokenizer(folder: Path, vocab_size: int | None, base: BaseTokens | None = None) -> list[Problem]:
     """Return the problems of the tokenizer in `folder`; empty if it can be used. `vocab_size` is the model's number
     of token embeddings."""
+    return examine_tokenizer(folder, vocab_size, base)[0]
+
+
+def examine_tokenizer(
+    folder: Path, vocab_size: int | None, base: BaseTokens | None = None
+) -> tuple[list[Problem], list[str]]:
+    """Return the problems of the tokenizer in `folder`, and sentences for the report about what is not used."""
+    bound = MAX_TOKEN_ID if vocab_size is None else vocab_size
     try:
         files = read_tokenizer_files(folder)
         if files.tokenizer is None:
-            return list(_stray_tokens(folder))
+            problems, unused = _stray_tokens(folder, bound, base)
+            return problems, [*unused, *_unknown_end(files, base)]
         with _library_errors():
             tokenizer = Tokenizer.from_str(files.tokenizer)
-        bound = MAX_TOKEN_ID if vocab_size is None else vocab_size
-        return list(_vocabulary_problems(files, tokenizer, bound)) or list(_usage_problems(files, tokenizer, bound))
+        problems = list(_vocabulary_problems(files, tokenizer, bound))
+        problems = problems or list(_usage_problems(files, tokenizer, bound))
+        return problems, _unusable(TOKENIZER, _beyond(tokenizer, bound))
     except AdapterInvalid as error:
-        return error.problems
+        return error.problems, []
 
 
-def _stray_tokens(folder: Path) -> Iterator[Problem]:
-    if (folder / ADDED).exists():
-        yield Problem(ADDED, "tokens without a tokenizer", f"{TOKENIZER} beside it", "malformed_file")
+def own_end(files: TokenizerFiles, base: BaseTokens | None) -> bool:
+    """Return True if the files have no tokenizer and declare another end token than the base's, which the base's
+    tokenizer knows."""
+    end = files.special_tokens.get("eos_token")
+    known = end is not None and base is not None and end != base.eos and base.id_of(end) is not None
+    return files.tokenizer is None and known
+
+
+def _unknown_end(files: TokenizerFiles, base: BaseTokens | None) -> list[str]:
+    end = files.special_tokens.get("eos_token")
+    if end is None or base is None or base.id_of(end) is not None:
+        return []
+    return [f"the eos_token {shown(end)} is no token of the base's tokenizer and ends no output"]
+
+
+def _stray_tokens(folder: Path, bound: int, base: BaseTokens | None) -> tuple[list[Problem], list[str]]:
+    """Check the added tokens of a slow tokenizer, whose other files are not read: they must be the base's own. Those
+    beyond the model's vocabulary cannot have been trained and are not used."""
+    if not (folder / ADDED).exists():
+        return [], []
+    added = _added_tokens(folder)
+    expected = f"{TOKENIZER} beside it"
+    if base is None:
+        return [Problem(ADDED, "tokens without a tokenizer", expected, "malformed_file")], []
+    other = {token: id for token, id in added.items() if base.id_of(token) != id}
+    way_out = "the base's own tokens, or AutoTokenizer.from_pretrained(ADAPTER).save_pretrained(ADAPTER), which writes"
+    problems = [
+        Problem(
+            ADDED, f"{shown(token)} as {id}, which is no token of the base", f"{way_out} {TOKENIZER}", "malformed_file"
+        )
+        for token, id in sorted(other.items())
+        if id < bound
+    ]
+    return problems, _unusable(ADDED, {id: token for token, id in other.items() if id >= bound})
+
+
+def _beyond(tokenizer: Tokenizer, bound: int) -> dict[int, str]:
+    """Return the added tokens that the model has no embedding for, by id: such as a token for padding, which training
+    masks and no prompt has."""
+    added = tokenizer.get_added_tokens_decoder().items()
+    return {id: token.content for id, token in added if bound <= id < MAX_TOKEN_ID}
+
+
+def _unusable(where: str, tokens: Mapping[int, str]) -> list[str]:
+    if not tokens:
+        return []
+    names = some_of(f"{shown(token)} ({id})" for id, token in tokens.items())
+    return [f"{where}: the model has no embedding for {names}; a prompt with such a token is refused"]
 
 
 def _vocabulary_problems(files: TokenizerFiles, tokenizer: Tokenizer, bound: int) -> Iterator[Problem]:
-    largest = max(tokenizer.get_vocab().values(), default=0)
+    vocabulary, beyond = tokenizer.get_vocab(), _beyond(tokenizer, bound)
+    template, end = files.chat_template or "", files.special_tokens.get("eos_token")
+    unused = {id for id, token in beyond.items() if token not in template and token != end}
+    largest = max((id for id in vocabulary.values() if id not in unused), default=0)
     if largest >= bound:
         yield Problem(TOKENIZER, f"token id {largest}", f"ids below {bound}", "base_mismatch")
     for token in sorted({*files.special_tokens.values(), *files.added}):

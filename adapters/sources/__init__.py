@@ -10,7 +10,10 @@ from types import ModuleType
 from adapters.errors import SourceNotAllowed
 from adapters.sources import file, hub, s3
 
-__all__ = ["check_allow_source", "check_source", "copy_from"]
+__all__ = ["NAMED_BY_OPERATOR", "check_allow_source", "check_source", "copy_from"]
+
+# The allowed sources for a folder that the operator named on the command line: its links may point anywhere.
+NAMED_BY_OPERATOR = ("file:///",)
 
 _SCHEMES = {"file": file, "hf": hub, "s3": s3}
 

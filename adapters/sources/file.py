@@ -9,7 +9,8 @@ from typing import BinaryIO
 from urllib.parse import unquote, urlsplit
 
 from adapters.errors import AdapterTooLarge, SourceNotAllowed, SourceNotFound
-from adapters.peft.files import FILES, TOKENIZER_FILES
+from adapters.peft.files import FILES, TOKENIZER_FILES, WEIGHTS_FILE
+from adapters.peft.foreign_files import PICKLE_FILE, TO_SAFETENSORS
 
 _CHUNK_BYTES = 1 << 20
 
@@ -31,6 +32,8 @@ def copy(source: str, allowed: Sequence[str], into: Path, max_bytes: int, stop: 
     folder, left = _file_url_path(source), max_bytes
     for name in (*FILES, *TOKENIZER_FILES):
         path = _checked(folder / name, roots(allowed), source)
+        if name == WEIGHTS_FILE and not path.exists() and os.path.lexists(folder / PICKLE_FILE):
+            raise SourceNotFound(f"The source {source[:200]!r} has {PICKLE_FILE} and no {name}; run {TO_SAFETENSORS}.")
         if name in FILES or os.path.lexists(folder / name):
             left -= _copy_file(path, into / name, min(left, TOKENIZER_FILES.get(name, left)), source)
     return source
@@ -40,7 +43,10 @@ def _checked(path: Path, roots: Sequence[Path], source: str) -> Path:
     """Return `path` with all links resolved. Raises `SourceNotAllowed` when the result is below none of `roots`."""
     resolved = _resolve(path, source)
     if not any(resolved.is_relative_to(root) for root in roots):
-        raise SourceNotAllowed(f"The source {source[:200]!r} is not one that this server may read.")
+        raise SourceNotAllowed(
+            f"The source {source[:200]!r} is not one that this server may read: a folder, and what its symbolic links "
+            "point to, must lie below an --allow-source."
+        )
     return resolved
 
 

@@ -1,8 +1,8 @@
 """Validation of an adapter against this base model: every tensor and every key is applied exactly, or the adapter is
 refused with the full list of reasons."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,47 +11,73 @@ from adapters.model_spec import ModelSpec
 from adapters.peft.config_reader import MAX_CONFIG_BYTES, read_json
 from adapters.peft.digest import Scan, scan
 from adapters.peft.files import CONFIG_FILE, FILES, WEIGHTS_FILE
+from adapters.peft.foreign_files import PICKLE_FILE, TO_SAFETENSORS
 from adapters.peft.lora_config import LoraSettings, parse_config
 from adapters.peft.lora_tensors import (
     LoraTensors,
     parameter_factors,
     rank_of,
 )
-from adapters.peft.safetensors_header import INDEX_BYTES, ITEM_BYTES, read_header
-from adapters.peft.tokenizer_files import check_tokenizer, read_tokenizer_files
+from adapters.peft.safetensors_header import FLOAT_BYTES, INDEX_BYTES, read_header
+from adapters.peft.targets import target_notes
+from adapters.peft.tokenizer_files import BaseTokens, examine_tokenizer, own_end, read_tokenizer_files
 from adapters.records import Inspected
 from adapters.traits import Traits
 from adapters.validation.lora_checks import LoraChecks
 from adapters.validation.peft_types.convert import Converted, read_converted, type_config_of
 
 
-def inspect(folder: Path, spec: ModelSpec) -> Inspected:
-    """Validate the adapter in `folder` against the base model. Raises `AdapterInvalid` with every problem found."""
+def inspect(folder: Path, spec: ModelSpec, base: BaseTokens | None = None, *, with_tokenizer: bool = True) -> Inspected:
+    """Validate the adapter in `folder` against the base model, whose tokenizer is `base`. Raises `AdapterInvalid` with
+    every problem found. The tokenizer files of a stored version need not be checked again."""
     converted = read_converted(folder, spec)
-    inspected = _inspect_lora(folder, spec) if converted is None else _inspect_converted(converted, folder, spec)
-    own = read_tokenizer_files(folder).features
+    check = _TokenizerCheck(folder, base, with_tokenizer)
+    inspected = _inspect_lora(folder, spec, check) if converted is None else _inspect_converted(converted, spec, check)
+    files = read_tokenizer_files(folder)
+    own = files.features or (("eos_token",) if own_end(files, base) else ())
     inspected.report["features"] += own
     if own:
         inspected.report["traits"] = {**inspected.report.get("traits", {}), **dict.fromkeys(own, True)}
     return inspected
 
 
-def _inspect_lora(folder: Path, spec: ModelSpec) -> Inspected:
-    checked = check_lora(folder, spec, with_tokenizer=True)
+@dataclass(slots=True)
+class _TokenizerCheck:
+    """The check of the tokenizer beside an adapter; `notes` are sentences for the report."""
+
+    folder: Path
+    base: BaseTokens | None
+    wanted: bool
+    notes: list[str] = field(default_factory=list)
+
+    def problems(self, vocab_size: int | None) -> list[Problem]:
+        """Return the problems, and keep the notes."""
+        if not self.wanted:
+            return []
+        problems, self.notes = examine_tokenizer(self.folder, vocab_size, self.base)
+        return problems
+
+
+def _inspect_lora(folder: Path, spec: ModelSpec, check: _TokenizerCheck) -> Inspected:
+    checked = check_lora(folder, spec, check_tokenizer=check.problems)
     tensors, settings = checked.tensors, checked.settings
     applied = {"modules": len(tensors.touched()), "tensors": len(tensors.infos)}
     report: dict[str, Any] = {"applied": applied, "features": _features(tensors, settings, spec)}
+    if notes := [*target_notes(LoraChecks(tensors, spec).unmatched(settings)), *tensors.notes, *check.notes]:
+        report["notes"] = notes
     if traits := _traits(tensors, settings, spec).described():
         report["traits"] = traits
     return Inspected(checked.digest, checked.rank, _last_parts(tensors.adapted()), tensors.nbytes(), report)
 
 
-def _inspect_converted(adapter: Converted, folder: Path, spec: ModelSpec) -> Inspected:
+def _inspect_converted(adapter: Converted, spec: ModelSpec, check: _TokenizerCheck) -> Inspected:
     adapter.check_values()
-    if problems := check_tokenizer(folder, spec.vocab_size):
+    if problems := check.problems(spec.vocab_size):
         raise AdapterInvalid(problems)
     applied = {"modules": len(adapter.layers), "tensors": len(adapter.tensors)}
     report: dict[str, Any] = {"applied": applied, "features": list(adapter.type_config.features)}
+    if notes := [*adapter.notes(), *check.notes]:
+        report["notes"] = notes
     if traits := adapter.type_config.traits().described():
         report["traits"] = traits
     return Inspected(adapter.digest, adapter.rank, _last_parts(adapter.layers), adapter.nbytes(), report)
@@ -71,7 +97,7 @@ def check_files(folder: Path) -> None:
     type_config = None if config is None else type_config_of(config)
     problems = parse_config(text)[1] if type_config is None else type_config.all_problems()
     try:
-        read_header(folder / WEIGHTS_FILE, {**ITEM_BYTES, **INDEX_BYTES}, allow_empty=True)
+        read_header(folder / WEIGHTS_FILE, {**FLOAT_BYTES, **INDEX_BYTES}, allow_empty=True)
     except AdapterInvalid as error:
         problems += error.problems
     if problems:
@@ -81,7 +107,15 @@ def check_files(folder: Path) -> None:
 def _require_files(folder: Path) -> None:
     absent = [name for name in FILES if not (folder / name).is_file()]
     if absent:
-        raise AdapterInvalid([Problem(name, "no file", "a file", "malformed_file") for name in absent])
+        raise AdapterInvalid([_absent(folder, name) for name in absent])
+
+
+def _absent(folder: Path, name: str) -> Problem:
+    if name == WEIGHTS_FILE and (folder / PICKLE_FILE).is_file():
+        return Problem(
+            name, f"no file, but {PICKLE_FILE}, a pickle", f"safetensors: {TO_SAFETENSORS}", "malformed_file"
+        )
+    return Problem(name, "no file", "a file", "malformed_file")
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +145,7 @@ def check_lora(
     folder: Path,
     spec: ModelSpec,
     *,
-    with_tokenizer: bool = False,
+    check_tokenizer: Callable[[int | None], list[Problem]] | None = None,
     with_numbers: bool = True,
     known_digest: str | None = None,
 ) -> CheckedLora:
@@ -133,8 +167,8 @@ def check_lora(
     )
     magnitudes = scanned.magnitudes if with_numbers and not known_digest else None
     problems += LoraChecks(tensors, spec).problems(settings, magnitudes)
-    if with_tokenizer:
-        problems += check_tokenizer(folder, tensors.vocab_size(spec) or spec.vocab_size)
+    if check_tokenizer is not None:
+        problems += check_tokenizer(tensors.vocab_size(spec) or spec.vocab_size)
     if problems or settings is None:
         raise AdapterInvalid(problems)
     return CheckedLora(tensors, settings, scanned.digest, spec)

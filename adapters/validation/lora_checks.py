@@ -13,15 +13,18 @@ from adapters.peft.lora_tensors import (
     KINDS,
     LoraTensors,
     factor_shapes,
+    lost_modules,
     parameter_factors,
     parameter_names,
     problem,
     rank_of,
+    rank_of_module,
     scaling_of,
     shares_weight,
     targeted_parameters,
 )
 from adapters.peft.patterns import dotted_suffixes
+from adapters.peft.targets import unmatched
 from adapters.peft.tensor_bytes import largest_finite
 from adapters.peft.tensor_names import TensorKind
 from adapters.validation.saved_checks import copy_problems, token_problems
@@ -76,6 +79,7 @@ class LoraChecks:
         """Yield every declared target without a tensor, and every tensor that PEFT would drop because its module is
         no target."""
         if settings.target_modules is None:
+            yield from self._lost(settings, set())
             return
         declared = set(settings.target_modules)
         reached = set()
@@ -85,8 +89,28 @@ class LoraChecks:
             is_target = module in declared or (suffixes and settings.reaches(module))
             if (not is_target or settings.leaves_out(module)) and not targeted_parameters(module, settings, self.spec):
                 yield problem(next(iter(names.values())), "a module beyond them", "only targeted modules", "no_target")
-        for target in sorted(declared - reached - self._left_out(settings)):
+        for target in sorted(declared - reached - self._left_out(settings) - set(self.unmatched(settings))):
             yield _missing_target("target_modules", target)
+        yield from self._lost(settings, declared - reached)
+
+    def unmatched(self, settings: LoraSettings) -> list[str]:
+        """Return the targets that no module of the base model has, which PEFT ignores beside others that match."""
+        return unmatched(settings.target_modules or (), self.spec.names)
+
+    def _lost(self, settings: LoraSettings, unreached: set[str]) -> Iterator[Problem]:
+        """Yield one problem for the modules that PEFT wraps and the file has no tensors for. Modules of the targets
+        `unreached` alone are left to the problems of these targets."""
+        adapted, spec = self.tensors.adapted(), self.spec
+        if settings.targets is None or not adapted:
+            return
+        lost = settings.targets.wrapped(spec.modules, spec.embedding, spec.head) - adapted
+        if settings.ensures_tying and spec.tied and not adapted.isdisjoint((spec.embedding, spec.head)):
+            lost -= {spec.embedding, spec.head}  # both have the adapter of one of them
+        if settings.target_modules is not None:
+            reached = set(settings.target_modules) - unreached
+            lost = {module for module in lost if not reached.isdisjoint(dotted_suffixes(module))}
+        if lost:
+            yield lost_modules(lost)
 
     def _left_out(self, settings: LoraSettings) -> set[str]:
         """Return the targets that match only modules that PEFT does not wrap."""
@@ -160,8 +184,7 @@ class LoraChecks:
 
     def _rank(self, module: str, rank: int) -> Iterator[Problem]:
         if rank > self.spec.max_rank:
-            where = f"{CONFIG_FILE}: rank of {module}"
-            yield problem(where, str(rank), f"at most {self.spec.max_rank}", "rank_too_large")
+            yield problem(rank_of_module(module), str(rank), f"at most {self.spec.max_rank}", "rank_too_large")
 
     def _shape(self, name: str, expected: tuple[int, ...]) -> Iterator[Problem]:
         shape = self.tensors.infos[name].shape

@@ -24,7 +24,11 @@ def token_problems(tensors: LoraTensors, spec: ModelSpec, settings: LoraSettings
         elif module in tensors.adapted():
             yield problem(name, "rows of a module that is also adapted", "one of the two, as in PEFT")
         elif ids and max(ids) >= vocab_size:
-            yield problem(name, f"token {max(ids)}", f"tokens below {vocab_size}", "shape_mismatch")
+            below = (
+                f"tokens below {vocab_size}, or the resized embedding and head in the file, which PEFT writes with "
+                "save_pretrained(FOLDER, save_embedding_layers=True)"
+            )
+            yield problem(name, f"token {max(ids)}", below, "shape_mismatch")
         elif len(set(ids)) != len(ids):
             yield problem(_KEY, "a token twice", "each once", "malformed_file")
         elif tensors.infos[name].shape != (expected := (len(ids), spec.parameters[module]["weight"][1])):

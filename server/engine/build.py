@@ -155,7 +155,7 @@ def _merging(config: ServeConfig, spec: ModelSpec, runner: ModelRunner, schedule
 
     def compute(digest: str, allow_requantize: bool) -> Merged:
         folder = store.path(digest)
-        if not Traits.of(inspect(folder, spec).report).mergeable:
+        if not Traits.of(inspect(folder, spec, with_tokenizer=False).report).mergeable:
             raise MoveRefused("not_mergeable", "it changes more than linear layers and cannot be merged")
         weights = load(folder, spec, digest)
         return merge(weights, runner.layers, room(runner.device), packed, allow_requantize=allow_requantize)

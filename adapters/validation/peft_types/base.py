@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from adapters.errors import Problem
 from adapters.peft.config_reader import ConfigReader, KeyTable
+from adapters.peft.targets import Targets
 from adapters.traits import Traits
 
 PREFIX = "base_model.model."
@@ -79,6 +80,7 @@ class PeftTypeConfig(ConfigReader, ABC):
     def __init__(self, config: Mapping[str, Any]):
         super().__init__(config)
         self.target_modules = self._target_modules()
+        self.targets = Targets.of(config)
         self.features = (self.peft_type.lower(), *self._used(_FEATURES))
 
     def all_problems(self) -> list[Problem]:

@@ -1,6 +1,5 @@
 """Adapters of types other than LORA: validated as a LoRA is, then converted layer by layer."""
 
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,13 @@ from adapters.model_spec import ModelSpec
 from adapters.peft.config_reader import MAX_CONFIG_BYTES, canonical, read_json, shown
 from adapters.peft.digest import Scan, scan
 from adapters.peft.files import CONFIG_FILE, FILES, WEIGHTS_FILE
-from adapters.peft.lora_tensors import problem
+from adapters.peft.foreign_files import GATHERED
+from adapters.peft.lora_tensors import lost_modules, problem, rank_of_module, rounding_notes
 from adapters.peft.patterns import dotted_suffixes
-from adapters.peft.safetensors_header import INDEX_BYTES, ITEM_BYTES, read_header
-from adapters.peft.tensor_bytes import read_array
+from adapters.peft.safetensors_header import FLOAT_BYTES, INDEX_BYTES, read_header, stored_bytes
+from adapters.peft.spellings import peft_names, repeated
+from adapters.peft.targets import target_notes, unmatched
+from adapters.peft.tensor_bytes import largest_finite, read_array
 from adapters.validation.peft_types.adalora import AdaLora
 from adapters.validation.peft_types.base import PREFIX, ChannelScale, Factors, Layer, PeftTypeConfig
 from adapters.validation.peft_types.delora import DeLora
@@ -66,10 +68,16 @@ class Converted:
         self, path: Path, type_config: PeftTypeConfig, config: str, spec: ModelSpec, known_digest: str | None = None
     ):
         self.type_config = type_config
-        self.tensors = read_header(path, {**ITEM_BYTES, **INDEX_BYTES}, allow_empty=True)
-        self._scanned = Scan(known_digest, {}) if known_digest else scan(config, self.tensors, path)
+        stored = read_header(path, {**FLOAT_BYTES, **INDEX_BYTES}, allow_empty=True)
+        self._scanned = Scan(known_digest, {}) if known_digest else scan(config, stored, path)
         self._path, self._spec = path, spec
         self._misnamed: list[str] = []
+        own = {*type_config.kinds, *(name.rpartition(".")[2] for name in type_config.shared)}
+        spellings = peft_names(stored, spec.modules.keys() | spec.parameters.keys(), own)
+        self._repeated = repeated(spellings.names)
+        self._reading_notes = [*spellings.notes, *rounding_notes(stored)]
+        self._dtypes = {name: info.dtype for name, info in stored.items()}
+        self.tensors = {spellings.names[name]: info for name, info in stored.items()}
         shapes = self._shapes_by_module()
         self._unknown = shapes.keys() - spec.modules.keys()
         self.layers = {
@@ -99,8 +107,8 @@ class Converted:
         return self._scanned.digest
 
     def nbytes(self) -> int:
-        """Return the size of all tensors in bytes."""
-        return sum(info.end - info.start for info in self.tensors.values())
+        """Return the size of all tensors in bytes, once they are loaded."""
+        return sum(map(stored_bytes, self.tensors.values()))
 
     # -- checks ------------------------------------------------------------------------------------------------------
 
@@ -108,6 +116,10 @@ class Converted:
         """Return every problem that can be found without the conversion."""
         expected = f"those of {self.type_config.peft_type} on linear layers"
         found = [problem(name, "a tensor of another kind", expected) for name in self._misnamed]
+        found += [
+            problem(name, f"another spelling of {shown(first, 200)}", "each tensor once", "malformed_file")
+            for name, first in self._repeated.items()
+        ]
         found += [*self._module_problems(), *self._dtype_problems()]
         if self.type_config.usable and self.layers:
             found += [
@@ -129,6 +141,9 @@ class Converted:
     def _target_problems(self) -> Iterator[Problem]:
         """Yield every declared target without a tensor, and every tensor that PEFT would drop because no target
         declares it."""
+        missing = self._untouched()
+        if missing and self.layers:
+            yield lost_modules(missing)
         if self.type_config.target_modules is None:
             return
         declared = set(self.type_config.target_modules)
@@ -136,13 +151,34 @@ class Converted:
         for layer in (self.layers[name] for name, suffixes in reached.items() if not suffixes):
             present, expected = layer.tensor(next(iter(layer.shapes))), "only modules that target_modules names"
             yield problem(present, "a module beyond them", expected, "no_target")
-        for target in sorted(declared.difference(*reached.values())):
+        for target in sorted(declared.difference(*reached.values()) - set(self.unmatched)):
             where = f"{CONFIG_FILE}: target_modules"
             yield problem(where, f"{shown(target)} without a tensor", "tensors for every target", "no_target")
 
+    def _untouched(self) -> set[str]:
+        """Return the modules that PEFT wraps and the file has no tensor for, without those whose name in
+        `target_modules` has no tensor at all."""
+        targets = self.type_config.targets
+        if targets is None:
+            return set()
+        missing = targets.wrapped(self._spec.modules, "", self._spec.head) - self.layers.keys()
+        if targets.names is None:
+            return missing
+        present = {suffix for layer in self.layers for suffix in dotted_suffixes(layer)} & targets.names
+        return {module for module in missing if not present.isdisjoint(dotted_suffixes(module))}
+
+    @property
+    def unmatched(self) -> list[str]:
+        """The targets that no module of the base model has."""
+        return unmatched(self.type_config.target_modules or (), self._spec.names)
+
+    def notes(self) -> list[str]:
+        """Return sentences for the report about what was read in another way than it was written."""
+        return [*target_notes(self.unmatched), *self._reading_notes]
+
     def _dtype_problems(self) -> Iterator[Problem]:
         for name, info in self.tensors.items():
-            wanted = INDEX_BYTES if name.rpartition(".")[2] in self.type_config.indices else ITEM_BYTES
+            wanted = INDEX_BYTES if name.rpartition(".")[2] in self.type_config.indices else FLOAT_BYTES
             if info.dtype not in wanted:
                 yield problem(name, info.dtype, " or ".join(wanted), "malformed_file")
 
@@ -156,18 +192,20 @@ class Converted:
             info = self.tensors.get(name)
             if info is None or info.shape != shape:
                 found = "no tensor" if info is None else str(list(info.shape))
-                yield problem(name, found, str(list(shape)), "shape_mismatch")
+                is_empty = info is not None and 0 in info.shape and 0 not in shape
+                expected_shape = f"{list(shape)}, or {GATHERED}" if is_empty else str(list(shape))
+                yield problem(name, found, expected_shape, "shape_mismatch")
 
     def _rank_problems(self) -> Iterator[Problem]:
         for layer in self.layers.values():
             rank = self.type_config.rank(layer)
             if rank > self._spec.max_rank:
-                where, found = f"{CONFIG_FILE}: rank of {layer.name}", f"{rank} as a LoRA"
+                where, found = rank_of_module(layer.name), f"{rank} as a LoRA"
                 yield problem(where, found, f"at most {self._spec.max_rank}", "rank_too_large")
 
     def _value_problems(self) -> Iterator[Problem]:
         for name, largest in self._scanned.magnitudes.items():
-            if not math.isfinite(largest):
+            if not largest <= largest_finite(self._dtypes[name]):
                 yield problem(name, "NaN or infinity", "finite numbers", "nonfinite")
 
     # -- conversion --------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from python_multipart.multipart import parse_options_header
 from starlette.requests import Request
 
 from adapters.peft.files import FILES, TOKENIZER_FILES
+from adapters.peft.foreign_files import PICKLE_FILE, TO_SAFETENSORS
 from server.api.errors import ApiError, bad_request
 
 _KNOWN = (*FILES, *TOKENIZER_FILES)
@@ -131,8 +132,9 @@ class _Upload:
         """Open a file of the adapter by its field name or file name. A client's name never becomes a path."""
         name = next((known for known in _KNOWN if known in (field, filename)), None)
         if name is None:
+            hint = f" To convert {PICKLE_FILE}, run {TO_SAFETENSORS}." if PICKLE_FILE in (field, filename) else ""
             raise ApiError(
-                415, f"The upload may only contain the files {', '.join(_KNOWN)}.", code="unsupported_media_type"
+                415, f"The upload may only contain the files {', '.join(_KNOWN)}.{hint}", code="unsupported_media_type"
             )
         if name in self._files:
             raise bad_request(f"The upload contains '{name}' twice.", name)

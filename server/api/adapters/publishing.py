@@ -147,7 +147,7 @@ async def examine(context: AppContext, folder: Path, spec: ModelSpec) -> Inspect
     """Run all static checks of an adapter. Raises `AdapterInvalid` with every problem found."""
     problems = await _template_problems(context, folder)
     try:
-        inspected = await asyncio.to_thread(inspect, folder, spec)
+        inspected = await asyncio.to_thread(inspect, folder, spec, context.tokenizer.tokens)
     except AdapterInvalid as error:
         raise AdapterInvalid([*error.problems, *problems]) from None
     if problems:

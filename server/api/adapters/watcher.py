@@ -16,7 +16,7 @@ from adapters.errors import AdapterConflict, AdapterError, InvalidName, NoSpace
 from adapters.names import check_name
 from adapters.peft.files import FILES, TOKENIZER_FILES
 from adapters.records import Inspected, PendingAdapter
-from adapters.sources import copy_from
+from adapters.sources import NAMED_BY_OPERATOR, copy_from
 from server.api.adapters.publishing import Publication, publish_from
 from server.api.context import AppContext
 from server.ipc.client import AdapterMoveRefused, EngineUnavailable
@@ -32,7 +32,8 @@ class _FolderChanged(Exception):
 
 
 class FolderWatcher:
-    """Registers the adapters in the subfolders of `root`. Refuses symbolic links that lead out of it."""
+    """Registers the adapters in the subfolders of `root`. Symbolic links are followed wherever they lead, because the
+    operator named the folder: the caches of the hub, DVC and Nix consist of links."""
 
     def __init__(self, context: AppContext, root: Path):
         self._context = context
@@ -82,7 +83,7 @@ class FolderWatcher:
         source = folder.as_uri()
 
         async def fill(staged: Path) -> Publication:
-            await asyncio.to_thread(copy_from, source, [self._root.as_uri()], staged, max_bytes=max_bytes)
+            await asyncio.to_thread(copy_from, source, NAMED_BY_OPERATOR, staged, max_bytes=max_bytes)
             if await asyncio.to_thread(_signature, folder) != signature:
                 raise _FolderChanged
             return Publication(name, source)

@@ -25,7 +25,7 @@ class AdapterTokenizers:
 
     async def of(self, digest: str | None, traits: Traits) -> Tokenizer:
         """Return the tokenizer of a version (None: the base model). Raises `FileNotFoundError` if it was deleted."""
-        if digest is None or not (traits.tokenizer or traits.chat_template):
+        if digest is None or not (traits.tokenizer or traits.chat_template or traits.eos_token):
             return self._base()
         loaded = self._loaded.pop(digest, None) or asyncio.ensure_future(asyncio.to_thread(self._load, digest))
         self._loaded[digest] = loaded

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from tokenizers import Tokenizer as Backend
 from tokenizers.decoders import DecodeStream
 
+from adapters.peft.tokenizer_files import BaseTokens
 from server.api.errors import bad_request
 from server.api.text.chat_template import ChatTemplate, base_template
 from server.base_tokenizer import BaseTokenizer
@@ -41,6 +42,11 @@ class Tokenizer:
         """Build the base model's tokenizer, whose chat template is trusted."""
         template = None if base.chat_template is None else base_template(base.chat_template)
         return cls(Backend.from_str(base.backend), template, base.special_tokens, base.special_ids)
+
+    @property
+    def tokens(self) -> BaseTokens:
+        """The tokens that an adapter without a tokenizer of its own may name."""
+        return BaseTokens(self.backend.token_to_id, self.special_tokens.get("eos_token"))
 
     async def encode(self, text: str, max_tokens: int) -> list[int]:
         return await self._encode(text, max_tokens, add_special_tokens=True)

@@ -81,6 +81,7 @@ def _spec(loaded: LoadedModel, seen: Observation, max_rank: int) -> ModelSpec:
         head=loaded.head,
         tied=model.get_output_embeddings().weight is model.get_input_embeddings().weight,
         siblings=_siblings(seen, linears),
+        names=frozenset(name for name, _ in model.named_modules() if name),
     )
 
 
