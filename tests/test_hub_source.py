@@ -112,6 +112,12 @@ def test_a_repository_without_the_files(remote: Remote, tmp_path: Path) -> None:
     assert found(tmp_path) == {}
 
 
+def test_a_repository_with_a_pickle_alone(remote: Remote, tmp_path: Path) -> None:
+    remote.files["adapter_model.bin"] = remote.files.pop(WEIGHTS)
+    with pytest.raises(SourceNotFound, match=r"adapter_model\.bin.*torch\.load"):
+        fetch(tmp_path)
+
+
 def test_sizes_are_checked_before_and_during_the_download(remote: Remote, tmp_path: Path) -> None:
     size = sum(map(len, FILES.values()))
     fetch(tmp_path, max_bytes=size)

@@ -1,5 +1,6 @@
 """Adapters as the real PEFT writes them are applied exactly; everything else is refused with every reason."""
 
+import copy
 import json
 import math
 import shutil
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import EvaConfig, LoraConfig, get_peft_model, initialize_lora_eva_weights
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
@@ -542,6 +544,22 @@ def test_refuses_a_file_that_lost_modules(name: str, model: LlamaForCausalLM, sp
     assert problem.code == "no_target"
     if name != "a layer beside another that is not adapted":  # then the name has no tensor at all
         assert problem.found.startswith(f"{count} targeted module") and lost.strip(".") in problem.found
+
+
+def test_eva_leaves_out_targets(tmp_path: Path) -> None:
+    """EVA drops modules that get no rank, and PEFT shortens the names of the others to endings that match them, too."""
+    deep = tiny_llama(num_hidden_layers=4)
+    config = LoraConfig(
+        r=4, target_modules=SEVEN, init_lora_weights="eva", eva_config=EvaConfig(), task_type="CAUSAL_LM"
+    )
+    peft_model = get_peft_model(copy.deepcopy(deep), config, low_cpu_mem_usage=True)
+    inputs = {name: module.in_features for name, module in deep.named_modules() if name.endswith(tuple(SEVEN))}
+    ranks = dict.fromkeys(inputs, 4) | {"model.layers.2.mlp.up_proj": 0}
+    state = {f"base_model.model.{name}": torch.randn(rank, inputs[name]) for name, rank in ranks.items()}
+    initialize_lora_eva_weights(peft_model, eva_state_dict=state)
+    peft_model.save_pretrained(tmp_path)
+    assert "up_proj" in json.loads((tmp_path / CONFIG).read_text())["target_modules"]
+    assert inspect(tmp_path, spec_of(deep)).report["applied"]["modules"] == len(ranks) - 1
 
 
 @pytest.mark.parametrize(

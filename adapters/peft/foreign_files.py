@@ -23,6 +23,11 @@ _FOREIGN: tuple[tuple[bytes, str, str], ...] = (
 PEEKED_BYTES = 64
 
 
+def pickle_instead(source: str) -> str:
+    """Return the message about a source with weights in a pickle alone."""
+    return f"The source {source[:200]!r} has {PICKLE_FILE} and no adapter_model.safetensors; run {TO_SAFETENSORS}."
+
+
 def foreign(data: bytes) -> tuple[str, str] | None:
     """Return what a file with these first bytes is and what to do, or None if it is nothing of the table."""
     return next(((found, expected) for start, found, expected in _FOREIGN if re.match(start, data)), None)

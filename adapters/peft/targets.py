@@ -26,7 +26,9 @@ class Targets:
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "Targets | None":
         """Read the keys; None where only the tensors show which modules they choose: an expression that RE2 does not
-        accept or that chooses layers, or a value that is not of PEFT's."""
+        accept or that chooses layers, a value that is not of PEFT's, or EVA, which gives some targets no rank."""
+        if config.get("init_lora_weights") == "eva" or config.get("eva_config"):
+            return None
         targets = config.get("target_modules")
         all_linear = isinstance(targets, str) and targets.lower() == _ALL_LINEAR
         try:

@@ -10,7 +10,7 @@ from urllib.parse import unquote, urlsplit
 
 from adapters.errors import AdapterTooLarge, SourceNotAllowed, SourceNotFound
 from adapters.peft.files import FILES, TOKENIZER_FILES, WEIGHTS_FILE
-from adapters.peft.foreign_files import PICKLE_FILE, TO_SAFETENSORS
+from adapters.peft.foreign_files import PICKLE_FILE, pickle_instead
 
 _CHUNK_BYTES = 1 << 20
 
@@ -33,7 +33,7 @@ def copy(source: str, allowed: Sequence[str], into: Path, max_bytes: int, stop: 
     for name in (*FILES, *TOKENIZER_FILES):
         path = _checked(folder / name, roots(allowed), source)
         if name == WEIGHTS_FILE and not path.exists() and os.path.lexists(folder / PICKLE_FILE):
-            raise SourceNotFound(f"The source {source[:200]!r} has {PICKLE_FILE} and no {name}; run {TO_SAFETENSORS}.")
+            raise SourceNotFound(pickle_instead(source))
         if name in FILES or os.path.lexists(folder / name):
             left -= _copy_file(path, into / name, min(left, TOKENIZER_FILES.get(name, left)), source)
     return source

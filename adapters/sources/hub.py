@@ -14,8 +14,9 @@ from urllib.parse import quote, unquote
 import httpx
 import msgspec
 
-from adapters.errors import SourceNotAllowed
-from adapters.peft.files import FILES, TOKENIZER_FILES
+from adapters.errors import SourceNotAllowed, SourceNotFound
+from adapters.peft.files import CONFIG_FILE, FILES, TOKENIZER_FILES
+from adapters.peft.foreign_files import PICKLE_FILE, pickle_instead
 from adapters.sources.download import Digest, Download
 from adapters.sources.urls import check_under, parts
 
@@ -98,7 +99,8 @@ def copy(source: str, allowed: Sequence[str], into: Path, max_bytes: int, stop: 
             raise download.unavailable("cannot be fetched: its hub sent a description that cannot be parsed") from None
         files = {file.name: file for file in known.siblings}
         if any(place.path(name) not in files for name in FILES):
-            raise download.not_found()
+            is_pickle = all(place.path(name) in files for name in (CONFIG_FILE, PICKLE_FILE))
+            raise SourceNotFound(pickle_instead(source)) if is_pickle else download.not_found()
         wanted = {name: files[path] for name in (*FILES, *TOKENIZER_FILES) if (path := place.path(name)) in files}
         download.check_size(sum(file.size or 0 for file in wanted.values()))
         for name, file in wanted.items():

@@ -89,7 +89,8 @@ class LoraChecks:
             is_target = module in declared or (suffixes and settings.reaches(module))
             if (not is_target or settings.leaves_out(module)) and not targeted_parameters(module, settings, self.spec):
                 yield problem(next(iter(names.values())), "a module beyond them", "only targeted modules", "no_target")
-        for target in sorted(declared - reached - self._left_out(settings) - set(self.unmatched(settings))):
+        missing = declared - reached - self._left_out(settings)
+        for target in sorted(missing - set(self.unmatched(settings) if missing else ())):
             yield _missing_target("target_modules", target)
         yield from self._lost(settings, declared - reached)
 

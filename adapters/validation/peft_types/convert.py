@@ -151,7 +151,8 @@ class Converted:
         for layer in (self.layers[name] for name, suffixes in reached.items() if not suffixes):
             present, expected = layer.tensor(next(iter(layer.shapes))), "only modules that target_modules names"
             yield problem(present, "a module beyond them", expected, "no_target")
-        for target in sorted(declared.difference(*reached.values()) - set(self.unmatched)):
+        untouched = declared.difference(*reached.values())
+        for target in sorted(untouched - set(self.unmatched if untouched else ())):
             where = f"{CONFIG_FILE}: target_modules"
             yield problem(where, f"{shown(target)} without a tensor", "tensors for every target", "no_target")
 
