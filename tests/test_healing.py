@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from adapters.errors import AdapterNotFound
 from adapters.peft.digest import digest_of
@@ -18,7 +19,9 @@ from adapters.peft.files import CONFIG_FILE, FILES, WEIGHTS_FILE
 from adapters.registry import store as store_module
 from adapters.registry.registry import AdapterRegistry
 from server.ipc.messages import MoveAdapter, ResidencyReport, RunSelfTest
+from tests.fixtures.adapter_factory import write_adapter
 from tests.fixtures.api_server import Api, adapter_files, serving
+from tests.fixtures.tiny_server import running_server, write_tiny_model
 from tests.test_publishing import DOORS, NAME, Door, allowing, every_door, folder, put, sent
 from tests.test_registry import publish, reopened
 
@@ -241,3 +244,30 @@ def test_publishing_other_content_leaves_a_mark(registry: AdapterRegistry) -> No
     registry.note_check(digest, "damaged", registry.store.signature(digest))
     publish(registry, "two", "v1")
     assert registry.damaged == {"one": "damaged"}
+
+
+# --- with a real engine ---
+
+
+def test_a_whole_server_recovers_by_the_same_upload(tmp_path: Path) -> None:
+    """A request meets the damage first; the next upload repairs it, and requests are served at once."""
+    write_tiny_model(tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    write_adapter(model, tmp_path / "adapter", seed=1, r=4, scale=0.3, target_modules="all-linear")
+    flags = ("--model", str(tmp_path / "model"), "--dtype", "float32", "--threads", "1", "--kv-cache-bytes", "33554432")
+    with running_server(tmp_path / "data", *flags) as server, server.client() as client:
+        version = server.upload(client, "acme", tmp_path / "adapter").json()["version"].removeprefix("sha256:")
+        server.upload(client, "alike", tmp_path / "adapter").raise_for_status()
+        text = server.complete(client, "acme", "hello")["choices"][0]["text"]
+        place = tmp_path / "data" / "store" / version[:2] / version
+        for again in ("acme", "third"):  # with an earlier self-test, and with one of its own
+            flip(place / WEIGHTS_FILE)
+            client.post("/v1/adapters/acme/unload").raise_for_status()
+            refused = client.post("/v1/completions", json={"model": "alike", "prompt": "hello"})
+            assert refused.status_code == 503 and refused.json()["error"]["code"] == "adapter_failed"
+            assert client.get("/v1/adapters/acme").json()["state"] == "failed"
+            assert server.upload(client, again, tmp_path / "adapter").is_success
+            for name in ("acme", "alike", again):
+                assert client.get(f"/v1/adapters/{name}").json()["state"] == "ready"
+                assert server.complete(client, name, "hello")["choices"][0]["text"] == text
+        assert digest_of(place) == version

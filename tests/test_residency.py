@@ -503,6 +503,23 @@ def test_an_explicit_load_that_fails_says_why_once(residency: Residency[Weights]
     acquire(residency, "a")
 
 
+def test_a_failure_can_be_forgotten_at_once_and_this_is_announced(residency: Residency[Weights], tiers: Tiers) -> None:
+    """As when the stored files of the version were published again."""
+    tiers.read_errors["a"] = OSError("not yet")
+    residency.acquire("a")
+    wait_until(residency, lambda: residency.failure("a"))
+    tiers.read_errors.clear()
+    for forget in (residency.forget_failure, residency.unload):
+        residency._failed["a"] = ("not yet", 0.0)
+        residency.changed = False
+        forget("a")
+        assert residency.changed and residency.failures() == {}
+    residency.changed = False
+    residency.forget_failure("a")
+    assert not residency.changed
+    acquire(residency, "a")
+
+
 def test_every_change_is_announced(residency: Residency[Weights]) -> None:
     def announced() -> bool:
         changed, residency.changed = residency.changed, False
