@@ -177,8 +177,8 @@ class AdapterRegistry:
                 elif known.record.version.report != inspected.report:
                     update_report(self._db, inspected.digest, json.dumps(inspected.report))
                 self._db.execute("DELETE FROM pending WHERE name = ?", (name,))
-            self._refresh(name)
             self._note(name_line(self._db, name))
+            self._refresh(name)
             if stored != "same" or self._is_damaged(inspected.digest):  # the version's row is whole now as well
                 self._refresh_sharing(inspected.digest)
             self.pending = {key: value for key, value in self.pending.items() if key != name}
@@ -237,8 +237,8 @@ class AdapterRegistry:
             with transaction(self._db):
                 values = (target.version.digest, name)
                 self._db.execute("UPDATE history SET current = (digest = ?) WHERE name = ?", values)
-            self._refresh(name)
             self._note(name_line(self._db, name))
+            self._refresh(name)
             return self._entry(name).record
 
     def set_pinned(self, name: str, pinned: bool) -> AdapterRecord:
@@ -247,8 +247,8 @@ class AdapterRegistry:
             self._entry(name)
             with transaction(self._db):
                 self._db.execute("UPDATE names SET pinned = ? WHERE name = ?", (pinned, name))
-            self._refresh(name)
             self._note(name_line(self._db, name))
+            self._refresh(name)
             return self._entry(name).record
 
     def retire(self, name: str) -> AdapterRecord:
@@ -264,8 +264,8 @@ class AdapterRegistry:
             with transaction(self._db):
                 self._db.execute("DELETE FROM names WHERE name = ?", (name,))
                 self._db.execute("DELETE FROM history WHERE name = ?", (name,))
-            self._refresh(name)
             self._note(name_line(self._db, name))
+            self._refresh(name)
             return record
 
     def remember(self, pending: PendingAdapter) -> None:
