@@ -29,9 +29,10 @@ def main(serve: Callable[[ServeConfig, Receive, Emit], None] | None = None) -> N
     threading.Thread(target=_exit_with_parent, args=[folder], daemon=True).start()
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
     inbox, outbox = context.socket(zmq.PULL), context.socket(zmq.PUSH)
-    for socket, name in ((inbox, "to-engine"), (outbox, "from-engine")):
+    for socket in (inbox, outbox):
         socket.set_hwm(0)
-        socket.connect(address(Path(folder), name))
+    inbox.bind(address(Path(folder), "to-engine"))
+    outbox.connect(address(Path(folder), "from-engine"))
 
     def emit(message: FromEngine) -> None:
         outbox.send(encode(message))

@@ -13,7 +13,6 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +77,8 @@ class ProcessTransport:
         self._is_ahead = False
         self._outbox = zmq.Context.instance().socket(zmq.PUSH)
         self._outbox.set_hwm(0)
-        self._outbox.bind(address(self._folder, "to-engine"))
+        # Connected, not bound: a bound socket drops what is sent before its peer has connected.
+        self._outbox.connect(address(self._folder, "to-engine"))
         inbox = zmq.asyncio.Context.instance().socket(zmq.PULL)
         inbox.set_hwm(0)
         inbox.bind(address(self._folder, "from-engine"))
@@ -88,10 +88,7 @@ class ProcessTransport:
         ]
 
     def send(self, message: ToEngine) -> None:
-        with suppress(zmq.Again):  # the child is gone, which `on_exit` is about to report
-            self._send(message)
-
-    def _send(self, message: ToEngine) -> None:
+        """Send a message. If the child is gone, nobody receives it, and `on_exit` is about to say so."""
         if self._outbox is not None:
             self._outbox.send(encode(message), zmq.NOBLOCK)
 
@@ -103,10 +100,7 @@ class ProcessTransport:
         if self._process is not None and self._process.poll() is None:
             for task in self._tasks[1:]:
                 task.cancel()  # this exit is intended
-            try:
-                self._send(Shutdown())
-            except zmq.Again:  # the child has not connected yet, so it cannot receive the message
-                self._process.kill()
+            self.send(Shutdown())
             await asyncio.to_thread(_end, self._process)
         await self._clean_up()
 
