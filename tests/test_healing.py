@@ -183,6 +183,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_moment_leaves_what_the_next_upload_heals(tmp_path: Path) -> None:
     moments = random.Random(1)
     for _ in range(3):
@@ -249,6 +250,7 @@ def test_publishing_other_content_leaves_a_mark(registry: AdapterRegistry) -> No
 # --- with a real engine ---
 
 
+@pytest.mark.slow
 def test_a_whole_server_recovers_by_the_same_upload(tmp_path: Path) -> None:
     """A request meets the damage first; the next upload repairs it, and requests are served at once."""
     write_tiny_model(tmp_path / "model")

@@ -51,6 +51,7 @@ print(json.dumps({"grown": anonymous() - before, "weights": plan.parts["weights"
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_weights_are_in_memory_once(tmp_path: Path) -> None:
     """Packed copies take the place of the file's pages; KV cache and pool take nothing until they are written.

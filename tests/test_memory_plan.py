@@ -70,6 +70,7 @@ def test_a_config_has_the_weights_of_its_model(name: str) -> None:
     assert facts(named(name)).weights / 2e9 == pytest.approx(PARAMETERS[name], rel=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.stem)
 def test_a_plan_fits_its_card_and_wastes_little(config: Path, quantization: str) -> None:

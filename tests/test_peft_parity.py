@@ -240,6 +240,7 @@ def test_alone(kind: str, case: str, base: str, world: Callable[[str, str], Worl
     assert_peft_agrees(here, case, *result)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", ["reference", "grouped"])
 @pytest.mark.parametrize(("kind", "case"), [(kind, case) for kind in CASES for case in CASES[kind]])
 def test_with_every_kernel(kind: str, case: str, kernel: str, world: Callable[..., World]) -> None:

@@ -60,6 +60,7 @@ def without_foreign_columns(pool: Pool, segments: Segments) -> Pool:
     return Pool(a, b, pool.runs, pool.columns)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 7, 17, 70])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_products_are_right_base_rows_keep_their_bits_and_unused_pages_are_not_read(
