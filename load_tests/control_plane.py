@@ -11,7 +11,6 @@ prepared before.
 import argparse
 import json
 import os
-import re
 import signal
 import statistics
 import subprocess
@@ -21,6 +20,7 @@ import time
 from pathlib import Path
 
 import httpx
+import psutil
 
 from load_tests.peers.setting import machine
 from server.model.loading.default_model import DEFAULT_MODEL, prepare_default_model
@@ -51,12 +51,6 @@ def _when(client: httpx.Client, path: str, started: float) -> float:
     raise TimeoutError(f"{path} did not succeed within {START_SECONDS:g} s")
 
 
-def resident_bytes(pid: int) -> int:
-    found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
-    assert found is not None
-    return int(found[1]) << 10
-
-
 def seconds_of(*arguments: str, status: int, **environment: str) -> float:
     """Run a command of `loraplex` that must end with `status`."""
     started = time.perf_counter()
@@ -72,7 +66,7 @@ def one_round(folder: Path, port: int) -> dict[str, float]:
     server = subprocess.Popen([*LORAPLEX, *flags], stdout=subprocess.DEVNULL)
     try:
         times = start_times(url)
-        times["resident_mib"] = resident_bytes(server.pid) / (1 << 20)
+        times["resident_mib"] = psutil.Process(server.pid).memory_info().rss / (1 << 20)
         times["adapters_ls"] = seconds_of("adapters", "ls", status=0, LORAPLEX_URL=url)
         times["second_server"] = seconds_of(*flags, status=2)
     finally:

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from adapters.errors import Problem
 from adapters.peft.config_keys import HARMLESS_KEYS, REFUSED_KEYS, SERVED_KEYS
 from adapters.peft.config_reader import KNOWN_PEFT, MAX_CONFIG_BYTES
-from adapters.peft.digest import version_digest
+from adapters.peft.digest import scan
 from adapters.peft.lora_config import LoraSettings, parse_config
 from adapters.peft.patterns import ModulePatterns
 from adapters.peft.safetensors_header import read_header
@@ -391,7 +391,7 @@ def digest(
 ) -> str:
     path = folder / "adapter_model.safetensors"
     save_file(tensors, path, metadata)
-    return version_digest(settings_of(**config).canonical, read_header(path), path)
+    return scan(settings_of(**config).canonical, read_header(path), path).digest
 
 
 def test_the_digest_covers_the_tokenizer_beside_the_weights(tmp_path: Path) -> None:
@@ -438,7 +438,7 @@ def test_order_in_the_file_and_white_space_do_not_count(tmp_path: Path) -> None:
         config = dict(sorted(PLAIN.items(), reverse=order == "xy"))
         parsed, _ = parse_config(json.dumps(config, indent=order.index("x")).encode())
         assert parsed is not None
-        found.append(version_digest(parsed.canonical, read_header(path), path))
+        found.append(scan(parsed.canonical, read_header(path), path).digest)
     assert found[0] == found[1]
 
 

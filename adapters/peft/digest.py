@@ -40,18 +40,14 @@ def digest_of(folder: Path, pace: Callable[[int], None] = _unpaced) -> str:
     return _scan(canonical(config), tensors, weights, {}, pace)
 
 
-def version_digest(canonical: str, tensors: Mapping[str, TensorInfo], path: Path) -> str:
-    """Return the identity of an adapter, as 64 hex digits: sha256 over its canonical config, its tensors by name and
-    the bytes of the tokenizer files beside the weights file `path`.
-
-    Every field is tagged and preceded by its length, so that no two different adapters share a byte stream. The order
-    of tensors in the file, its metadata and the config's whitespace do not count.
-    """
-    return _scan(canonical, tensors, path, {})
-
-
 def scan(canonical: str, tensors: Mapping[str, TensorInfo], path: Path) -> Scan:
-    """Read the weights file once, for its version digest and for the magnitudes of its tensors."""
+    """Read the weights file at `path` once, for the version digest of the adapter and the magnitudes of its tensors.
+
+    The digest is the identity of an adapter, as 64 hex digits: sha256 over its canonical config, its tensors by name
+    and the bytes of the tokenizer files beside the weights. Every field is tagged and preceded by its length, so that
+    no two different adapters share a byte stream. The order of tensors in the file, its metadata and the config's
+    whitespace do not count.
+    """
     magnitudes = {name: Magnitude(info.dtype) for name, info in tensors.items() if is_float(info.dtype)}
     digest = _scan(canonical, tensors, path, magnitudes)
     return Scan(digest, {name: magnitude.value for name, magnitude in magnitudes.items()})
