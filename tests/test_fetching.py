@@ -175,6 +175,17 @@ def held_back(monkeypatch: pytest.MonkeyPatch, registry: AdapterRegistry, method
     return begun, go_on
 
 
+async def delete_while_held_back(api: Api, begun: Event, go_on: Event) -> None:
+    """Delete the adapter once the call that is held back has begun, and see that the deletion waits for it."""
+    await eventually(begun.is_set)
+    deleting = asyncio.create_task(api.http.delete("/v1/adapters/acme"))
+    await asyncio.sleep(0.1)
+    assert not deleting.done()
+    go_on.set()
+    assert (await deleting).json()["deleted"]
+    await asyncio.sleep(0.05)
+
+
 async def begin_lazily(api: Api, tmp_path: Path) -> dict[str, Any]:
     body = {"name": "acme", "source": f"file://{tmp_path}/allowed/acme", "lazy": True}
     assert (await api.http.post("/v1/adapters", json=body)).status_code == 202
@@ -191,13 +202,7 @@ async def test_nothing_is_published_after_a_deletion(
         registry = api.context.registry
         begun, go_on = held_back(monkeypatch, registry, method)
         await begin_lazily(api, tmp_path)
-        await eventually(begun.is_set)
-        deleting = asyncio.create_task(api.http.delete("/v1/adapters/acme"))
-        await asyncio.sleep(0.1)
-        assert not deleting.done()
-        go_on.set()
-        assert (await deleting).json()["deleted"]
-        await asyncio.sleep(0.05)
+        await delete_while_held_back(api, begun, go_on)
         assert "acme" not in registry and not registry.pending and registry.store.digests() == []
         assert_error(await api.http.get("/v1/adapters/acme"), 404)
         monkeypatch.undo()
@@ -209,13 +214,7 @@ async def test_a_failure_is_not_noted_after_a_deletion(tmp_path: Path, monkeypat
     async with serving(tmp_path / "server", allow_source=(f"file://{tmp_path}/allowed",)) as api:
         await begin_lazily(api, tmp_path)  # there is no such folder
         begun, go_on = held_back(monkeypatch, api.context.registry, "remember")
-        await eventually(begun.is_set)
-        deleting = asyncio.create_task(api.http.delete("/v1/adapters/acme"))
-        await asyncio.sleep(0.1)
-        assert not deleting.done()
-        go_on.set()
-        assert (await deleting).json()["deleted"]
-        await asyncio.sleep(0.05)
+        await delete_while_held_back(api, begun, go_on)
         assert not api.context.registry.pending
 
 
