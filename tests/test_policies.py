@@ -260,12 +260,15 @@ def test_a_preempted_sequence_is_admitted_within_the_bound(bound: int, tenant: s
     step = 0
     while large.status is not SequenceStatus.FINISHED:
         scheduler.add(of(tenant, f"{step}", 4, priority=-1, max_tokens=8))
-        if step == 3:
+        if step >= 3 and large in scheduler.running and not large.preempted:
             scheduler._preempt(large)
+        overdue, before = large.overdue and large.status is SequenceStatus.WAITING, {*scheduler.running}
         run_step(scheduler)
+        if overdue and large.status is SequenceStatus.WAITING:
+            assert not [seq for seq in scheduler.running if seq not in before and seq.tenant == "same"]
         step += 1
-        assert large.waited_steps <= bound + 1 and step < 300
-    assert large.num_output_tokens == 24
+        assert step < 40 + 10 * bound
+    assert large.preempted and large.num_output_tokens == 24
 
 
 def preempted(scheduler: Scheduler) -> list[str]:
