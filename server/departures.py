@@ -38,8 +38,9 @@ class Departures:
         self._busy, self._busy_since = self._now(), math.nan
 
     def add(self, tenant: str, tokens: int) -> None:
-        self._count(_Departure(self._now(), tenant, tokens), 1)
-        self._recent.append(_Departure(self._now(), tenant, tokens))
+        self._recent.append(departure := _Departure(self._now(), tenant, tokens))
+        self._count(departure, 1)
+        self._forget_old()
 
     def seconds(self, amount: float, unit: Unit, tenant: str | None = None) -> int:
         """Return in how many seconds `amount` more of `tenant` (None: of all) will have left, at the rate of late."""
@@ -59,7 +60,9 @@ class Departures:
             self._count(self._recent.popleft(), -1)
 
     def _count(self, departure: _Departure, sign: int) -> None:
-        for unit, amount in (("sequences", 1), ("prompt tokens", departure.tokens)):
-            self._sums[unit][departure.tenant] += sign * amount
-            if not self._sums[unit][departure.tenant]:
-                del self._sums[unit][departure.tenant]
+        amounts: dict[Unit, int] = {"sequences": 1, "prompt tokens": departure.tokens}
+        for unit, amount in amounts.items():
+            sums = self._sums[unit]
+            sums[departure.tenant] += sign * amount
+            if not sums[departure.tenant]:
+                del sums[departure.tenant]
