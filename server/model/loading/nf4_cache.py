@@ -2,8 +2,8 @@
 
 `<cache>/loraplex/nf4/<key>` is a checkpoint that transformers wrote, and a checksum of its configs and of the tensors
 in memory. The key is a digest of all that decides them: the model's files, the dtype, the kind of device and the
-versions of the libraries. A checkpoint that is damaged, or that loads in another way than it was saved, is removed, and the
-weights are quantized again.
+versions of the libraries. A checkpoint that is damaged, or that loads in another way than it was saved, is removed, and
+the weights are quantized again.
 """
 
 import hashlib
