@@ -26,6 +26,15 @@ class TokenRows:
 
 
 @dataclass(frozen=True, slots=True)
+class VirtualTokens:
+    """Tokens in front of every prompt: their embeddings `[n, hidden]` or, with `is_prefix`, their keys and values,
+    `[n, layers, 2, kv heads, head_dim]` as stored and `[layers, 2, n, kv heads, head_dim]` once packed."""
+
+    values: Tensor
+    is_prefix: bool
+
+
+@dataclass(frozen=True, slots=True)
 class AdapterWeights:
     """An adapter in host memory: `rank` is the largest rank of its modules, `nbytes` the size of all tensors in bytes.
 
@@ -33,6 +42,7 @@ class AdapterWeights:
     and `b [hidden, r]`. `parameters` are factors of any module's parameters, `a [experts·r, in]` and `b [out,
     r·experts]`. `replaced` has whole parameters, and `tokens` rows of the embedding or the head. `input_scales`
     multiply a linear's inputs, `output_scales` its outputs with their bias.
+    `virtual` are tokens in front of every prompt.
     """
 
     digest: str
@@ -46,4 +56,5 @@ class AdapterWeights:
     tokens: dict[str, TokenRows] = field(default_factory=dict)
     input_scales: dict[str, Tensor] = field(default_factory=dict)
     output_scales: dict[str, Tensor] = field(default_factory=dict)
+    virtual: VirtualTokens | None = None
     vocab_size: int | None = None  # where it is not the base's

@@ -103,7 +103,7 @@ ARROWS: dict[str, set[str]] = {
         "server.model.llama_layer",
     },
     "server.model.fused": {"adapters.kernels"},
-    "server.model.batch": {"adapters.device", "adapters.kernels", "server"},
+    "server.model.batch": {"adapters.device", "adapters.kernels", "server", "server.model.virtual_tokens"},
     "server.model.kv_cache": {"adapters.device"},
     "server.model.llama_layer": {"adapters.runtime"},
     "server.model.runner": {
@@ -126,6 +126,7 @@ ARROWS: dict[str, set[str]] = {
         "server.model.llama_layer",
     },
     "server.model.packed_linear": {"adapters.device", "server.model.cpu"},
+    "server.model.virtual_tokens": {"adapters.device", "adapters.runtime", "server", "server.model.kv_cache"},
     "server.model.selftest": {
         "adapters.kernels",
         "adapters.residency",
@@ -134,6 +135,7 @@ ARROWS: dict[str, set[str]] = {
         "server.model.batch",
         "server.model.kv_cache",
         "server.model.runner",
+        "server.model.virtual_tokens",
     },
     "server.cli": {
         "adapters",

@@ -1,7 +1,7 @@
 """One step's tensors: built once from the schedule, read by every layer."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -9,6 +9,7 @@ import torch
 
 from adapters.device.transfers import upload
 from adapters.kernels.segments import NO_SEGMENTS, Rows, Segments, SlotUse, build_segments
+from server.model.virtual_tokens import VirtualRows
 from server.sequence import ScheduledBatch, ScheduledSequence
 from server.sequence import Sequence as TokenSequence
 
@@ -46,6 +47,7 @@ class ForwardBatch:
     attention_plan: Any = None
     token_segments: Segments = NO_SEGMENTS
     head_segments: Segments = NO_SEGMENTS
+    virtual: VirtualRows = field(default_factory=VirtualRows)
 
 
 LateTokens = tuple[dict[TokenSequence, int], torch.Tensor]  # sequences by the place of their last token on the device
@@ -86,6 +88,7 @@ def build_batch(
     if late_tokens and late:
         input_ids.index_copy_(0, rows, late_tokens[1].index_select(0, places).clamp_min(0))
     forward = ForwardBatch(input_ids, row_positions, slot_mapping, samples, sequences, block_size)
+    forward.virtual = VirtualRows.of(batch.sequences, block_size, device)
     if columns is not None:
         forward.token_segments = build_segments(_adapter_rows(batch.sequences), columns)
         forward.head_segments = build_segments(_sampled_rows(batch.sequences), columns)

@@ -72,6 +72,8 @@ class Generation:
                 plan.priority,
                 key.weight,
                 plan.deadline,
+                plan.target.traits.virtual_tokens,
+                plan.target.traits.has_prefix,
             )
             self._submit_choice(Choice(index, detokenizer, stop_ids), submit)
 

@@ -52,7 +52,7 @@ def plan_generation(
     """Plan the generation for `prompts`. Raises 400 for what the model or this server cannot do."""
     vocab_size = admitted.target.traits.vocab_size or context.info.vocab_size
     _check_prompts(prompts, vocab_size)
-    max_tokens = _token_budget(context, prompts, body)
+    max_tokens = _token_budget(context, prompts, body, admitted.target.traits.virtual_tokens)
     return GenerationPlan(
         target=admitted.target,
         tokenizer=admitted.tokenizer,
@@ -80,15 +80,19 @@ def _check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
         raise bad_request(f"Token {largest} is not in the vocabulary of {vocab_size}.", "prompt")
 
 
-def _token_budget(context: AppContext, prompts: Sequence[Sequence[int]], body: GenerationRequest) -> int:
+def _token_budget(
+    context: AppContext, prompts: Sequence[Sequence[int]], body: GenerationRequest, virtual_tokens: int
+) -> int:
     """Return the maximum number of output tokens: the requested number, or the endpoint's default within the
-    context."""
-    requested, context_length = body.requested_tokens, context.info.max_model_len
+    context, of which the adapter's virtual tokens take a part."""
+    requested, context_length = body.requested_tokens, context.info.max_model_len - virtual_tokens
     longest = max(map(len, prompts))
     if longest >= context_length or longest + (requested or 0) > context_length:
         wanted = f" and {requested} for the output" if requested else ""
+        virtual = f" beside the {virtual_tokens} virtual ones of the adapter" if virtual_tokens else ""
+        room = f"{max(context_length, 0)} tokens{virtual}"
         raise bad_request(
-            f"The context has {context_length} tokens; the request needs {longest} for the prompt{wanted}.",
+            f"The context has {room}; the request needs {longest} for the prompt{wanted}.",
             code="context_length_exceeded",
         )
     left = context_length - longest

@@ -97,12 +97,17 @@ def _check_additive(parts: list[AdapterPart], records: list[AdapterRecord]) -> N
     for part, record in zip(parts, records, strict=True):
         traits = record.version.traits
         if not traits.additive and (len(parts) > 1 or part.scale != 1):
-            why = (
-                "applies to a part of the prompt only"
-                if traits.invocation_tokens
-                else "does more than add B A x to outputs"
+            raise bad_request(
+                f"The adapter '{part.name}' cannot be scaled or combined with others because it {_why_alone(traits)}."
             )
-            raise bad_request(f"The adapter '{part.name}' cannot be scaled or combined with others because it {why}.")
+
+
+def _why_alone(traits: Traits) -> str:
+    if traits.virtual_tokens:
+        return "puts virtual tokens in front of the prompt"
+    if traits.invocation_tokens:
+        return "applies to a part of the prompt only"
+    return "does more than add B A x to outputs"
 
 
 def _pages(records: list[AdapterRecord]) -> dict[str, int]:

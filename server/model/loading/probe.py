@@ -59,10 +59,10 @@ def probe(loaded: LoadedModel, max_rank: int) -> tuple[CacheShape, ModelSpec]:
             "its attention layers do not use transformers' attention interface, which the paged attention needs"
         )
     shape = CacheShape(tuple(seen.kv[layer] for layer in range(len(seen.kv))), loaded.dtype, seen.plain_windows())
-    return shape, _spec(loaded, seen, max_rank)
+    return shape, _spec(loaded, seen, shape.layers, max_rank)
 
 
-def _spec(loaded: LoadedModel, seen: Observation, max_rank: int) -> ModelSpec:
+def _spec(loaded: LoadedModel, seen: Observation, kv: tuple[tuple[int, int], ...], max_rank: int) -> ModelSpec:
     model: Any = loaded.model
     by_rows = {
         name: model.get_submodule(name)
@@ -82,6 +82,7 @@ def _spec(loaded: LoadedModel, seen: Observation, max_rank: int) -> ModelSpec:
         tied=model.get_output_embeddings().weight is model.get_input_embeddings().weight,
         siblings=_siblings(seen, linears),
         names=frozenset(name for name, _ in model.named_modules() if name),
+        kv=kv,
     )
 
 
