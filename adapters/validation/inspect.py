@@ -89,7 +89,7 @@ def _inspect_converted(adapter: Converted, spec: ModelSpec, check: _TokenizerChe
 
 
 def _inspect_virtual(adapter: Virtual, spec: ModelSpec, check: _TokenizerCheck) -> Inspected:
-    adapter.values()  # raises what shows only in the numbers
+    adapter.check_values()
     if problems := check.problems(spec.vocab_size):
         raise AdapterInvalid(problems)
     report: dict[str, Any] = {

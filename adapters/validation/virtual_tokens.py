@@ -215,6 +215,11 @@ class Virtual:
             if not largest <= largest_finite(self.tensors[name].dtype):
                 yield problem(name, "NaN or infinity", "finite numbers", "nonfinite")
 
+    def check_values(self) -> None:
+        """Raise `AdapterInvalid` for what shows only once the tensors are multiplied."""
+        if self.config.num_ranks:
+            self.values()
+
     def values(self) -> NDArray[np.float32]:
         """Return the embeddings `[tokens, hidden]` or, for a prefix, the keys and values `[tokens, layers, 2, kv heads,
         head_dim]`. Raises `AdapterInvalid`."""
