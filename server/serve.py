@@ -26,7 +26,8 @@ from server.api.errors import ApiError
 from server.api.middleware.auth import KeyRing, check_bind
 from server.api.text.tokenizer import Tokenizer
 from server.config import ConfigError, ServeConfig, StartFailed
-from server.ipc.client import AdapterMoveRefused, EngineClient, EngineTransport, EngineUnavailable
+from server.ipc.client import AdapterMoveRefused, EngineClient
+from server.ipc.supervisor import EngineTransport, EngineUnavailable
 from server.metrics import Metrics
 from server.start_checks import DEMO_ADAPTERS, named_adapters
 

@@ -17,8 +17,9 @@ from server.api.middleware.rate_limits import Lease
 from server.api.middleware.request_scope import unless_disconnected
 from server.api.schemas import PromptTokensDetails, UsageBody
 from server.api.text.tokenizer import Detokenizer
-from server.ipc.client import EngineState, Stream
 from server.ipc.messages import SequenceOutput, Submit
+from server.ipc.stream import Stream
+from server.ipc.supervisor import EngineState
 from server.metrics import RequestTimer
 from server.sequence import SamplingParams
 
