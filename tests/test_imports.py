@@ -103,7 +103,8 @@ ARROWS: dict[str, set[str]] = {
         "server.model.llama_layer",
     },
     "server.model.fused": {"adapters.kernels"},
-    "server.model.batch": {"adapters.device", "adapters.kernels", "server"},
+    "server.model.batch": {"adapters.device", "adapters.kernels", "server", "server.model.visible_context"},
+    "server.model.visible_context": {"server"},
     "server.model.kv_cache": {"adapters.device"},
     "server.model.llama_layer": {"adapters.runtime"},
     "server.model.runner": {
@@ -228,6 +229,7 @@ WITHOUT_TORCH = [
     "server.config",
     "server.engine.aging",
     "server.engine.block_manager",
+    "server.engine.sliding_blocks",
     "server.engine.machine",
     "server.engine.merge_gate",
     "server.engine.memory_plan",
