@@ -30,7 +30,7 @@ from tests.fixtures.adapter_factory import tiny_llama, with_peft, write_adapter
 from tests.fixtures.engine_driver import Driver, make_driver, plain
 from tests.fixtures.timing import patience
 from tests.fixtures.virtual_tokens import generated, virtual_configs, write_virtual
-from tests.test_engine import BLOCK_BYTES, bring_to_device, prompt_of
+from tests.test_engine import BLOCK_BYTES, prompt_of
 from tests.test_peft_parity import recorded
 
 TYPES = list(virtual_configs(1))
@@ -91,7 +91,7 @@ def test_every_type_beside_loras_and_the_base_is_peft(world: World, settings: di
     driver = world.driver(adapter_slots=12, **settings)
     folders = {name: world.adapter(name) for name in [*TYPES, "lora"]}
     digests = {name: driver.add_adapter(folder) for name, folder in folders.items()}
-    bring_to_device(driver, *digests.values())
+    driver.bring_to_device(*digests.values())
     asked: dict[str, tuple[list[int], Path | None]] = {"base": (prompt_of(9), None)}
     for seed, (name, folder) in enumerate(folders.items()):
         asked |= {f"{name} short": (prompt_of(5, seed), folder), f"{name} long": (prompt_of(40, seed + 50), folder)}
@@ -182,7 +182,7 @@ def test_preempted_sequences_go_on_as_before(world: World, name: str) -> None:
     """Two sequences of 21 virtual tokens, 12 of prompt and 40 of output do not fit into 8 blocks."""
     driver = world.driver(kv_cache_bytes=8 * BLOCK_BYTES, max_model_len=96)
     digest = driver.add_adapter(world.adapter(name))
-    bring_to_device(driver, digest)
+    driver.bring_to_device(digest)
     for seq_id in ("a", "b"):
         driver.submit(seq_id, prompt_of(12, ord(seq_id)), digest, max_tokens=40)
     driver.run()
@@ -195,7 +195,7 @@ def test_preempted_sequences_go_on_as_before(world: World, name: str) -> None:
 def test_a_prefix_is_copied_and_not_computed(world: World) -> None:
     driver = world.driver(max_batch_tokens=16)
     digest = driver.add_adapter(world.adapter("CARTRIDGE", 100))
-    bring_to_device(driver, digest)
+    driver.bring_to_device(digest)
     before = len(driver.steps)
     driver.submit("first", prompt_of(7), digest, max_tokens=1)
     driver.run()
@@ -247,7 +247,7 @@ def test_blocks_of_a_step_that_failed_are_filled_again(
     """The step fails for the guilty sequence, whose neighbour is computed again with its virtual tokens."""
     driver = world.driver()
     digest = driver.add_adapter(world.adapter(name, 40))
-    bring_to_device(driver, digest)
+    driver.bring_to_device(digest)
     run = driver.engine._runner.run
 
     def failing(batch: Any, *more: Any) -> Tensor:
@@ -269,7 +269,7 @@ def test_blocks_of_a_step_that_failed_are_filled_again(
 def test_an_aborted_prefill_leaves_nothing_behind(world: World) -> None:
     driver = world.driver(max_batch_tokens=16)
     digest = driver.add_adapter(world.adapter("CPT", 60))
-    bring_to_device(driver, digest)
+    driver.bring_to_device(digest)
     driver.submit("a", prompt_of(9), digest, max_tokens=NEW_TOKENS)
     driver.step()
     driver.engine.handle(Abort(["a"]))
