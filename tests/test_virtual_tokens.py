@@ -280,6 +280,45 @@ def test_an_aborted_prefill_leaves_nothing_behind(world: World) -> None:
     world.assert_is_peft(driver, "b", prompt_of(9), world.adapter("CPT", 60))
 
 
+@pytest.mark.parametrize("name", ["P_TUNING", "CARTRIDGE"])
+def test_rows_beside_virtual_tokens_keep_their_bits(world: World, name: str) -> None:
+    """As they are beside a prompt of the base that has as many rows in the step."""
+    driver = world.driver()
+    lora, own = driver.add_adapter(world.adapter("lora")), driver.add_adapter(world.adapter(name, 24))
+    driver.bring_to_device(lora, own)
+    rows = 9 if name == "CARTRIDGE" else 33
+
+    def beside(neighbour: int, digest: str | None) -> list[object]:
+        names = {f"base {digest}": None, f"lora {digest}": lora}
+        for seq_id, adapter in names.items():
+            driver.submit(seq_id, prompt_of(11), adapter, max_tokens=NEW_TOKENS, logprobs=3)
+        driver.submit(f"neighbour {digest}", prompt_of(neighbour, 1), digest, max_tokens=NEW_TOKENS)
+        driver.run()
+        driver.engine.scheduler.blocks._cached.clear()  # no prefix is found by the others
+        for block in driver.engine.scheduler.blocks._blocks:
+            block.block_hash = None
+        return [(out.token_ids, out.logprobs) for seq_id in names for out in driver.outputs[seq_id]]
+
+    assert beside(rows, None) == beside(9, own)
+
+
+def test_a_prefix_longer_than_the_window_finds_its_blocks(tmp_path: Path) -> None:
+    """The whole prefix is copied in one step, and released once its tokens are beyond the window of every layer."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(BASES["a window in every layer"], dtype=torch.float32).eval()
+    model.save_pretrained(tmp_path / "model")
+    with ExitStack() as stack:
+        world = World(model, tmp_path, stack)
+        driver = world.driver(kv_cache_bytes=14 * BLOCK_BYTES, max_batch_tokens=16)
+        digest = driver.add_adapter(world.adapter("CARTRIDGE", 100))
+        driver.bring_to_device(digest)
+        for seq_id in ("a", "b", "c"):
+            driver.submit(seq_id, prompt_of(40, ord(seq_id)), digest, max_tokens=NEW_TOKENS)
+        driver.run()
+        for seq_id in ("a", "b", "c"):
+            world.assert_is_peft(driver, seq_id, prompt_of(40, ord(seq_id)), world.adapter("CARTRIDGE", 100))
+
+
 def test_the_context_includes_virtual_tokens(world: World) -> None:
     driver = world.driver(max_model_len=64)
     digest = driver.add_adapter(world.adapter("CARTRIDGE", 48))
