@@ -32,13 +32,14 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None  # None: off; n: of the sampled token and the n most probable ones
+    prompt_logprobs: int | None = None  # the same for the tokens of the prompt, of which the first has none
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
-    """Log-probabilities at one sampled position, of the unmodified model distribution."""
+    """Log-probabilities at one position, of the unmodified model distribution."""
 
     logprob: float
-    rank: int  # of the sampled token; 1 is the most probable
+    rank: int  # of the token itself; 1 is the most probable
     top: list[tuple[int, float]]  # the n most probable tokens, best first
 
 
@@ -85,12 +86,13 @@ class Sequence:
     token_ids: list[int]  # of the prompt; the engine appends the output
     sampling: SamplingParams
     adapters: tuple[ScaledAdapter, ...] = ()  # empty: the base model
-    cache_salt: str = ""  # prefix-cache hits stay within one salt (the tenant)
+    cache_salt: str = ""  # the tenant: prefix-cache hits stay within one tenant
     arrival: float = 0.0  # monotonic seconds, by the engine's clock
     active_from: int = 0  # the first token that the adapters apply to; earlier tokens use the base model
     priority: int = 0  # within its tenant; lower is more urgent
     weight: float = 1.0  # of its tenant, whose share of the device is proportional to it
     deadline: float = math.inf  # monotonic seconds; it ends then, wherever it is
+    request_salt: str = ""  # prefix-cache hits stay within one salt of a tenant
     num_prompt_tokens: int = 0
 
     # Written by the engine, when it launches and collects steps.
@@ -98,6 +100,7 @@ class Sequence:
     num_verified_tokens: int = 0  # computed tokens whose keys and values led to finite logits
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache at first admission
     admitted: float | None = None  # time of its first step
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)  # of the second token and later ones
 
     # Written by the scheduler.
     number: int = 0  # in order of arrival
@@ -118,6 +121,8 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.token_ids)
+        if self.sampling.prompt_logprobs is not None:
+            self.prompt_logprobs = [None] * (self.num_prompt_tokens - 1)
 
     @property
     def tenant(self) -> str:
@@ -150,7 +155,8 @@ class ScheduledSequence:
     """A sequence's part of one step, which computes its tokens `[start, end)`. Does not change when the sequence
     advances.
 
-    `samples`: this step reaches the sequence's last token, so the next token can be sampled.
+    `samples`: this step reaches the sequence's last token, so the next token can be sampled. `num_scored` leading
+    tokens are followed by a token of the prompt whose log-probability is wanted.
     """
 
     seq: Sequence
@@ -158,11 +164,13 @@ class ScheduledSequence:
     start: int = field(init=False)
     end: int = field(init=False)
     samples: bool = field(init=False)
+    num_scored: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.start = self.seq.num_computed_tokens
         self.end = self.start + self.num_new_tokens
         self.samples = self.end == self.seq.num_tokens
+        self.num_scored = max(min(self.end, len(self.seq.prompt_logprobs)) - self.start, 0)
 
     @property
     def num_inactive(self) -> int:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from server.engine.prompt_scores import max_cached_tokens
 from server.sequence import ScaledAdapter, Sequence
 
 
@@ -31,10 +32,11 @@ class Block:
     verified: bool = False  # finite logits were computed from its content
 
 
-def chain_seed(cache_salt: str, merged: str = "") -> bytes:
-    """Return the start of a sequence's hash chain. Blocks are shared only within one salt, and only if the same version
-    is merged into the base model's weights: the merged product has other bits than the sum of two products."""
+def chain_seed(cache_salt: str, merged: str = "", request_salt: str = "") -> bytes:
+    """Return the start of a sequence's hash chain. Blocks are shared only within both salts, and only if the same
+    version is merged into the base model's weights: the merged product has other bits than the sum of two products."""
     seed = hashlib.sha256(b"salt" + cache_salt.encode()).digest()
+    seed = hashlib.sha256(seed + request_salt.encode("utf-8", "surrogatepass")).digest() if request_salt else seed
     return _reweighted(seed, 0, merged) if merged else seed
 
 
@@ -99,7 +101,7 @@ class BlockManager:
         """Return the hashes of the blocks of a waiting sequence that may be matched."""
         if seq.chain_merged != self.merged or seq.weight_changes:  # hashed for other weights
             seq.block_hashes, seq.chain_merged, seq.weight_changes = [], self.merged, []
-        num_blocks = (seq.num_tokens - 1) // self.block_size
+        num_blocks = max_cached_tokens(seq) // self.block_size
         self._extend_hashes(seq, num_blocks)
         return seq.block_hashes[:num_blocks]
 
@@ -225,7 +227,8 @@ class BlockManager:
 
     def _extend_hashes(self, seq: Sequence, num_full: int) -> None:
         for index in range(len(seq.block_hashes), num_full):
-            parent = seq.block_hashes[-1] if seq.block_hashes else chain_seed(seq.cache_salt, seq.chain_merged)
+            seed = chain_seed(seq.cache_salt, seq.chain_merged, seq.request_salt)
+            parent = seq.block_hashes[-1] if seq.block_hashes else seed
             for position, merged in seq.weight_changes:
                 if position // self.block_size == index:
                     parent = _reweighted(parent, position, merged)
