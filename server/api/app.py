@@ -15,6 +15,7 @@ from server.api.errors import install_error_handlers
 from server.api.inference import chat, completions, tokenization
 from server.api.middleware.auth import AuthMiddleware
 from server.api.middleware.body_limits import BodyLimitsMiddleware
+from server.api.middleware.browser_guard import BrowserGuard
 from server.api.middleware.request_scope import IGNORED_HEADER, RequestMiddleware
 from server.api.schemas import ChatCompletionChunk, CompletionChunk
 
@@ -26,7 +27,7 @@ def create_app(context: AppContext) -> FastAPI:
     for module in (health, models, chat, completions, tokenization, routes, aliases, merge, vllm_compat):
         app.include_router(module.router)
     install_error_handlers(app)
-    # The middleware added last runs first: request id, then authorization, then body limits.
+    # The middleware added last runs first: request id, then host and origin, CORS, authorization, and body limits.
     app.add_middleware(BodyLimitsMiddleware, max_upload_bytes=context.config.max_upload_bytes)
     app.add_middleware(AuthMiddleware, keys=context.keys, routes=app.router.routes)
     if context.config.cors_origin:  # before the authorization: a browser's preflight request has no key
@@ -37,10 +38,17 @@ def create_app(context: AppContext) -> FastAPI:
             allow_headers=["*"],
             expose_headers=["x-request-id", IGNORED_HEADER],
         )
+    app.add_middleware(BrowserGuard, hosts=_hosts(context), origins=context.config.cors_origin)
     app.add_middleware(RequestMiddleware, metrics=context.metrics)
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
     context.watch()
     return app
+
+
+def _hosts(context: AppContext) -> set[str] | None:
+    """Return the host names that requests may use, or None for all: who needs no key might be a page of any name."""
+    config = context.config
+    return None if context.keys and not config.allowed_host else {config.host, *config.allowed_host}
 
 
 def _document(app: FastAPI) -> dict[str, Any]:

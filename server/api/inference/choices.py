@@ -89,9 +89,9 @@ class Choice:
         self._text_start = len(echo.text) if echo else 0
 
     def absorb(self, output: SequenceOutput, delta: Delta) -> None:
-        """Add `output` to `delta`. Raises `EngineFailure` if the sequence was aborted or failed."""
+        """Add `output` to `delta`. Raises `EngineFailure` if the sequence was aborted, refused or failed."""
         reason = output.finish_reason
-        if reason == "error" or reason == "abort" or reason == "timeout":
+        if reason is not None and reason != "stop" and reason != "length":
             self.finished = True
             raise EngineFailure(reason, output.error)
         self.cached_tokens, self.queue_seconds = output.num_cached_tokens, output.queue_seconds
@@ -128,7 +128,7 @@ class Choice:
 
 
 class EngineFailure(Exception):
-    """The engine aborted a sequence or failed to compute it."""
+    """The engine aborted or refused a sequence, or failed to compute it."""
 
     def __init__(self, reason: str, message: str | None):
         super().__init__(message or reason)
