@@ -26,7 +26,7 @@ Rows = list[tuple[str, ...]]
 CODES = {
     "aborted": "The server stopped while the request ran.",
     "adapter_failed": "The adapter exists and cannot be served: its stored files are damaged or could not be loaded.",
-    "adapter_loading": "The adapter is still being fetched from its source.",
+    "adapter_loading": "The adapter is still being fetched from its source, or registered at the start of the server.",
     "conflict": "The state of the adapter, alias or merge does not allow the operation.",
     "context_length_exceeded": "The prompt and the requested tokens do not fit into the context.",
     "deadline_exceeded": "The request's time was over: its `timeout`, `x-request-timeout`, or `--request-timeout`.",
@@ -47,6 +47,7 @@ CODES = {
     "queue_share": "The key's tenant holds its share of the queue; other tenants may still be served.",
     "rate_limit_exceeded": "A limit of the API key or the adapter is reached; `Retry-After` says when to try again.",
     "timeout": "No byte of the request's body arrived for too long.",
+    "starting": "The server loads the model or registers its adapters; only the readiness probe reports this code.",
     "too_large": "The body or one of its files is too large.",
     "unsupported": "The request uses a parameter that this server does not implement.",
     "unsupported_media_type": "The body has a content type that the route does not read.",
