@@ -123,7 +123,7 @@ def _combine(
 def _folders(parts: list[str]) -> Iterator[Path]:
     """Yield each part's folder, which exists until the next one is requested."""
     for part in parts:
-        if "/" in part or Path(part).is_dir():
+        if Path(part).is_dir() or part.startswith(("/", "./", "../", "~")):  # an adapter's name may have a slash
             yield Path(part)
         else:
             with tempfile.TemporaryDirectory() as temporary:
