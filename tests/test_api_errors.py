@@ -75,7 +75,7 @@ async def test_bodies_that_are_no_request(tmp_path: Path, raw: bytes) -> None:
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}]},
         {"model": ""},
         {"model": None},
-        {"model": "x" * 257},
+        {"model": "x" * 330},
         {"n": 129},
         {"stop": ["a"] * 65},
         {"stop": ""},
