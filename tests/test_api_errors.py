@@ -76,9 +76,9 @@ async def test_bodies_that_are_no_request(tmp_path: Path, raw: bytes) -> None:
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}]},
         {"model": ""},
         {"model": None},
-        {"model": "x" * 257},
-        {"n": 9},
-        {"stop": ["a"] * 5},
+        {"model": "x" * 330},
+        {"n": 129},
+        {"stop": ["a"] * 65},
         {"stop": ""},
         {"stop": "x" * 257},
         {"logit_bias": {str(i): 1 for i in range(301)}},
@@ -115,7 +115,8 @@ async def test_neutral_values_and_novelties_are_accepted(tmp_path: Path) -> None
         neutral = {"tools": [], "response_format": {"type": "text"}, "adapter_scale": 1.0, "modalities": ["text"]}
         answer = await api.chat(**neutral, adapters=None, best_of=1, store=True, brand_new_field={"a": 1})
         assert answer.status_code == 200
-        assert_error(await api.complete(echo=True), 400, "unsupported")
+        assert answer.headers["x-loraplex-ignored"] == "brand_new_field"
+        assert_error(await api.chat(echo=True), 400, "unsupported")
         assert_error(await api.complete(suffix="x"), 400, "unsupported")
 
 
@@ -140,7 +141,6 @@ async def test_unknown_models_and_routes(tmp_path: Path) -> None:
             assert error["param"] == "model"
         assert_error(await api.http.get("/v1/models/nope"), 404, "model_not_found")
         assert_error(await api.http.get("/nope"), 404, "not_found")
-        assert_error(await api.http.get("/v1/models/"), 404)
         assert_error(await api.http.get(CHAT), 405, "method_not_allowed")
         assert_error(await api.http.request("OPTIONS", CHAT), 405)
 

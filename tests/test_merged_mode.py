@@ -41,8 +41,9 @@ class Served:
 
     def __init__(self, driver: Driver, adapters: dict[str, Path]):
         self.driver = driver
-        self.digests: dict[str, str | None] = {name: driver.add_adapter(path) for name, path in adapters.items()}
-        self.digests["base"] = None
+        digests = {name: driver.add_adapter(path) for name, path in adapters.items()}
+        driver.bring_to_device(*digests.values())  # so that sequences submitted together start together
+        self.digests: dict[str, str | None] = digests | {"base": None}
         self.model = driver.engine._runner._model
 
     def submit(self, seq_id: str, name: str, prompt: int = 0, max_tokens: int = NEW_TOKENS) -> None:

@@ -26,7 +26,8 @@ from server.ipc.messages import (
 )
 from server.sequence import SamplingParams, ScaledAdapter
 from tests.fixtures.adapter_factory import tiny_llama, write_adapter
-from tests.fixtures.engine_driver import Driver, make_driver
+from tests.fixtures.engine_driver import Driver, make_driver, plain
+from tests.fixtures.virtual_tokens import write_virtual
 from tests.test_engine import BLOCK_BYTES, assert_the_cache_is_finite
 
 ADAPTERS: list[dict[str, Any]] = [
@@ -150,10 +151,14 @@ def test_every_sequence_says_what_it_says_alone(
 ) -> None:
     alone = make()
     digests = [alone.add_adapter(folder) for folder in folders]
+    driver = make()
+    compare(alone, driver, seed, digests, merges, overlap)
+
+
+def compare(alone: Driver, driver: Driver, seed: int, digests: list[str], merges: bool, overlap: bool) -> None:
     for request in requests(seed, digests, not merges):
         alone.engine.handle(request)
         alone.run()
-    driver = make()
     driver.engine.overlap = overlap
     play(driver, seed, digests, merges)
     assert driver.engine.scheduler.blocks.num_used == 0
@@ -165,6 +170,48 @@ def test_every_sequence_says_what_it_says_alone(
             assert said == expected[: len(said)]
         else:
             assert (said, driver.finish_reason(seq_id)) == (expected, alone.finish_reason(seq_id))
+
+
+@pytest.fixture(scope="module")
+def virtual(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    root, tokens = tmp_path_factory.mktemp("virtual"), {"P_TUNING": 21, "CARTRIDGE": 16, "PREFIX_TUNING": 35}
+    return [write_virtual(tiny_llama(), root / name, name, count) for name, count in tokens.items()]
+
+
+def put_in_place(driver: Driver, others: dict[str, str]) -> None:
+    """Let messages about one adapter be about another, of virtual tokens; compositions stay as they are."""
+    handle = driver.engine.handle
+
+    def changed(message: ToEngine) -> None:
+        if isinstance(message, Submit) and len(message.adapters) == 1 and message.adapters[0].digest in others:
+            digest = others[message.adapters[0].digest]
+            traits = driver.traits[digest]
+            message = msgspec.structs.replace(
+                message,
+                adapters=plain(digest),
+                active_from=0,
+                virtual_tokens=traits.virtual_tokens,
+                has_prefix=traits.has_prefix,
+            )
+        elif isinstance(message, MoveAdapter | PinAdapter | RetireAdapter | RunSelfTest) and message.digest in others:
+            message = msgspec.structs.replace(message, digest=others[message.digest])
+        handle(message)
+
+    driver.engine.handle = changed  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("merges", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_so_it_is_with_virtual_tokens(
+    make: Make, folders: list[Path], virtual: list[Path], seed: int, merges: bool, overlap: bool
+) -> None:
+    drivers = make(), make()
+    for driver in drivers:
+        digests = [driver.add_adapter(folder) for folder in folders]
+        own = [driver.add_adapter(folder) for folder in virtual]
+        put_in_place(driver, dict(zip(digests[::2], own, strict=True)))
+    compare(*drivers, seed, digests, merges, overlap)
 
 
 class Troubled:

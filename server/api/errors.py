@@ -11,7 +11,8 @@ from starlette.exceptions import HTTPException
 
 from adapters.errors import AdapterError, AdapterInvalid
 from server.api.schemas import ErrorBody
-from server.ipc.client import AdapterMoveRefused, EngineState, EngineUnavailable
+from server.ipc.client import AdapterMoveRefused
+from server.ipc.supervisor import EngineState, EngineUnavailable
 
 RETRY_AFTER_SECONDS = 2
 _MAX_VALIDATION_ERRORS = 5
@@ -117,7 +118,10 @@ async def _on_validation_error(_: Request, error: Exception) -> JSONResponse:
 def validation_error(errors: Any) -> ApiError:
     """Return a 400 that names the invalid fields and the reasons. Never echoes the input: NaN and lone surrogates
     cannot be serialized."""
-    found = list(errors[:_MAX_VALIDATION_ERRORS])
+    if errors[0]["type"] == "json_invalid":
+        reason, at = errors[0].get("ctx", {}).get("error", "it cannot be decoded"), errors[0]["loc"][-1]
+        return bad_request(f"The body is not valid JSON: {reason} at character {at}.")
+    found = [e for e in errors if e["type"] == "unsupported"] or list(errors[:_MAX_VALIDATION_ERRORS])
     sentences = [f"{_field(e['loc']) or 'body'}: {e['msg']}" for e in found]
     more = len(errors) - len(found)
     message = "; ".join(sentences) + (f" (and {more} more)" if more else "")
@@ -128,7 +132,7 @@ def validation_error(errors: Any) -> ApiError:
 def _field(location: tuple[int | str, ...]) -> str:
     """Return the path of a field as the client wrote it, without FastAPI's source and pydantic's union member names."""
     parts = [str(part) for part in location[1:]] if location and location[0] in _SOURCES else list(map(str, location))
-    return ".".join(part for part in parts if part.isidentifier() or part.isdigit())[:200]
+    return ".".join(part for part in parts if part.isdigit() or (part.isidentifier() and not part[0].isupper()))[:200]
 
 
 _SOURCES = ("body", "query", "path", "header")

@@ -83,6 +83,18 @@ def described(model: Any, device: torch.device, max_model_len: int, nf4: str = "
     )
 
 
+def described_without_weights(path: str) -> LoadedModel:
+    """Return the description of the model at `path` (folder, config.json or hub id), built from its config on torch's
+    meta device. Raises `ModelRefused`."""
+    try:
+        config = transformers.AutoConfig.from_pretrained(path)
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelRefused(f"the config of '{path}' cannot be used: {error}") from error
+    return described(model, torch.device("meta"), 0)
+
+
 def refuse_unsupported(config: Any) -> None:
     """Raise `ModelRefused` for architectures whose attention is not plain causal attention, full or sliding."""
     problems = []
