@@ -37,7 +37,7 @@ Rows = list[tuple[str, ...]]
 CODES = {
     "aborted": "The server stopped while the request ran.",
     "adapter_failed": "The adapter exists and cannot be served: its stored files are damaged or could not be loaded.",
-    "adapter_loading": "The adapter is still being fetched from its source.",
+    "adapter_loading": "The adapter is still being fetched from its source, or registered at the start of the server.",
     "conflict": "The state of the adapter, alias or merge does not allow the operation.",
     "context_length_exceeded": "The prompt and the requested tokens do not fit into the context.",
     "cross_site": "A web page of another site sent a request that changes something or reads weights.",
@@ -60,6 +60,7 @@ CODES = {
     "queue_share": "The key's tenant holds its share of the queue; other tenants may still be served.",
     "rate_limit_exceeded": "A limit of the API key or the adapter is reached; `Retry-After` says when to try again.",
     "timeout": "No byte of the request's body arrived for too long.",
+    "starting": "The server loads the model or registers its adapters; only the readiness probe reports this code.",
     "too_large": "The body or one of its files is too large.",
     "unknown_field": "The request has fields that this server does not know, and `--strict-requests` is set.",
     "unsupported": "The request uses a parameter that this server does not implement.",

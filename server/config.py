@@ -125,8 +125,12 @@ class ServeConfig:
         (), "Source that adapters may be registered from: file:///folder, hf://org or s3://bucket/prefix"
     )
     adapter: tuple[str, ...] = _setting((), "Adapter to register at startup, as name=folder")
+    adapter_errors: Literal["fail", "warn"] = _setting(
+        "fail",
+        "What an --adapter that cannot be registered does: `fail` ends the start, `warn` logs it and starts without it",
+    )
     watch_adapters: str = _setting(
-        "", "Folder whose subfolders are registered as adapters, now and whenever they change"
+        "", "Folder whose subfolders, `name` or `org/name`, are registered as adapters, now and whenever they change"
     )
     scrub_mb_per_second: float = _setting(
         8.0,

@@ -71,7 +71,11 @@ def bearer(secret: str) -> dict[str, str]:
 
 
 def routes(api: Api) -> list[tuple[str, str]]:
-    listed = [(route.path, method) for route in _flat(api.app.routes) for method in sorted(route.methods)]
+    listed = [
+        (route.path.replace(":adapter}", "}"), method)
+        for route in _flat(api.app.routes)
+        for method in sorted(route.methods)
+    ]
     return [*listed, ("/openapi.json", "GET")]
 
 

@@ -67,9 +67,9 @@ def model_not_found(model: str) -> ApiError:
     return ApiError(404, f"The model '{model}' does not exist.", code="model_not_found", param="model")
 
 
-def unavailable(message: str, code: str = "unavailable") -> ApiError:
+def unavailable(message: str, code: str = "unavailable", seconds: int = RETRY_AFTER_SECONDS) -> ApiError:
     """Return a 503 with a Retry-After header."""
-    return ApiError(503, message, code=code, headers={"retry-after": str(RETRY_AFTER_SECONDS)})
+    return ApiError(503, message, code=code, headers={"retry-after": str(seconds)})
 
 
 def engine_unavailable(state: EngineState) -> ApiError:

@@ -22,7 +22,7 @@ INT64 = 1 << 63
 MAX_CHOICES = 128  # of one request: prompts times n
 
 Text = Annotated[str, Field(max_length=MAX_TEXT)]
-ModelName = Annotated[str, Field(min_length=1, max_length=256)]
+ModelName = Annotated[str, Field(min_length=1, max_length=256 + len("@sha256:") + 64)]  # a name, or name@version
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=1 << 20, fail_fast=True)]
 StopString = Annotated[str, Field(min_length=1, max_length=256)]

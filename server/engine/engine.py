@@ -195,7 +195,7 @@ class Engine:
     def _submit(self, request: Submit) -> None:
         seq = Sequence(
             request.seq_id,
-            [*request.token_ids],
+            [*[PLACEHOLDER] * request.virtual_tokens, *request.token_ids],
             request.sampling,
             request.adapters,
             request.cache_salt,
@@ -204,12 +204,14 @@ class Engine:
             request.priority,
             request.weight,
             math.inf if request.deadline is None else request.deadline,
-            request.request_salt,
+            num_virtual_tokens=request.virtual_tokens,
+            num_copied_tokens=request.virtual_tokens if request.has_prefix else 0,
+            request_salt=request.request_salt,
         )
         vocab_size = None if seq.adapters else self._runner.vocab_size(())
         problem = input_problem(seq.token_ids, seq.sampling, vocab_size)
         if problem is None and seq.num_tokens > self._max_model_len:
-            problem = f"the prompt has more than {self._max_model_len} tokens"
+            problem = f"the prompt has more than {self._max_model_len - request.virtual_tokens} tokens"
         if problem is not None:
             self._outputs.append(SequenceOutput(seq.seq_id, [], "error", error=problem))
             return
@@ -231,7 +233,7 @@ class Engine:
             seq = scheduled.seq
             if seq.admitted is None:
                 seq.admitted = now
-                seq.num_cached_tokens = scheduled.start
+                seq.num_cached_tokens = max(scheduled.copied_from - seq.num_virtual_tokens, 0)
                 problem = seq.adapters and input_problem(
                     seq.token_ids, seq.sampling, self._runner.vocab_size(seq.slots)
                 )

@@ -11,7 +11,7 @@ LEAST_ROWS, ROWS_PER_SEQUENCE = 64, 4  # of logits for prompts in a step, the se
 def max_cached_tokens(seq: Sequence) -> int:
     """Return how many tokens may come from the prefix cache: the logits of the last token are needed, and those of
     every token whose successor's log-probability is wanted and not yet known."""
-    known = enumerate(seq.prompt_logprobs)
+    known = enumerate(seq.prompt_logprobs, start=seq.num_virtual_tokens)
     return next((at for at, found in known if found is None), seq.num_tokens - 1)
 
 

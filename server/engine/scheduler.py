@@ -269,7 +269,7 @@ class Scheduler:
             return lacks
         self.blocks.admit(seq, matched)
         if not seq.preempted:
-            self.policy.charge(seq, prompt=seq.num_tokens - seq.num_computed_tokens)
+            self.policy.charge(seq, prompt=seq.num_tokens - seq.num_ready_tokens)
         self.policy.left(seq)
         seq.slots, seq.status = slots, SequenceStatus.RUNNING
         self.running.append(seq)

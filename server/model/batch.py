@@ -1,6 +1,6 @@
 """One step's tensors: built once from the schedule, read by every layer."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -9,6 +9,7 @@ import torch
 from adapters.device.transfers import upload
 from adapters.kernels.segments import NO_SEGMENTS, Segments, build_segments
 from server.model.adapter_rows import adapter_rows, head_rows
+from server.model.virtual_tokens import VirtualRows
 from server.model.visible_context import visible_context
 from server.sequence import ScheduledBatch
 from server.sequence import Sequence as TokenSequence
@@ -49,6 +50,7 @@ class ForwardBatch:
     attention_plan: Any = None
     token_segments: Segments = NO_SEGMENTS
     head_segments: Segments = NO_SEGMENTS
+    virtual: VirtualRows = field(default_factory=VirtualRows)
 
 
 LateTokens = tuple[dict[TokenSequence, int], torch.Tensor]  # sequences by the place of their last token on the device
@@ -78,7 +80,8 @@ def build_batch(
         span = np.arange(scheduled.start, scheduled.end)
         positions.append(span)
         slots.append(np.asarray(table)[span // block_size] * block_size + span % block_size)
-        sample_rows += range(row, row + scheduled.num_scored)
+        first_scored = row + scheduled.scored_from - scheduled.start
+        sample_rows += range(first_scored, first_scored + scheduled.num_scored)
         if scheduled.samples:
             sample_rows.append(len(ids) - 1)
             if late_tokens and scheduled.seq in late_tokens[0]:
@@ -90,6 +93,7 @@ def build_batch(
     if late_tokens and late:
         input_ids.index_copy_(0, rows, late_tokens[1].index_select(0, places).clamp_min(0))
     forward = ForwardBatch(input_ids, row_positions, slot_mapping, samples, sequences, block_size)
+    forward.virtual = VirtualRows.of(batch.sequences, block_size, device)
     if columns is not None:
         forward.token_segments = build_segments(adapter_rows(batch.sequences), columns)
         forward.head_segments = build_segments(head_rows(batch.sequences), columns)

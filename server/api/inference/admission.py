@@ -84,7 +84,8 @@ def _check_capacity(context: AppContext) -> None:
     if not context.accepting:
         raise unavailable("The server is shutting down.", "draining")
     if context.saturated:
-        raise unavailable("Too many requests are waiting; try again later.", "queue_full")
+        seconds = context.queue_limits.full_for()
+        raise unavailable("Too many requests are waiting; try again later.", "queue_full", seconds)
 
 
 def _check_still_there(context: AppContext, target: Target) -> None:
@@ -105,5 +106,6 @@ def _check_queue(context: AppContext, plan: GenerationPlan) -> None:
     if refusal is None:
         return
     if refusal.of_tenant:
-        raise ApiError(429, refusal.message, code="queue_share", headers={"retry-after": "1"})
-    raise unavailable(refusal.message, "queue_full")
+        headers = {"retry-after": str(refusal.seconds)}
+        raise ApiError(429, refusal.message, code="queue_share", headers=headers)
+    raise unavailable(refusal.message, "queue_full", refusal.seconds)

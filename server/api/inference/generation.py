@@ -95,7 +95,9 @@ class Generation:
                 plan.priority,
                 key.weight,
                 plan.deadline,
-                plan.request_salt,
+                virtual_tokens=plan.target.traits.virtual_tokens,
+                has_prefix=plan.target.traits.has_prefix,
+                request_salt=plan.request_salt,
             )
             self._submit_choice(choice, submit)
 

@@ -72,7 +72,7 @@ def plan_generation(
     cannot do."""
     vocab_size = admitted.target.traits.vocab_size or context.info.vocab_size
     _check_prompts(prompts, vocab_size, body.prompt_field)
-    max_tokens = _token_budget(context, prompts, body)
+    max_tokens = _token_budget(context, prompts, body, admitted.target.traits.virtual_tokens)
     return GenerationPlan(
         target=admitted.target,
         tokenizer=admitted.tokenizer,
@@ -114,17 +114,20 @@ def _check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int, param: str
         raise bad_request(f"Token {largest} is not in the vocabulary of {vocab_size}.", param)
 
 
-def _token_budget(context: AppContext, prompts: Sequence[Sequence[int]], body: GenerationRequest) -> int:
+def _token_budget(
+    context: AppContext, prompts: Sequence[Sequence[int]], body: GenerationRequest, virtual_tokens: int
+) -> int:
     """Return the maximum number of output tokens: the requested number, or the endpoint's default within the
-    context."""
+    context, of which the adapter's virtual tokens take a part."""
     requested, context_length = body.requested_tokens, context.info.max_model_len
     longest = max(map(len, prompts))
-    left = context_length - longest
+    left = context_length - virtual_tokens - longest
     wanted = body.default_max_tokens if requested is None else requested
     least = 1 if requested is None or requested == REST_OF_CONTEXT else requested
     if left < least:
         parts = f"{longest} in the {body.prompt_field}, {least} in the completion"
-        but = f"you requested {longest + least} tokens ({parts})"
+        parts += f", {virtual_tokens} virtual tokens of the adapter" if virtual_tokens else ""
+        but = f"you requested {longest + least + virtual_tokens} tokens ({parts})"
         raise context_exceeded(context_length, but, body.prompt_field)
     return left if wanted == REST_OF_CONTEXT else min(wanted, left)
 

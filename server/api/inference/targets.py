@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from adapters.errors import AdapterNotFound
+from adapters.registry.aliases import BASE_MEMBER
 from adapters.registry.registry import AdapterRecord
 from adapters.residency.room import shortage_of
 from adapters.residency.slots import PAGE_COLUMNS, pages_of
@@ -60,9 +61,12 @@ def resolve_target(context: AppContext, key: Key, body: GenerationRequest) -> Ta
     """Resolve the model of a request. The request keeps these versions, even if others are published meanwhile."""
     base = context.info.base_fingerprint
     model = requested_model(context, body)
-    parts = _parts(context, body, model)
-    records = [serving_record(context, key, part.name, body.user) for part in parts]
-    found = zip(records, parts, strict=True)
+    found = [
+        (record, part)
+        for part in _parts(context, body, model)
+        if (record := serving_record(context, key, part.name, body.user)) is not None
+    ]
+    records, parts = [record for record, _ in found], [part for _, part in found]
     adapters = tuple(sorted(ScaledAdapter(record.version.digest, part.factor) for record, part in found))
     refuse_if_merged(context, adapters)
     if not records:
@@ -111,12 +115,17 @@ def _check_additive(parts: list[AdapterPart], records: list[AdapterRecord]) -> N
     for part, record in zip(parts, records, strict=True):
         traits = record.version.traits
         if not traits.additive and (len(parts) > 1 or part.factor != 1):
-            why = (
-                "applies to a part of the prompt only"
-                if traits.invocation_tokens
-                else "does more than add B A x to outputs"
+            raise bad_request(
+                f"The adapter '{part.name}' cannot be scaled or combined with others because it {_why_alone(traits)}."
             )
-            raise bad_request(f"The adapter '{part.name}' cannot be scaled or combined with others because it {why}.")
+
+
+def _why_alone(traits: Traits) -> str:
+    if traits.virtual_tokens:
+        return "puts virtual tokens in front of the prompt"
+    if traits.invocation_tokens:
+        return "applies to a part of the prompt only"
+    return "does more than add B A x to outputs"
 
 
 def _pages(records: list[AdapterRecord]) -> dict[str, int]:
@@ -172,21 +181,21 @@ def merged_error() -> ApiError:
     )
 
 
-def serving_record(context: AppContext, key: Key, name: str, user: str | None) -> AdapterRecord:
-    """Return the adapter for `name`; for an alias, the member that its weights assign to `user`. A key that may use an
-    alias need not see its members, and errors do not reveal them."""
+def serving_record(context: AppContext, key: Key, name: str, user: str | None) -> AdapterRecord | None:
+    """Return the adapter for `name`; for an alias, the member that its weights assign to `user`, and None where that is
+    the base model. A key that may use an alias need not see its members, and errors do not reveal them."""
     alias = context.registry.aliases.get(name)
     if alias is None:
         return resolve_record(context, key, name)
-    try:
-        record = context.registry.resolve(alias.pick(user))
-    except AdapterNotFound:  # the member is damaged
-        if not key.sees(name):
-            raise model_not_found(name) from None
-        raise adapter_failed(name, "an adapter that the alias chose is damaged") from None
     if not key.sees(name):
         raise model_not_found(name)
-    return record
+    member = alias.pick(user)
+    if member == BASE_MEMBER:
+        return None
+    try:
+        return context.registry.resolve(member)
+    except AdapterNotFound:  # the member is damaged
+        raise adapter_failed(name, "an adapter that the alias chose is damaged") from None
 
 
 def adapter_failed(name: str, reason: str) -> ApiError:
@@ -205,6 +214,9 @@ def resolve_record(context: AppContext, key: Key, model: str) -> AdapterRecord:
         pending = context.registry.pending.get(model)
         if pending is not None and pending.error is None and key.sees(model):
             raise unavailable("The adapter is being fetched; try again later.", "adapter_loading") from None
+        if model in context.startup.adapters and key.sees(model):
+            message = "The server is starting and has not registered the adapter yet; try again later."
+            raise unavailable(message, "adapter_loading") from None
         damage = context.registry.damaged.get(model)
         if damage is not None and key.sees(model):
             raise adapter_failed(model, damage) from None

@@ -77,7 +77,7 @@ async def detokenize(request: Request, body: DetokenizeRequest, context: Context
 
 @router.get("/tokenizer_info")
 async def tokenizer_info(
-    context: Context, key: Caller, model: Annotated[str | None, Query(max_length=256)] = None
+    context: Context, key: Caller, model: Annotated[str | None, Query(max_length=330)] = None
 ) -> dict[str, Any]:
     """Return the special tokens and the chat template of a tokenizer."""
     tokenizer = await _tokenizer(context, key, model)
@@ -91,7 +91,9 @@ async def tokenizer_info(
 
 
 async def _tokenizer(context: AppContext, key: Key, model: str | None) -> Tokenizer:
-    if model is None or model == context.base_model:
+    record = None
+    if model is not None and model != context.base_model:
+        record = serving_record(context, key, model, None)
+    if record is None:  # the base model, or an alias that assigns it
         return context.tokenizer
-    version = serving_record(context, key, model, None).version
-    return await context.tokenizers.of(version.digest, version.traits)
+    return await context.tokenizers.of(record.version.digest, record.version.traits)

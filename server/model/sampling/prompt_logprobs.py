@@ -30,9 +30,7 @@ def start_scoring_prompts(
     if not scored:
         return logits, lambda collect: collect
     places, sampled = _places(sequences)
-    targets = [
-        token for each in scored for token in each.seq.token_ids[each.start + 1 : each.start + 1 + each.num_scored]
-    ]
+    targets = [token for each in scored for token in _successors(each)]
     limits = [limit for each in scored for limit in [vocab_size(each.seq.slots)] * each.num_scored]
     num_top = max(each.seq.sampling.prompt_logprobs or 0 for each in scored)
     found = download(torch.cat([*_in_chunks(logits, places, targets, limits, num_top)]))
@@ -44,6 +42,11 @@ def start_scoring_prompts(
         return collect_samples()
 
     return logits[sampled], lambda collect: partial(collect_both, collect)
+
+
+def _successors(scheduled: ScheduledSequence) -> list[int]:
+    first = scheduled.scored_from + 1
+    return scheduled.seq.token_ids[first : first + scheduled.num_scored]
 
 
 def _places(sequences: list[ScheduledSequence]) -> tuple[list[int], list[int]]:
@@ -71,7 +74,7 @@ def _in_chunks(
 
 def _write(scheduled: ScheduledSequence, rows: list[list[float]], num_top: int) -> None:
     wanted = scheduled.seq.sampling.prompt_logprobs or 0
-    start = scheduled.start
+    start = scheduled.scored_from - scheduled.seq.num_virtual_tokens
     found = [token_logprobs(row, num_top, wanted) for row in rows]
     scheduled.seq.prompt_logprobs[start : start + len(found)] = found
 
