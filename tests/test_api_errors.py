@@ -296,6 +296,6 @@ def test_a_body_that_stops_arriving_is_given_up(route: str, tmp_path: Path, monk
     monkeypatch.setattr("server.api.middleware.body_limits.IDLE_SECONDS", 0.2)
     kind = "multipart/form-data; boundary=b" if route == "/v1/adapters" else "application/json"
     with listening(tmp_path) as live, socket.create_connection(live_address(live)) as connection:
-        head = f"POST {route} HTTP/1.1\r\nHost: x\r\nContent-Type: {kind}\r\nContent-Length: 1000\r\n\r\n"
+        head = f"POST {route} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: {kind}\r\nContent-Length: 1000\r\n\r\n"
         connection.sendall(head.encode() + b"--b")
         assert connection.recv(1000).startswith(b"HTTP/1.1 408 ")
