@@ -97,6 +97,12 @@ class ServeConfig:
     max_model_len: int = _setting(
         0, "Maximum number of tokens in prompt and output together; 0 uses the model's limit", ge=0
     )
+    cors_origin: tuple[str, ...] = _setting(
+        (), "Origin whose web pages may call the API from a browser, such as https://chat.example.com; * allows all"
+    )
+    strict_requests: bool = _setting(
+        False, "Refuse requests with unknown fields, which are otherwise named in the header x-loraplex-ignored"
+    )
     max_queue: int = _setting(
         256,
         "Maximum number of sequences that wait for their first token, where each prompt and choice is one. Further "
