@@ -1,7 +1,9 @@
 """Write the tables of `reference/compatibility.md` from the tests' case tables and the tables of keys: `make docs`."""
 
 import json
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftType
@@ -13,6 +15,7 @@ from adapters.validation.virtual_tokens import VIRTUAL_TYPES
 from docs.tables import REFERENCE, Rows, render, table
 from tests.fixtures.parity_cases import BASES, CASES, NOT_ON_NF4
 from tests.fixtures.peft_corpus import CORPUS
+from tests.fixtures.trainer_folders import LAYOUTS, answer_to, convert
 
 DOCUMENT = REFERENCE / "compatibility.md"
 ENDS = {"lm_head", "embed_tokens"}
@@ -148,7 +151,23 @@ def entries_naming(key: str) -> int:
     return sum(entry.if_refused == key for entry in CORPUS.values())
 
 
+def trainer_folders() -> str:
+    rows: Rows = []
+    for name, make in LAYOUTS.items():
+        with tempfile.TemporaryDirectory() as temporary:
+            folder, converted = Path(temporary) / "folder", Path(temporary) / "converted"
+            make(folder)
+            files = ", ".join(f"`{path.name}`" for path in sorted(folder.iterdir()))
+            answer = answer_to(folder)
+            if "loraplex convert" in answer:
+                convert(folder, converted)
+                answer += f" After it: {answer_to(converted)}."
+            rows.append((name, files, answer))
+    return table(("written by", "files", "the server says"), rows)
+
+
 TABLES = {
+    "trainer-folders": trainer_folders,
     "matrix": matrix,
     "refused-keys": refused_keys,
     "refused-keys-of-types": refused_keys_of_types,

@@ -75,7 +75,9 @@ class ServeConfig:
     adapter_tpm: int = _setting(
         0, "Maximum number of prompt and output tokens per minute and adapter; 0 means no limit", ge=0
     )
-    max_adapter_rank: int = _setting(64, "Largest LoRA rank that the server accepts", ge=1, le=512)
+    max_adapter_rank: int = _setting(
+        0, "Largest LoRA rank that the server accepts; 0 means 128, or 64 where the memory is too small", ge=0, le=512
+    )
     adapter_host_bytes: int = _setting(2 * GIB, "Host memory that caches adapters which are not on the device", ge=0)
     adapter_packed_bytes: int = _setting(
         20 * GIB,

@@ -2,6 +2,7 @@
 
 import logging
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 
 import msgspec
 
@@ -25,7 +26,7 @@ from adapters.weights import AdapterWeights
 from server.config import ServeConfig
 from server.engine.block_manager import BlockManager
 from server.engine.engine import Engine
-from server.engine.memory_plan import BLOCK_SIZE, MemoryPlan
+from server.engine.memory_plan import BLOCK_SIZE, DEFAULT_RANK, MemoryPlan
 from server.engine.merging import Merged, MergePolicy, Merging
 from server.engine.packed_reads import PackedReads
 from server.engine.policies import FairShare, FirstCome
@@ -64,8 +65,9 @@ def build_engine(config: ServeConfig) -> tuple[Engine, EngineInfo]:
     loaded = load_model(
         config.model, config.dtype, config.quantization, config.device, config.max_model_len, config.nf4_policy
     )
-    shape, spec = probe(loaded, config.max_adapter_rank)
+    shape, spec = probe(loaded, config.max_adapter_rank or DEFAULT_RANK)
     plan = plan_memory(config, loaded, shape, spec)
+    spec = replace(spec, max_rank=plan.max_rank)
     num_blocks, max_model_len = plan.num_blocks, plan.max_model_len
     runner = ModelRunner(loaded, shape, spec, num_blocks=num_blocks, block_size=BLOCK_SIZE, num_pages=plan.num_pages)
     runner.check_and_fuse(loaded)
@@ -129,7 +131,7 @@ def _residency(
         HostCache(host_cache_bytes(config, runner, runner.pool.nbytes())),
         read=reads.read,
         write=writer(runner.pool, runner.device),
-        max_pages=pages_of(config.max_adapter_rank),
+        max_pages=pages_of(plan.max_rank),
         threads=1 if runner.device.type == "cpu" else 2,
         on_thread_start=step_aside if runner.device.type == "cpu" else stay_single_threaded,
         keep=reads.keep,
