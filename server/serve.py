@@ -4,7 +4,9 @@ import asyncio
 import gc
 import json
 import logging
+import signal
 import socket
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
@@ -31,6 +33,8 @@ from server.start_checks import DEMO_ADAPTERS, named_adapters
 
 log = logging.getLogger(__name__)
 
+KEYS_SECONDS = 1.0  # between two looks at the keys file
+
 
 def run(config: ServeConfig, registry: AdapterRegistry, transport: EngineTransport | None = None) -> None:
     """Serve until a signal ends the server. The engine is behind `transport`; without one, it runs in a thread.
@@ -56,15 +60,16 @@ async def _serve(config: ServeConfig, keys: KeyRing, registry: AdapterRegistry, 
         )
         server = Server(context)
         bringing_up = asyncio.create_task(_bring_up(context, starting, server))
-        scrubbing = asyncio.create_task(_scrub(context))
+        background = [asyncio.create_task(_scrub(context)), asyncio.create_task(_follow_keys(context))]
         try:
             await server.serve()
             if bringing_up.done():
                 bringing_up.result()
             bringing_up.cancel()
         finally:
-            scrubbing.cancel()
-            await asyncio.gather(scrubbing, return_exceptions=True)
+            for task in background:
+                task.cancel()
+            await asyncio.gather(*background, return_exceptions=True)
             await context.sandbox.close()
     finally:
         starting.cancel()
@@ -151,6 +156,23 @@ async def _bring_up(context: AppContext, starting: "asyncio.Task[None]", server:
     _greet(context, server.url)
     if context.config.watch_adapters:
         await FolderWatcher(context, Path(context.config.watch_adapters)).run()
+
+
+async def _follow_keys(context: AppContext) -> None:
+    """Read the keys file again when it changes, and on SIGHUP."""
+    asked = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, asked.set)
+    while True:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(asked.wait(), KEYS_SECONDS)
+        if asked.is_set() or await asyncio.to_thread(lambda: context.keys.is_outdated):
+            asked.clear()
+            try:
+                context.keys.reload()
+                log.info("the API keys were read again")
+            except ConfigError as error:
+                log.error("%s; the keys stay as they were", error)
+            context.follow_keys()
 
 
 async def _scrub(context: AppContext) -> None:

@@ -11,7 +11,7 @@ import pytest
 from server.api.middleware.auth import KeyRing
 from server.api.middleware.body_limits import MAX_JSON_BYTES
 from server.config import ServeConfig
-from tests.fixtures.api_server import BASE, Api, LiveServer, assert_error, events, listening, serving
+from tests.fixtures.api_server import BASE, Api, LiveServer, assert_error, events, listening, secret, serving
 from tests.fixtures.timing import cpu_seconds, eventually, leap
 
 CHAT = "/v1/chat/completions"
@@ -221,12 +221,12 @@ async def test_one_tenant_s_backlog_is_not_everyone_s(tmp_path: Path) -> None:
     """Five requests of 64 sequences from one key; then eight of another."""
     names = ("greedy", "patient")
     file = tmp_path / "keys.toml"
-    file.write_text("".join(f'[[keys]]\nname = "{name}"\nkey = "{name}-secret"\n' for name in names))
+    file.write_text("".join(f'[[keys]]\nname = "{name}"\nkey = "{secret(name)}"\n' for name in names))
     async with serving(tmp_path, keys=KeyRing.load(ServeConfig(keys_file=file))) as api:
         api.waits_after(0)
 
         def ask(name: str, **fields: Any) -> "asyncio.Task[httpx.Response]":
-            headers, body = {"authorization": f"Bearer {name}-secret"}, {"model": BASE, "max_tokens": 1, **fields}
+            headers, body = {"authorization": f"Bearer {secret(name)}"}, {"model": BASE, "max_tokens": 1, **fields}
             return asyncio.create_task(api.http.post("/v1/completions", json=body, headers=headers))
 
         heavy = [ask("greedy", prompt=["hi"] * 8, n=8) for _ in range(5)]
@@ -295,6 +295,6 @@ def test_a_body_that_stops_arriving_is_given_up(route: str, tmp_path: Path, monk
     monkeypatch.setattr("server.api.middleware.body_limits.IDLE_SECONDS", 0.2)
     kind = "multipart/form-data; boundary=b" if route == "/v1/adapters" else "application/json"
     with listening(tmp_path) as live, socket.create_connection(live_address(live)) as connection:
-        head = f"POST {route} HTTP/1.1\r\nHost: x\r\nContent-Type: {kind}\r\nContent-Length: 1000\r\n\r\n"
+        head = f"POST {route} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\nContent-Length: 1000\r\n\r\n"
         connection.sendall(head.encode() + b"--b")
         assert connection.recv(1000).startswith(b"HTTP/1.1 408 ")

@@ -146,7 +146,11 @@ class AppContext:
         config = self.config
         per_adapter = Limits(config.adapter_max_concurrent, config.adapter_rpm, config.adapter_tpm)
         self.rate_limits = RateLimits(per_adapter)
-        shared = len(self.keys.tenants) > 1
+        self.follow_keys()
+
+    def follow_keys(self) -> None:
+        """Derive again what follows from the API keys, which may have changed."""
+        config, shared = self.config, len(self.keys.tenants) > 1
         self.queue_limits = QueueLimits(config.max_queue, config.max_queue_tokens, shared, self.engine.waiting)
 
     @property

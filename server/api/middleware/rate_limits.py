@@ -114,7 +114,7 @@ class RateLimits:
     def __init__(self, adapters: Limits, clock: Clock = time.monotonic):
         self._adapter_limits = adapters
         self._clock = clock
-        self._keys: dict[str, Meter] = {}
+        self._keys: dict[tuple[str, Limits], Meter] = {}  # a key whose limits change starts anew
         self._adapters: dict[str, Meter] = {}
 
     def check_request(
@@ -141,7 +141,7 @@ class RateLimits:
     def _meters(self, key_id: str, limits: Limits, adapters: Iterable[str]) -> list[Meter]:
         meters = []
         if limits != Limits():
-            meters.append(self._keys.setdefault(key_id, Meter("this key", limits, self._clock)))
+            meters.append(self._keys.setdefault((key_id, limits), Meter("this key", limits, self._clock)))
         if self._adapter_limits != Limits():
             for name in adapters:
                 # Without its name: an alias may have members that the key must not know.
