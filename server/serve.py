@@ -17,7 +17,7 @@ from adapters.registry.registry import AdapterRegistry
 from adapters.sources import NAMED_BY_OPERATOR, copy_from
 from server.api.adapters import fetching
 from server.api.adapters.merge import merge
-from server.api.adapters.publishing import Publication, publish_from
+from server.api.adapters.publishing import Publication, audit_publication, publish_from
 from server.api.adapters.scrub import Scrubber
 from server.api.adapters.watcher import FolderWatcher
 from server.api.app import create_app
@@ -25,6 +25,7 @@ from server.api.context import AppContext
 from server.api.errors import ApiError
 from server.api.middleware.auth import KeyRing, check_bind
 from server.api.text.tokenizer import Tokenizer
+from server.audit import AuditLog
 from server.config import ConfigError, ServeConfig, StartFailed
 from server.http.server import HttpServer
 from server.ipc.client import AdapterMoveRefused, EngineClient, EngineTransport, EngineUnavailable
@@ -57,6 +58,7 @@ async def _serve(config: ServeConfig, keys: KeyRing, registry: AdapterRegistry, 
             keys=keys,
             metrics=Metrics(),
             base_model=config.served_model_name,
+            audit=AuditLog(config.data_dir),
         )
         server = Server(context)
         bringing_up = asyncio.create_task(_bring_up(context, starting, server))
@@ -71,6 +73,8 @@ async def _serve(config: ServeConfig, keys: KeyRing, registry: AdapterRegistry, 
                 task.cancel()
             await asyncio.gather(*background, return_exceptions=True)
             await context.sandbox.close()
+            if context.audit is not None:
+                await asyncio.to_thread(context.audit.close)
     finally:
         starting.cancel()
         await engine.stop()
@@ -170,6 +174,8 @@ async def _follow_keys(context: AppContext) -> None:
             try:
                 context.keys.reload()
                 log.info("the API keys were read again")
+                if context.audit is not None:
+                    context.audit.changed("operator", "reload keys")
             except ConfigError as error:
                 log.error("%s; the keys stay as they were", error)
             context.follow_keys()
@@ -195,7 +201,7 @@ async def _register(context: AppContext, name: str, folder: Path) -> None:
         return Publication(name, source, replace=True)
 
     try:
-        await publish_from(context, fill)
+        audit_publication(context, "command line", await publish_from(context, fill))
     except AdapterMoveRefused as refused:
         log.warning("adapter %s has a new version, which could not be pinned: %s", name, refused)
 

@@ -12,6 +12,7 @@ from server.api.adapters import aliases, merge, routes, vllm_compat
 from server.api.context import AppContext
 from server.api.errors import install_error_handlers
 from server.api.inference import chat, completions
+from server.api.middleware.audit import AuditMiddleware
 from server.api.middleware.auth import AuthMiddleware
 from server.api.middleware.body_limits import BodyLimitsMiddleware
 from server.api.middleware.browser_guard import BrowserGuard
@@ -26,10 +27,11 @@ def create_app(context: AppContext) -> FastAPI:
     for module in (health, models, chat, completions, routes, aliases, merge, vllm_compat):
         app.include_router(module.router)
     install_error_handlers(app)
-    # The middleware added last runs first: request id, then host and origin, then authorization, then body limits.
+    # The middleware added last runs first: request id, audit log, host and origin, authorization, body limits.
     app.add_middleware(BodyLimitsMiddleware, max_upload_bytes=context.config.max_upload_bytes)
     app.add_middleware(AuthMiddleware, keys=context.keys)
     app.add_middleware(BrowserGuard, hosts=_hosts(context))
+    app.add_middleware(AuditMiddleware, audit=context.audit)
     app.add_middleware(RequestMiddleware, metrics=context.metrics)
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
     context.watch()

@@ -19,6 +19,7 @@ from server.api.middleware.rate_limits import Limits, RateLimits
 from server.api.text.adapter_tokenizers import AdapterTokenizers
 from server.api.text.template_sandbox import TemplateSandbox
 from server.api.text.tokenizer import Tokenizer
+from server.audit import AuditLog
 from server.config import ServeConfig
 from server.ipc.client import EngineClient, EngineState, EngineUnavailable
 from server.ipc.messages import EngineInfo, ResidencyReport
@@ -122,6 +123,7 @@ class AppContext:
     metrics: Metrics
     base_model: str
     base_tokenizer: Tokenizer | None = None  # until the engine is ready
+    audit: AuditLog | None = None
     started: float = field(default_factory=time.time)
     draining: bool = False  # unready but still serving, because load balancers need time to notice
     accepting: bool = True

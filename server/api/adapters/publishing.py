@@ -113,6 +113,13 @@ async def publish_from(
         return published
 
 
+def audit_publication(context: AppContext, who: str, published: Published) -> None:
+    """Write a publication that no request made to the audit log; the middleware writes those of requests."""
+    if context.audit is not None and published.created:
+        version = f"sha256:{published.inspected.digest}"
+        context.audit.changed(who, "publish", adapter=published.name, version=version)
+
+
 async def _forget_failure(context: AppContext, digest: str) -> None:
     """Have the engine forget that it could not load the version: its stored files were compared with good ones."""
     if digest in context.engine.residency.failed:

@@ -176,24 +176,26 @@ class AuthMiddleware:
             await send({"type": "websocket.close", "code": 1008})
         else:
             try:
-                scope["state"]["key"] = self._authorize(scope)
+                self._authorize(scope)
             except ApiError as error:
                 await error_response(error)(scope, receive, send)
             else:
                 await self._app(scope, receive, send)
 
-    def _authorize(self, scope: Scope) -> Key:
+    def _authorize(self, scope: Scope) -> None:
+        """Put the caller's key into the request's state. Raises 401 or 403."""
         need = need_of(scope["path"])
         if not self._keys or need == "open":
-            return ANYONE
+            scope["state"]["key"] = ANYONE
+            return
         scheme, _, secret = Headers(scope=scope).get("authorization", "").partition(" ")
         key = self._keys.find(secret.strip()) if scheme.lower() == "bearer" else None
         if key is None or key.is_expired:
             raise _no_valid_key("This API key has expired" if key else "A valid API key is required")
+        scope["state"]["key"] = key  # also if it is refused: the audit log has its name
         if not key.allows(need):
             lacking = "admin, for all adapters" if need == "operate" else need
             raise ApiError(403, f"This API key lacks the scope for this route ({lacking}).", code="insufficient_scope")
-        return key
 
 
 def _no_valid_key(why: str) -> ApiError:
