@@ -238,3 +238,16 @@ def test_limits_that_cannot_be_meant(tmp_path: Path, line: str) -> None:
 
     with pytest.raises(ConfigError):
         ring(tmp_path, f"[[keys]]\nname = 'a'\nkey = '{secret('x')}'\n{line}")
+
+
+async def test_refused_requests_count_and_429_do_not(tmp_path: Path) -> None:
+    async with standing_still(tmp_path, keys=limited(tmp_path, requests_per_minute=3)) as api:
+        api.http.headers.update(bearer(secret("x")))
+        assert_error(await api.chat(model="nope"), 404)
+        assert_error(await api.http.post("/v1/completions", json={"model": 1}), 400)
+        assert (await api.chat()).status_code == 200
+        for _ in range(3):
+            answer = await api.http.post("/v1/completions", content=b"not read", headers={"content-type": "text/plain"})
+            assert_error(answer, 429, "rate_limit_exceeded")
+            assert answer.headers["retry-after"] == "20"
+        assert (await api.http.get("/v1/models")).status_code == 200

@@ -16,6 +16,7 @@ from server.api.middleware.audit import AuditMiddleware
 from server.api.middleware.auth import AuthMiddleware
 from server.api.middleware.body_limits import BodyLimitsMiddleware
 from server.api.middleware.browser_guard import BrowserGuard
+from server.api.middleware.refused_requests import RefusedRequestsMiddleware
 from server.api.middleware.request_scope import RequestMiddleware
 from server.api.schemas import ChatCompletionChunk, CompletionChunk
 
@@ -27,8 +28,14 @@ def create_app(context: AppContext) -> FastAPI:
     for module in (health, models, chat, completions, routes, aliases, merge, vllm_compat):
         app.include_router(module.router)
     install_error_handlers(app)
-    # The middleware added last runs first: request id, audit log, host and origin, authorization, body limits.
-    app.add_middleware(BodyLimitsMiddleware, max_upload_bytes=context.config.max_upload_bytes)
+    # The middleware added last runs first: request id, audit log, host and origin, authorization, the rate of refused requests,
+    # body limits.
+    app.add_middleware(
+        BodyLimitsMiddleware,
+        max_upload_bytes=context.config.max_upload_bytes,
+        context_length=lambda: context.info.max_model_len if context.ready else 0,
+    )
+    app.add_middleware(RefusedRequestsMiddleware, rate_limits=lambda: context.rate_limits)
     app.add_middleware(AuthMiddleware, keys=context.keys)
     app.add_middleware(BrowserGuard, hosts=_hosts(context))
     app.add_middleware(AuditMiddleware, audit=context.audit)

@@ -72,6 +72,15 @@ class Meter:
             found.append(Refusal(wait, f"{limits.tokens_per_minute} tokens per minute"))
         return max(found, default=None)
 
+    def refusal_by_rate(self) -> Refusal | None:
+        """Return the limit of requests per minute if it delays a request now."""
+        wait = self._requests.wait(1) if self._requests is not None else 0.0
+        return Refusal(wait, f"{self._limits.requests_per_minute} requests per minute") if wait else None
+
+    def count_refused(self) -> None:
+        if self._requests is not None:
+            self._requests.take(1)
+
     def begin(self, tokens: int) -> None:
         self._running += 1
         if self._requests is not None:
@@ -134,6 +143,17 @@ class RateLimits:
         for meter in meters:
             meter.begin(prompt_tokens)
         return Lease(meters)
+
+    def check_rate(self, key_id: str, limits: Limits) -> None:
+        """Raise 429 if the key has made its requests of this minute, before anything of the request is read."""
+        for meter in self._meters(key_id, limits, ()):
+            if (refusal := meter.refusal_by_rate()) is not None:
+                raise _too_many(meter.owner, refusal)
+
+    def count_refused(self, key_id: str, limits: Limits) -> None:
+        """Charge the key for a request that was refused before it began."""
+        for meter in self._meters(key_id, limits, ()):
+            meter.count_refused()
 
     def forget(self, adapter: str) -> None:
         self._adapters.pop(adapter, None)
