@@ -28,8 +28,7 @@ def create_app(context: AppContext) -> FastAPI:
     for module in (health, models, chat, completions, routes, aliases, merge, vllm_compat):
         app.include_router(module.router)
     install_error_handlers(app)
-    # The middleware added last runs first: request id, audit log, host and origin, authorization, the rate of refused requests,
-    # body limits.
+    # The middleware added last runs first: request id, audit log, host and origin, authorization, rate, body limits.
     app.add_middleware(
         BodyLimitsMiddleware,
         max_upload_bytes=context.config.max_upload_bytes,

@@ -27,11 +27,11 @@ class RefusedRequestsMiddleware:
 
         async def counting_send(message: Message) -> None:
             if 400 <= message.get("status", 0) < 500 and message["status"] != 429:
-                self._rate_limits().count_refused(key.name, key.limits)
+                self._rate_limits().count_refused(key.sha256, key.limits)
             await send(message)
 
         try:
-            self._rate_limits().check_rate(key.name, key.limits)
+            self._rate_limits().check_rate(key.sha256, key.limits)
         except ApiError as error:
             await error_response(error)(scope, receive, send)
         else:
