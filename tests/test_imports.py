@@ -40,7 +40,15 @@ ARROWS: dict[str, set[str]] = {
     "server.http": {"server.api.errors"},
     "server.metrics": {"server.ipc"},
     "server.start_checks": {"adapters", "adapters.registry", "adapters.sources", "adapters.validation", "server"},
-    "server.launch": {"server", "server.ipc", "server.model.loading", "server.serve", "server.start_checks"},
+    "server.data_folder": {"adapters.registry", "server"},
+    "server.launch": {
+        "server",
+        "server.data_folder",
+        "server.ipc",
+        "server.model.loading",
+        "server.serve",
+        "server.start_checks",
+    },
     "server.serve": {
         "adapters",
         "adapters.registry",

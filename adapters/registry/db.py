@@ -163,6 +163,19 @@ def point(db: sqlite3.Connection, name: str, version: AdapterVersion, source: st
     )
 
 
+def delete_name(db: sqlite3.Connection, name: str) -> None:
+    """Delete a name and its history, durably."""
+    with transaction(db):
+        db.execute("DELETE FROM names WHERE name = ?", (name,))
+        db.execute("DELETE FROM history WHERE name = ?", (name,))
+
+
+def delete_pending(db: sqlite3.Connection, name: str) -> None:
+    """Delete a pending adapter, durably."""
+    with transaction(db):
+        db.execute("DELETE FROM pending WHERE name = ?", (name,))
+
+
 def update_report(db: sqlite3.Connection, digest: str, report: str) -> None:
     """Replace the report of a version. Call in a transaction."""
     db.execute("UPDATE versions SET report = ? WHERE digest = ?", (report, digest))
