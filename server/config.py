@@ -116,7 +116,9 @@ class ServeConfig:
     )
     max_upload_bytes: int = _setting(512 << 20, "Largest adapter upload in bytes", ge=1024)
     allow_source: tuple[str, ...] = _setting(
-        (), "Source that adapters may be registered from: file:///folder, hf://org or s3://bucket/prefix"
+        (),
+        "Source that adapters may be registered from: file:///folder, hf://org or s3://bucket/prefix; "
+        "hf://org/repo@refs%2Fpr%2F1 for a pull request, https://host for a host that a hub may redirect to",
     )
     adapter: tuple[str, ...] = _setting((), "Adapter to register at startup, as name=folder")
     watch_adapters: str = _setting(
