@@ -48,9 +48,41 @@ class ReferenceAdapter:
                 hooks.callback(handle.remove)
             yield
 
+    @property
+    def num_virtual(self) -> int:
+        """The number of virtual tokens in the probe prompt, which bounds its memory."""
+        return 0 if self.weights.virtual is None else min(len(self.weights.virtual.values), MAX_PROBED_VIRTUAL)
+
+    @property
+    def has_prefix(self) -> bool:
+        """Return True if the virtual tokens are keys and values."""
+        return self.weights.virtual is not None and self.weights.virtual.is_prefix
+
+    @contextmanager
+    def in_front(self, embedding: nn.Module, keys: list[Tensor], values: list[Tensor]) -> Iterator[None]:
+        """Put the virtual tokens in front of a sequence until the context ends: in its first rows of `embedding`, or in
+        the first slots of `keys` and `values` `[blocks, size, kv heads, head_dim]` by layer."""
+        virtual = self.weights.virtual
+        if virtual is None:
+            yield
+        elif virtual.is_prefix:
+            for layer, (key, value) in enumerate(zip(keys, values, strict=True)):
+                key.flatten(0, 1)[: self.num_virtual] = virtual.values[: self.num_virtual, layer, 0].to(key)
+                value.flatten(0, 1)[: self.num_virtual] = virtual.values[: self.num_virtual, layer, 1].to(value)
+            yield
+        else:
+            own = virtual.values[: self.num_virtual]
+            hook = embedding.register_forward_hook(
+                lambda _module, _args, output: torch.cat([own.to(output)[None], output[:, len(own) :]], dim=1)
+            )
+            try:
+                yield
+            finally:
+                hook.remove()
+
     def _touched(self) -> set[str]:
         w = self.weights
-        scales = (w.input_scales, w.output_scales)
+        scales = (w.input_scales, w.output_scales, w.added_biases, w.reflections, w.projections)
         return set().union(w.factors, w.biases, w.embeddings, w.parameters, w.replaced, w.tokens, *scales)
 
     def _hook(self, name: str) -> Any:
@@ -67,6 +99,8 @@ class ReferenceAdapter:
         weight = self.weights.replaced.get(name, {}).get("weight")
         if (scale := self.weights.input_scales.get(name)) is not None:
             output = base.forward((x * of(scale)).to(x.dtype))  # not a call, which would run this hook again
+        if (vectors := self.weights.reflections.get(name)) is not None:
+            output = base.forward(_reflected(x.float(), of(vectors)).to(x.dtype))
         if weight is None:
             y = output.float() - own_bias
         else:
@@ -78,7 +112,11 @@ class ReferenceAdapter:
             y = (y + factors.scaling * delta) * of(self.magnitudes.get(name, _ONE))
             if factors.bias is not None:
                 y = y + factors.scaling * of(factors.bias)
+        if projection := self.weights.projections.get(name):
+            removed = linear(y, of(projection.right).T)  # of what the base alone gives
+            y = y + linear(linear(x.float(), of(projection.filled)) - removed, of(projection.left))
         y = y + (own_bias if bias is None else of(bias))
+        y = y + of(self.weights.added_biases.get(name, _ZERO))
         if rows := self.weights.tokens.get(name):
             y[..., list(rows.ids)] = linear(x.float(), of(rows.values))
         return (y * of(self.weights.output_scales.get(name, _ONE))).to(output.dtype)
@@ -117,13 +155,21 @@ class ReferenceAdapter:
         return {key: value.to(own[key].dtype).to(own[key].device) for key, value in found.items()}
 
 
-_ONE = torch.ones(())
+_ONE, _ZERO = torch.ones(()), torch.zeros(())
+MAX_PROBED_VIRTUAL = 240  # virtual tokens of a self-test
 REFERENCE_ROWS = 4096  # rows of a weight in float32 on the device at once; the memory plan counts them
 
 
 def _on(like: Tensor) -> Callable[[Tensor], Tensor]:
     """Return a function that moves tensors to the device of `like`, as float32."""
     return lambda tensor: tensor.to(like.device, torch.float32)
+
+
+def _reflected(x: Tensor, vectors: Tensor) -> Tensor:
+    """Return x reflected along each of the unit vectors, the last one first: `(W H₁ … Hᵣ) x`."""
+    for vector in vectors.flip(0):
+        x = x - 2 * (x @ vector)[..., None] * vector
+    return x
 
 
 def _with_parameters(base: nn.Module, parameters: dict[str, Tensor]) -> nn.Module:

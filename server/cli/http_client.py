@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
+from urllib.parse import quote
 
 import httpx
 import typer
@@ -19,10 +20,16 @@ def connect() -> Iterator[httpx.Client]:
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     url = os.environ.get("LORAPLEX_URL", "http://127.0.0.1:8000")
     try:
-        with httpx.Client(base_url=url, headers=headers, timeout=120) as client:
+        tls = url.startswith("https")  # httpx takes 60 ms to build a TLS context, which plain HTTP does not need
+        with httpx.Client(base_url=url, headers=headers, timeout=120, verify=tls) as client:
             yield client
     except httpx.HTTPError as error:
         fail(f"cannot reach the server at {url}: {error}; set LORAPLEX_URL if it is elsewhere")
+
+
+def path_of(name: str, *rest: str) -> str:
+    """Return the path of the routes of an adapter or alias."""
+    return "/".join(("/v1/adapters", quote(name, safe="/:@"), *rest))
 
 
 def call(method: str, path: str, **options: Any) -> Any:
@@ -75,12 +82,12 @@ def upload(
 def download(adapter: str, folder: Path) -> None:
     """Write the files of `name` or `name@version` into `folder`, all of one version."""
     name, _, version = adapter.partition("@")
-    version = version or call("GET", f"/v1/adapters/{name}")["version"]
+    version = version or call("GET", path_of(name))["version"]
     params = {"version": version} if version else None  # an adapter that is still being fetched has no version
     for file in (*FILES, *TOKENIZER_FILES):
         with (
             connect() as client,
-            client.stream("GET", f"/v1/adapters/{name}/files/{file}", params=params) as response,
+            client.stream("GET", path_of(name, "files", file), params=params) as response,
         ):
             if file in TOKENIZER_FILES and response.status_code == 404:
                 continue  # optional file that this adapter does not have

@@ -11,6 +11,7 @@ from typing import Literal
 
 from fastapi import Request
 from starlette.datastructures import Headers
+from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.api.errors import ApiError, error_response
@@ -18,11 +19,12 @@ from server.api.middleware.rate_limits import Limits
 from server.config import ConfigError, ServeConfig
 from server.keys_file import ALL_SCOPES, LEAST_BITS, KeyEntry, KeyScope, bits_of, digest_of, read_keys_file
 
-Need = Literal["open", "observe", "infer", "admin", "operate"]
+Need = Literal["open", "known", "observe", "infer", "admin", "operate"]
 
 log = logging.getLogger(__name__)
 
-# Exact paths. Paths that are not listed need `admin`, so that a new route is closed until it is added here.
+# Exact paths. Routes that are not listed need `admin`, so that a new route is closed until it is added here. What is no
+# route needs a key of any kind, and then gets 404.
 _NEEDS: dict[str, Need] = {
     "/livez": "open",
     "/readyz": "open",
@@ -34,6 +36,9 @@ _NEEDS: dict[str, Need] = {
     "/v1/models": "infer",
     "/v1/chat/completions": "infer",
     "/v1/completions": "infer",
+    "/tokenize": "infer",
+    "/detokenize": "infer",
+    "/tokenizer_info": "infer",
     "/v1/merge": "operate",
 }
 
@@ -58,6 +63,8 @@ class Key:
     def allows(self, need: Need) -> bool:
         """Return whether the key meets `need`. A key with an allow-list never meets `operate`: a merge affects all
         requests."""
+        if need == "known":
+            return True
         if need == "operate":
             return self.adapters is None and "admin" in self.scopes
         return need == "open" or need in self.scopes
@@ -165,9 +172,10 @@ def need_of(path: str) -> Need:
 class AuthMiddleware:
     """Checks the API key of every request. Pure ASGI, because FastAPI would read a whole upload before checking it."""
 
-    def __init__(self, app: ASGIApp, keys: KeyRing):
+    def __init__(self, app: ASGIApp, keys: KeyRing, routes: Sequence[BaseRoute]):
         self._app = app
         self._keys = keys
+        self._routes = routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -182,9 +190,15 @@ class AuthMiddleware:
             else:
                 await self._app(scope, receive, send)
 
+    def _need(self, scope: Scope) -> Need:
+        need = need_of(scope["path"])
+        if need != "admin" or any(route.matches(scope)[0] is not Match.NONE for route in self._routes):
+            return need
+        return "known"
+
     def _authorize(self, scope: Scope) -> None:
         """Put the caller's key into the request's state. Raises 401 or 403."""
-        need = need_of(scope["path"])
+        need = self._need(scope)
         if not self._keys or need == "open":
             scope["state"]["key"] = ANYONE
             return

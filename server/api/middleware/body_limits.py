@@ -1,6 +1,7 @@
 """Limits on the types, sizes, contents and arrival of bodies, checked by the headers first and while a body is read."""
 
 import asyncio
+import zlib
 from collections.abc import Callable
 
 from starlette.datastructures import Headers
@@ -15,6 +16,7 @@ BODY_SECONDS = 60.0  # maximum time for a body, besides what SLOWEST allows for 
 SLOWEST = 64 << 10  # bytes per second of a large upload
 _MULTIPART_OVERHEAD = 64 << 10  # boundaries and form fields around the files
 _UPLOAD_PATH = "/v1/adapters"
+_WINDOW_BITS = {"gzip": 31, "deflate": 15}  # zlib's names for the formats
 
 # Parsing holds the interpreter's lock, in a thread as well, so what it may take is bounded beforehand: about 50 ms. A
 # text has brackets and commas as well, but never nearly as many.
@@ -44,6 +46,9 @@ class BodyLimitsMiddleware:
         try:
             limit = self._limit(scope["path"], headers)
             bounded = _bounded(receive, limit, BODY_SECONDS + (_content_length(headers) or 0) / SLOWEST)
+            encoding = _encoding(headers, limit)
+            if encoding is not None:
+                bounded = _decompressed(bounded, encoding, limit)
             if limit and _content_type(headers) == "application/json":
                 body = await _collect(bounded)
                 self._check_values(body)
@@ -81,6 +86,50 @@ class BodyLimitsMiddleware:
 
 def _content_type(headers: Headers) -> str:
     return headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+def _encoding(headers: Headers, limit: int) -> str | None:
+    """Return the encoding of a body that is to be decompressed. Raises 415 for one that the server does not read."""
+    encoding = headers.get("content-encoding", "identity").strip().lower()
+    if encoding == "identity" or limit == 0:
+        return None
+    if encoding not in _WINDOW_BITS or limit != MAX_JSON_BYTES:
+        raise ApiError(
+            415,
+            "The content encoding is not supported; send JSON with gzip, deflate or without encoding.",
+            code="unsupported_media_type",
+            headers={"accept-encoding": ", ".join(_WINDOW_BITS)},
+        )
+    return encoding
+
+
+def _decompressed(receive: Receive, encoding: str, limit: int) -> Receive:
+    """Wrap `receive` so that it decompresses the body, and raises if that has more than `limit` bytes or is broken."""
+    decompressor = zlib.decompressobj(_WINDOW_BITS[encoding])
+    read, complete = 0, False
+
+    async def decompressed_receive() -> Message:
+        nonlocal read, complete
+        message = await receive()
+        if complete or message["type"] != "http.request":
+            return message
+        try:
+            body = decompressor.decompress(message.get("body", b""), limit - read + 1)
+        except zlib.error:
+            raise _broken(encoding) from None
+        read += len(body)
+        if read > limit:
+            raise _too_large(limit)
+        complete = not message.get("more_body", False)
+        if complete and not decompressor.eof:
+            raise _broken(encoding)
+        return {**message, "body": body}
+
+    return decompressed_receive
+
+
+def _broken(encoding: str) -> ApiError:
+    return ApiError(400, f"The body is not valid {encoding}.", code="invalid_value")
 
 
 def _content_length(headers: Headers) -> int | None:
