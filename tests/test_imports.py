@@ -102,6 +102,7 @@ ARROWS: dict[str, set[str]] = {
     "server.model": set(),
     "server.model.loading": {
         "adapters",
+        "adapters.runtime",
         "server",
         "server.model.attention",
         "server.model.batch",
