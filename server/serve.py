@@ -200,7 +200,9 @@ async def _first_pass(context: AppContext, watcher: FolderWatcher | None) -> Non
 
 
 async def _follow_keys(context: AppContext) -> None:
-    """Read the keys file again when it changes, and on SIGHUP."""
+    """Read the keys file again when it changes, and on SIGHUP. Without a file, SIGHUP ends the server as usual."""
+    if not context.keys.has_file:
+        return
     asked = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, asked.set)
     while True:

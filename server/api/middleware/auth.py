@@ -116,6 +116,10 @@ class KeyRing:
         self._keys = (*self._fixed, *map(_as_key, entries))
 
     @property
+    def has_file(self) -> bool:
+        return self._file is not None
+
+    @property
     def is_outdated(self) -> bool:
         """Return whether the file has changed since it was read."""
         return self._file is not None and _signature(self._file) != self._seen
