@@ -82,6 +82,9 @@ class ServeConfig:
         "Disk space in --data-dir for packed copies of adapters, which load in a fraction of the time; 0 keeps none",
         ge=0,
     )
+    adapter_store_bytes: int = _setting(
+        0, "Disk space in --data-dir for the weights of all adapter versions; 0 means no limit", ge=0
+    )
     kv_cache_bytes: int = _setting(0, "Memory of the KV cache; 0 chooses it by the memory that is free", ge=0)
     max_num_seqs: int = _setting(64, "Maximum number of sequences in one step", ge=1, le=4096)
     max_batch_tokens: int = _setting(512, "Maximum number of tokens in one step, prefill and decode together", ge=16)

@@ -13,6 +13,7 @@ from adapters.records import Inspected
 from adapters.registry import spare_space
 from adapters.registry.registry import AdapterRegistry
 from adapters.registry.store import AdapterStore
+from tests.fixtures.api_server import adapter_files, assert_error, serving
 from tests.test_store import ONE, put
 
 IN_A_SMALL_DISK = """
@@ -110,3 +111,15 @@ def test_a_deletion_that_finds_no_room_for_a_new_name_removes_in_place(
     monkeypatch.setattr(Path, "rename", full)
     store.delete(ONE)
     assert ONE not in store and not store.path(ONE).exists()
+
+
+async def test_all_adapters_together_have_a_quota(tmp_path: Path) -> None:
+    size = len(adapter_files(0)["adapter_model.safetensors"])
+    async with serving(tmp_path, adapter_store_bytes=2 * size) as api:
+        for seed in (0, 1):
+            assert (await api.upload(f"a-{seed}", seed=seed)).status_code == 201
+        error = assert_error(await api.upload("a-2", seed=2), 507, "insufficient_storage")
+        assert "delete some" in error["message"]
+        assert (await api.upload("again", seed=1)).status_code == 201  # stored already
+        assert (await api.http.delete("/v1/adapters/a-0")).status_code == 200
+        assert (await api.upload("a-2", seed=2)).status_code == 201

@@ -188,6 +188,11 @@ def read_entries(db: sqlite3.Connection, store: AdapterStore, name: str | None =
         return {key: _entry(list(rows), store) for key, rows in groupby(cursor, key=itemgetter("name"))}
 
 
+def stored_bytes(db: sqlite3.Connection) -> int:
+    """Return the bytes of the weights of all versions."""
+    return int(db.execute("SELECT COALESCE(SUM(nbytes), 0) FROM versions").fetchone()[0])
+
+
 def names_with(db: sqlite3.Connection, digest: str) -> list[str]:
     """Return the names whose history has the version."""
     return [row["name"] for row in db.execute("SELECT name FROM history WHERE digest = ? ORDER BY name", (digest,))]

@@ -27,6 +27,7 @@ from adapters.registry.db import (
     read_entries,
     read_pending,
     set_aside_files,
+    stored_bytes,
     transaction,
     update_report,
     write_check,
@@ -150,6 +151,11 @@ class AdapterRegistry:
     def digests(self) -> set[str]:
         """Return the digests of all versions that a name points to now."""
         return self._index.digests()
+
+    def stored_bytes(self) -> int:
+        """Return the bytes of the weights of all stored versions."""
+        with self._writing:
+            return stored_bytes(self._db)
 
     def publish(
         self,
