@@ -49,7 +49,7 @@ CODES = {
     "host_not_allowed": "The `Host` header names neither this server's address nor an `--allowed-host`.",
     "insufficient_scope": "The API key lacks the scope, or may not see or change this name.",
     "internal_error": "An unexpected exception; the log has the details under the request's id.",
-    "invalid_api_key": "The request has no valid API key.",
+    "invalid_api_key": "The request has no valid API key, or one that has expired.",
     "invalid_value": "A field of the request is missing, malformed or out of range.",
     "length_required": "An upload needs a `Content-Length` header.",
     "merged": "Another adapter is merged into the base model, and `--merge-others refuse` is set.",

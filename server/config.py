@@ -84,6 +84,9 @@ class ServeConfig:
         "Disk space in --data-dir for packed copies of adapters, which load in a fraction of the time; 0 keeps none",
         ge=0,
     )
+    adapter_store_bytes: int = _setting(
+        0, "Disk space in --data-dir for the weights of all adapter versions; 0 means no limit", ge=0
+    )
     kv_cache_bytes: int = _setting(0, "Memory of the KV cache; 0 chooses it by the memory that is free", ge=0)
     max_num_seqs: int = _setting(64, "Maximum number of sequences in one step", ge=1, le=4096)
     max_batch_tokens: int = _setting(512, "Maximum number of tokens in one step, prefill and decode together", ge=16)
@@ -124,7 +127,9 @@ class ServeConfig:
     )
     max_upload_bytes: int = _setting(512 << 20, "Largest adapter upload in bytes", ge=1024)
     allow_source: tuple[str, ...] = _setting(
-        (), "Source that adapters may be registered from: file:///folder, hf://org or s3://bucket/prefix"
+        (),
+        "Source that adapters may be registered from: file:///folder, hf://org or s3://bucket/prefix; "
+        "hf://org/repo@refs%2Fpr%2F1 for a pull request, https://host for a host that a hub may redirect to",
     )
     adapter: tuple[str, ...] = _setting((), "Adapter to register at startup, as name=folder")
     adapter_errors: Literal["fail", "warn"] = _setting(

@@ -15,7 +15,7 @@ from adapters.traits import Traits
 from server.api.middleware.auth import KeyRing
 from server.config import ServeConfig
 from server.sequence import ScaledAdapter
-from tests.fixtures.api_server import BASE, Api, assert_error, events, serving
+from tests.fixtures.api_server import BASE, Api, assert_error, events, secret, serving
 from tests.fixtures.timing import eventually
 from tests.test_metrics import samples
 
@@ -175,11 +175,11 @@ async def test_what_no_longer_fits_when_its_turn_comes_may_be_tried_again(tmp_pa
 
 async def test_every_adapter_must_be_known_and_visible(tmp_path: Path) -> None:
     keys = tmp_path / "keys.toml"
-    keys.write_text('[[keys]]\nname = "k"\nkey = "secret"\nscopes = ["infer", "admin"]\nadapters = ["one"]\n')
+    keys.write_text(f'[[keys]]\nname = "k"\nkey = "{secret("k")}"\nscopes = ["infer", "admin"]\nadapters = ["one"]\n')
     async with serving(tmp_path) as open_api:
         await upload_two(open_api)
     async with serving(tmp_path, keys=KeyRing.load(ServeConfig(keys_file=keys))) as api:
-        api.http.headers["authorization"] = "Bearer secret"
+        api.http.headers["authorization"] = f"Bearer {secret('k')}"
         hidden = assert_error(await api.chat(adapters=HALF_AND_HALF), 404, "model_not_found")
         unknown = assert_error(await api.chat(adapters=[{"name": "one"}, {"name": "nope"}]), 404, "model_not_found")
         assert hidden["message"].replace("two", "nope") == unknown["message"]

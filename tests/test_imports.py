@@ -47,7 +47,15 @@ ARROWS: dict[str, set[str]] = {
         "adapters.validation",
         "server",
     },
-    "server.launch": {"server", "server.ipc", "server.model.loading", "server.serve", "server.start_checks"},
+    "server.data_folder": {"adapters.registry", "server"},
+    "server.launch": {
+        "server",
+        "server.data_folder",
+        "server.ipc",
+        "server.model.loading",
+        "server.serve",
+        "server.start_checks",
+    },
     "server.serve": {
         "adapters",
         "adapters.registry",
