@@ -84,6 +84,7 @@ ARROWS: dict[str, set[str]] = {
     "server.model": set(),
     "server.model.loading": {
         "adapters",
+        "adapters.runtime",
         "server",
         "server.model.attention",
         "server.model.batch",
@@ -253,7 +254,7 @@ ONLY_IN = {
     "fastapi": ["server.api"],
     "uvicorn": ["server.serve"],
     "zmq": ["server.ipc.process_transport", "server.engine.worker"],
-    "peft": ["adapters.convert.add_weighted"],
+    "peft": ["adapters.convert.add_weighted", "server.model.loading.conversions"],
     "obstore": ["adapters.sources.s3"],
     "typer": ["server.cli"],
 }
