@@ -17,9 +17,10 @@ from adapters.peft.lora_config import LoraSettings
 from adapters.peft.lora_tensors import LoraTensors, parameter_factors, scaling_of, shares_weight, token_target
 from adapters.peft.tensor_names import TensorKind
 from adapters.validation.inspect import check_lora
-from adapters.validation.peft_types.base import ChannelScale
+from adapters.validation.peft_types.base import AddedBias, ChannelScale, Factors, Part, Projection, Reflections
 from adapters.validation.peft_types.convert import Converted, read_converted
 from adapters.weights import AdapterWeights, LoraFactors, TokenRows
+from adapters.weights import Projection as ProjectionTensors
 
 
 def load(folder: Path, spec: ModelSpec, digest: str | None = None, *, verify: bool = True) -> AdapterWeights:
@@ -65,12 +66,23 @@ def _converted(adapter: Converted, digest: str) -> AdapterWeights:
     """Return the weights of an adapter of a type other than LORA."""
     weights = AdapterWeights(digest, adapter.rank, {}, adapter.nbytes())
     for module, part in adapter.parts():
-        if isinstance(part, ChannelScale):
-            scales = weights.input_scales if part.of_input else weights.output_scales
-            scales[module] = torch.from_numpy(part.vector)
-        else:
-            weights.factors[module] = LoraFactors(torch.from_numpy(part.a), torch.from_numpy(part.b), part.scaling)
+        _add(weights, module, part)
     return weights
+
+
+def _add(weights: AdapterWeights, module: str, part: Part) -> None:
+    of = torch.from_numpy
+    match part:
+        case Factors(a, b, scaling):
+            weights.factors[module] = LoraFactors(of(a), of(b), scaling)
+        case ChannelScale(vector, of_input):
+            (weights.input_scales if of_input else weights.output_scales)[module] = of(vector)
+        case AddedBias(vector):
+            weights.added_biases[module] = of(vector)
+        case Reflections(vectors):
+            weights.reflections[module] = of(vectors)
+        case Projection(left, right, filled):
+            weights.projections[module] = ProjectionTensors(of(left), of(right), of(filled))
 
 
 @dataclass(frozen=True, slots=True)

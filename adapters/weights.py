@@ -18,6 +18,15 @@ class LoraFactors:
 
 
 @dataclass(frozen=True, slots=True)
+class Projection:
+    """`left` and `right [out, r]` and `filled [r, in]`: the module adds `left @ (filled - rightᵀ @ W) @ x`."""
+
+    left: Tensor
+    right: Tensor
+    filled: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class TokenRows:
     """Rows `values [n, hidden]` that replace the rows of the tokens `ids` in an embedding's weight."""
 
@@ -32,7 +41,9 @@ class AdapterWeights:
     `factors` are those of linears, and `biases` replace the linears' own; `embeddings` are factors with `a [r, vocab]`
     and `b [hidden, r]`. `parameters` are factors of any module's parameters, `a [experts·r, in]` and `b [out,
     r·experts]`. `replaced` has whole parameters, and `tokens` rows of the embedding or the head. `input_scales`
-    multiply a linear's inputs, `output_scales` its outputs with their bias.
+    multiply a linear's inputs, `output_scales` its outputs with their bias, and `added_biases` are added to its
+    outputs. `reflections` are unit vectors `[r, in]`, along each of which its inputs are reflected, last to first;
+    these and `projections` become factors where the base's weight is known.
     """
 
     digest: str
@@ -46,4 +57,7 @@ class AdapterWeights:
     tokens: dict[str, TokenRows] = field(default_factory=dict)
     input_scales: dict[str, Tensor] = field(default_factory=dict)
     output_scales: dict[str, Tensor] = field(default_factory=dict)
+    added_biases: dict[str, Tensor] = field(default_factory=dict)
+    reflections: dict[str, Tensor] = field(default_factory=dict)
+    projections: dict[str, Projection] = field(default_factory=dict)
     vocab_size: int | None = None  # where it is not the base's

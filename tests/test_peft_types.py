@@ -12,12 +12,18 @@ import pytest
 import torch
 from peft import (
     AdaLoraConfig,
+    BeftConfig,
+    DeftConfig,
     DeloraConfig,
+    GraloraConfig,
+    HRAConfig,
     IA3Config,
     LoHaConfig,
     LoKrConfig,
     MissConfig,
     PeftConfig,
+    PveraConfig,
+    UniLoraConfig,
     VBLoRAConfig,
     VeraConfig,
 )
@@ -30,10 +36,12 @@ from adapters.errors import AdapterInvalid, Problem
 from adapters.load import load
 from adapters.model_spec import ModelSpec
 from adapters.peft.lora_config import SERVED_TYPES
+from adapters.runtime.base_factors import with_base
 from adapters.traits import Traits
 from adapters.validation.inspect import inspect
 from adapters.validation.peft_types.convert import PEFT_TYPES
 from adapters.validation.peft_types.lycoris import _factorised
+from adapters.weights import AdapterWeights
 from tests.fixtures.adapter_factory import spec_of, tiny_llama, with_peft, write_peft_adapter
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -42,12 +50,20 @@ Q0, V0, DOWN0 = (f"{PREFIX}model.layers.0.{name}" for name in ("self_attn.q_proj
 TARGETS: dict[str, Any] = {"target_modules": ["q_proj", "v_proj"]}
 CONFIGS: dict[str, PeftConfig] = {
     "ADALORA": AdaLoraConfig(init_r=6, lora_alpha=9, total_step=10, **TARGETS),
+    "BEFT": BeftConfig(**TARGETS),
+    "DEFT": DeftConfig(r=5, **TARGETS),
+    "DEFT, qr": DeftConfig(r=5, alpha=3, decomposition_method="qr", **TARGETS),
     "DELORA": DeloraConfig(r=5, rank_pattern={"v_proj": 3}, **TARGETS),
+    "GRALORA": GraloraConfig(r=6, alpha=5, gralora_k=2, hybrid_r=3, **TARGETS),
+    "HRA": HRAConfig(r=6, **TARGETS),
+    "HRA, gs": HRAConfig(r=4, apply_GS=True, **TARGETS),
     "IA3": IA3Config(target_modules=["q_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
     "LOHA": LoHaConfig(r=3, alpha=6, **TARGETS),
     "LOKR": LoKrConfig(r=3, alpha=5, decompose_factor=4, **TARGETS),
     "MISS": MissConfig(r=7, **TARGETS),
     "MISS, mini": MissConfig(r=8, mini_r=4, init_weights="mini", **TARGETS),
+    "PVERA": PveraConfig(r=12, **TARGETS),
+    "UNILORA": UniLoraConfig(r=4, save_indices=True, **TARGETS),
     "VBLORA": VBLoRAConfig(r=4, num_vectors=20, vector_length=16, topk=3, **TARGETS),
     "VBLORA, weights": VBLoRAConfig(
         r=4, num_vectors=20, vector_length=16, topk=3, save_only_topk_weights=True, **TARGETS
@@ -110,9 +126,7 @@ def test_every_key_of_peft_is_in_exactly_one_table(name: str) -> None:
     assert set(known) == {field.name for field in dataclasses.fields(CONFIGS[name])}
 
 
-@pytest.mark.parametrize(
-    "peft_type", ["OFT", "BOFT", "HRA", "LN_TUNING", "PREFIX_TUNING", "XLORA", "FOURIERFT", "loha"]
-)
+@pytest.mark.parametrize("peft_type", ["PREFIX_TUNING", "XLORA", "FOURIERFT", "loha"])
 def test_another_type_is_refused_with_those_that_are_served(
     peft_type: str, good: dict[str, Path], spec: ModelSpec, tmp_path: Path
 ) -> None:
@@ -140,6 +154,11 @@ def peft_delta(layer: Any) -> Tensor:
     return added.T.clone()
 
 
+def reads_base(weights: AdapterWeights) -> bool:
+    """Return True if the factors follow from the base's weights."""
+    return bool(weights.reflections or weights.projections)
+
+
 def assert_deltas_are_pefts(model: nn.Module, folder: Path, max_rank: int = 10_000) -> None:
     spec = spec_of(model, max_rank)
     reference = {
@@ -148,15 +167,17 @@ def assert_deltas_are_pefts(model: nn.Module, folder: Path, max_rank: int = 10_0
         if hasattr(module, "get_delta_weight")
     }
     weights = load(folder, spec)
+    if reads_base(weights):
+        weights = with_base(weights, {name: module for name, module in model.named_modules() if name in spec.modules})
     assert weights.factors.keys() == reference.keys()
     for module, factors in weights.factors.items():
         expected = peft_delta(reference[module])
         assert expected.abs().max() > 1e-3
-        torch.testing.assert_close(delta(folder, spec, module), expected, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(factors.b @ factors.a * factors.scaling, expected, atol=1e-6, rtol=1e-5)
         assert len(factors.a) == factors.b.shape[1] <= weights.rank == inspect(folder, spec).rank
 
 
-@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "IA3"])
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name not in ("BEFT", "IA3")])
 def test_deltas_are_pefts(name: str, model: LlamaForCausalLM, good: dict[str, Path]) -> None:
     assert_deltas_are_pefts(model, good[name])
 
@@ -181,6 +202,12 @@ def test_sizes_are_factorised_as_peft_does() -> None:
     [
         ("ADALORA", 6, 12),
         ("MISS", 7, 4),
+        ("BEFT", 1, 4),
+        ("DEFT", 5, 8),
+        ("GRALORA", 15, 16),
+        ("HRA", 6, 4),
+        ("PVERA", 12, 10),
+        ("UNILORA", 4, 17),
         ("IA3", 1, 6),
         ("LOHA", 9, 16),
         ("LOKR", 12, 12),
@@ -194,7 +221,8 @@ def test_reports_what_it_is(name: str, rank: int, tensors: int, good: dict[str, 
     modules = 6 if name == "IA3" else 4
     assert inspected.rank == rank and report["applied"] == {"modules": modules, "tensors": tensors}
     assert report["features"] == [name.lower()]
-    assert Traits.of(report) == (Traits(additive=False, mergeable=False) if name == "IA3" else Traits())
+    additive, mergeable = name not in ("BEFT", "DEFT", "HRA", "IA3"), name != "IA3"
+    assert Traits.of(report) == Traits(additive=additive, mergeable=mergeable)
     assert inspected.nbytes == sum(t.nbytes for t in load_file(good[name] / WEIGHTS).values())
     assert load(good[name], spec, inspected.digest).digest == inspected.digest
     with pytest.raises(AdapterInvalid, match="content"):
@@ -244,6 +272,8 @@ def test_half_precision_is_converted_in_float32(
         assert torch.equal(factors.a, two.factors[module].a) and torch.equal(factors.b, two.factors[module].b)
     for module, scale in (one.input_scales | one.output_scales).items():
         assert torch.equal(scale, (two.input_scales | two.output_scales)[module])
+    for kind in ("reflections", "added_biases"):
+        assert all(torch.equal(own, getattr(two, kind)[module]) for module, own in getattr(one, kind).items())
 
 
 def test_ia3_scales_inputs_and_outputs(good: dict[str, Path], spec: ModelSpec) -> None:
@@ -286,6 +316,19 @@ BAD_TENSORS: list[tuple[str, Callable[[dict[str, Tensor]], object], str, str]] =
     ("ADALORA", replace(f"{Q0}.ranknum", 1), f"{Q0}.ranknum", "unsupported_feature"),
     ("ADALORA", fill(f"{Q0}.lora_B", float("nan")), f"{Q0}.lora_B", "nonfinite"),
     ("ADALORA", both(fill(f"{Q0}.lora_E", 3e30), fill(f"{Q0}.lora_A", 3e30, slice(None))), Q0, "nonfinite"),
+    ("BEFT", replace(f"{Q0}.beft_bias", 64), f"{Q0}.beft_bias", "shape_mismatch"),
+    ("BEFT", fill(f"{Q0}.beft_bias", float("nan")), f"{Q0}.beft_bias", "nonfinite"),
+    ("DEFT", drop(f"{Q0}.deft_R"), f"{Q0}.deft_R", "shape_mismatch"),
+    ("DEFT", replace(f"{Q0}.deft_P", 64, 4), f"{Q0}.deft_P", "shape_mismatch"),
+    ("GRALORA", drop(f"{Q0}.gralora_A_general.weight"), f"{Q0}.gralora_A_general.weight", "shape_mismatch"),
+    ("GRALORA", replace(f"{Q0}.gralora_B", 2, 6, 16), f"{Q0}.gralora_B", "shape_mismatch"),
+    ("GRALORA", replace(f"{Q0}.gralora_C", 2, 6, 16), f"{Q0}.gralora_C", "unsupported_feature"),
+    ("HRA", replace(f"{Q0}.hra_u", 64, 5), f"{Q0}.hra_u", "shape_mismatch"),
+    ("HRA", lambda tensors: tensors[f"{Q0}.hra_u"][:, 1].fill_(0), Q0, "nonfinite"),
+    ("HRA, gs", lambda tensors: tensors[f"{Q0}.hra_u"].fill_(1), Q0, "nonfinite"),
+    ("PVERA", replace(f"{Q0}.pvera_lambda_d", 12), f"{Q0}.pvera_lambda_d", "shape_mismatch"),
+    ("UNILORA", drop(f"{Q0}.unilora_scales_A"), f"{Q0}.unilora_scales_A", "shape_mismatch"),
+    ("UNILORA", fill(f"{Q0}.unilora_indices_A", 256), f"{Q0}.unilora_indices_A", "malformed_file"),
     ("DELORA", drop(f"{Q0}.delora_w_norm"), f"{Q0}.delora_w_norm", "shape_mismatch"),
     ("DELORA", replace(f"{Q0}.delora_lambda", 5), f"{Q0}.delora_lambda", "shape_mismatch"),
     ("DELORA", fill(f"{Q0}.delora_lambda", float("nan"), slice(0, 1)), f"{Q0}.delora_lambda", "nonfinite"),
@@ -370,6 +413,15 @@ BAD_CONFIGS: list[tuple[str, dict[str, Any], str, str]] = [
     ("ADALORA", {"rank_pattern": {"x.lora_E": [True] * 5}}, "rank_pattern.x.lora_E", "malformed_file"),
     ("ADALORA", {"rank_pattern": {"x.lora_E": [1] * 6}}, "rank_pattern.x.lora_E", "malformed_file"),
     ("ADALORA", {"rank_pattern": {"x.lora_E": [True] * 6}}, "rank_pattern", "no_target"),
+    ("DEFT", {"decomposition_method": "svd"}, "decomposition_method", "unsupported_feature"),
+    ("DEFT", {"para": True}, f"{Q0}.deft_R", "unsupported_feature"),
+    ("GRALORA", {"gralora_k": 4}, "r", "malformed_file"),
+    ("GRALORA", {"gralora_k": 6}, "model.layers.0.self_attn.q_proj", "shape_mismatch"),
+    ("GRALORA", {"bias": "all"}, "bias", "unsupported_feature"),
+    ("HRA", {"apply_GS": 1}, "apply_GS", "malformed_file"),
+    ("PVERA", {"sample_at_inference": True}, "sample_at_inference", "unsupported_feature"),
+    ("UNILORA", {"save_indices": False}, "save_indices", "unsupported_feature"),
+    ("UNILORA", {"theta_d_length": 255}, "base_model.unilora_theta_d", "shape_mismatch"),
     ("IA3", {"feedforward_modules": 4}, "feedforward_modules", "malformed_file"),
     ("IA3", {"feedforward_modules": ["v_proj"]}, f"{V0}.ia3_l", "shape_mismatch"),
     ("LOHA", {"r": -1}, "r", "malformed_file"),

@@ -14,7 +14,10 @@ from adapters.peft.targets import Targets
 from adapters.traits import Traits
 
 # LORA, and the types that `adapters.validation.peft_types` converts.
-SERVED_TYPES = ("LORA", "ADALORA", "DELORA", "IA3", "LOHA", "LOKR", "MISS", "VBLORA", "VERA")
+SERVED_TYPES = (
+    "LORA", "ADALORA", "BEFT", "DEFT", "DELORA", "GRALORA", "HRA", "IA3", "LOHA", "LOKR", "MISS", "PVERA", "UNILORA",
+    "VBLORA", "VERA",
+)  # fmt: skip
 LORA_KEYS = KeyTable(SERVED_KEYS, HARMLESS_KEYS, REFUSED_KEYS, WAYS_OUT)
 MAX_NAMES = 4096  # maximum length of a list of modules, parameters or tokens
 BIASES = ("none", "lora_only", "all")

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from adapters.errors import AdapterInvalid, Problem
 from adapters.residency.slots import PAGE_COLUMNS, pages_of
+from adapters.runtime.base_factors import with_base
 from adapters.runtime.columns import RankColumns
 from adapters.runtime.dora import dora_scale, output_vectors
 from adapters.runtime.experts import ExpertFactors, is_gathered
@@ -51,6 +52,7 @@ def pack(
 
     Raises `AdapterInvalid` when a weight is finite in its own dtype but not in `dtype`.
     """
+    given, weights = weights, with_base(weights, bases)
     num_pages = pages_of(weights.rank)
     columns = RankColumns.zeros(num_pages * PAGE_COLUMNS, _widths(weights, bases), dtype, pinned=pinned)
     modules = columns.views()
@@ -91,14 +93,16 @@ def pack(
         module_overrides,
         weights.vocab_size,
         extra,
-        follows_from_shapes=_follows_from_shapes(weights, module_overrides),
+        follows_from_shapes=_follows_from_shapes(given, module_overrides),
     )
 
 
 def _follows_from_shapes(weights: AdapterWeights, module_overrides: Mapping[str, tuple[nn.Module, ...]]) -> bool:
-    """Return True for plain factors and scales: DoRA, biases and overrides use the base's weights."""
-    own_modules = module_overrides or _overridden_modules(weights) or weights.biases or weights.vocab_size is not None
-    return not own_modules and all(own.magnitude is None and own.bias is None for own in weights.factors.values())
+    """Return True for plain factors and scales: all others use the base's weights."""
+    of_base = (weights.reflections, weights.projections, weights.added_biases, weights.biases, module_overrides)
+    if any(of_base) or _overridden_modules(weights) or weights.vocab_size is not None:
+        return False
+    return all(own.magnitude is None and own.bias is None for own in weights.factors.values())
 
 
 def _scaling_vectors(scales: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -50,7 +50,7 @@ class ReferenceAdapter:
 
     def _touched(self) -> set[str]:
         w = self.weights
-        scales = (w.input_scales, w.output_scales)
+        scales = (w.input_scales, w.output_scales, w.added_biases, w.reflections, w.projections)
         return set().union(w.factors, w.biases, w.embeddings, w.parameters, w.replaced, w.tokens, *scales)
 
     def _hook(self, name: str) -> Any:
@@ -77,6 +77,8 @@ class ReferenceAdapter:
         weight = self.weights.replaced.get(name, {}).get("weight")
         if (scale := self.weights.input_scales.get(name)) is not None:
             output = base.forward((x * of(scale)).to(x.dtype))  # not a call, which would run this hook again
+        if (vectors := self.weights.reflections.get(name)) is not None:
+            output = base.forward(_reflected(x.float(), of(vectors)).to(x.dtype))
         if weight is None:
             y = output.float() - own_bias
         else:
@@ -88,7 +90,11 @@ class ReferenceAdapter:
             y = (y + factors.scaling * delta) * of(self.magnitudes.get(name, _ONE))
             if factors.bias is not None:
                 y = y + factors.scaling * of(factors.bias)
+        if projection := self.weights.projections.get(name):
+            removed = linear(y, of(projection.right).T)  # of what the base alone gives
+            y = y + linear(linear(x.float(), of(projection.filled)) - removed, of(projection.left))
         y = y + (own_bias if bias is None else of(bias))
+        y = y + of(self.weights.added_biases.get(name, _ZERO))
         if rows := self.weights.tokens.get(name):
             y[..., list(rows.ids)] = linear(x.float(), of(rows.values))
         return (y * of(self.weights.output_scales.get(name, _ONE))).to(output.dtype)
@@ -127,7 +133,7 @@ class ReferenceAdapter:
         return {key: value.to(own[key].dtype).to(own[key].device) for key, value in found.items()}
 
 
-_ONE = torch.ones(())
+_ONE, _ZERO = torch.ones(()), torch.zeros(())
 REFERENCE_ROWS = 4096  # rows of a weight in float32 on the device at once; the memory plan counts them
 
 
@@ -155,6 +161,13 @@ class _OneExpert:
         delta = factors.scaling * factors.b.float()[:, index::experts] @ a
         found: Tensor = (own.float() + _on(own)(delta.T if self._transposed else delta)).to(own.dtype)
         return found
+
+
+def _reflected(x: Tensor, vectors: Tensor) -> Tensor:
+    """Return x reflected along each of the unit vectors, the last one first: `(W H₁ … Hᵣ) x`."""
+    for vector in vectors.flip(0):
+        x = x - 2 * (x @ vector)[..., None] * vector
+    return x
 
 
 def _with_parameters(base: nn.Module, parameters: dict[str, Tensor]) -> nn.Module:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from adapters.errors import AdapterInvalid, MoveRefused, Problem
+from adapters.runtime.base_factors import with_base
 from adapters.runtime.dora import dense_weight, dora_scale, output_vectors, quant_state, updated_rows
 from adapters.runtime.layers import LoRAGroup, LoRALinear
 from adapters.runtime.stacked_linear import Finish, stack
@@ -100,6 +101,7 @@ def merge(
 
     Raises `MoveRefused` ("no_room"), and `AdapterInvalid` when a merged weight overflows the base's dtype.
     """
+    weights = with_base(weights, {name: layer.base for name, layer in layers.items()})
     groups = list(dict.fromkeys(layers[name].group for name in sorted(weights.factors | weights.biases)))
     placement = _place([group.base for group in groups], free, allow_requantize)
     modules = {}
@@ -189,10 +191,10 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 def _with_bias(base: nn.Module, bias: Tensor | None) -> nn.Module:
     """Return a copy of `base` with another bias; the weight is shared."""
-    own: Tensor = base.bias  # type: ignore[assignment]
+    like: Tensor = dense_weight(base) if base.bias is None else base.bias  # type: ignore[assignment]
     assert bias is not None
     module = copy.copy(base)
-    changed = nn.Parameter(bias.to(own.device, own.dtype), requires_grad=False)
+    changed = nn.Parameter(bias.to(like.device, like.dtype), requires_grad=False)
     module._parameters = {**base._parameters, "bias": changed}
     return module
 

@@ -64,11 +64,44 @@ class ChannelScale:
     of_input: bool
 
 
+@dataclass(frozen=True, slots=True)
+class AddedBias:
+    """A vector that is added to the outputs of a linear: `vector [out]` in float32."""
+
+    vector: Array
+
+
+@dataclass(frozen=True, slots=True)
+class Reflections:
+    """The weight is `W H₁ … Hᵣ` with `H = I − 2 u uᵀ`: the unit vectors u are the rows of `vectors [r, in]`."""
+
+    vectors: Array
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """The delta is `left (filled − rightᵀ W)`, with `left` and `right [out, r]` and `filled [r, in]` in float32."""
+
+    left: Array
+    right: Array
+    filled: Array
+
+
+Part = Factors | ChannelScale | AddedBias | Reflections | Projection
+
+
+def arrays_of(part: Part) -> tuple[Array, ...]:
+    """Return every number of a part as it is applied."""
+    if isinstance(part, Factors):
+        return part.a, part.b * np.float32(part.scaling)
+    return tuple(value for name in part.__slots__ if isinstance(value := getattr(part, name), np.ndarray))
+
+
 class PeftTypeConfig(ConfigReader, ABC):
     """The parsed config of one adapter. Call the other methods only if it is `usable`.
 
-    A tensor's name is `base_model.model.<layer>.<kind>`, or one of `shared`; tensors of a kind in `indices` hold whole
-    numbers.
+    A tensor's name is `base_model.model.<layer>.<kind>`, or one of `shared`; a kind may have a dot in it. Tensors of a
+    kind in `indices` hold whole numbers.
     """
 
     peft_type: ClassVar[str]
@@ -96,7 +129,7 @@ class PeftTypeConfig(ConfigReader, ABC):
         """Return the rank of the LoRA to which the layer's tensors are converted; 0 for scales."""
 
     @abstractmethod
-    def convert(self, layer: Layer, tensors: Arrays, shared: Arrays) -> Factors | ChannelScale:
+    def convert(self, layer: Layer, tensors: Arrays, shared: Arrays) -> Part:
         """Convert arrays of the right shapes. Raises `AdapterInvalid`."""
 
     def shared_shapes(self, layers: Mapping[str, Layer]) -> dict[str, tuple[int, ...]]:
