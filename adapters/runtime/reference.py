@@ -59,7 +59,7 @@ class ReferenceAdapter:
             return lambda _module, args, output: self._embedding(name, base, args[0]).to(output.dtype)
         if isinstance(base, Conv1D) or hasattr(base, "in_features"):
             return lambda _module, args, output: self._linear(name, base, args[0], output)
-        if self.weights.parameters.get(name) and name not in self.weights.replaced and _computes_one_by_one(base):
+        if name not in self.weights.replaced and _computes_one_by_one(base, self.weights.parameters.get(name, {})):
             return lambda _module, args, _output: self._experts(name, base, args)
         return lambda _module, args, _output: _with_parameters(base, self._parameters(name, base)).forward(*args)
 
@@ -142,9 +142,11 @@ def _on(like: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda tensor: tensor.to(like.device, torch.float32)
 
 
-def _computes_one_by_one(base: nn.Module) -> bool:
-    """Return True for experts whose class has a loop over experts, beneath transformers' choice of a faster one."""
-    return hasattr(base, "is_transposed") and hasattr(type(base).forward, "__wrapped__")
+def _computes_one_by_one(base: nn.Module, factors: Mapping[str, LoraFactors]) -> bool:
+    """Return True for factors of stacked experts whose class has a loop over experts, beneath transformers' choice of a
+    faster implementation."""
+    has_loop = hasattr(base, "is_transposed") and hasattr(type(base).forward, "__wrapped__")
+    return has_loop and bool(factors) and all(getattr(base, key).dim() == 3 for key in factors)
 
 
 class _OneExpert:
@@ -157,8 +159,8 @@ class _OneExpert:
         own, factors, index = self._weight[expert], self._factors, int(expert)
         experts = len(self._weight)
         rank = factors.a.shape[0] // experts
-        a = factors.a.float()[index * rank : (index + 1) * rank]
-        delta = factors.scaling * factors.b.float()[:, index::experts] @ a
+        a = factors.a[index * rank : (index + 1) * rank].float()
+        delta = factors.scaling * factors.b[:, index::experts].float() @ a
         found: Tensor = (own.float() + _on(own)(delta.T if self._transposed else delta)).to(own.dtype)
         return found
 
