@@ -19,7 +19,8 @@ from adapters.peft.tensor_names import TensorKind
 from adapters.validation.inspect import check_lora
 from adapters.validation.peft_types.base import AddedBias, ChannelScale, Factors, Part, Projection, Reflections
 from adapters.validation.peft_types.convert import Converted, read_converted
-from adapters.weights import AdapterWeights, LoraFactors, TokenRows
+from adapters.validation.virtual_tokens import Virtual, read_virtual
+from adapters.weights import AdapterWeights, LoraFactors, TokenRows, VirtualTokens
 from adapters.weights import Projection as ProjectionTensors
 
 
@@ -34,6 +35,9 @@ def load(folder: Path, spec: ModelSpec, digest: str | None = None, *, verify: bo
     converted = read_converted(folder, spec, known)
     if converted is not None:
         return _converted(converted, _expected(digest, converted.digest))
+    virtual = read_virtual(folder, spec, known)
+    if virtual is not None:
+        return _virtual(virtual, _expected(digest, virtual.digest))
     checked = check_lora(folder, spec, with_numbers=digest is None, known_digest=known)
     found, tensors = _expected(digest, checked.digest), checked.tensors
     reader = _Reader(_loaded(tensors.path), tensors, checked.settings, spec)
@@ -83,6 +87,12 @@ def _add(weights: AdapterWeights, module: str, part: Part) -> None:
             weights.reflections[module] = of(vectors)
         case Projection(left, right, filled):
             weights.projections[module] = ProjectionTensors(of(left), of(right), of(filled))
+
+
+def _virtual(adapter: Virtual, digest: str) -> AdapterWeights:
+    """Return the weights of an adapter of virtual tokens, which has no factors."""
+    tokens = VirtualTokens(torch.from_numpy(adapter.values()), adapter.config.type.is_prefix)
+    return AdapterWeights(digest, 1, {}, adapter.nbytes(), virtual=tokens)
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,7 +51,8 @@ class ModelSpec:
     experts are stored as `[experts, in, out]`. `tied` is true when the output head uses the input embedding's weight.
     `gathered` has the modules of `parameters` whose stacked experts are computed with each row's own factors.
     `siblings` lists groups of `modules` that read the same input, in call order. `names` has every module of the base
-    model, adaptable or not; it is empty if the base model is unknown. `conversion` is None where no names changed.
+    model, adaptable or not; it is empty if the base model is unknown. `conversion` is None where no names changed. `kv`
+    has the key/value heads and the head dimension of each layer.
     """
 
     modules: dict[str, tuple[int, int]]
@@ -66,6 +67,7 @@ class ModelSpec:
     names: frozenset[str] = frozenset()
     gathered: frozenset[str] = frozenset()
     conversion: NameConversion | None = None
+    kv: tuple[tuple[int, int], ...] = ()
 
     def groups(self) -> Iterator[tuple[str, ...]]:
         """Yield every module exactly once: siblings together, all others alone."""

@@ -35,6 +35,15 @@ class TokenRows:
 
 
 @dataclass(frozen=True, slots=True)
+class VirtualTokens:
+    """Tokens in front of every prompt: their embeddings `[n, hidden]` or, with `is_prefix`, their keys and values,
+    `[n, layers, 2, kv heads, head_dim]` as stored and `[layers, 2, n, kv heads, head_dim]` once packed."""
+
+    values: Tensor
+    is_prefix: bool
+
+
+@dataclass(frozen=True, slots=True)
 class AdapterWeights:
     """An adapter in host memory: `rank` is the largest rank of its modules, `nbytes` the size of all tensors in bytes.
 
@@ -43,7 +52,8 @@ class AdapterWeights:
     r·experts]`. `replaced` has whole parameters, and `tokens` rows of the embedding or the head. `input_scales`
     multiply a linear's inputs, `output_scales` its outputs with their bias, and `added_biases` are added to its
     outputs. `reflections` are unit vectors `[r, in]`, along each of which its inputs are reflected, last to first;
-    these and `projections` become factors where the base's weight is known.
+    these and `projections` become factors where the base's weight is known. `virtual` are tokens in front of every
+    prompt.
     """
 
     digest: str
@@ -60,4 +70,5 @@ class AdapterWeights:
     added_biases: dict[str, Tensor] = field(default_factory=dict)
     reflections: dict[str, Tensor] = field(default_factory=dict)
     projections: dict[str, Projection] = field(default_factory=dict)
+    virtual: VirtualTokens | None = None
     vocab_size: int | None = None  # where it is not the base's

@@ -9,6 +9,7 @@ from peft import PeftConfig, PeftType
 from adapters.peft.config_keys import REFUSED_KEYS
 from adapters.peft.lora_config import SERVED_TYPES
 from adapters.validation.peft_types.convert import PEFT_TYPES
+from adapters.validation.virtual_tokens import VIRTUAL_TYPES
 from docs.tables import REFERENCE, Rows, render, table
 from tests.fixtures.parity_cases import BASES, CASES, NOT_ON_NF4
 from tests.fixtures.peft_corpus import CORPUS
@@ -68,7 +69,7 @@ FEATURES: dict[str, Callable[[Settings], bool]] = {
     "experts and routers under the names of transformers 4": uses("earlier"),
     "Conv1D (`fan_in_fan_out`)": lambda s: s["base"] == "gpt2",
     "stored in fp16 or bf16": uses("stored"),
-    **{name: is_type(name) for name in sorted(PEFT_TYPES)},
+    **{name: is_type(name) for name in sorted({*PEFT_TYPES, *VIRTUAL_TYPES})},
 }
 REASONS = {
     "arrow_config": "routes every token among several adapters",
@@ -130,8 +131,8 @@ def refused_keys() -> str:
 
 def refused_keys_of_types() -> str:
     rows: Rows = [
-        (f"`{name}`", ", ".join(f"`{key}`" for key in sorted(config_class.keys.refused)))
-        for name, config_class in PEFT_TYPES.items()
+        (f"`{name}`", ", ".join(f"`{key}`" for key in sorted(kind.keys.refused)))
+        for name, kind in (*PEFT_TYPES.items(), *VIRTUAL_TYPES.items())
     ]
     return table(("type", "refused unless empty or without effect"), rows)
 

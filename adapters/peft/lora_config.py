@@ -13,10 +13,12 @@ from adapters.peft.patterns import BadPattern, ModuleNames, ModulePatterns, is_l
 from adapters.peft.targets import Targets
 from adapters.traits import Traits
 
+# Types of virtual tokens, which `adapters.validation.virtual_tokens` reads.
+VIRTUAL_TOKEN_TYPES = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING", "CPT", "CARTRIDGE")
 # LORA, and the types that `adapters.validation.peft_types` converts.
 SERVED_TYPES = (
     "LORA", "ADALORA", "BEFT", "DEFT", "DELORA", "GRALORA", "HRA", "IA3", "LOHA", "LOKR", "MISS", "PVERA", "UNILORA",
-    "VBLORA", "VERA",
+    "VBLORA", "VERA", *VIRTUAL_TOKEN_TYPES,
 )  # fmt: skip
 LORA_KEYS = KeyTable(SERVED_KEYS, HARMLESS_KEYS, REFUSED_KEYS, WAYS_OUT)
 MAX_NAMES = 4096  # maximum length of a list of modules, parameters or tokens

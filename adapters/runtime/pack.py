@@ -22,16 +22,18 @@ from adapters.runtime.module_overrides import (
     nbytes,
     replaced,
 )
-from adapters.weights import AdapterWeights, LoraFactors
+from adapters.runtime.virtual_tokens import pack_virtual
+from adapters.weights import AdapterWeights, LoraFactors, VirtualTokens
 
 
 @dataclass(frozen=True, slots=True)
 class PackedAdapter:
     """A version in the pool's layout and dtype: the scaling (and DoRA's) is folded into the B of `columns` before
     rounding, and the columns are zero-padded to whole pages. `vectors` are output vectors by module, `input_vectors`
-    the same for inputs, `module_overrides` all other changes to a module, in order of application. `nbytes` is the
-    size in bytes, `extra_bytes` the part of it that is not in `columns`. `follows_from_shapes` tells that all of it was
-    computed from the adapter and the shapes of the base model alone, not from the base's weights."""
+    the same for inputs, `module_overrides` all other changes to a module, in order of application, and `virtual` the
+    tokens in front of every prompt. `nbytes` is the size in bytes, `extra_bytes` the part of it that is not in
+    `columns`. `follows_from_shapes` tells that all of it was computed from the adapter and the shapes of the base model
+    alone, not from the base's weights."""
 
     num_pages: int
     columns: RankColumns
@@ -42,6 +44,7 @@ class PackedAdapter:
     vocab_size: int | None = None
     extra_bytes: int = 0
     follows_from_shapes: bool = False
+    virtual: VirtualTokens | None = None
 
 
 def pack(
@@ -53,7 +56,7 @@ def pack(
     Raises `AdapterInvalid` when a weight is finite in its own dtype but not in `dtype`.
     """
     given, weights = weights, with_base(weights, bases)
-    num_pages = pages_of(weights.rank)
+    num_pages = 0 if weights.virtual else pages_of(weights.rank)
     columns = RankColumns.zeros(num_pages * PAGE_COLUMNS, _widths(weights, bases), dtype, pinned=pinned)
     modules = columns.views()
     module_overrides = {
@@ -81,8 +84,12 @@ def pack(
         _check_finite(name, dtype, [t for override in stack for t in (*override.parameters(), *override.buffers())])
     vectors |= _scaling_vectors(weights.output_scales)
     input_vectors = _scaling_vectors(weights.input_scales)
+    virtual = None if weights.virtual is None else pack_virtual(weights.virtual, dtype)
+    if virtual is not None:
+        _check_finite("prompt_embeddings", dtype, [virtual.values])
     extra = sum(own.nbytes for own in (*vectors.values(), *input_vectors.values()))
     extra += nbytes(o for stack in module_overrides.values() for o in stack)
+    extra += 0 if virtual is None else virtual.values.nbytes
     size = columns.flat.nbytes + extra
     return PackedAdapter(
         num_pages,
@@ -94,13 +101,15 @@ def pack(
         weights.vocab_size,
         extra,
         follows_from_shapes=_follows_from_shapes(given, module_overrides),
+        virtual=virtual,
     )
 
 
 def _follows_from_shapes(weights: AdapterWeights, module_overrides: Mapping[str, tuple[nn.Module, ...]]) -> bool:
-    """Return True for plain factors and scales: all others use the base's weights."""
+    """Return True for plain factors and scales: all others use the base's weights, or are virtual tokens, whose file
+    would repeat that of the adapter."""
     of_base = (weights.reflections, weights.projections, weights.added_biases, weights.biases, module_overrides)
-    if any(of_base) or _overridden_modules(weights) or weights.vocab_size is not None:
+    if weights.virtual or any(of_base) or _overridden_modules(weights) or weights.vocab_size is not None:
         return False
     return all(own.magnitude is None and own.bias is None for own in weights.factors.values())
 

@@ -67,10 +67,10 @@ def probe(loaded: LoadedModel, max_rank: int) -> tuple[CacheShape, ModelSpec]:
         )
     layers = tuple(seen.kv[layer] for layer in range(len(seen.kv)))
     shape = CacheShape(layers, loaded.dtype, seen.plain_windows(), seen.largest_window())
-    return shape, _spec(loaded, seen, max_rank)
+    return shape, _spec(loaded, seen, layers, max_rank)
 
 
-def _spec(loaded: LoadedModel, seen: Observation, max_rank: int) -> ModelSpec:
+def _spec(loaded: LoadedModel, seen: Observation, kv: tuple[tuple[int, int], ...], max_rank: int) -> ModelSpec:
     model: Any = loaded.model
     by_rows = {
         name: model.get_submodule(name)
@@ -92,6 +92,7 @@ def _spec(loaded: LoadedModel, seen: Observation, max_rank: int) -> ModelSpec:
         names=frozenset(name for name, _ in model.named_modules() if name),
         gathered=frozenset(name for name, module in by_rows.items() if is_gathered(module)),
         conversion=conversion_of(model),
+        kv=kv,
     )
 
 
