@@ -205,6 +205,11 @@ REFUSED: dict[str, tuple[dict[str, Any], Callable[[dict[str, Any]], dict[str, An
         lambda own: {k: t for k, t in own.items() if "layers.0.block_sparse_moe.experts" not in k},
         "model.layers.0.mlp.experts",
     ),
+    "the router of a layer lost": (
+        {"target_modules": ["gate"]},
+        lambda own: {k: t for k, t in own.items() if "layers.0." not in k},
+        "1 targeted module without tensors: model.layers.0.mlp.gate",
+    ),
     "an expert too many": (
         {"target_modules": EXPERTS},
         lambda own: own | {k.replace("experts.2.", "experts.7."): t for k, t in own.items() if "experts.2.w2" in k},

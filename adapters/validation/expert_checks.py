@@ -1,4 +1,4 @@
-"""Checks of the factors of single experts, which earlier releases of transformers had as modules."""
+"""Checks of targeted parameters, and of the factors of single experts, which earlier transformers had as modules."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +14,8 @@ from adapters.peft.lora_tensors import (
     LoraTensors,
     factor_shapes,
     lost_modules,
+    names_module,
+    parameter_names,
     problem,
     rank_of_module,
     targeted_parameters,
@@ -74,9 +76,17 @@ class ExpertChecks:
                 yield problem(name, str(list(shape)), str(list(expected)), "shape_mismatch")
 
     def _lost(self) -> Iterator[Problem]:
-        """Yield one problem for the experts of which the file has no tensors, while it has those of others."""
-        for parameter in {parameter for own in self.tensors.experts.values() for parameter in own}:
-            every = {module for module, shapes in self.spec.parameters.items() if parameter in shapes}
-            lost = {m for m in every if parameter not in self.tensors.experts.get(m, {}) and self.settings.reaches(m)}
-            if lost:
+        """Yield one problem for each targeted parameter that PEFT wraps in modules of which the file has no tensors,
+        while it has those of others."""
+        tensors = self.tensors
+        for target in self.settings.target_parameters:
+            name = target.rpartition(".")[2]
+            every = {m for m in self.spec.parameters if names_module(target, f"{m}.{name}") and self._has(m, name)}
+            experts = {module for module, own in tensors.experts.items() if name in own}
+            present = every & (experts | tensors.stacked.keys() | tensors.modules.keys())
+            lost = {module for module in every - present if self.settings.reaches(module)}
+            if present and lost:
                 yield lost_modules(lost)
+
+    def _has(self, module: str, parameter: str) -> bool:
+        return parameter in parameter_names(module, self.spec)
