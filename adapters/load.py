@@ -1,6 +1,8 @@
 """Adapters in memory: reads the tensors of a validated folder, converted to what the runtime applies."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from adapters.errors import AdapterInvalid, Problem
 from adapters.model_spec import ModelSpec
+from adapters.peft.earlier_names import ExpertTensor
 from adapters.peft.files import WEIGHTS_FILE
 from adapters.peft.lora_config import LoraSettings
 from adapters.peft.lora_tensors import LoraTensors, parameter_factors, scaling_of, shares_weight, token_target
@@ -115,7 +118,17 @@ class _Reader:
         return {module: self._factors(names, kinds, self.settings.scaling(module)) for module, names in embeddings}
 
     def parameters(self) -> dict[str, dict[str, LoraFactors]]:
-        return {
+        experts = {
+            module: {
+                parameter: stacked_factors(
+                    {place: self.loaded[name] for place, name in names.items()},
+                    self.settings.scaling(f"{module}.{parameter}"),
+                )
+                for parameter, names in parameters.items()
+            }
+            for module, parameters in self.tensors.experts.items()
+        }
+        return experts | {
             module: {
                 parameter: self._factors(names, ("A", "B"), self.settings.scaling(f"{module}.{parameter}"))
                 for parameter, names in parameter_factors(module, depths, self.settings, self.spec)
@@ -151,6 +164,23 @@ class _Reader:
             if ids in ((), found[self.spec.embedding].ids):
                 found.setdefault(self.spec.head, found[self.spec.embedding])
         return found
+
+
+def stacked_factors(tensors: Mapping[ExpertTensor, Tensor], scaling: float) -> LoraFactors:
+    """Return the factors of a parameter as PEFT stacks those of single experts: the ranks of its parts side by side,
+    so that B is block-diagonal."""
+    parts: dict[tuple[str, int], list[tuple[int, Tensor]]] = {}
+    for place, tensor in tensors.items():
+        parts.setdefault((place.kind, place.part), []).append((place.expert, tensor))
+    stacks = {key: torch.stack([t for _, t in sorted(own, key=itemgetter(0))]) for key, own in sorted(parts.items())}
+    a = torch.cat([own for (kind, _), own in stacks.items() if kind == "A"], dim=1)
+    blocks = [own for (kind, _), own in stacks.items() if kind == "B"]
+    b = blocks[0].new_zeros(len(a), sum(own.shape[1] for own in blocks), a.shape[1])
+    row = column = 0
+    for own in blocks:
+        b[:, row : row + own.shape[1], column : column + own.shape[2]] = own
+        row, column = row + own.shape[1], column + own.shape[2]
+    return LoraFactors(a.flatten(0, 1), b.permute(1, 2, 0).flatten(1), scaling)
 
 
 def _share(replaced: dict[str, dict[str, Tensor]], spec: ModelSpec) -> None:

@@ -18,6 +18,7 @@ from tests.fixtures.peft_corpus import CORPUS
 from tests.fixtures.trainer_folders import LAYOUTS, answer_to, convert
 
 DOCUMENT = REFERENCE / "compatibility.md"
+EARLIER = "earlier names"
 ENDS = {"lm_head", "embed_tokens"}
 Settings = Mapping[str, Any]
 
@@ -68,6 +69,7 @@ FEATURES: dict[str, Callable[[Settings], bool]] = {
     "`target_parameters`: weights of linears": names("target_parameters", "_proj.weight"),
     "`target_parameters`: experts": names("target_parameters", "experts"),
     "`target_parameters`: the router": names("target_parameters", "gate.weight"),
+    "experts and routers under the names of transformers 4": uses("earlier"),
     "Conv1D (`fan_in_fan_out`)": lambda s: s["base"] == "gpt2",
     "stored in fp16 or bf16": uses("stored"),
     **{name: is_type(name) for name in sorted({*PEFT_TYPES, *VIRTUAL_TYPES})},
@@ -93,7 +95,8 @@ def served_cases() -> Iterator[tuple[Settings, str, bool]]:
     for kind, cases in CASES.items():
         for name, config in cases.items():
             for base in BASES:
-                yield settings_of(config, kind.split()[0]), base, base != "nf4" or name not in NOT_ON_NF4
+                settings = {**settings_of(config, kind.split()[0].strip(",")), "earlier": kind.endswith(EARLIER)}
+                yield settings, base, base != "nf4" or name not in NOT_ON_NF4
     for entry in CORPUS.values():
         if entry.if_refused is None:
             stored = str(entry.dtype) if entry.dtype.itemsize == 2 else None

@@ -290,7 +290,11 @@ ONLY_IN = {
     "uvicorn": ["server.http"],
     "h11": ["server.http"],
     "zmq": ["server.ipc.process_transport", "server.engine.worker"],
-    "peft": ["adapters.convert.add_weighted", "adapters.convert.initial_factors"],
+    "peft": [
+        "adapters.convert.add_weighted",
+        "adapters.convert.initial_factors",
+        "server.model.loading.conversions",
+    ],
     "obstore": ["adapters.sources.s3"],
     "typer": ["server.cli"],
 }

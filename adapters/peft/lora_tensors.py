@@ -7,6 +7,7 @@ from pathlib import Path
 from adapters.errors import Problem, ProblemCode
 from adapters.model_spec import ModelSpec
 from adapters.peft.config_reader import shown
+from adapters.peft.earlier_names import EarlierNames, ExpertTensor
 from adapters.peft.files import CONFIG_FILE
 from adapters.peft.lora_config import LoraSettings
 from adapters.peft.patterns import dotted_suffixes
@@ -27,6 +28,7 @@ KINDS: dict[str, str] = {
 _BASE_LAYER = ".base_layer"
 _WRAPPERS = (".modules_to_save", ".original_module", ".token_adapter")
 Names = dict[TensorKind, str]
+ExpertNames = dict[ExpertTensor, str]
 
 
 @dataclass(slots=True)
@@ -34,8 +36,9 @@ class LoraTensors:
     """Names of tensors by module and kind.
 
     `modules` has the factors of linears, and of modules that the base model lacks. `embeddings` is for the input
-    embedding. `stacked` has factors of parameters, by module and by the nesting depth of PEFT's wrapper. `saved` has
-    whole parameters, `biases` trained biases of linears that are not adapted, `tokens` rows of embeddings.
+    embedding. `stacked` has factors of parameters, by module and by the nesting depth of PEFT's wrapper. `experts` has
+    those of single experts, by module and parameter, from before transformers fused them. `saved` has whole
+    parameters, `biases` trained biases of linears that are not adapted, `tokens` rows of embeddings.
 
     Where the vocabulary was resized, PEFT writes whole wrappers: `copies` lists duplicates of saved parameters and
     `unused` the weights that they replaced, as (module, parameter, tensor). `notes` are sentences for the report.
@@ -46,6 +49,7 @@ class LoraTensors:
     modules: dict[str, Names] = field(default_factory=dict)
     embeddings: dict[str, Names] = field(default_factory=dict)
     stacked: dict[str, dict[int, Names]] = field(default_factory=dict)
+    experts: dict[str, dict[str, ExpertNames]] = field(default_factory=dict)
     saved: dict[str, dict[str, str]] = field(default_factory=dict)
     biases: dict[str, str] = field(default_factory=dict)
     tokens: dict[str, str] = field(default_factory=dict)
@@ -62,12 +66,17 @@ class LoraTensors:
         spellings = peft_names(tensors.infos, spec.modules.keys() | spec.parameters.keys())
         again = repeated(spellings.names)
         tensors.notes += [*spellings.notes, *rounding_notes(tensors.infos)]
+        earlier, renamed = EarlierNames(spec), 0
         for name, own in spellings.names.items():
+            current = earlier.current(own)
+            renamed += current != own
             if name in again:
                 found = f"another spelling of {shown(again[name], 200)}"
                 tensors.misnamed.append(problem(name, found, "each tensor once", "malformed_file"))
             else:
-                tensors._sort(name, own, spec)
+                tensors._place(name, current, spec)
+        if renamed:
+            tensors.notes.append(f"the names of {renamed} tensors are those of an earlier transformers")
         for module, parameter, name in list(tensors.copies):
             if tensors.saved.setdefault(module, {}).setdefault(parameter, name) == name:
                 tensors.copies.remove((module, parameter, name))  # not a duplicate: the only tensor of the parameter
@@ -81,12 +90,12 @@ class LoraTensors:
 
     def touched(self) -> set[str]:
         """Return every module that the adapter changes."""
-        kinds = (self.modules, self.embeddings, self.stacked, self.saved, self.biases, self.tokens)
+        kinds = (self.modules, self.embeddings, self.stacked, self.experts, self.saved, self.biases, self.tokens)
         return set().union(*kinds)
 
     def adapted(self) -> set[str]:
         """Return the modules that PEFT wraps, a subset of `touched`."""
-        return self.modules.keys() | self.embeddings.keys() | self.stacked.keys()
+        return self.modules.keys() | self.embeddings.keys() | self.stacked.keys() | self.experts.keys()
 
     def vocab_size(self, spec: ModelSpec) -> int | None:
         """Return the number of rows of the adapter's own embedding or head where it differs from the base's, else
@@ -94,6 +103,14 @@ class LoraTensors:
         names = [self.saved.get(module, {}).get("weight") for module in (spec.embedding, spec.head)]
         sizes = {self.infos[name].shape[0] for name in names if name} - {spec.vocab_size}
         return max(sizes) if sizes else None
+
+    def _place(self, name: str, current: str | ExpertTensor, spec: ModelSpec) -> None:
+        if isinstance(current, str):
+            self._sort(name, current, spec)
+            return
+        places = self.experts.setdefault(current.module, {}).setdefault(current.parameter, {})
+        if places.setdefault(current, name) != name:
+            self.misnamed.append(problem(name, "a second one of its expert", "one", "malformed_file"))
 
     def _sort(self, name: str, own: str, spec: ModelSpec) -> None:
         """Sort the tensor `name`, which PEFT would call `own`."""
@@ -157,6 +174,13 @@ def parameter_factors(
     for depth, own in names.items():
         if depth < len(targeted):
             yield targeted[-1 - depth], own
+
+
+def expert_ranks(tensors: LoraTensors, settings: LoraSettings) -> Iterator[int]:
+    """Yield the ranks of single experts' factors; the rank of their parameter is that of its parts together."""
+    for module, parameters in tensors.experts.items():
+        for parameter, names in parameters.items():
+            yield settings.rank(f"{module}.{parameter}") // next(iter(names)).parts
 
 
 def factor_shapes(

@@ -11,6 +11,8 @@ from adapters.residency.slots import PAGE_COLUMNS, pages_of
 from adapters.runtime.base_factors import with_base
 from adapters.runtime.columns import RankColumns
 from adapters.runtime.dora import dora_scale, output_vectors
+from adapters.runtime.experts import ExpertFactors, is_gathered
+from adapters.runtime.low_rank_weight import LowRankParameters, is_low_rank
 from adapters.runtime.module_overrides import (
     EmbeddingDelta,
     LowRank,
@@ -127,7 +129,15 @@ def _module_overrides(
 ) -> Iterator[nn.Module]:
     base = bases[name]
     own = _changed(base, weights.replaced.get(name, {}), dtype)
-    own |= _with_factors(base, own, weights.parameters.get(name, {}))
+    factors_of = weights.parameters.get(name, {})
+    if own or not factors_of:
+        own |= _with_factors(base, own, factors_of)
+    elif is_gathered(base, factors_of):
+        yield ExpertFactors(base.num_experts, factors_of, dtype)  # type: ignore[arg-type]
+    elif is_low_rank(base, factors_of):
+        yield LowRankParameters(base, factors_of, dtype)
+    else:
+        own = _with_factors(base, own, factors_of)
     if own:
         yield replaced(base, own, dtype)
     if _is_resized(factors := weights.factors.get(name), base):

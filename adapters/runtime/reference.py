@@ -91,7 +91,17 @@ class ReferenceAdapter:
             return lambda _module, args, output: self._embedding(name, base, args[0]).to(output.dtype)
         if isinstance(base, Conv1D) or hasattr(base, "in_features"):
             return lambda _module, args, output: self._linear(name, base, args[0], output)
+        if name not in self.weights.replaced and _computes_one_by_one(base, self.weights.parameters.get(name, {})):
+            return lambda _module, args, _output: self._experts(name, base, args)
         return lambda _module, args, _output: _with_parameters(base, self._parameters(name, base)).forward(*args)
+
+    def _experts(self, name: str, base: nn.Module, args: Any) -> Tensor:
+        """Compute stacked experts one after the other, as the class itself does without a faster implementation."""
+        clone = _with_parameters(base, dict(base.named_parameters(recurse=False)))
+        for key, factors in self.weights.parameters[name].items():
+            vars(clone)[key] = _OneExpert(clone._parameters.pop(key), factors, getattr(base, "is_transposed", False))
+        found: Tensor = type(base).forward.__wrapped__(clone, *args)  # type: ignore[attr-defined]
+        return found
 
     def _linear(self, name: str, base: Any, x: Tensor, output: Tensor) -> Tensor:
         of = _on(x)
@@ -163,6 +173,29 @@ REFERENCE_ROWS = 4096  # rows of a weight in float32 on the device at once; the 
 def _on(like: Tensor) -> Callable[[Tensor], Tensor]:
     """Return a function that moves tensors to the device of `like`, as float32."""
     return lambda tensor: tensor.to(like.device, torch.float32)
+
+
+def _computes_one_by_one(base: nn.Module, factors: Mapping[str, LoraFactors]) -> bool:
+    """Return True for factors of stacked experts whose class has a loop over experts, beneath transformers' choice of a
+    faster implementation."""
+    has_loop = hasattr(base, "is_transposed") and hasattr(type(base).forward, "__wrapped__")
+    return has_loop and bool(factors) and all(getattr(base, key).dim() == 3 for key in factors)
+
+
+class _OneExpert:
+    """A parameter of stacked experts with an adapter's factors added, of which one expert at a time is in memory."""
+
+    def __init__(self, weight: Any, factors: LoraFactors, transposed: bool) -> None:
+        self._weight, self._factors, self._transposed = weight, factors, transposed
+
+    def __getitem__(self, expert: Any) -> Tensor:
+        own, factors, index = self._weight[expert], self._factors, int(expert)
+        experts = len(self._weight)
+        rank = factors.a.shape[0] // experts
+        a = factors.a[index * rank : (index + 1) * rank].float()
+        delta = factors.scaling * factors.b[:, index::experts].float() @ a
+        found: Tensor = (own.float() + _on(own)(delta.T if self._transposed else delta)).to(own.dtype)
+        return found
 
 
 def _reflected(x: Tensor, vectors: Tensor) -> Tensor:

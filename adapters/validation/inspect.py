@@ -10,11 +10,13 @@ from adapters.errors import AdapterInvalid, Problem
 from adapters.model_spec import ModelSpec
 from adapters.peft.config_reader import MAX_CONFIG_BYTES, read_json
 from adapters.peft.digest import Scan, scan
+from adapters.peft.earlier_names import with_current_targets
 from adapters.peft.files import CONFIG_FILE, FILES, WEIGHTS_FILE
 from adapters.peft.foreign_files import foreign_weights
 from adapters.peft.lora_config import LoraSettings, parse_config
 from adapters.peft.lora_tensors import (
     LoraTensors,
+    expert_ranks,
     parameter_factors,
     rank_of,
 )
@@ -159,7 +161,8 @@ class CheckedLora:
             for module, depths in tensors.stacked.items()
             for parameter, _ in parameter_factors(module, depths, settings, spec)
         ]
-        return max([*linears, *embeddings, *parameters], default=1)
+        experts = expert_ranks(tensors, settings)
+        return max([*linears, *embeddings, *parameters, *experts], default=1)
 
 
 def check_lora(
@@ -177,6 +180,9 @@ def check_lora(
     _require_files(folder)
     with (folder / CONFIG_FILE).open("rb") as file:
         settings, problems = parse_config(file.read(MAX_CONFIG_BYTES + 1))
+    if settings is not None:
+        settings, more = with_current_targets(settings, spec)
+        problems += more
     try:
         tensors = LoraTensors.read(folder / WEIGHTS_FILE, spec)
     except AdapterInvalid as error:
@@ -197,6 +203,7 @@ def check_lora(
 
 def _features(tensors: LoraTensors, settings: LoraSettings, spec: ModelSpec) -> list[str]:
     found = {
+        "target_parameters": bool(tensors.experts) and "target_parameters" not in settings.features,
         "embedding": bool(tensors.embeddings),
         "saved_weights": bool(tensors.saved) and not settings.modules_to_save,
         "vocabulary": tensors.vocab_size(spec) is not None,
@@ -206,7 +213,7 @@ def _features(tensors: LoraTensors, settings: LoraSettings, spec: ModelSpec) -> 
 
 def _traits(tensors: LoraTensors, settings: LoraSettings, spec: ModelSpec) -> Traits:
     """Return the config's traits, completed by those that show only in the tensors."""
-    more = bool(tensors.embeddings or tensors.stacked or tensors.saved or tensors.tokens)
+    more = bool(tensors.embeddings or tensors.stacked or tensors.experts or tensors.saved or tensors.tokens)
     traits = settings.traits()
     vocab_size = tensors.vocab_size(spec)
     if more:

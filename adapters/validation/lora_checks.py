@@ -27,6 +27,7 @@ from adapters.peft.patterns import dotted_suffixes
 from adapters.peft.targets import unmatched
 from adapters.peft.tensor_bytes import largest_finite
 from adapters.peft.tensor_names import TensorKind
+from adapters.validation.expert_checks import ExpertChecks
 from adapters.validation.saved_checks import copy_problems, token_problems
 
 MAX_STACKED_BYTES = 1 << 30  # size in float32 of all parameters of which the adapter needs a changed copy
@@ -51,6 +52,7 @@ class LoraChecks:
             found += [*self._vectors(settings), *self._biases(settings), *self._embedding(settings)]
             found += [
                 *self._stacked(settings),
+                *ExpertChecks(self.tensors, self.spec, settings).problems(),
                 *token_problems(self.tensors, self.spec, settings),
                 *self._invocation(settings),
             ]
@@ -79,6 +81,7 @@ class LoraChecks:
         """Yield every declared target without a tensor, and every tensor that PEFT would drop because its module is
         no target."""
         if settings.target_modules is None:
+            yield from self._moved(settings)
             yield from self._lost(settings, set())
             return
         declared = set(settings.target_modules)
@@ -93,6 +96,12 @@ class LoraChecks:
         for target in sorted(missing - set(self.unmatched(settings) if missing else ())):
             yield _missing_target("target_modules", target)
         yield from self._lost(settings, declared - reached)
+
+    def _moved(self, settings: LoraSettings) -> Iterator[Problem]:
+        """Yield every tensor of a linear with the name of a target that PEFT looks for among the parameters."""
+        for module, names in self.tensors.modules.items():
+            if settings.targets is not None and settings.targets.has_moved(module):
+                yield problem(next(iter(names.values())), "a module beyond them", "only targeted modules", "no_target")
 
     def unmatched(self, settings: LoraSettings) -> list[str]:
         """Return the targets that no module of the base model has, which PEFT ignores beside others that match."""
@@ -131,7 +140,7 @@ class LoraChecks:
         for target in settings.modules_to_save:
             if not any(f".{target}." in module for module in saved):
                 yield _missing_target("modules_to_save", target)
-        adapted = self.tensors.stacked.keys() | self.tensors.modules.keys()
+        adapted = self.tensors.stacked.keys() | self.tensors.modules.keys() | self.tensors.experts.keys()
         parameters = [f".{module}.{name}" for module in adapted for name in parameter_names(module, self.spec)]
         for target in settings.target_parameters:
             if not any(name.endswith(f".{target}") for name in parameters):
@@ -287,11 +296,18 @@ class LoraChecks:
                 where = next(iter(depths[0].values()))
                 yield problem(where, "DoRA or lora_bias on a parameter", "plain factors, as in PEFT")
             for parameter, names in parameter_factors(module, depths, settings, self.spec):
-                nbytes += 4 * math.prod(self.spec.parameters[module][parameter])
+                nbytes += self._copied(module, parameter)
                 yield from self._parameter(module, parameter, names, settings)
         if nbytes > MAX_STACKED_BYTES:
             expected = f"parameters of at most {MAX_STACKED_BYTES} bytes in float32"
             yield problem(f"{CONFIG_FILE}: target_parameters", f"{nbytes} bytes of parameters", expected)
+
+    def _copied(self, module: str, parameter: str) -> int:
+        """Return the size in float32 of a parameter of which the adapter needs a changed copy; 0 for gathered experts
+        and for matrices, whose factors are applied as they are."""
+        shape = self.spec.parameters[module][parameter]
+        is_copied = len(shape) == 3 and module not in self.spec.gathered
+        return 4 * math.prod(shape) if is_copied else 0
 
     def _parameter(
         self, module: str, parameter: str, names: dict[TensorKind, str], settings: LoraSettings

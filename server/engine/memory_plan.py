@@ -50,6 +50,7 @@ class ModelFacts:
     itemsize: int
     layers: int
     max_model_len: int  # the model's limit, or the one requested
+    experts: int = 0  # the factors of all experts of one adapter of rank 16
     nf4_weights: int = 0  # weights after quantization to NF4; 0 if that is not possible
     nf4_scratch: int = 0
 
@@ -203,6 +204,7 @@ class _Planner:
         if self.config.adapter_override_bytes:
             return self.config.adapter_override_bytes
         wanted = self.facts.whole + min(self.config.adapter_slots, FULL_SLOTS) * self.facts.vectors
+        wanted += self.facts.experts * pages_of(self.config.max_adapter_rank)  # of one adapter; most are smaller
         if self.device.lazy:
             return min(max(wanted, CPU_OVERRIDE_BYTES), self.device.total // OVERRIDE_SHARE)
         return max(min(wanted, left // OVERRIDE_SHARE), self.facts.vectors)

@@ -15,10 +15,12 @@ from torch import nn
 from transformers import AttentionInterface
 
 from adapters.model_spec import MAX_SIBLINGS, ModelSpec
+from adapters.runtime.experts import is_gathered
 from server.model import attention
 from server.model.batch import build_batch
 from server.model.fusion import BlockOps, fuse
 from server.model.kv_cache import CacheShape, KVCache
+from server.model.loading.conversions import conversion_of
 from server.model.loading.loader import LoadedModel, ModelRefused
 from server.sequence import SamplingParams, ScheduledBatch, ScheduledSequence, Sequence
 
@@ -88,6 +90,8 @@ def _spec(loaded: LoadedModel, seen: Observation, kv: tuple[tuple[int, int], ...
         tied=model.get_output_embeddings().weight is model.get_input_embeddings().weight,
         siblings=_siblings(seen, linears),
         names=frozenset(name for name, _ in model.named_modules() if name),
+        gathered=frozenset(name for name, module in by_rows.items() if is_gathered(module)),
+        conversion=conversion_of(model),
         kv=kv,
     )
 
