@@ -211,6 +211,7 @@ ARROWS: dict[str, set[str]] = {
         "server.ipc",
         "server.metrics",
     },
+    "server.api.message_formats": set(),
     "server.api.middleware": {"server", "server.api.errors", "server.metrics"},
     "server.api.text": {"adapters", "adapters.peft", "adapters.registry", "server", "server.api.errors"},
     "server.api.inference": {
@@ -220,6 +221,7 @@ ARROWS: dict[str, set[str]] = {
         "server",
         "server.api.context",
         "server.api.errors",
+        "server.api.message_formats",
         "server.api.middleware",
         "server.api.requests",
         "server.api.schemas",

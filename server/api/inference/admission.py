@@ -11,6 +11,7 @@ from server.api.context import AppContext
 from server.api.errors import ApiError, bad_request, model_not_found, unavailable
 from server.api.inference.plan import AdmittedRequest, GenerationPlan, plan_generation
 from server.api.inference.targets import Target, refuse_if_merged, resolve_target
+from server.api.message_formats.parser import MessageFormat
 from server.api.middleware.auth import Key
 from server.api.middleware.request_scope import ignored_names
 from server.api.requests import MAX_TIMEOUT_SECONDS, GenerationRequest, OpenWire
@@ -69,12 +70,13 @@ def admit_prompts(
     body: GenerationRequest,
     prompts: Sequence[list[int]],
     texts: Sequence[str | None] = (),
+    message_format: MessageFormat | None = None,
 ) -> GenerationPlan:
     """Check the request and its prompts, encoded by the request's tokenizer, and return the plan. `texts` are the
-    prompts as they were sent, None for token ids. Raises `ApiError` if they do not fit the model or if an adapter was
-    deleted meanwhile."""
+    prompts as they were sent, None for token ids; `message_format` is that of a chat's text. Raises `ApiError` if they
+    do not fit the model or if an adapter was deleted meanwhile."""
     _check_still_there(context, admitted.target)
-    plan = plan_generation(context, admitted, body, prompts, texts)
+    plan = plan_generation(context, admitted, body, prompts, texts, message_format)
     _check_queue(context, plan)
     return plan
 
