@@ -19,10 +19,12 @@ from server.api.requests import MAX_TIMEOUT_SECONDS, GenerationRequest, OpenWire
 TIMEOUT_HEADER = "x-request-timeout"  # in seconds
 
 
-async def admit_request(request: Request, context: AppContext, key: Key, body: GenerationRequest) -> AdmittedRequest:
-    """Fix the adapter versions of a request and the tokenizer, which may be the adapter's own. Raises `ApiError` if the
-    request cannot begin now."""
-    note_unknown_fields(request, context, body)
+async def admit_request(
+    request: Request, context: AppContext, key: Key, body: GenerationRequest, sent: OpenWire | None = None
+) -> AdmittedRequest:
+    """Fix the adapter versions of a request and the tokenizer, which may be the adapter's own. `sent` is the client's
+    request if it was translated to `body`. Raises `ApiError` if the request cannot begin now."""
+    note_unknown_fields(request, context, sent or body)
     _check_capacity(context)
     target = resolve_target(context, key, body)
     request.state.adapter = target.label

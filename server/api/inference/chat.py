@@ -20,9 +20,10 @@ from server.api.inference.messages import (
     parsers,
     whole_message,
 )
+from server.api.inference.plan import GenerationPlan
 from server.api.inference.responses import documented_responses, respond
 from server.api.middleware.auth import Key, key_of
-from server.api.requests import ChatCompletionRequest, ChatPrompt
+from server.api.requests import ChatCompletionRequest, ChatPrompt, OpenWire
 from server.api.schemas import ChatCompletion, ChatCompletionChunk
 from server.api.text.chat_template import RESERVED_VARIABLES, Conversation
 from server.api.text.tokenizer import Tokenizer, finite
@@ -40,11 +41,17 @@ async def create_chat_completion(
     request: Request, body: ChatCompletionRequest, context: Context, key: Annotated[Key, Depends(key_of)]
 ) -> Response:
     """Generate a reply to a conversation with the base model or an adapter."""
-    admitted = await admit_request(request, context, key, body)
+    return await respond(context, request, await plan_chat(request, context, key, body), ChatFormatter)
+
+
+async def plan_chat(
+    request: Request, context: AppContext, key: Key, body: ChatCompletionRequest, sent: OpenWire | None = None
+) -> GenerationPlan:
+    """Admit a chat and return its plan. `sent` is the request of another API that was translated to `body`."""
+    admitted = await admit_request(request, context, key, body, sent)
     prompt = await render_chat(context, admitted.tokenizer, body)
     found = message_format(admitted.tokenizer, body, prompt)
-    plan = admit_prompts(context, admitted, body, [prompt], message_format=found)
-    return await respond(context, request, plan, ChatFormatter)
+    return admit_prompts(context, admitted, body, [prompt], message_format=found)
 
 
 async def render_chat(context: AppContext, tokenizer: Tokenizer, body: ChatPrompt) -> list[int]:

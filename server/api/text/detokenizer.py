@@ -44,6 +44,7 @@ class Detokenizer:
         self._hidden: list[tuple[int, int]] = []  # parts of the held text that are special tokens to leave out
         self.decoded_chars = 0  # of all tokens so far, whether released or not
         self.stopped = False
+        self.stop_string: str | None = None  # that was found
 
     def feed(self, token_id: int) -> str:
         """Return the text that this token releases; may be empty."""
@@ -53,10 +54,11 @@ class Detokenizer:
         self._hold(token_id)
         if self._num_tokens < self._min_tokens:
             return self._release(len(self._held))
-        found = [(at, len(stop)) for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        found = [(at, len(stop), stop) for stop in self._stop if (at := self._held.find(stop)) >= 0]
         if found:
+            at, length, self.stop_string = min(found)
             self.stopped = True
-            return self._end_at(*min(found))
+            return self._end_at(at, length)
         return self._release(len(self._held) - self._stop_prefix_length())
 
     def flush(self) -> str:
