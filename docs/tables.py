@@ -18,14 +18,16 @@ from server.api.fields import (
     APPLIED,
     HARMLESS,
     HARMLESS_IN_MESSAGES,
+    HARMLESS_IN_RESPONSES,
     HARMLESS_IN_STREAM_OPTIONS,
     REFUSED,
     REFUSED_IN_MESSAGES,
+    REFUSED_IN_RESPONSES,
     Refusal,
 )
 from server.api.inference import chat, completions, tokenization
 from server.api.middleware.auth import need_of
-from server.api.protocols import anthropic
+from server.api.protocols import anthropic, openai_responses
 from server.api.requests import ChatCompletionRequest, CompletionRequest, GenerationRequest
 from server.config import ServeConfig
 from server.metrics import METRICS
@@ -97,7 +99,19 @@ def flags() -> str:
 
 def endpoints() -> str:
     app = FastAPI()
-    for module in (chat, completions, tokenization, anthropic, models, routes, aliases, merge, vllm_compat, health):
+    for module in (
+        chat,
+        completions,
+        tokenization,
+        anthropic,
+        openai_responses,
+        models,
+        routes,
+        aliases,
+        merge,
+        vllm_compat,
+        health,
+    ):
         app.include_router(module.router)
     rows = []
     for path, operations in app.openapi()["paths"].items():
@@ -122,6 +136,8 @@ def _routes_of(name: str) -> str:
 def refused_fields() -> str:
     rows = [(f"`{name}`", refusal.what, _neutral(refusal)) for name, refusal in REFUSED.items()]
     rows += [(f"`messages.N.{name}`", refusal.what, _neutral(refusal)) for name, refusal in REFUSED_IN_MESSAGES.items()]
+    in_responses = REFUSED_IN_RESPONSES.items()
+    rows += [(f"`{name}` (/v1/responses)", refusal.what, _neutral(refusal)) for name, refusal in in_responses]
     return table(("field", "what it is", "accepted values"), rows)
 
 
@@ -133,6 +149,7 @@ def harmless_fields() -> str:
     rows = [(f"`{name}`", what) for name, what in HARMLESS.items()]
     rows += [(f"`messages.N.{name}`", what) for name, what in HARMLESS_IN_MESSAGES.items()]
     rows += [(f"`stream_options.{name}`", what) for name, what in HARMLESS_IN_STREAM_OPTIONS.items()]
+    rows += [(f"`{name}` (/v1/responses)", what) for name, what in HARMLESS_IN_RESPONSES.items()]
     return table(("field", "what it is"), rows)
 
 

@@ -182,6 +182,24 @@ HARMLESS: dict[str, str] = {
     "data_parallel_rank": "SGLang: which of its workers computes",
 }
 
+# The same for OpenAI's Responses API, besides those above.
+_SEND_ALL = "; this server stores no responses, so send the whole conversation in 'input'"
+REFUSED_IN_RESPONSES: dict[str, Refusal] = {
+    "previous_response_id": Refusal("an earlier response that is continued", (), _SEND_ALL),
+    "conversation": Refusal("a stored conversation", (), _SEND_ALL),
+    "prompt": Refusal("a stored prompt", (), "; use 'instructions' and 'input'"),
+    "background": Refusal("whether the response is fetched later", (False,)),
+    "include": Refusal("more of the output", ([], ["reasoning.encrypted_content"])),
+    "top_logprobs": Refusal("log-probabilities of the output", (0,), "; use /v1/chat/completions"),
+    "truncation": Refusal("whether the conversation is cut to the context", ("disabled",)),
+    "context_management": Refusal("how the conversation is shortened", ([],)),
+    "moderation": Refusal("whether texts are checked"),
+}
+HARMLESS_IN_RESPONSES: dict[str, str] = {
+    "max_tool_calls": "OpenAI: applies to tools that its server runs",
+    "stream_options": "OpenAI: padding of events",
+}
+
 # The same for a message of a chat, and for `stream_options`.
 REFUSED_IN_MESSAGES: dict[str, Refusal] = {
     "function_call": Refusal("`tool_calls`, as it was called", (), "; use 'tool_calls'"),

@@ -37,6 +37,7 @@ _NEEDS: dict[str, Need] = {
     "/v1/chat/completions": "infer",
     "/v1/completions": "infer",
     "/v1/messages": "infer",
+    "/v1/responses": "infer",
     "/tokenize": "infer",
     "/detokenize": "infer",
     "/tokenizer_info": "infer",
