@@ -13,6 +13,8 @@ import torch
 from peft import (
     AdaLoraConfig,
     BeftConfig,
+    BOFTConfig,
+    C3AConfig,
     DeftConfig,
     DeloraConfig,
     GraloraConfig,
@@ -21,13 +23,17 @@ from peft import (
     LoHaConfig,
     LoKrConfig,
     MissConfig,
+    OFTConfig,
     PeftConfig,
     PveraConfig,
+    RoadConfig,
+    ShiraConfig,
     UniLoraConfig,
     VBLoRAConfig,
     VeraConfig,
 )
 from peft.tuners.lokr.layer import factorization
+from peft.tuners.oft.layer import OFTLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
@@ -37,10 +43,12 @@ from adapters.load import load
 from adapters.model_spec import ModelSpec
 from adapters.peft.lora_config import SERVED_TYPES
 from adapters.runtime.base_factors import with_base
+from adapters.runtime.row_maps import row_maps_of
 from adapters.traits import Traits
 from adapters.validation.inspect import inspect
 from adapters.validation.peft_types.convert import PEFT_TYPES
 from adapters.validation.peft_types.lycoris import _factorised
+from adapters.validation.peft_types.oft import _divisor_near
 from adapters.weights import AdapterWeights
 from tests.fixtures.adapter_factory import spec_of, tiny_llama, with_peft, write_peft_adapter
 
@@ -51,6 +59,8 @@ TARGETS: dict[str, Any] = {"target_modules": ["q_proj", "v_proj"]}
 CONFIGS: dict[str, PeftConfig] = {
     "ADALORA": AdaLoraConfig(init_r=6, lora_alpha=9, total_step=10, **TARGETS),
     "BEFT": BeftConfig(**TARGETS),
+    "BOFT": BOFTConfig(boft_block_size=8, **TARGETS),
+    "C3A": C3AConfig(block_size=16, block_size_pattern={"v_proj": 8}, **TARGETS),
     "DEFT": DeftConfig(r=5, **TARGETS),
     "DEFT, qr": DeftConfig(r=5, alpha=3, decomposition_method="qr", **TARGETS),
     "DELORA": DeloraConfig(r=5, rank_pattern={"v_proj": 3}, **TARGETS),
@@ -62,7 +72,11 @@ CONFIGS: dict[str, PeftConfig] = {
     "LOKR": LoKrConfig(r=3, alpha=5, decompose_factor=4, **TARGETS),
     "MISS": MissConfig(r=7, **TARGETS),
     "MISS, mini": MissConfig(r=8, mini_r=4, init_weights="mini", **TARGETS),
+    "OFT": OFTConfig(oft_block_size=8, **TARGETS),
     "PVERA": PveraConfig(r=12, **TARGETS),
+    "ROAD": RoadConfig(group_size=16, **TARGETS),
+    "ROAD, 4": RoadConfig(variant="road_4", group_size=8, **TARGETS),
+    "SHIRA": ShiraConfig(r=2, **TARGETS),
     "UNILORA": UniLoraConfig(r=4, save_indices=True, **TARGETS),
     "VBLORA": VBLoRAConfig(r=4, num_vectors=20, vector_length=16, topk=3, **TARGETS),
     "VBLORA, weights": VBLoRAConfig(
@@ -177,7 +191,10 @@ def assert_deltas_are_pefts(model: nn.Module, folder: Path, max_rank: int = 10_0
         assert len(factors.a) == factors.b.shape[1] <= weights.rank == inspect(folder, spec).rank
 
 
-@pytest.mark.parametrize("name", [name for name in CONFIGS if name not in ("BEFT", "IA3")])
+MAPPED = {"BEFT", "BOFT", "C3A", "IA3", "OFT", "ROAD", "ROAD, 4", "SHIRA"}  # without factors
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name not in MAPPED])
 def test_deltas_are_pefts(name: str, model: LlamaForCausalLM, good: dict[str, Path]) -> None:
     assert_deltas_are_pefts(model, good[name])
 
@@ -189,6 +206,43 @@ def test_lokr_of_odd_sizes(r: int, factor: int, both: bool, tmp_path: Path) -> N
     model = nn.Sequential(nn.Linear(13, 64), nn.Linear(64, 96), nn.Linear(96, 60))
     config = LoKrConfig(r=r, alpha=3, decompose_both=both, decompose_factor=factor, target_modules=["0", "1", "2"])
     assert_deltas_are_pefts(model, write_peft_adapter(model, tmp_path, config, scale=0.8))
+
+
+@pytest.mark.parametrize("name", sorted(MAPPED - {"BEFT", "IA3"}))
+def test_row_maps_give_what_pefts_layers_give(name: str, model: LlamaForCausalLM, good: dict[str, Path]) -> None:
+    weights = load(good[name], spec_of(model))
+    linears = {key: module for key, module in model.named_modules() if isinstance(module, nn.Linear)}
+    maps = row_maps_of(weights)
+    assert len(maps) == 4 and not weights.factors
+    layers = dict(with_peft(model, good[name]).base_model.model.named_modules())
+    for module, own in maps.items():
+        x, base = torch.randn(7, linears[module].in_features), linears[module]
+        with torch.inference_mode():
+            expected, plain = layers[module](x), base(x)
+            y = base(x if own.before is None else own.before(x)) * weights.weight_scales.get(module, torch.ones(1))
+            y = y if own.after is None else own.after(y)
+            y = y if own.added is None else y + own.added(x)
+        assert (expected - plain).abs().max() > 1e-2
+        torch.testing.assert_close(y, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_block_sizes_are_adjusted_as_peft_does() -> None:
+    layer = OFTLayer.__new__(OFTLayer)
+    for inputs in (1, 7, 60, 64, 112, 576, 4096):
+        for wanted in (1, 2, 3, 5, 8, 24, 31, 32, 60, 100, 5000):
+            assert _divisor_near(inputs, wanted) == layer.adjust_oft_parameters(inputs, wanted) or inputs % wanted == 0
+
+
+@pytest.mark.parametrize("terms", [1, 2, 3, 4, 5, 6, 9])
+@pytest.mark.parametrize("more", [{}, {"coft": True, "eps": 0.3}, {"block_share": True}])
+def test_oft_rotates_as_peft_does(terms: int, more: dict[str, Any], tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(24, 10))
+    config = OFTConfig(oft_block_size=6, num_cayley_neumann_terms=terms, target_modules=["0"], **more)
+    folder = write_peft_adapter(model, tmp_path, config)
+    (blocks,) = load(folder, spec_of(model)).block_rotations.values()
+    rotation = with_peft(model, folder).base_model.model.get_submodule("0").oft_R["default"]
+    expected = torch.block_diag(*blocks.expand(4, 6, 6))
+    torch.testing.assert_close(rotation.get_weight(), expected, atol=1e-6, rtol=1e-5)
 
 
 def test_sizes_are_factorised_as_peft_does() -> None:
@@ -203,6 +257,11 @@ def test_sizes_are_factorised_as_peft_does() -> None:
         ("ADALORA", 6, 12),
         ("MISS", 7, 4),
         ("BEFT", 1, 4),
+        ("BOFT", 1, 8),
+        ("C3A", 1, 4),
+        ("OFT", 1, 4),
+        ("ROAD", 1, 8),
+        ("SHIRA", 1, 8),
         ("DEFT", 5, 8),
         ("GRALORA", 15, 16),
         ("HRA", 6, 4),
@@ -221,7 +280,8 @@ def test_reports_what_it_is(name: str, rank: int, tensors: int, good: dict[str, 
     modules = 6 if name == "IA3" else 4
     assert inspected.rank == rank and report["applied"] == {"modules": modules, "tensors": tensors}
     assert report["features"] == [name.lower()]
-    additive, mergeable = name not in ("BEFT", "DEFT", "HRA", "IA3"), name != "IA3"
+    additive = name not in ("BEFT", "BOFT", "DEFT", "HRA", "IA3", "OFT", "ROAD")
+    mergeable = name not in ("BOFT", "C3A", "IA3", "OFT", "ROAD", "SHIRA")
     assert Traits.of(report) == Traits(additive=additive, mergeable=mergeable)
     assert inspected.nbytes == sum(t.nbytes for t in load_file(good[name] / WEIGHTS).values())
     assert load(good[name], spec, inspected.digest).digest == inspected.digest
@@ -318,6 +378,17 @@ BAD_TENSORS: list[tuple[str, Callable[[dict[str, Tensor]], object], str, str]] =
     ("ADALORA", both(fill(f"{Q0}.lora_E", 3e30), fill(f"{Q0}.lora_A", 3e30, slice(None))), Q0, "nonfinite"),
     ("BEFT", replace(f"{Q0}.beft_bias", 64), f"{Q0}.beft_bias", "shape_mismatch"),
     ("BEFT", fill(f"{Q0}.beft_bias", float("nan")), f"{Q0}.beft_bias", "nonfinite"),
+    ("BOFT", replace(f"{Q0}.boft_R", 2, 8, 8, 8), f"{Q0}.boft_R", "shape_mismatch"),
+    ("BOFT", lambda tensors: tensors[f"{Q0}.boft_R"].fill_(float("nan")), f"{Q0}.boft_R", "nonfinite"),
+    ("C3A", replace(f"{Q0}.c3a_kernel", 4, 4, 8), f"{Q0}.c3a_kernel", "shape_mismatch"),
+    ("OFT", replace(f"{Q0}.oft_R.weight", 8, 8, 8), f"{Q0}.oft_R.weight", "shape_mismatch"),
+    ("OFT", replace(f"{Q0}.oft_R", 8, 28), f"{Q0}.oft_R", "unsupported_feature"),
+    ("OFT", fill(f"{Q0}.oft_R.weight", 1e30), Q0, "nonfinite"),
+    ("ROAD", drop(f"{Q0}.road_alpha"), f"{Q0}.road_alpha", "shape_mismatch"),
+    ("SHIRA", fill(f"{Q0}.shira_indices", 64), f"{Q0}.shira_indices", "malformed_file"),
+    ("SHIRA", fill(f"{Q0}.shira_indices", -1), f"{Q0}.shira_indices", "malformed_file"),
+    ("SHIRA", retype(f"{Q0}.shira_indices", torch.float32), f"{Q0}.shira_indices", "malformed_file"),
+    ("SHIRA", drop(f"{Q0}.shira_indices"), f"{Q0}.shira_indices", "shape_mismatch"),
     ("DEFT", drop(f"{Q0}.deft_R"), f"{Q0}.deft_R", "shape_mismatch"),
     ("DEFT", replace(f"{Q0}.deft_P", 64, 4), f"{Q0}.deft_P", "shape_mismatch"),
     ("GRALORA", drop(f"{Q0}.gralora_A_general.weight"), f"{Q0}.gralora_A_general.weight", "shape_mismatch"),
@@ -413,6 +484,18 @@ BAD_CONFIGS: list[tuple[str, dict[str, Any], str, str]] = [
     ("ADALORA", {"rank_pattern": {"x.lora_E": [True] * 5}}, "rank_pattern.x.lora_E", "malformed_file"),
     ("ADALORA", {"rank_pattern": {"x.lora_E": [1] * 6}}, "rank_pattern.x.lora_E", "malformed_file"),
     ("ADALORA", {"rank_pattern": {"x.lora_E": [True] * 6}}, "rank_pattern", "no_target"),
+    ("BOFT", {"boft_block_num": 4}, "boft_block_size", "malformed_file"),
+    ("BOFT", {"boft_block_size": 5}, "model.layers.0.self_attn.q_proj", "shape_mismatch"),
+    ("C3A", {"block_size": 24}, "model.layers.0.self_attn.q_proj", "shape_mismatch"),
+    ("OFT", {"oft_block_size": None}, "oft_block_size", "malformed_file"),
+    ("OFT", {"r": 4}, "oft_block_size", "malformed_file"),
+    ("OFT", {"eps": -1, "coft": True}, "eps", "malformed_file"),
+    ("OFT", {"num_cayley_neumann_terms": 1000}, "num_cayley_neumann_terms", "unsupported_feature"),
+    ("OFT", {"oft_block_size": 16}, f"{Q0}.oft_R.weight", "shape_mismatch"),
+    ("ROAD", {"variant": "road_3"}, "variant", "unsupported_feature"),
+    ("ROAD", {"group_size": 7}, "group_size", "malformed_file"),
+    ("ROAD", {"group_size": 24}, "model.layers.0.self_attn.q_proj", "shape_mismatch"),
+    ("SHIRA", {"r": 3}, f"{Q0}.shira_weight", "shape_mismatch"),
     ("DEFT", {"decomposition_method": "svd"}, "decomposition_method", "unsupported_feature"),
     ("DEFT", {"para": True}, f"{Q0}.deft_R", "unsupported_feature"),
     ("GRALORA", {"gralora_k": 4}, "r", "malformed_file"),

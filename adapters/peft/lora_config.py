@@ -15,8 +15,8 @@ from adapters.traits import Traits
 
 # LORA, and the types that `adapters.validation.peft_types` converts.
 SERVED_TYPES = (
-    "LORA", "ADALORA", "BEFT", "DEFT", "DELORA", "GRALORA", "HRA", "IA3", "LOHA", "LOKR", "MISS", "PVERA", "UNILORA",
-    "VBLORA", "VERA",
+    "LORA", "ADALORA", "BEFT", "BOFT", "C3A", "DEFT", "DELORA", "GRALORA", "HRA", "IA3", "LOHA", "LOKR", "MISS", "OFT",
+    "PVERA", "ROAD", "SHIRA", "UNILORA", "VBLORA", "VERA",
 )  # fmt: skip
 LORA_KEYS = KeyTable(SERVED_KEYS, HARMLESS_KEYS, REFUSED_KEYS, WAYS_OUT)
 MAX_NAMES = 4096  # maximum length of a list of modules, parameters or tokens

@@ -87,7 +87,52 @@ class Projection:
     filled: Array
 
 
-Part = Factors | ChannelScale | AddedBias | Reflections | Projection
+@dataclass(frozen=True, slots=True)
+class BlockRotation:
+    """Blocks of a linear's inputs become `x @ block`, with `blocks [n, b, b]`, or one for all; `scale [out]` multiplies
+    the products with the weight, without the bias."""
+
+    blocks: Array
+    scale: Array | None
+
+
+@dataclass(frozen=True, slots=True)
+class PairRotation:
+    """The outputs y become `first ⊙ y + second ⊙ (−y₂, y₁)`, where y₁ and y₂ are the halves of every `2 * half`."""
+
+    first: Array
+    second: Array
+    half: int
+
+
+@dataclass(frozen=True, slots=True)
+class SparseDelta:
+    """The delta, of `shape` (out, in), has these `values [n]` at `indices [2, n]`, rows and columns; those at one place
+    are summed."""
+
+    indices: NDArray[np.int64]
+    values: Array
+    shape: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Circulant:
+    """The delta's blocks are circulant: `kernel [out / b, in / b, b]`, divided by the number of inputs."""
+
+    kernel: Array
+
+
+Part = (
+    Factors
+    | ChannelScale
+    | AddedBias
+    | Reflections
+    | Projection
+    | BlockRotation
+    | PairRotation
+    | SparseDelta
+    | Circulant
+)
 
 
 def arrays_of(part: Part) -> tuple[Array, ...]:
