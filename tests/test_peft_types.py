@@ -20,14 +20,17 @@ from peft import (
     GraloraConfig,
     HRAConfig,
     IA3Config,
+    LNTuningConfig,
     LoHaConfig,
     LoKrConfig,
     MissConfig,
     OFTConfig,
     PeftConfig,
+    PeftType,
     PveraConfig,
     RoadConfig,
     ShiraConfig,
+    TrainableTokensConfig,
     UniLoraConfig,
     VBLoRAConfig,
     VeraConfig,
@@ -41,7 +44,8 @@ from transformers import LlamaForCausalLM
 from adapters.errors import AdapterInvalid, Problem
 from adapters.load import load
 from adapters.model_spec import ModelSpec
-from adapters.peft.lora_config import SERVED_TYPES
+from adapters.peft.lora_config import REFUSED_TYPES, SERVED_TYPES
+from adapters.peft.lora_forms import LORA_FORMS
 from adapters.runtime.base_factors import with_base
 from adapters.runtime.row_maps import row_maps_of
 from adapters.traits import Traits
@@ -128,8 +132,20 @@ def refused(folder: Path, spec: ModelSpec) -> list[Problem]:
 
 
 def test_the_types_that_are_served() -> None:
-    assert {"LORA", *PEFT_TYPES} == set(SERVED_TYPES)
+    assert {"LORA", *PEFT_TYPES, *LORA_FORMS} == set(SERVED_TYPES)
     assert {config.peft_type.value for config in CONFIGS.values()} == set(PEFT_TYPES)
+
+
+def test_every_type_of_peft_is_served_or_refused_by_name() -> None:
+    assert sorted([*SERVED_TYPES, *REFUSED_TYPES]) == sorted(kind.value for kind in PeftType)
+
+
+@pytest.mark.parametrize("config_class", [LNTuningConfig, TrainableTokensConfig])
+def test_every_key_of_a_form_of_lora_is_in_exactly_one_table(config_class: type[PeftConfig]) -> None:
+    table = LORA_FORMS[config_class().peft_type].keys
+    known = [*table.served, *table.harmless, *table.refused]
+    assert len(known) == len(set(known))
+    assert set(known) == {field.name for field in dataclasses.fields(config_class)}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -149,6 +165,7 @@ def test_another_type_is_refused_with_those_that_are_served(
     (problem,) = [p for p in refused(folder, spec) if p.where == f"{CONFIG}: peft_type"]
     assert problem.code == "unsupported_feature" and problem.found == peft_type
     assert all(served in problem.expected for served in SERVED_TYPES)
+    assert peft_type not in REFUSED_TYPES or problem.expected.endswith(REFUSED_TYPES[peft_type])
 
 
 # --- what PEFT writes is served as PEFT serves it ---
@@ -627,3 +644,94 @@ def test_a_layer_that_lost_every_rank(model: LlamaForCausalLM, spec: ModelSpec, 
     assert delta(folder, spec, names[0]).count_nonzero() == 0
     reference = with_peft(model, folder).base_model.model.get_submodule(names[1])
     torch.testing.assert_close(delta(folder, spec, names[1]), peft_delta(reference), atol=1e-6, rtol=1e-5)
+
+
+# --- forms of a LORA ---
+
+LN0, NORM, TOKENS = (
+    f"{PREFIX}model.layers.0.input_layernorm.ln_tuning_layers.weight",
+    f"{PREFIX}model.norm.ln_tuning_layers.weight",
+    f"{PREFIX}model.embed_tokens.trainable_tokens_delta",
+)
+FORMS: dict[str, PeftConfig] = {
+    "LN_TUNING": LNTuningConfig(target_modules=["input_layernorm", "norm"]),
+    "TRAINABLE_TOKENS": TrainableTokensConfig(token_indices=[3, 40], task_type="CAUSAL_LM"),
+}
+
+
+@pytest.fixture(scope="module")
+def forms(model: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("forms")
+    return {name: write_peft_adapter(model, root / name, config) for name, config in FORMS.items()}
+
+
+def test_ln_tuning_has_whole_norms(forms: dict[str, Path], spec: ModelSpec) -> None:
+    inspected, weights = inspect(forms["LN_TUNING"], spec), load(forms["LN_TUNING"], spec)
+    stored = load_file(forms["LN_TUNING"] / WEIGHTS)
+    assert len(weights.replaced) == len(stored) == 3 and not weights.factors
+    assert torch.equal(weights.replaced["model.norm"]["weight"], stored[NORM])
+    assert inspected.report["features"] == ["ln_tuning"] and inspected.report["applied"]["modules"] == 3
+    assert Traits.of(inspected.report) == Traits(additive=False, mergeable=False)
+    assert load(forms["LN_TUNING"], spec, inspected.digest).digest == inspected.digest
+
+
+def test_trainable_tokens_have_rows(forms: dict[str, Path], spec: ModelSpec) -> None:
+    inspected, weights = inspect(forms["TRAINABLE_TOKENS"], spec), load(forms["TRAINABLE_TOKENS"], spec)
+    (rows,) = weights.tokens.values()
+    assert rows.ids == (3, 40) and torch.equal(rows.values, load_file(forms["TRAINABLE_TOKENS"] / WEIGHTS)[TOKENS])
+    assert inspected.report["features"] == ["trainable_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "where", "code"),
+    [
+        ("LN_TUNING", drop(LN0), f"{CONFIG}: target_modules", "no_target"),
+        ("LN_TUNING", replace(NORM, 63), NORM, "shape_mismatch"),
+        ("LN_TUNING", fill(NORM, float("nan")), NORM, "nonfinite"),
+        ("LN_TUNING", replace(f"{PREFIX}model.norm.weight", 64), f"{PREFIX}model.norm.weight", "unsupported_feature"),
+        ("LN_TUNING", replace(f"{Q0}.ln_tuning_layers.weight", 64, 64), f"{Q0}.ln_tuning_layers.weight", "no_target"),
+        ("TRAINABLE_TOKENS", replace(TOKENS, 3, 64), TOKENS, "shape_mismatch"),
+        ("TRAINABLE_TOKENS", replace(f"{Q0}.lora_A.weight", 4, 64), f"{Q0}.lora_A.weight", "no_target"),
+    ],
+)
+def test_forms_refuse_bad_tensors(
+    name: str,
+    change: Callable[[dict[str, Tensor]], object],
+    where: str,
+    code: str,
+    forms: dict[str, Path],
+    spec: ModelSpec,
+    tmp_path: Path,
+) -> None:
+    folder = Path(shutil.copytree(forms[name], tmp_path / "adapter"))
+    change_tensors(folder, change)
+    assert (where, code) in [(problem.where, problem.code) for problem in refused(folder, spec)]
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "where", "code"),
+    [
+        ("LN_TUNING", {"target_modules": None}, "target_modules", "unsupported_feature"),
+        ("LN_TUNING", {"target_modules": ["norm"]}, LN0, "no_target"),
+        ("LN_TUNING", {"modules_to_save": ["lm_head"]}, "modules_to_save", "unsupported_feature"),
+        ("LN_TUNING", {"peft_type": "LORA"}, LN0, "unsupported_feature"),
+        ("TRAINABLE_TOKENS", {"token_indices": [3]}, TOKENS, "shape_mismatch"),
+        ("TRAINABLE_TOKENS", {"token_indices": [3, 97]}, TOKENS, "shape_mismatch"),
+        ("TRAINABLE_TOKENS", {"token_indices": "3"}, "trainable_token_indices", "malformed_file"),
+        ("TRAINABLE_TOKENS", {"target_modules": ["lm_head"]}, TOKENS, "unsupported_feature"),
+        ("TRAINABLE_TOKENS", {"brand_new": 1}, "brand_new", "unknown_key"),
+    ],
+)
+def test_forms_refuse_bad_configs(
+    name: str,
+    changes: dict[str, Any],
+    where: str,
+    code: str,
+    forms: dict[str, Path],
+    spec: ModelSpec,
+    tmp_path: Path,
+) -> None:
+    folder = Path(shutil.copytree(forms[name], tmp_path / "adapter"))
+    change_config(folder, **changes)
+    found = [(problem.where.removeprefix(f"{CONFIG}: "), problem.code) for problem in refused(folder, spec)]
+    assert (where, code) in found, found

@@ -9,6 +9,7 @@ from adapters.model_spec import ModelSpec
 from adapters.peft.config_reader import shown
 from adapters.peft.files import CONFIG_FILE
 from adapters.peft.lora_config import LoraSettings
+from adapters.peft.lora_forms import LoraForm
 from adapters.peft.patterns import dotted_suffixes
 from adapters.peft.safetensors_header import FLOAT_BYTES, TensorInfo, read_header, stored_bytes
 from adapters.peft.spellings import peft_names, repeated
@@ -55,9 +56,9 @@ class LoraTensors:
     notes: list[str] = field(default_factory=list)
 
     @classmethod
-    def read(cls, path: Path, spec: ModelSpec) -> "LoraTensors":
-        """Read the header of the file at `path` and sort its tensors. Raises `AdapterInvalid` if it is not a
-        safetensors file."""
+    def read(cls, path: Path, spec: ModelSpec, form: LoraForm | None = None) -> "LoraTensors":
+        """Read the header of the file at `path` and sort its tensors, whose names are those of `form`. Raises
+        `AdapterInvalid` if it is not a safetensors file."""
         tensors = cls(path, read_header(path, FLOAT_BYTES))
         spellings = peft_names(tensors.infos, spec.modules.keys() | spec.parameters.keys())
         again = repeated(spellings.names)
@@ -66,8 +67,10 @@ class LoraTensors:
             if name in again:
                 found = f"another spelling of {shown(again[name], 200)}"
                 tensors.misnamed.append(problem(name, found, "each tensor once", "malformed_file"))
+            elif (lora := own if form is None else form.lora_name(own)) is not None:
+                tensors._sort(name, lora, spec)
             else:
-                tensors._sort(name, own, spec)
+                tensors.misnamed.append(problem(name, "a tensor of another kind", "those of the config's type"))
         for module, parameter, name in list(tensors.copies):
             if tensors.saved.setdefault(module, {}).setdefault(parameter, name) == name:
                 tensors.copies.remove((module, parameter, name))  # not a duplicate: the only tensor of the parameter

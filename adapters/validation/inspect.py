@@ -157,7 +157,7 @@ def check_lora(
     with (folder / CONFIG_FILE).open("rb") as file:
         settings, problems = parse_config(file.read(MAX_CONFIG_BYTES + 1))
     try:
-        tensors = LoraTensors.read(folder / WEIGHTS_FILE, spec)
+        tensors = LoraTensors.read(folder / WEIGHTS_FILE, spec, settings.form if settings else None)
     except AdapterInvalid as error:
         raise AdapterInvalid(problems + error.problems) from None
     scanned = (
