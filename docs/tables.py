@@ -27,6 +27,7 @@ CODES = {
     "aborted": "The server stopped while the request ran.",
     "adapter_failed": "The adapter exists and cannot be served: its stored files are damaged or could not be loaded.",
     "adapter_loading": "The adapter is still being fetched from its source.",
+    "adapters_conflict": "Two adapters of the request replace or change the same module, so that they have no sum.",
     "conflict": "The state of the adapter, alias or merge does not allow the operation.",
     "context_length_exceeded": "The prompt and the requested tokens do not fit into the context.",
     "deadline_exceeded": "The request's time was over: its `timeout`, `x-request-timeout`, or `--request-timeout`.",

@@ -299,7 +299,11 @@ def test_reports_what_it_is(name: str, rank: int, tensors: int, good: dict[str, 
     assert report["features"] == [name.lower()]
     additive = name not in ("BEFT", "BOFT", "DEFT", "HRA", "IA3", "OFT", "ROAD")
     mergeable = name not in ("BOFT", "C3A", "IA3", "OFT", "ROAD", "SHIRA")
-    assert Traits.of(report) == Traits(additive=additive, mergeable=mergeable)
+    traits = Traits.of(report)
+    assert (traits.additive, traits.scalable, traits.mergeable) == (additive, additive, mergeable)
+    assert traits.owned == (
+        () if additive else ("down_proj", "q_proj", "v_proj") if name == "IA3" else ("q_proj", "v_proj")
+    )
     assert inspected.nbytes == sum(t.nbytes for t in load_file(good[name] / WEIGHTS).values())
     assert load(good[name], spec, inspected.digest).digest == inspected.digest
     with pytest.raises(AdapterInvalid, match="content"):
@@ -671,7 +675,8 @@ def test_ln_tuning_has_whole_norms(forms: dict[str, Path], spec: ModelSpec) -> N
     assert len(weights.replaced) == len(stored) == 3 and not weights.factors
     assert torch.equal(weights.replaced["model.norm"]["weight"], stored[NORM])
     assert inspected.report["features"] == ["ln_tuning"] and inspected.report["applied"]["modules"] == 3
-    assert Traits.of(inspected.report) == Traits(additive=False, mergeable=False)
+    owned = ("input_layernorm", "norm")
+    assert Traits.of(inspected.report) == Traits(additive=False, owned=owned, mergeable=False)
     assert load(forms["LN_TUNING"], spec, inspected.digest).digest == inspected.digest
 
 

@@ -152,15 +152,16 @@ class RowMapPlan:
         ]
 
     def apply(self, y: Tensor, x: Tensor, name: str) -> None:
-        """Change the owners' rows of the output `y [rows, out]` of a linear in place, given its input."""
-        for rows, by_module in self.owners:
-            if (maps := by_module.get(name)) is None:
-                continue
-            own = y[rows.start : rows.end]
+        """Change the owners' rows of the output `y [rows, out]` of a linear in place, given its input. In a
+        composition, what is added comes after what changes the base's output."""
+        owned = [(rows, maps) for rows, by_module in self.owners if (maps := by_module.get(name)) is not None]
+        for rows, maps in owned:
             if maps.after is not None:
-                own.copy_(maps.after(own))
+                y[rows.start : rows.end] = maps.after(y[rows.start : rows.end])
+        for rows, maps in owned:
             if maps.added is not None:
-                own.add_(maps.added(x[rows.start : rows.end]).to(own.dtype), alpha=rows.scale)
+                added = maps.added(x[rows.start : rows.end]).to(y.dtype)
+                y[rows.start : rows.end].add_(added, alpha=rows.scale)
 
 
 class RowMapTable:
