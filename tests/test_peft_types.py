@@ -298,7 +298,7 @@ def test_reports_what_it_is(name: str, rank: int, tensors: int, good: dict[str, 
     assert inspected.rank == rank and report["applied"] == {"modules": modules, "tensors": tensors}
     assert report["features"] == [name.lower()]
     additive = name not in ("BEFT", "BOFT", "DEFT", "HRA", "IA3", "OFT", "ROAD")
-    mergeable = name not in ("BOFT", "C3A", "IA3", "OFT", "ROAD", "SHIRA")
+    mergeable = name != "IA3"
     traits = Traits.of(report)
     assert (traits.additive, traits.scalable, traits.mergeable) == (additive, additive, mergeable)
     assert traits.owned == (

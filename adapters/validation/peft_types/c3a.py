@@ -5,7 +5,6 @@ from typing import Any
 
 from adapters.errors import Problem
 from adapters.peft.lora_tensors import problem
-from adapters.traits import Traits
 from adapters.validation.peft_types.base import Arrays, Circulant, Layer, PeftTypeConfig, key_table
 
 
@@ -45,6 +44,3 @@ class C3A(PeftTypeConfig):
 
     def convert(self, layer: Layer, tensors: Arrays, shared: Arrays) -> Circulant:
         return Circulant(tensors["c3a_kernel"])
-
-    def traits(self) -> Traits:
-        return Traits(mergeable=False)

@@ -63,7 +63,7 @@ class Oft(PeftTypeConfig):
         return BlockRotation(blocks.astype(np.float32), None)
 
     def traits(self) -> Traits:
-        return Traits(additive=False, mergeable=False)
+        return Traits(additive=False)
 
 
 class Boft(PeftTypeConfig):
@@ -112,7 +112,7 @@ class Boft(PeftTypeConfig):
         return BlockRotation(blocks.astype(np.float32), tensors["boft_s"].flatten())
 
     def traits(self) -> Traits:
-        return Traits(additive=False, mergeable=False)
+        return Traits(additive=False)
 
 
 def _divisor_near(inputs: int, wanted: int) -> int:

@@ -59,4 +59,4 @@ class Road(PeftTypeConfig):
         return values, values
 
     def traits(self) -> Traits:
-        return Traits(additive=False, mergeable=False)
+        return Traits(additive=False)

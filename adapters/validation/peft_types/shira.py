@@ -8,7 +8,6 @@ from numpy.typing import NDArray
 
 from adapters.errors import AdapterInvalid
 from adapters.peft.lora_tensors import problem
-from adapters.traits import Traits
 from adapters.validation.peft_types.base import Arrays, Layer, PeftTypeConfig, SparseDelta, key_table
 
 
@@ -38,6 +37,3 @@ class Shira(PeftTypeConfig):
             expected = f"rows below {layer.outputs} and columns below {layer.inputs}"
             raise AdapterInvalid([problem(layer.tensor("shira_indices"), "others", expected, "malformed_file")])
         return SparseDelta(indices, tensors["shira_weight"], (layer.outputs, layer.inputs))
-
-    def traits(self) -> Traits:
-        return Traits(mergeable=False)
