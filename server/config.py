@@ -52,7 +52,15 @@ class ServeConfig:
     port: int = _setting(8000, "Port to listen on; 0 chooses a free port", ge=0, le=65535)
     data_dir: Path = _setting(Path(), "Folder of the registry, store and caches; empty uses the XDG data folder")
     api_key: str = _setting("", "One API key with all scopes", secret=True)
-    keys_file: Path = _setting(Path(), "TOML file of API keys with scopes and tenants")
+    keys_file: Path = _setting(
+        Path(),
+        "TOML file of API keys with scopes and tenants, written by `loraplex keys` and read again when it changes",
+    )
+    allowed_host: tuple[str, ...] = _setting(
+        (),
+        "Host name under which the server may be addressed, besides loopback names and --host. Without it, a server "
+        "with API keys accepts every name",
+    )
     adapter_slots: int = _setting(64, "Maximum number of adapters on the device at once", ge=1, le=4096)
     adapter_device_bytes: int = _setting(
         0, "Device memory for adapter weights; 0 reserves room for 16 adapters of the largest rank", ge=0

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import msgspec
 
+NO_BLOCK = -1  # in a block table: the block was released, because no later token sees it
+
 
 class ScaledAdapter(NamedTuple):
     """An adapter version of a request, with the factor `scale` on its delta."""
@@ -47,6 +49,7 @@ class FinishReason(StrEnum):
     LENGTH = "length"
     ABORT = "abort"
     TIMEOUT = "timeout"
+    MERGED = "merged"  # refused, because another adapter is merged into the base model
     ERROR = "error"
 
 

@@ -4,12 +4,10 @@ import asyncio
 import gc
 import json
 import logging
-import signal
 import socket
 from pathlib import Path
 from types import FrameType
 
-import uvicorn
 from rich.console import Console
 
 from adapters.errors import AdapterError
@@ -26,13 +24,13 @@ from server.api.errors import ApiError
 from server.api.middleware.auth import KeyRing, check_bind
 from server.api.text.tokenizer import Tokenizer
 from server.config import ConfigError, ServeConfig, StartFailed
-from server.ipc.client import AdapterMoveRefused, EngineClient, EngineTransport, EngineUnavailable
+from server.http.server import HttpServer
+from server.ipc.client import AdapterMoveRefused, EngineClient
+from server.ipc.supervisor import EngineTransport, EngineUnavailable
 from server.metrics import Metrics
 from server.start_checks import DEMO_ADAPTERS, named_adapters
 
 log = logging.getLogger(__name__)
-
-MAX_HEADER_BYTES = 64 << 10
 
 
 def run(config: ServeConfig, registry: AdapterRegistry, transport: EngineTransport | None = None) -> None:
@@ -81,27 +79,15 @@ def _thread_transport(config: ServeConfig) -> EngineTransport:
     return ThreadTransport(lambda: build_serving_engine(config))
 
 
-class Server(uvicorn.Server):
-    """uvicorn with a graceful shutdown: become unready, drain, exit. A second signal skips the wait."""
+class Server(HttpServer):
+    """The HTTP server with a graceful shutdown: become unready, drain, exit. A second signal ends the requests that
+    still run, and a third one the process."""
 
     def __init__(self, context: AppContext) -> None:
-        config = context.config
-        super().__init__(
-            uvicorn.Config(
-                create_app(context),
-                host=config.host,
-                port=config.port,
-                http="h11",  # h11 limits the size of headers; httptools does not
-                h11_max_incomplete_event_size=MAX_HEADER_BYTES,
-                lifespan="off",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                timeout_graceful_shutdown=5,
-            )
-        )
+        super().__init__(create_app(context), context.config.host, context.config.port)
         self._context = context
         self._draining: asyncio.Task[None] | None = None
+        self._hurry = asyncio.Event()
 
     @property
     def url(self) -> str:
@@ -116,17 +102,29 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._draining is None and sig in (signal.SIGTERM, signal.SIGINT):
+        if self._draining is None:
             self._draining = asyncio.get_running_loop().create_task(self._drain())
+        elif not self._hurry.is_set():
+            self._hurry.set()
         else:
             super().handle_exit(sig, frame)
 
     async def _drain(self) -> None:
+        config = self._context.config
         self._context.draining = True
-        log.info("draining %d requests", len(self._context.in_flight))
-        await asyncio.sleep(self._context.config.drain_delay)
-        await self._context.drain(self._context.config.drain_timeout)
+        log.info("draining %d requests; a second signal ends them", len(self._context.in_flight))
+        hurried = asyncio.create_task(self._hurry.wait())
+        drained = asyncio.create_task(self._drain_slowly(config.drain_delay, config.drain_timeout))
+        await asyncio.wait({hurried, drained}, return_when=asyncio.FIRST_COMPLETED)
+        hurried.cancel()
+        if not drained.done():
+            drained.cancel()
+            await self._context.drain(0)
         self.should_exit = True
+
+    async def _drain_slowly(self, delay: float, timeout: float) -> None:
+        await asyncio.sleep(delay)
+        await self._context.drain(timeout)
 
 
 async def _bring_up(context: AppContext, starting: "asyncio.Task[None]", server: Server) -> None:

@@ -13,8 +13,8 @@ from server.api.inference import formatting
 from server.api.inference.completions import CompletionFormatter
 from server.api.inference.generation import start_generation
 from server.api.inference.streaming import EventStream
-from server.ipc.client import Stream
 from server.ipc.messages import StepOutputs
+from server.ipc.stream import Stream
 from server.sequence import SamplingParams
 from tests.fixtures.api_server import Api, base_plan, serving
 

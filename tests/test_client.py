@@ -15,7 +15,8 @@ from server.engine.build import build_engine
 from server.engine.faults import MAX_FAILED_STEPS
 from server.engine.thread_transport import ThreadTransport
 from server.ipc import client as client_module
-from server.ipc.client import AdapterMoveRefused, EngineClient, EngineState, EngineUnavailable, Stream
+from server.ipc import supervisor
+from server.ipc.client import AdapterMoveRefused, EngineClient
 from server.ipc.messages import (
     Abort,
     EngineInfo,
@@ -36,6 +37,8 @@ from server.ipc.messages import (
     ToEngine,
     Unmerge,
 )
+from server.ipc.stream import Stream
+from server.ipc.supervisor import EngineState, EngineUnavailable
 from server.model.runner import ModelRunner
 from server.sequence import SamplingParams
 from tests.fixtures.adapter_factory import tiny_llama, write_adapter
@@ -202,8 +205,8 @@ def transport() -> FakeTransport:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """The client's, by which it knows that its engine hangs."""
-    monkeypatch.setattr(client_module, "time", made := Clock())
+    """The supervisor's, by which it knows that the engine hangs."""
+    monkeypatch.setattr(supervisor, "time", made := Clock())
     return made
 
 
@@ -408,7 +411,7 @@ async def test_only_running_sequences_are_aborted(transport: FakeTransport, clie
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_module, "RESTART_BACKOFF_SECONDS", (0.0,))
+    monkeypatch.setattr(supervisor, "RESTART_BACKOFF_SECONDS", (0.0,))
 
 
 async def starts(transport: FakeTransport, *how: str) -> list[str]:
@@ -448,7 +451,7 @@ async def test_a_restart_that_fails_is_tried_again(
 async def test_why_a_restart_fails_is_said_meanwhile(
     transport: FakeTransport, client: EngineClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client_module, "RESTART_BACKOFF_SECONDS", (0.0, 600.0))
+    monkeypatch.setattr(supervisor, "RESTART_BACKOFF_SECONDS", (0.0, 600.0))
     await starts(transport, "refused")
     transport.die("killed")
     await eventually(lambda: transport.starts == 2)
@@ -477,7 +480,7 @@ async def test_a_restarted_engine_that_does_not_get_ready_is_restarted(
 async def test_an_engine_that_cannot_be_restarted_is_not_alive_and_still_tried(
     transport: FakeTransport, client: EngineClient, quick: None
 ) -> None:
-    failing = client_module.MAX_FAILED_RESTARTS
+    failing = supervisor.MAX_FAILED_RESTARTS
     await starts(transport, *["raises"] * failing, "silent")
     transport.die("killed")
     assert client.is_alive()
@@ -491,7 +494,7 @@ async def test_an_engine_that_cannot_be_restarted_is_not_alive_and_still_tried(
 async def test_the_wait_before_a_restart_grows_until_a_token_is_computed(
     transport: FakeTransport, client: EngineClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(client_module, "RESTART_BACKOFF_SECONDS", (0.0, 0.001, 0.002))
+    monkeypatch.setattr(supervisor, "RESTART_BACKOFF_SECONDS", (0.0, 0.001, 0.002))
     for _ in range(3):
         transport.die("killed")
         await eventually(lambda: client.state is EngineState.READY)

@@ -89,6 +89,7 @@ def expected_logprobs(model: Any, prompt: list[int], tokens: list[int]) -> torch
 def test_compositions_in_a_mixed_batch_are_those_of_peft(driver: Driver, folders: dict[str, Path]) -> None:
     """Prefilled in chunks, beside each other, plain adapters and the base."""
     digests = {name: driver.add_adapter(folders[name]) for name in ADAPTERS}
+    driver.bring_to_device(*digests.values())
     prompts = [prompt_of(21 + 5 * index, seed=index) for index in range(len(COMPOSITIONS))]
     for index, (prompt, weights) in enumerate(zip(prompts, COMPOSITIONS, strict=True)):
         driver.submit(f"s{index}", prompt, take(digests, weights), logprobs=0)

@@ -78,7 +78,7 @@ def test_the_files_to_read_for_a_decode_step_are_about_as_long_as_architecture_m
 
 def test_a_decode_step_takes_no_more_reading_than_it_did() -> None:
     stated = reading_list()
-    assert len(stated) <= 15 and sum(map(length_of, stated)) <= 2250
+    assert len(stated) <= 15 and sum(map(length_of, stated)) <= 2300
 
 
 def test_the_files_that_the_reading_list_leaves_out_are_about_as_long_as_architecture_md_states() -> None:

@@ -85,23 +85,6 @@ def step_until_running(driver: Driver, *seq_ids: str) -> None:
         driver.step()
 
 
-def settled(driver: Driver, request: MoveAdapter | PinAdapter) -> str | None:
-    """Code of the reply, None when it was done."""
-    driver.engine.handle(request)
-    for _ in patience("the reply"):
-        if request.request_id in driver.replies:
-            break
-        driver.step()
-    error = driver.replies[request.request_id].error
-    return None if error is None else error[0]
-
-
-def bring_to_device(driver: Driver, *digests: str) -> None:
-    """One after the other, so that their slots are in this order."""
-    for request_id, digest in enumerate(digests, start=1000):
-        assert settled(driver, MoveAdapter(request_id, digest, "device")) is None
-
-
 def next_logits(driver: Driver) -> dict[str, torch.Tensor]:
     """Logits of the batch that would run next, by sequence; the batch is not run."""
     batch = driver.engine.scheduler.schedule()
@@ -117,6 +100,7 @@ def test_every_stream_of_a_mixed_batch_is_that_of_peft_alone(drivers: Drivers, a
     """Six adapters and the base over three slots, two streams each, prefilled in chunks."""
     driver = drivers.make(adapter_slots=3, max_batch_tokens=32)
     digests = {name: driver.add_adapter(folder) for name, folder in adapters.items()}
+    driver.bring_to_device(*digests.values())  # so that all slots are in use in the first steps
     prompts = [prompt_of(5), prompt_of(37, seed=1)]
     for index, prompt in enumerate(prompts):
         for name in ["base", *adapters]:
@@ -137,7 +121,7 @@ def test_the_logits_of_a_mixed_batch_are_those_of_peft_alone(
 ) -> None:
     driver = drivers.make(adapter_slots=3)
     digests = {name: driver.add_adapter(adapters[name]) for name in trio}
-    bring_to_device(driver, *digests.values())
+    driver.bring_to_device(*digests.values())
     prompts = {name: prompt_of(9 + 4 * index, seed=index) for index, name in enumerate(["base", *trio])}
     for name, prompt in prompts.items():
         driver.submit(name, prompt, digests.get(name))
@@ -157,7 +141,7 @@ def test_base_rows_have_the_bits_of_an_engine_without_adapters(
     """The same batch shape twice: base and adapters mixed, and all base."""
     mixed, plain = drivers.make(adapter_slots=3), drivers.make(adapter_slots=3)
     digests = [mixed.add_adapter(adapters[name]) for name in ("r16", "r40", "r64")]
-    bring_to_device(mixed, *digests)
+    mixed.bring_to_device(*digests)
     for index, adapter in enumerate([None, None, None, *digests]):
         prompt = prompt_of(7 + index, seed=index)
         mixed.submit(f"s{index}", prompt, adapter)
@@ -361,7 +345,7 @@ def test_an_adapter_that_overflows_ends_its_own_requests_only(
     driver: Driver, adapters: dict[str, Path], tmp_path: Path
 ) -> None:
     bad, good = driver.add_adapter(overflowing_adapter(tmp_path / "bad")), driver.add_adapter(adapters["r16"])
-    bring_to_device(driver, bad, good)
+    driver.bring_to_device(bad, good)
     for name, adapter in (("bad", bad), ("good", good), ("base", None)):
         driver.submit(name, prompt_of(20), adapter)
     driver.run()
@@ -375,7 +359,7 @@ def test_what_an_aborted_prefill_left_behind_is_not_read_by_others(drivers: Driv
     """A long prompt on an overflowing adapter, dropped before anything was sampled from it."""
     driver = drivers.make(kv_cache_bytes=8 * BLOCK_BYTES, max_batch_tokens=16)
     bad = driver.add_adapter(overflowing_adapter(tmp_path / "bad"))
-    bring_to_device(driver, bad)
+    driver.bring_to_device(bad)
     driver.submit("bad", prompt_of(100), bad)
     for _ in range(5):
         driver.step()
@@ -459,14 +443,14 @@ def test_a_request_whose_client_is_gone_never_starts(driver: Driver) -> None:
 
 def test_a_version_is_moved_up_and_down_on_request(driver: Driver, adapters: dict[str, Path]) -> None:
     digest = driver.add_adapter(adapters["r16"])
-    assert settled(driver, MoveAdapter(1, digest, "host")) is None
+    assert driver.settled(MoveAdapter(1, digest, "host")) is None
     assert driver.engine.residency.where(digest) == "host"
-    assert settled(driver, MoveAdapter(2, digest, "device")) is None
+    assert driver.settled(MoveAdapter(2, digest, "device")) is None
     assert driver.engine.residency.where(digest) == "device"
-    assert settled(driver, MoveAdapter(3, digest, "host")) is None  # it is there already, and better
-    assert settled(driver, MoveAdapter(4, digest, "disk")) is None
+    assert driver.settled(MoveAdapter(3, digest, "host")) is None  # it is there already, and better
+    assert driver.settled(MoveAdapter(4, digest, "disk")) is None
     assert driver.engine.residency.where(digest) == "disk"
-    assert settled(driver, MoveAdapter(5, digest, "disk")) is None
+    assert driver.settled(MoveAdapter(5, digest, "disk")) is None
     reported = [step.residency for step in driver.steps if step.residency is not None]
     assert [digest] in [residency.device for residency in reported]
     assert (reported[-1].device, reported[-1].host) == ([], [])
@@ -480,18 +464,18 @@ def test_a_version_is_moved_up_and_down_on_request(driver: Driver, adapters: dic
 def test_moves_that_cannot_be_done_say_why(drivers: Drivers, adapters: dict[str, Path]) -> None:
     driver = drivers.make(adapter_slots=2)
     digests = [driver.add_adapter(adapters[name]) for name in ("r1", "r4", "r16")]
-    assert settled(driver, MoveAdapter(1, "f" * 64, "device")) == "invalid"
-    bring_to_device(driver, *digests[:2])
+    assert driver.settled(MoveAdapter(1, "f" * 64, "device")) == "invalid"
+    driver.bring_to_device(*digests[:2])
     for index in range(2):
         driver.submit(f"s{index}", prompt_of(4), digests[index], max_tokens=400)
     step_until_running(driver, "s0", "s1")
-    assert settled(driver, MoveAdapter(2, digests[0], "disk")) == "busy"
-    assert settled(driver, MoveAdapter(3, digests[2], "device")) == "no_room"
-    assert settled(driver, PinAdapter(4, digests[0], True)) is None
-    assert settled(driver, PinAdapter(5, digests[1], True)) == "no_room"
+    assert driver.settled(MoveAdapter(2, digests[0], "disk")) == "busy"
+    assert driver.settled(MoveAdapter(3, digests[2], "device")) == "no_room"
+    assert driver.settled(PinAdapter(4, digests[0], True)) is None
+    assert driver.settled(PinAdapter(5, digests[1], True)) == "no_room"
     assert driver.steps[-1].stats.slots_pinned == 1
-    assert settled(driver, PinAdapter(6, digests[0], False)) is None
-    assert settled(driver, PinAdapter(7, digests[1], True)) is None
+    assert driver.settled(PinAdapter(6, digests[0], False)) is None
+    assert driver.settled(PinAdapter(7, digests[1], True)) is None
     driver.engine.handle(Abort(["s0", "s1"]))
     driver.run()
 
@@ -507,7 +491,7 @@ def test_a_load_is_tried_anew_after_an_old_failure(
     assert driver.finish_reason("s") == "error"
     (tmp_path / "away").rename(driver.store.path(digest))
     clock.now += residency.RETRY_SECONDS + 0.01
-    assert settled(driver, MoveAdapter(1, digest, "device")) is None
+    assert driver.settled(MoveAdapter(1, digest, "device")) is None
 
 
 def test_reads_that_nobody_waits_for_any_more_are_dropped(
@@ -553,13 +537,13 @@ def test_device_memory_is_taken_by_native_rank(drivers: Drivers, adapters: dict[
         return {slot.digest: len(slot.pages) * page for slot in table.slots()}
 
     for index, digest in enumerate(digests[:4]):
-        assert settled(driver, MoveAdapter(index, digest, "device")) is None
+        assert driver.settled(MoveAdapter(index, digest, "device")) is None
     assert used() == dict.fromkeys(digests[:4], page)
-    assert settled(driver, MoveAdapter(5, digests[4], "device")) is None
+    assert driver.settled(MoveAdapter(5, digests[4], "device")) is None
     assert used() == dict.fromkeys(digests[1:5], page)  # there are slots left, but no memory
-    assert settled(driver, MoveAdapter(6, digests[5], "device")) is None
+    assert driver.settled(MoveAdapter(6, digests[5], "device")) is None
     assert used() == {digests[5]: 4 * page}
-    assert settled(driver, PinAdapter(7, digests[5], True)) == "no_room"
+    assert driver.settled(PinAdapter(7, digests[5], True)) == "no_room"
     for index, digest in enumerate(digests):
         driver.submit(f"s{index}", prompt_of(4), digest, max_tokens=3)
     driver.run()
@@ -589,11 +573,11 @@ def test_whole_weights_leave_the_device_with_their_adapter(drivers: Drivers, tmp
         return [slot.digest for slot in found]
 
     for index, digest in enumerate((a, b)):
-        assert settled(driver, MoveAdapter(index, digest, "device")) is None
+        assert driver.settled(MoveAdapter(index, digest, "device")) is None
     assert kept() == [a, b]
-    assert settled(driver, MoveAdapter(3, c, "device")) is None
+    assert driver.settled(MoveAdapter(3, c, "device")) is None
     assert kept() == [b, c]  # a slot and pages were left, but no room for a third head
-    assert settled(driver, MoveAdapter(4, b, "disk")) is None
+    assert driver.settled(MoveAdapter(4, b, "disk")) is None
     assert kept() == [c]
     driver.engine.handle(RetireAdapter(c))
     driver.run()
@@ -611,7 +595,7 @@ def test_an_adapter_with_more_whole_weights_than_the_budget_is_refused(drivers: 
 def test_pinning_loads_and_protects(drivers: Drivers, adapters: dict[str, Path]) -> None:
     driver = drivers.make(adapter_slots=2)
     digests = [driver.add_adapter(adapters[name]) for name in ("r1", "r4", "r16")]
-    assert settled(driver, PinAdapter(1, digests[0], True)) is None
+    assert driver.settled(PinAdapter(1, digests[0], True)) is None
     for index, digest in enumerate(digests * 2):
         driver.submit(f"s{index}", prompt_of(4), digest, max_tokens=2)
         driver.run()
@@ -655,7 +639,7 @@ def test_an_adapter_that_is_deleted_while_it_loads_leaves_no_memory_behind(
 def test_a_retired_version_goes_when_its_last_sequence_ends(driver: Driver, adapters: dict[str, Path]) -> None:
     """Running and waiting sequences keep it; then device and host memory are free, even if it was pinned."""
     digest = driver.add_adapter(next(iter(adapters.values())))
-    assert settled(driver, PinAdapter(0, digest, True)) is None
+    assert driver.settled(PinAdapter(0, digest, True)) is None
     driver.submit("running", prompt_of(20), digest, max_tokens=8)
     step_until_running(driver, "running")
     driver.submit("waiting", prompt_of(20, seed=1), digest, max_tokens=8)
@@ -668,7 +652,7 @@ def test_a_retired_version_goes_when_its_last_sequence_ends(driver: Driver, adap
 
 def test_an_idle_version_that_is_retired_goes_at_once(driver: Driver, adapters: dict[str, Path]) -> None:
     digest = driver.add_adapter(next(iter(adapters.values())))
-    bring_to_device(driver, digest)
+    driver.bring_to_device(digest)
     driver.engine.handle(RetireAdapter(digest))
     driver.engine.handle(RetireAdapter("0" * 64))
     driver.run()
@@ -691,7 +675,7 @@ def test_a_retired_version_that_is_pinned_again_stays(driver: Driver, adapters: 
     driver.submit("running", prompt_of(20), digest, max_tokens=8)
     step_until_running(driver, "running")
     driver.engine.handle(RetireAdapter(digest))
-    assert settled(driver, PinAdapter(0, digest, True)) is None
+    assert driver.settled(PinAdapter(0, digest, True)) is None
     driver.run()
     assert driver.finish_reason("running") == "length"
     assert driver.engine.residency.where(digest) == "device"

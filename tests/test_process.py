@@ -14,11 +14,13 @@ import psutil
 import pytest
 
 from server.config import ServeConfig
-from server.ipc import client as client_module
 from server.ipc import process_transport as process
-from server.ipc.client import EngineClient, EngineState, EngineUnavailable, Stream
+from server.ipc import supervisor
+from server.ipc.client import EngineClient
 from server.ipc.messages import SequenceOutput
 from server.ipc.process_transport import ProcessTransport
+from server.ipc.stream import Stream
+from server.ipc.supervisor import EngineState, EngineUnavailable
 from tests.fixtures.adapter_factory import tiny_llama, write_adapter
 from tests.fixtures.engine_driver import MIB, make_driver
 from tests.fixtures.timing import HANG_SECONDS, Clock, eventually, wait_for
@@ -115,7 +117,7 @@ async def test_a_killed_engine_is_noticed_replaced_and_leaves_nothing_behind(
 async def test_an_engine_that_hangs_is_replaced(
     llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client_module, "time", clock := Clock())
+    monkeypatch.setattr(supervisor, "time", clock := Clock())
     transport = make_transport(llama_folder, tmp_path)
     client = EngineClient(transport, hang_seconds=60.0)
     await client.start()
@@ -221,7 +223,7 @@ PARENT = """
 import asyncio, sys
 from pathlib import Path
 from server.config import ServeConfig
-from server.ipc import client as client_module
+from server.ipc import supervisor
 from server.ipc import process_transport as process
 from server.ipc.client import EngineClient
 from server.ipc.process_transport import ProcessTransport

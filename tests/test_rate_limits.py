@@ -106,7 +106,7 @@ def test_the_reason_that_lasts_longest_is_given(clock: Clock) -> None:
     rates = RateLimits(Limits(tokens_per_minute=60), clock)
     begin(rates, Limits(max_concurrent=1), "a", tokens=90)
     seconds, message = refused(rates, Limits(max_concurrent=1), "a")
-    assert seconds == 31 and "60 tokens per minute" in message and "the adapter 'a'" in message
+    assert seconds == 31 and "60 tokens per minute" in message and "the requested adapter" in message
 
 
 def test_each_adapter_and_the_key_have_their_own_and_a_refusal_takes_from_none(clock: Clock) -> None:

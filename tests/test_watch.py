@@ -15,8 +15,8 @@ from server import serve
 from server.api.adapters import publishing
 from server.api.adapters import watcher as watch
 from server.api.adapters.watcher import FolderWatcher
-from server.ipc.client import EngineUnavailable
 from server.ipc.messages import RunSelfTest, ToEngine
+from server.ipc.supervisor import EngineUnavailable
 from tests.fixtures.api_server import BASE, Api, adapter_files, assert_error, serving
 from tests.fixtures.timing import eventually
 from tests.test_api_composition import digest

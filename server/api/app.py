@@ -14,6 +14,7 @@ from server.api.errors import install_error_handlers
 from server.api.inference import chat, completions
 from server.api.middleware.auth import AuthMiddleware
 from server.api.middleware.body_limits import BodyLimitsMiddleware
+from server.api.middleware.browser_guard import BrowserGuard
 from server.api.middleware.request_scope import RequestMiddleware
 from server.api.schemas import ChatCompletionChunk, CompletionChunk
 
@@ -25,13 +26,20 @@ def create_app(context: AppContext) -> FastAPI:
     for module in (health, models, chat, completions, routes, aliases, merge, vllm_compat):
         app.include_router(module.router)
     install_error_handlers(app)
-    # The middleware added last runs first: request id, then authorization, then body limits.
+    # The middleware added last runs first: request id, then host and origin, then authorization, then body limits.
     app.add_middleware(BodyLimitsMiddleware, max_upload_bytes=context.config.max_upload_bytes)
     app.add_middleware(AuthMiddleware, keys=context.keys)
+    app.add_middleware(BrowserGuard, hosts=_hosts(context))
     app.add_middleware(RequestMiddleware, metrics=context.metrics)
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
     context.watch()
     return app
+
+
+def _hosts(context: AppContext) -> set[str] | None:
+    """Return the host names that requests may use, or None for all: who needs no key might be a page of any name."""
+    config = context.config
+    return None if context.keys and not config.allowed_host else {config.host, *config.allowed_host}
 
 
 def _document(app: FastAPI) -> dict[str, Any]:

@@ -20,8 +20,9 @@ from server.api.text.adapter_tokenizers import AdapterTokenizers
 from server.api.text.template_sandbox import TemplateSandbox
 from server.api.text.tokenizer import Tokenizer
 from server.config import ServeConfig
-from server.ipc.client import EngineClient, EngineState, EngineUnavailable
+from server.ipc.client import EngineClient
 from server.ipc.messages import EngineInfo, ResidencyReport
+from server.ipc.supervisor import EngineState, EngineUnavailable
 from server.metrics import Metrics
 from server.queue_limits import QueueLimits
 

@@ -11,7 +11,8 @@ from starlette.exceptions import HTTPException
 
 from adapters.errors import AdapterError, AdapterInvalid
 from server.api.schemas import ErrorBody
-from server.ipc.client import AdapterMoveRefused, EngineState, EngineUnavailable
+from server.ipc.client import AdapterMoveRefused
+from server.ipc.supervisor import EngineState, EngineUnavailable
 
 RETRY_AFTER_SECONDS = 2
 _MAX_VALIDATION_ERRORS = 5

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from server.sequence import ScaledAdapter, Sequence
+from server.sequence import NO_BLOCK, ScaledAdapter, Sequence
 
 
 @dataclass(slots=True)
@@ -88,12 +88,17 @@ class BlockManager:
         The last token is never matched, because sampling needs its logits.
         """
         matched: list[int] = []
-        for index, block_hash in enumerate(self._prefix_hashes(seq)):
-            block_id = self._cached.get(block_hash, -1)
-            if block_id < 0 or self._blocks[block_id].token_ids != self._tokens_of(seq, index):
+        for index in range(len(self._prefix_hashes(seq))):
+            block_id = self._find(seq, index)
+            if block_id == NO_BLOCK:
                 break
             matched.append(block_id)
         return matched
+
+    def _find(self, seq: Sequence, index: int) -> int:
+        block_id = self._cached.get(seq.block_hashes[index], NO_BLOCK)
+        is_same = block_id != NO_BLOCK and self._blocks[block_id].token_ids == self._tokens_of(seq, index)
+        return block_id if is_same else NO_BLOCK
 
     def _prefix_hashes(self, seq: Sequence) -> list[bytes]:
         """Return the hashes of the blocks of a waiting sequence that may be matched."""
@@ -124,16 +129,20 @@ class BlockManager:
 
     def can_admit(self, seq: Sequence, matched: list[int]) -> bool:
         """Return whether the whole of `seq` fits beside the running sequences, given the cached blocks it shares."""
-        idle_matches = sum(1 for block_id in matched if self._blocks[block_id].ref_count == 0)
-        return self.blocks_for(seq.num_tokens) - len(matched) <= self.num_free - idle_matches
+        held = (self._blocks[block_id] for block_id in matched if block_id != NO_BLOCK)
+        idle_matches = sum(1 for block in held if block.ref_count == 0)
+        return self.blocks_wanted(seq, matched) <= self.num_free - idle_matches
+
+    def blocks_wanted(self, seq: Sequence, matched: list[int]) -> int:
+        """Return how many blocks `seq` takes beside its cached prefix."""
+        return self.blocks_for(seq.num_tokens) - len(matched)
 
     def admit(self, seq: Sequence, matched: list[int]) -> None:
         """Give `seq` its cached prefix; `grow` adds the other blocks as needed."""
         assert not seq.block_table
-        for block_id in matched:
-            block = self._blocks[block_id]
+        for block in (self._blocks[block_id] for block_id in matched if block_id != NO_BLOCK):
             if block.ref_count == 0:
-                del self._free[block_id]
+                del self._free[block.block_id]
             block.ref_count += 1
         seq.block_table = list(matched)
         seq.num_computed_tokens = len(matched) * self.block_size
@@ -181,14 +190,25 @@ class BlockManager:
     def free(self, seq: Sequence) -> None:
         """Release the references of `seq`. Later blocks are freed first, so prefixes stay cached longest."""
         for block_id in reversed(seq.block_table):
-            block = self._blocks[block_id]
-            block.ref_count -= 1
-            if block.ref_count == 0:
-                self._free[block_id] = None
-                if block.block_hash is None:
-                    self._free.move_to_end(block_id, last=False)
+            if block_id != NO_BLOCK:
+                self._drop(self._blocks[block_id])
         seq.block_table = []
         seq.num_computed_tokens = 0
+
+    def _drop(self, block: Block) -> None:
+        block.ref_count -= 1
+        if block.ref_count == 0:
+            self._free[block.block_id] = None
+            if block.block_hash is None:
+                self._free.move_to_end(block.block_id, last=False)
+
+    def num_passed(self, num_tokens: int) -> int:
+        """Return how many of a sequence's first blocks no token from `num_tokens` on can see (sliding_blocks.py)."""
+        return 0
+
+    def release_passed(self, seq: Sequence, num_tokens: int) -> list[int]:
+        """Release those blocks. Returns the ones that may contain NaN."""
+        return []
 
     def disown_unverified(self, seq: Sequence) -> list[int]:
         """Remove blocks of `seq` alone whose content never led to finite logits from the prefix cache, and return them.
@@ -198,7 +218,9 @@ class BlockManager:
         """
         if seq.num_verified_tokens >= max(seq.num_computed_tokens, seq.num_launched_tokens):
             return []
-        suspect = seq.block_table[max(seq.num_verified_tokens, 0) // self.block_size :]
+        return self._disown(seq, seq.block_table[max(seq.num_verified_tokens, 0) // self.block_size :])
+
+    def _disown(self, seq: Sequence, suspect: list[int]) -> list[int]:
         if seq.num_verified_tokens < 0:
             for block_id in suspect:
                 self._blocks[block_id].verified = False
@@ -212,8 +234,9 @@ class BlockManager:
         """Raise AssertionError if the accounting is inconsistent; tests call this after every operation."""
         references = [0] * self.num_blocks
         for seq in running:
-            for block_id in seq.block_table:
-                references[block_id] += 1
+            for index, block_id in enumerate(seq.block_table):
+                assert block_id != NO_BLOCK or index < self.num_passed(seq.num_computed_tokens)
+                references[block_id] += block_id != NO_BLOCK
         for block in self._blocks:
             assert block.ref_count == references[block.block_id], block
             assert (block.ref_count == 0) == (block.block_id in self._free), block

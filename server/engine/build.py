@@ -33,11 +33,13 @@ from server.engine.progress import StepProgress
 from server.engine.scheduler import Scheduler
 from server.engine.selftest import SelfTests
 from server.engine.sizing import host_cache_bytes, plan_memory, refuse_early, room
+from server.engine.sliding_blocks import SlidingBlocks
 from server.engine.step_cost import StepBudget
 from server.engine.threads import set_threads, stay_single_threaded, step_aside
 from server.engine.weights_reader import WeightsReader
 from server.ipc.messages import EngineInfo
 from server.model import attention
+from server.model.kv_cache import CacheShape
 from server.model.loading.loader import LoadedModel, ModelRefused, load_model
 from server.model.loading.probe import probe
 from server.model.loading.tokenizer import load_tokenizer
@@ -71,7 +73,7 @@ def build_engine(config: ServeConfig) -> tuple[Engine, EngineInfo]:
     reader = _weights_reader(config, spec)
     residency = _residency(config, loaded, spec, runner, plan, reader)
     scheduler = Scheduler(
-        BlockManager(num_blocks, BLOCK_SIZE),
+        _blocks(config, shape, num_blocks),
         residency,
         max_num_seqs=config.max_num_seqs,
         max_batch_tokens=config.max_batch_tokens,
@@ -93,6 +95,12 @@ def build_engine(config: ServeConfig) -> tuple[Engine, EngineInfo]:
         progress=StepProgress(loaded.model),
     )
     return engine, _info(config, loaded, spec, runner, residency.slots, num_blocks, max_model_len, graphs)
+
+
+def _blocks(config: ServeConfig, shape: CacheShape, num_blocks: int) -> BlockManager:
+    if shape.window is None:
+        return BlockManager(num_blocks, BLOCK_SIZE)
+    return SlidingBlocks(num_blocks, BLOCK_SIZE, window=shape.window, max_step_tokens=config.max_batch_tokens)
 
 
 def _native_code() -> str:

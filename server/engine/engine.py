@@ -179,8 +179,8 @@ class Engine:
             self._moves.unload_retired(digests_of(self._sequences.values()))
         for seq, reason in self.scheduler.failed():
             self._finish(seq, [], FinishReason.ERROR, error=f"the adapter could not be loaded: {reason}")
-        for seq, reason in self.merging.refused():
-            self._finish(seq, [], FinishReason.ERROR, error=reason)
+        for seq in self.merging.refused():
+            self._finish(seq, [], FinishReason.MERGED)
 
     def _end_expired(self) -> None:
         """End sequences whose deadline has passed. Those that wait never start."""
@@ -298,6 +298,7 @@ class Engine:
             sampled = next(samples) if scheduled.samples else None
             if sampled is not None and self._is_live(scheduled.seq):
                 self._take(scheduled, sampled)
+            self.scheduler.release_passed(scheduled.seq, scheduled.end)
 
     def _take(self, scheduled: ScheduledSequence, sampled: Sample) -> None:
         seq, end = scheduled.seq, scheduled.end

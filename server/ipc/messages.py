@@ -98,7 +98,7 @@ class SequenceOutput(msgspec.Struct, frozen=True, array_like=True):
 
     seq_id: str
     token_ids: list[int]
-    finish_reason: Literal["stop", "length", "abort", "timeout", "error"] | None = None
+    finish_reason: Literal["stop", "length", "abort", "timeout", "merged", "error"] | None = None
     logprobs: list[TokenLogprobs] | None = None  # one per token id, if requested
     num_cached_tokens: int = 0
     queue_seconds: float = 0.0

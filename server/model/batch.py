@@ -9,13 +9,15 @@ import torch
 
 from adapters.device.transfers import upload
 from adapters.kernels.segments import NO_SEGMENTS, Rows, Segments, SlotUse, build_segments
+from server.model.visible_context import visible_context
 from server.sequence import ScheduledBatch, ScheduledSequence
 from server.sequence import Sequence as TokenSequence
 
 
 @dataclass(frozen=True, slots=True)
 class SequenceRows:
-    """Rows `[start, end)` of the step are the new tokens of one sequence; its context ends with them."""
+    """Rows `[start, end)` of the step are the new tokens of one sequence; its context ends with them, and begins later
+    than the sequence if none of the rows sees the sequence's first blocks."""
 
     start: int
     end: int
@@ -79,7 +81,7 @@ def build_batch(
             sample_rows.append(len(ids) - 1)
             if late_tokens and scheduled.seq in late_tokens[0]:
                 late.append((len(ids) - 1, late_tokens[0][scheduled.seq]))
-        sequences.append(SequenceRows(row, len(ids), scheduled.end, table))
+        sequences.append(SequenceRows(row, len(ids), *visible_context(table, scheduled.end, block_size)))
     packed = np.concatenate([ids, *positions, *slots, sample_rows, *zip(*late, strict=True)]).astype(np.int64)
     sizes = [len(ids), len(ids), len(ids), len(sample_rows), len(late), len(late)]
     input_ids, row_positions, slot_mapping, samples, rows, places = torch.split(upload(packed, device), sizes)

@@ -15,7 +15,8 @@ from server.api.adapters.publishing import Publication, Published, publish_from
 from server.api.adapters.schemas import RegisterRequest
 from server.api.adapters.threads import finish_in_thread
 from server.api.context import AppContext
-from server.ipc.client import AdapterMoveRefused, EngineUnavailable
+from server.ipc.client import AdapterMoveRefused
+from server.ipc.supervisor import EngineUnavailable
 
 log = logging.getLogger(__name__)
 

@@ -23,7 +23,8 @@ from server.api.context import AppContext
 from server.api.errors import ApiError, model_not_found, unavailable
 from server.api.middleware.auth import Key
 from server.api.text.template_sandbox import TemplateFailed
-from server.ipc.client import AdapterMoveRefused, EngineUnavailable
+from server.ipc.client import AdapterMoveRefused
+from server.ipc.supervisor import EngineUnavailable
 
 _MAX_NAMED = 200  # characters of a base model's name in the report
 UPLOAD = "upload"  # the source of adapters that a client sent

@@ -19,7 +19,8 @@ from adapters.records import Inspected, PendingAdapter
 from adapters.sources import NAMED_BY_OPERATOR, copy_from
 from server.api.adapters.publishing import Publication, publish_from
 from server.api.context import AppContext
-from server.ipc.client import AdapterMoveRefused, EngineUnavailable
+from server.ipc.client import AdapterMoveRefused
+from server.ipc.supervisor import EngineUnavailable
 
 log = logging.getLogger(__name__)
 

@@ -47,9 +47,9 @@ class Choice:
         self._stop_ids = stop_ids
 
     def absorb(self, output: SequenceOutput, delta: Delta) -> None:
-        """Add `output` to `delta`. Raises `EngineFailure` if the sequence was aborted or failed."""
+        """Add `output` to `delta`. Raises `EngineFailure` if the sequence was aborted, refused or failed."""
         reason = output.finish_reason
-        if reason == "error" or reason == "abort" or reason == "timeout":
+        if reason is not None and reason != "stop" and reason != "length":
             self.finished = True
             raise EngineFailure(reason, output.error)
         self.cached_tokens, self.queue_seconds = output.num_cached_tokens, output.queue_seconds
@@ -75,7 +75,7 @@ class Choice:
 
 
 class EngineFailure(Exception):
-    """The engine aborted a sequence or failed to compute it."""
+    """The engine aborted or refused a sequence, or failed to compute it."""
 
     def __init__(self, reason: str, message: str | None):
         super().__init__(message or reason)

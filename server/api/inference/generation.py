@@ -12,13 +12,14 @@ from server.api.context import AdapterUse, AppContext
 from server.api.errors import ApiError, engine_unavailable, server_error, unavailable
 from server.api.inference.choices import Choice, Delta, EngineFailure
 from server.api.inference.plan import GenerationPlan
-from server.api.inference.targets import adapter_failed, room_error
+from server.api.inference.targets import adapter_failed, merged_error, room_error
 from server.api.middleware.rate_limits import Lease
 from server.api.middleware.request_scope import unless_disconnected
 from server.api.schemas import PromptTokensDetails, UsageBody
 from server.api.text.tokenizer import Detokenizer
-from server.ipc.client import EngineState, Stream
 from server.ipc.messages import SequenceOutput, Submit
+from server.ipc.stream import Stream
+from server.ipc.supervisor import EngineState
 from server.metrics import RequestTimer
 from server.sequence import SamplingParams
 
@@ -128,6 +129,8 @@ class Generation:
     def _api_error(self, failure: EngineFailure) -> ApiError:
         if failure.reason == "abort":
             return self._abort_error()
+        if failure.reason == "merged":
+            return merged_error()
         if failure.reason == "timeout":
             return ApiError(504, failure.message or "The request took too long.", code="deadline_exceeded")
         if self._context.engine.state is not EngineState.READY:

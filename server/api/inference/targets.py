@@ -175,12 +175,16 @@ def _identity(adapters: tuple[ScaledAdapter, ...]) -> str:
 def refuse_if_merged(context: AppContext, adapters: tuple[ScaledAdapter, ...]) -> None:
     merged = context.engine.requested_merge
     if context.config.merge_others == "refuse" and merged is not None and adapters != (ScaledAdapter(merged),):
-        raise ApiError(
-            409,
-            "Another adapter is merged into the base model, and the server refuses requests for other models.",
-            code="merged",
-            param="model",
-        )
+        raise merged_error()
+
+
+def merged_error() -> ApiError:
+    return ApiError(
+        409,
+        "Another adapter is merged into the base model, and the server refuses requests for other models.",
+        code="merged",
+        param="model",
+    )
 
 
 def _serving_record(context: AppContext, key: Key, name: str, user: str | None) -> AdapterRecord:

@@ -144,7 +144,8 @@ class RateLimits:
             meters.append(self._keys.setdefault(key_id, Meter("this key", limits, self._clock)))
         if self._adapter_limits != Limits():
             for name in adapters:
-                new = Meter(f"the adapter '{name}'", self._adapter_limits, self._clock)
+                # Without its name: an alias may have members that the key must not know.
+                new = Meter("the requested adapter", self._adapter_limits, self._clock)
                 meters.append(self._adapters.setdefault(name, new))
         return meters
 

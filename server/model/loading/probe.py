@@ -45,6 +45,11 @@ class Observation:
         """Return the windows of the layers without a soft cap on their scores."""
         return {layer: window for layer, window in self.windows.items() if self.softcaps[layer] is None}
 
+    def largest_window(self) -> int | None:
+        """Return the number of latest keys beyond which no layer looks; None if a layer looks at all."""
+        windows = [window for window in self.windows.values() if window]
+        return max(windows) if windows and len(windows) == len(self.windows) else None
+
 
 def probe(loaded: LoadedModel, max_rank: int) -> tuple[CacheShape, ModelSpec]:
     """Return the shape of the model's KV cache, and its adaptable modules. Raises `ModelRefused`.
@@ -58,7 +63,8 @@ def probe(loaded: LoadedModel, max_rank: int) -> tuple[CacheShape, ModelSpec]:
         raise ModelRefused(
             "its attention layers do not use transformers' attention interface, which the paged attention needs"
         )
-    shape = CacheShape(tuple(seen.kv[layer] for layer in range(len(seen.kv))), loaded.dtype, seen.plain_windows())
+    layers = tuple(seen.kv[layer] for layer in range(len(seen.kv)))
+    shape = CacheShape(layers, loaded.dtype, seen.plain_windows(), seen.largest_window())
     return shape, _spec(loaded, seen, max_rank)
 
 
