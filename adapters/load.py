@@ -16,7 +16,16 @@ from adapters.peft.tensor_names import TensorKind
 from adapters.validation.inspect import check_lora
 from adapters.validation.peft_types import base as parts
 from adapters.validation.peft_types.convert import Converted, read_converted
-from adapters.weights import AdapterWeights, LoraFactors, PairRotation, Projection, SparseDelta, TokenRows
+from adapters.validation.virtual_tokens import Virtual, read_virtual
+from adapters.weights import (
+    AdapterWeights,
+    LoraFactors,
+    PairRotation,
+    Projection,
+    SparseDelta,
+    TokenRows,
+    VirtualTokens,
+)
 
 
 def load(folder: Path, spec: ModelSpec, digest: str | None = None, *, verify: bool = True) -> AdapterWeights:
@@ -30,6 +39,9 @@ def load(folder: Path, spec: ModelSpec, digest: str | None = None, *, verify: bo
     converted = read_converted(folder, spec, known)
     if converted is not None:
         return _converted(converted, _expected(digest, converted.digest))
+    virtual = read_virtual(folder, spec, known)
+    if virtual is not None:
+        return _virtual(virtual, _expected(digest, virtual.digest))
     checked = check_lora(folder, spec, with_numbers=digest is None, known_digest=known)
     found, tensors = _expected(digest, checked.digest), checked.tensors
     reader = _Reader(_loaded(tensors.path), tensors, checked.settings, spec)
@@ -89,6 +101,12 @@ def _add(weights: AdapterWeights, module: str, part: parts.Part) -> None:
             weights.sparse[module] = SparseDelta(of(indices), of(values), shape)
         case parts.Circulant(kernel):
             weights.circulant[module] = of(kernel)
+
+
+def _virtual(adapter: Virtual, digest: str) -> AdapterWeights:
+    """Return the weights of an adapter of virtual tokens, which has no factors."""
+    tokens = VirtualTokens(torch.from_numpy(adapter.values()), adapter.config.type.is_prefix)
+    return AdapterWeights(digest, 1, {}, adapter.nbytes(), virtual=tokens)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,8 @@ class ModelSpec:
     shapes of all parameters that an adapter may replace; `transposed` is the subset of its modules whose stacked
     experts are stored as `[experts, in, out]`. `tied` is true when the output head uses the input embedding's weight.
     `siblings` lists groups of `modules` that read the same input, in call order. `names` has every module of the base
-    model, adaptable or not; it is empty if the base model is unknown.
+    model, adaptable or not; it is empty if the base model is unknown. `kv` has the key/value heads and the head
+    dimension of each layer.
     """
 
     modules: dict[str, tuple[int, int]]
@@ -28,6 +29,7 @@ class ModelSpec:
     tied: bool = False
     siblings: tuple[tuple[str, ...], ...] = ()
     names: frozenset[str] = frozenset()
+    kv: tuple[tuple[int, int], ...] = ()
 
     def groups(self) -> Iterator[tuple[str, ...]]:
         """Yield every module exactly once: siblings together, all others alone."""

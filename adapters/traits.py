@@ -14,9 +14,10 @@ class Traits:
     scale is that of its factors, because nothing else in it has one in PEFT, as saved modules. `mergeable`: it
     changes linear layers only, and every token in the same way. `invocation_tokens`: it is active from the last
     occurrence of these tokens in the prompt; empty for always active. `vocab_size`: the size of its vocabulary
-    where it differs from the base model's, else None. `tokenizer`, `chat_template`: it includes a tokenizer or a
-    chat template of its own. `eos_token`: it has neither, and a token of the base's tokenizer that ends its
-    outputs.
+    where it differs from the base model's, else None. `virtual_tokens`: their number in front of every prompt;
+    `has_prefix`: the adapter has their keys and values, not their embeddings. `tokenizer`, `chat_template`: it
+    includes a tokenizer or a chat template of its own. `eos_token`: it has neither, and a token of the base's
+    tokenizer that ends its outputs.
     """
 
     additive: bool = True
@@ -25,6 +26,8 @@ class Traits:
     mergeable: bool = True
     invocation_tokens: tuple[int, ...] = ()
     vocab_size: int | None = None
+    virtual_tokens: int = 0
+    has_prefix: bool = False
     tokenizer: bool = False
     chat_template: bool = False
     eos_token: bool = False

@@ -55,6 +55,15 @@ class TokenRows:
 
 
 @dataclass(frozen=True, slots=True)
+class VirtualTokens:
+    """Tokens in front of every prompt: their embeddings `[n, hidden]` or, with `is_prefix`, their keys and values,
+    `[n, layers, 2, kv heads, head_dim]` as stored and `[layers, 2, n, kv heads, head_dim]` once packed."""
+
+    values: Tensor
+    is_prefix: bool
+
+
+@dataclass(frozen=True, slots=True)
 class AdapterWeights:
     """An adapter in host memory: `rank` is the largest rank of its modules, `nbytes` the size of all tensors in bytes.
 
@@ -65,7 +74,8 @@ class AdapterWeights:
     outputs. `reflections` are unit vectors `[r, in]`, along each of which its inputs are reflected, last to first;
     these and `projections` become factors where the base's weight is known. `block_rotations [n, b, b]`, or one block
     for all, multiply a linear's inputs, `weight_scales` its weight's rows, and `pair_rotations` change its outputs.
-    `sparse` and `circulant` (kernels `[out / b, in / b, b]`) are deltas of a linear's weight.
+    `sparse` and `circulant` (kernels `[out / b, in / b, b]`) are deltas of a linear's weight. `virtual` are tokens in
+    front of every prompt.
     """
 
     digest: str
@@ -87,4 +97,5 @@ class AdapterWeights:
     pair_rotations: dict[str, PairRotation] = field(default_factory=dict)
     sparse: dict[str, SparseDelta] = field(default_factory=dict)
     circulant: dict[str, Tensor] = field(default_factory=dict)
+    virtual: VirtualTokens | None = None
     vocab_size: int | None = None  # where it is not the base's

@@ -10,6 +10,7 @@ from adapters.peft.config_keys import REFUSED_KEYS
 from adapters.peft.lora_config import REFUSED_TYPES, SERVED_TYPES
 from adapters.peft.lora_forms import LORA_FORMS
 from adapters.validation.peft_types.convert import PEFT_TYPES
+from adapters.validation.virtual_tokens import VIRTUAL_TYPES
 from docs.tables import REFERENCE, Rows, render, table
 from tests.fixtures.parity_cases import BASES, CASES, NOT_ON_NF4
 from tests.fixtures.peft_corpus import CORPUS
@@ -133,6 +134,7 @@ def types() -> str:
 def refused_keys_of_types() -> str:
     tables = {name: config_class.keys for name, config_class in PEFT_TYPES.items()}
     tables |= {name: form.keys for name, form in LORA_FORMS.items()}
+    tables |= {name: kind.keys for name, kind in VIRTUAL_TYPES.items()}
     rows: Rows = [
         (f"`{name}`", ", ".join(f"`{key}`" for key in sorted(keys.refused)))
         for name, keys in sorted(tables.items())

@@ -195,8 +195,11 @@ def assert_peft_agrees(world: World, case: str | None, prompt: list[int], tokens
 @torch.inference_mode()
 def logits_on(model: Any, prompt: list[int], tokens: list[int], activated: bool = False) -> Tensor:
     ids = torch.tensor([prompt + tokens])
-    options = {"alora_offsets": [ids.shape[1] - 10]} if activated else {}  # counted from the end
-    return model(input_ids=ids, use_cache=False, **options).logits[0, len(prompt) - 1 : -1].float()
+    options: dict[str, Any] = {"alora_offsets": [ids.shape[1] - 10]} if activated else {}  # counted from the end
+    if getattr(model, "peft_type", None) == "MULTITASK_PROMPT_TUNING":
+        options["task_ids"] = torch.tensor([0])
+    logits: Tensor = model(input_ids=ids, use_cache=False, **options).logits[0]  # with rows of virtual tokens before
+    return logits[-len(tokens) - 1 : -1].float()
 
 
 def is_activated(settings: Any) -> bool:

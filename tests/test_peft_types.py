@@ -53,6 +53,7 @@ from adapters.validation.inspect import inspect
 from adapters.validation.peft_types.convert import PEFT_TYPES
 from adapters.validation.peft_types.lycoris import _factorised
 from adapters.validation.peft_types.oft import _divisor_near
+from adapters.validation.virtual_tokens import VIRTUAL_TYPES
 from adapters.weights import AdapterWeights
 from tests.fixtures.adapter_factory import spec_of, tiny_llama, with_peft, write_peft_adapter
 
@@ -132,7 +133,7 @@ def refused(folder: Path, spec: ModelSpec) -> list[Problem]:
 
 
 def test_the_types_that_are_served() -> None:
-    assert {"LORA", *PEFT_TYPES, *LORA_FORMS} == set(SERVED_TYPES)
+    assert {"LORA", *PEFT_TYPES, *LORA_FORMS, *VIRTUAL_TYPES} == set(SERVED_TYPES)
     assert {config.peft_type.value for config in CONFIGS.values()} == set(PEFT_TYPES)
 
 
@@ -156,7 +157,7 @@ def test_every_key_of_peft_is_in_exactly_one_table(name: str) -> None:
     assert set(known) == {field.name for field in dataclasses.fields(CONFIGS[name])}
 
 
-@pytest.mark.parametrize("peft_type", ["PREFIX_TUNING", "XLORA", "FOURIERFT", "loha"])
+@pytest.mark.parametrize("peft_type", ["XLORA", "FOURIERFT", "loha"])
 def test_another_type_is_refused_with_those_that_are_served(
     peft_type: str, good: dict[str, Path], spec: ModelSpec, tmp_path: Path
 ) -> None:

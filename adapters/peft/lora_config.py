@@ -14,30 +14,26 @@ from adapters.peft.patterns import BadPattern, ModuleNames, ModulePatterns, is_l
 from adapters.peft.targets import Targets
 from adapters.traits import Traits
 
+# Types of virtual tokens, which `adapters.validation.virtual_tokens` reads.
+VIRTUAL_TOKEN_TYPES = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING", "CPT", "CARTRIDGE")
 # LORA, and the types that `adapters.validation.peft_types` converts.
 SERVED_TYPES = (
     "LORA", "ADALORA", "BEFT", "BOFT", "C3A", "DEFT", "DELORA", "GRALORA", "HRA", "IA3", "LN_TUNING", "LOHA", "LOKR",
-    "MISS", "OFT", "PVERA", "ROAD", "SHIRA", "TRAINABLE_TOKENS", "UNILORA", "VBLORA", "VERA",
+    "MISS", "OFT", "PVERA", "ROAD", "SHIRA", "TRAINABLE_TOKENS", "UNILORA", "VBLORA", "VERA", *VIRTUAL_TOKEN_TYPES,
 )  # fmt: skip
 # Every other type of PEFT's, and why its effect is not served.
 REFUSED_TYPES = {
     "ADAMSS": "clusters the base's weights anew wherever it is loaded",
     "ADAPTION_PROMPT": "adds attention over trained prompts inside the layers",
-    "CARTRIDGE": "has virtual tokens",
-    "CPT": "has virtual tokens",
     "FOURIERFT": "draws the places of its frequencies from a random generator, and does not save them",
     "FROD": "decomposes the base's weights anew wherever it is loaded",
     "GLORA": "multiplies the entries of the base's weights",
     "HIRA": "multiplies the entries of the base's weights",
     "LILY": "mixes its factors by the mean over all tokens of a batch, so that rows change each other",
-    "MULTITASK_PROMPT_TUNING": "has virtual tokens",
     "OSF": "replaces the base's weights by their decomposition",
     "PEANUT": "passes the base's weights through a network of its own",
     "POLY": "needs the id of a task with every prompt",
-    "PREFIX_TUNING": "has virtual tokens",
-    "PROMPT_TUNING": "has virtual tokens",
     "PSOFT": "decomposes the base's weights anew wherever it is loaded",
-    "P_TUNING": "has virtual tokens",
     "RANDLORA": "sums random factors to a delta of full rank",
     "SHADOW": "runs a second model beside the base",
     "SUPERTUNING": "has sparse entries and factors in one layer",

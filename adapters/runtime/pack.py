@@ -21,7 +21,8 @@ from adapters.runtime.module_overrides import (
     replaced,
 )
 from adapters.runtime.row_maps import RowMaps, row_maps_of
-from adapters.weights import AdapterWeights, LoraFactors
+from adapters.runtime.virtual_tokens import pack_virtual
+from adapters.weights import AdapterWeights, LoraFactors, VirtualTokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +30,10 @@ class PackedAdapter:
     """A version in the pool's layout and dtype: the scaling (and DoRA's) is folded into the B of `columns` before
     rounding, and the columns are zero-padded to whole pages. `vectors` are output vectors by module, `input_vectors`
     the same for inputs, `row_maps` other functions of its rows, `module_overrides` all other changes to a module, in
-    order of application. `nbytes` is the size in bytes, `extra_bytes` the part of it that is not in `columns`.
-    `follows_from_shapes` tells that all of it was computed from the adapter and the shapes of the base model alone, not
-    from the base's weights, and that it has a packed form (packed_format.py)."""
+    order of application, and `virtual` the tokens in front of every prompt. `nbytes` is the size in bytes,
+    `extra_bytes` the part of it that is not in `columns`. `follows_from_shapes` tells that all of it was computed from
+    the adapter and the shapes of the base model alone, not from the base's weights, and that it has a packed form
+    (packed_format.py)."""
 
     num_pages: int
     columns: RankColumns
@@ -43,6 +45,7 @@ class PackedAdapter:
     extra_bytes: int = 0
     follows_from_shapes: bool = False
     row_maps: dict[str, RowMaps] = field(default_factory=dict)
+    virtual: VirtualTokens | None = None
 
 
 def pack(
@@ -54,7 +57,7 @@ def pack(
     Raises `AdapterInvalid` when a weight is finite in its own dtype but not in `dtype`.
     """
     given, weights = weights, with_base(weights, bases)
-    num_pages = pages_of(weights.rank)
+    num_pages = 0 if weights.virtual else pages_of(weights.rank)
     columns = RankColumns.zeros(num_pages * PAGE_COLUMNS, _widths(weights, bases), dtype, pinned=pinned)
     modules = columns.views()
     module_overrides = {
@@ -84,8 +87,12 @@ def pack(
     input_vectors = _scaling_vectors(weights.input_scales)
     row_maps = row_maps_of(weights)
     of_maps = [tensor for maps in row_maps.values() for tensor in maps.tensors()]
+    virtual = None if weights.virtual is None else pack_virtual(weights.virtual, dtype)
+    if virtual is not None:
+        _check_finite("prompt_embeddings", dtype, [virtual.values])
     extra = sum(own.nbytes for own in (*vectors.values(), *input_vectors.values(), *of_maps))
     extra += nbytes(o for stack in module_overrides.values() for o in stack)
+    extra += 0 if virtual is None else virtual.values.nbytes
     size = columns.flat.nbytes + extra
     return PackedAdapter(
         num_pages,
@@ -98,13 +105,15 @@ def pack(
         extra,
         follows_from_shapes=not row_maps and _follows_from_shapes(given, module_overrides),
         row_maps=row_maps,
+        virtual=virtual,
     )
 
 
 def _follows_from_shapes(weights: AdapterWeights, module_overrides: Mapping[str, tuple[nn.Module, ...]]) -> bool:
-    """Return True for plain factors and scales: all others use the base's weights."""
+    """Return True for plain factors and scales: all others use the base's weights, or are virtual tokens, whose file
+    would repeat that of the adapter."""
     of_base = (weights.reflections, weights.projections, weights.added_biases, weights.biases, module_overrides)
-    if any(of_base) or _overridden_modules(weights) or weights.vocab_size is not None:
+    if weights.virtual or any(of_base) or _overridden_modules(weights) or weights.vocab_size is not None:
         return False
     return all(own.magnitude is None and own.bias is None for own in weights.factors.values())
 

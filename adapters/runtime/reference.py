@@ -48,6 +48,38 @@ class ReferenceAdapter:
                 hooks.callback(handle.remove)
             yield
 
+    @property
+    def num_virtual(self) -> int:
+        """The number of virtual tokens in the probe prompt, which bounds its memory."""
+        return 0 if self.weights.virtual is None else min(len(self.weights.virtual.values), MAX_PROBED_VIRTUAL)
+
+    @property
+    def has_prefix(self) -> bool:
+        """Return True if the virtual tokens are keys and values."""
+        return self.weights.virtual is not None and self.weights.virtual.is_prefix
+
+    @contextmanager
+    def in_front(self, embedding: nn.Module, keys: list[Tensor], values: list[Tensor]) -> Iterator[None]:
+        """Put the virtual tokens in front of a sequence until the context ends: in its first rows of `embedding`, or in
+        the first slots of `keys` and `values` `[blocks, size, kv heads, head_dim]` by layer."""
+        virtual = self.weights.virtual
+        if virtual is None:
+            yield
+        elif virtual.is_prefix:
+            for layer, (key, value) in enumerate(zip(keys, values, strict=True)):
+                key.flatten(0, 1)[: self.num_virtual] = virtual.values[: self.num_virtual, layer, 0].to(key)
+                value.flatten(0, 1)[: self.num_virtual] = virtual.values[: self.num_virtual, layer, 1].to(value)
+            yield
+        else:
+            own = virtual.values[: self.num_virtual]
+            hook = embedding.register_forward_hook(
+                lambda _module, _args, output: torch.cat([own.to(output)[None], output[:, len(own) :]], dim=1)
+            )
+            try:
+                yield
+            finally:
+                hook.remove()
+
     def _touched(self) -> set[str]:
         w = self.weights
         scales = (w.input_scales, w.output_scales, w.added_biases, w.reflections, w.projections)
@@ -145,6 +177,7 @@ class ReferenceAdapter:
 
 
 _ONE, _ZERO = torch.ones(()), torch.zeros(())
+MAX_PROBED_VIRTUAL = 240  # virtual tokens of a self-test
 REFERENCE_ROWS = 4096  # rows of a weight in float32 on the device at once; the memory plan counts them
 
 

@@ -29,7 +29,7 @@ class RotatedBlocks(nn.Module):
         self.register_buffer("blocks", blocks.float())
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = x.float().unflatten(-1, (-1, self.blocks.shape[-1])).transpose(0, 1)
+        parts = torch.unflatten(x.float(), -1, (-1, self.blocks.shape[-1])).transpose(0, 1)
         return torch.matmul(parts, self.blocks).transpose(0, 1).reshape_as(x).to(x.dtype)
 
 
@@ -49,7 +49,7 @@ class RotatedPairs(nn.Module):
 
     def forward(self, y: Tensor) -> Tensor:
         wide = y.float()
-        swapped = wide.unflatten(-1, (-1, 2, self._half)).flip(2).reshape_as(wide)
+        swapped = torch.unflatten(wide, -1, (-1, 2, self._half)).flip(2).reshape_as(wide)
         return torch.addcmul(wide * self.first, swapped, self.second).to(y.dtype)
 
 
@@ -92,7 +92,7 @@ class Circulant(nn.Module):
         self.register_buffer("spectrum", spectrum.permute(2, 1, 0).contiguous().resolve_conj())
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = torch.fft.rfft(x.float().unflatten(-1, (-1, self._size))).permute(2, 0, 1)
+        parts = torch.fft.rfft(torch.unflatten(x.float(), -1, (-1, self._size))).permute(2, 0, 1)
         y: Tensor = torch.fft.irfft((parts @ self.spectrum).permute(1, 2, 0), n=self._size)
         return y.reshape(len(x), -1)
 

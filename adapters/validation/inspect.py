@@ -11,7 +11,7 @@ from adapters.model_spec import ModelSpec
 from adapters.peft.config_reader import MAX_CONFIG_BYTES, read_json
 from adapters.peft.digest import Scan, scan
 from adapters.peft.files import CONFIG_FILE, FILES, WEIGHTS_FILE
-from adapters.peft.foreign_files import PICKLE_FILE, TO_SAFETENSORS
+from adapters.peft.foreign_files import foreign_weights
 from adapters.peft.lora_config import LoraSettings, parse_config
 from adapters.peft.lora_tensors import (
     LoraTensors,
@@ -25,14 +25,19 @@ from adapters.records import Inspected
 from adapters.traits import Traits
 from adapters.validation.lora_checks import LoraChecks
 from adapters.validation.peft_types.convert import Converted, read_converted, type_config_of
+from adapters.validation.virtual_tokens import Virtual, read_virtual, virtual_config_of
 
 
 def inspect(folder: Path, spec: ModelSpec, base: BaseTokens | None = None, *, with_tokenizer: bool = True) -> Inspected:
     """Validate the adapter in `folder` against the base model, whose tokenizer is `base`. Raises `AdapterInvalid` with
     every problem found. The tokenizer files of a stored version need not be checked again."""
-    converted = read_converted(folder, spec)
     check = _TokenizerCheck(folder, base, with_tokenizer)
-    inspected = _inspect_lora(folder, spec, check) if converted is None else _inspect_converted(converted, spec, check)
+    if (converted := read_converted(folder, spec)) is not None:
+        inspected = _inspect_converted(converted, spec, check)
+    elif (virtual := read_virtual(folder, spec)) is not None:
+        inspected = _inspect_virtual(virtual, spec, check)
+    else:
+        inspected = _inspect_lora(folder, spec, check)
     files = read_tokenizer_files(folder)
     own = files.features or (("eos_token",) if own_end(files, base) else ())
     inspected.report["features"] += own
@@ -86,6 +91,20 @@ def _inspect_converted(adapter: Converted, spec: ModelSpec, check: _TokenizerChe
     return Inspected(adapter.digest, adapter.rank, _last_parts(adapter.layers), adapter.nbytes(), report)
 
 
+def _inspect_virtual(adapter: Virtual, spec: ModelSpec, check: _TokenizerCheck) -> Inspected:
+    adapter.check_values()
+    if problems := check.problems(spec.vocab_size):
+        raise AdapterInvalid(problems)
+    report: dict[str, Any] = {
+        "applied": {"modules": 0, "tensors": len(adapter.tensors)},
+        "features": [adapter.config.peft_type.lower()],
+        "traits": adapter.config.traits().described(),
+    }
+    if notes := [*adapter.notes(), *check.notes]:
+        report["notes"] = notes
+    return Inspected(adapter.digest, 1, (), adapter.nbytes(), report)
+
+
 def _last_parts(modules: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted({module.rpartition(".")[2] for module in modules}))
 
@@ -97,7 +116,7 @@ def check_files(folder: Path) -> None:
     with (folder / CONFIG_FILE).open("rb") as file:
         text = file.read(MAX_CONFIG_BYTES + 1)
     config, _ = read_json(text)
-    type_config = None if config is None else type_config_of(config)
+    type_config = None if config is None else type_config_of(config) or virtual_config_of(config)
     problems = parse_config(text)[1] if type_config is None else type_config.all_problems()
     try:
         read_header(folder / WEIGHTS_FILE, {**FLOAT_BYTES, **INDEX_BYTES}, allow_empty=True)
@@ -114,11 +133,13 @@ def _require_files(folder: Path) -> None:
 
 
 def _absent(folder: Path, name: str) -> Problem:
-    if name == WEIGHTS_FILE and (folder / PICKLE_FILE).is_file():
-        return Problem(
-            name, f"no file, but {PICKLE_FILE}, a pickle", f"safetensors: {TO_SAFETENSORS}", "malformed_file"
-        )
-    return Problem(name, "no file", "a file", "malformed_file")
+    files = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    other = foreign_weights(files) if name == WEIGHTS_FILE else None
+    if other is not None:
+        return Problem(name, f"no file, but {other[0]}, {other[1]}", f"safetensors: {other[2]}", "malformed_file")
+    below = sorted(path.parent.name for path in folder.glob(f"*/{name}"))[:3] if name == CONFIG_FILE else []
+    where = f", but one in {', '.join(below)} (a folder for each named adapter)" if below else ""
+    return Problem(name, f"no file{where}", "a file", "malformed_file")
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,16 +10,14 @@ Every block is in exactly one of three states:
 The free list is in order of release, so the least recently used content is reused first.
 """
 
-import hashlib
-from array import array
 from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-import msgspec
-
-from server.sequence import NO_BLOCK, ScaledAdapter, Sequence
+from server.engine.block_hashes import adapted, block_hash_of, chain_seed, reweighted, salted
+from server.engine.prompt_scores import max_cached_tokens
+from server.sequence import NO_BLOCK, Sequence
 
 
 @dataclass(slots=True)
@@ -29,29 +27,6 @@ class Block:
     block_hash: bytes | None = None
     token_ids: tuple[int, ...] = ()  # compared on a hit, so that a hash collision cannot return wrong keys and values
     verified: bool = False  # finite logits were computed from its content
-
-
-def chain_seed(cache_salt: str, merged: str = "") -> bytes:
-    """Return the start of a sequence's hash chain. Blocks are shared only within one salt, and only if the same version
-    is merged into the base model's weights: the merged product has other bits than the sum of two products."""
-    seed = hashlib.sha256(b"salt" + cache_salt.encode()).digest()
-    return _reweighted(seed, 0, merged) if merged else seed
-
-
-def _reweighted(parent: bytes, position: int, merged: str) -> bytes:
-    """Return the chain for the block in which a merge or its end, before the token at `position`, changed the
-    weights."""
-    return hashlib.sha256(parent + msgspec.json.encode(("merged", merged, position))).digest()
-
-
-def adapted(parent: bytes, adapters: tuple[ScaledAdapter, ...], active_from: int) -> bytes:
-    """Return the chain for the first block that the adapters apply to. From there on, blocks are shared only among the
-    same versions, scales and `active_from`, because a block's tokens do not determine where the adapters begin."""
-    return hashlib.sha256(parent + msgspec.json.encode((sorted(adapters), active_from))).digest()
-
-
-def _block_hash(parent: bytes, token_ids: list[int]) -> bytes:
-    return hashlib.sha256(parent + array("q", token_ids).tobytes()).digest()
 
 
 @dataclass(slots=True)
@@ -104,7 +79,7 @@ class BlockManager:
         """Return the hashes of the blocks of a waiting sequence that may be matched."""
         if seq.chain_merged != self.merged or seq.weight_changes:  # hashed for other weights
             seq.block_hashes, seq.chain_merged, seq.weight_changes = [], self.merged, []
-        num_blocks = (seq.num_tokens - 1) // self.block_size
+        num_blocks = max_cached_tokens(seq) // self.block_size
         self._extend_hashes(seq, num_blocks)
         return seq.block_hashes[:num_blocks]
 
@@ -247,14 +222,17 @@ class BlockManager:
         return tuple(seq.token_ids[index * self.block_size : (index + 1) * self.block_size])
 
     def _extend_hashes(self, seq: Sequence, num_full: int) -> None:
+        first_own = seq.num_virtual_tokens // self.block_size  # blocks of virtual tokens alone are of all tenants
         for index in range(len(seq.block_hashes), num_full):
-            parent = seq.block_hashes[-1] if seq.block_hashes else chain_seed(seq.cache_salt, seq.chain_merged)
+            parent = seq.block_hashes[-1] if seq.block_hashes else chain_seed(seq.chain_merged)
+            if index == first_own:
+                parent = salted(parent, seq.cache_salt, seq.request_salt)
             for position, merged in seq.weight_changes:
                 if position // self.block_size == index:
-                    parent = _reweighted(parent, position, merged)
+                    parent = reweighted(parent, position, merged)
             if seq.adapters and index == seq.active_from // self.block_size:
                 parent = adapted(parent, seq.adapters, seq.active_from)
-            seq.block_hashes.append(_block_hash(parent, list(self._tokens_of(seq, index))))
+            seq.block_hashes.append(block_hash_of(parent, self._tokens_of(seq, index)))
 
     def _publish(self, seq: Sequence, index: int) -> None:
         block = self._blocks[seq.block_table[index]]

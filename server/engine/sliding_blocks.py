@@ -32,9 +32,9 @@ class SlidingBlocks(BlockManager):
 
     def blocks_wanted(self, seq: Sequence, matched: list[int]) -> int:
         """Return how many blocks `seq` takes at most at a time: two steps may be in flight before the blocks that the
-        first one passed are released."""
+        first one passed are released. A prefix is copied within one step."""
         held = len(matched) - matched.count(NO_BLOCK)
-        most = self.blocks_for(self.window + 2 * self.max_step_tokens) + 1
+        most = self.blocks_for(seq.num_copied_tokens + self.window + 2 * self.max_step_tokens) + 1
         return min(BlockManager.blocks_wanted(self, seq, matched), most - held)
 
     def verify(self, seq: Sequence, num_tokens: int) -> None:

@@ -65,10 +65,10 @@ def probe(loaded: LoadedModel, max_rank: int) -> tuple[CacheShape, ModelSpec]:
         )
     layers = tuple(seen.kv[layer] for layer in range(len(seen.kv)))
     shape = CacheShape(layers, loaded.dtype, seen.plain_windows(), seen.largest_window())
-    return shape, _spec(loaded, seen, max_rank)
+    return shape, _spec(loaded, seen, layers, max_rank)
 
 
-def _spec(loaded: LoadedModel, seen: Observation, max_rank: int) -> ModelSpec:
+def _spec(loaded: LoadedModel, seen: Observation, kv: tuple[tuple[int, int], ...], max_rank: int) -> ModelSpec:
     model: Any = loaded.model
     by_rows = {
         name: model.get_submodule(name)
@@ -88,6 +88,7 @@ def _spec(loaded: LoadedModel, seen: Observation, max_rank: int) -> ModelSpec:
         tied=model.get_output_embeddings().weight is model.get_input_embeddings().weight,
         siblings=_siblings(seen, linears),
         names=frozenset(name for name, _ in model.named_modules() if name),
+        kv=kv,
     )
 
 
