@@ -151,7 +151,7 @@ async def test_ranks_that_do_not_fit_together(tmp_path: Path) -> None:
         await api.http.post("/v1/adapters/three/pin")
         info = api.engine.info
         for pages, status, code in ((1, 400, "invalid_value"), (2, 503, "no_room"), (3, 200, None)):
-            api.context.engine.info = msgspec.structs.replace(info, adapter_pages=pages)
+            api.context.engine._supervisor.info = msgspec.structs.replace(info, adapter_pages=pages)
             answer = await api.chat(adapters=HALF_AND_HALF)
             assert answer.status_code == status
             if code is not None:
