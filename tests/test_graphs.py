@@ -16,6 +16,7 @@ from adapters.runtime.columns import RankColumns
 from adapters.runtime.layers import LoRAGroup
 from adapters.runtime.pack import PackedAdapter
 from adapters.runtime.pool import AdapterPool
+from adapters.runtime.row_maps import RowMaps
 from server.model.batch import ForwardBatch, SequenceRows
 from server.model.graphs import DecodeGraphs, StaticKernel, bucket_sizes, capture_decode_graphs
 from server.model.virtual_tokens import VirtualRows, VirtualSpan
@@ -159,6 +160,7 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "output vectors": {"vectors": {"m": torch.ones(2, 4)}},
     "input vectors": {"input_vectors": {"m": torch.ones(2, 4)}},
     "module overrides": {"module_overrides": {"m": (torch.nn.Identity(),)}},
+    "row maps": {"row_maps": {"m": RowMaps(before=torch.nn.Identity())}},
 }
 
 
