@@ -309,14 +309,15 @@ def test_a_prefix_longer_than_the_window_finds_its_blocks(tmp_path: Path) -> Non
     model.save_pretrained(tmp_path / "model")
     with ExitStack() as stack:
         world = World(model, tmp_path, stack)
-        driver = world.driver(kv_cache_bytes=14 * BLOCK_BYTES, max_batch_tokens=16)
-        digest = driver.add_adapter(world.adapter("CARTRIDGE", 100))
-        driver.bring_to_device(digest)
-        for seq_id in ("a", "b", "c"):
-            driver.submit(seq_id, prompt_of(40, ord(seq_id)), digest, max_tokens=NEW_TOKENS)
+        driver = world.driver(kv_cache_bytes=12 * BLOCK_BYTES, max_batch_tokens=16)
+        folders = {seed: world.adapter("CARTRIDGE", 100, seed) for seed in range(3)}
+        digests = {seed: driver.add_adapter(folder) for seed, folder in folders.items()}
+        driver.bring_to_device(*digests.values())
+        for seed, digest in digests.items():
+            driver.submit(str(seed), prompt_of(4, seed), digest, max_tokens=NEW_TOKENS)
         driver.run()
-        for seq_id in ("a", "b", "c"):
-            world.assert_is_peft(driver, seq_id, prompt_of(40, ord(seq_id)), world.adapter("CARTRIDGE", 100))
+        for seed, folder in folders.items():
+            world.assert_is_peft(driver, str(seed), prompt_of(4, seed), folder)
 
 
 def test_the_context_includes_virtual_tokens(world: World) -> None:
