@@ -57,7 +57,7 @@ class AdapterNotFound(AdapterError):
 
 
 class InvalidName(AdapterError):
-    """The name is not valid for an adapter (lower-case letters, digits, `.`, `_`, `-`, at most 64 characters)."""
+    """The name is not valid for an adapter: `adapters/names.py` has the rule."""
 
     status = 400
     code = "invalid_name"

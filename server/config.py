@@ -95,6 +95,12 @@ class ServeConfig:
     max_model_len: int = _setting(
         0, "Maximum number of tokens in prompt and output together; 0 uses the model's limit", ge=0
     )
+    cors_origin: tuple[str, ...] = _setting(
+        (), "Origin whose web pages may call the API from a browser, such as https://chat.example.com; * allows all"
+    )
+    strict_requests: bool = _setting(
+        False, "Refuse requests with unknown fields, which are otherwise named in the header x-loraplex-ignored"
+    )
     max_queue: int = _setting(
         256,
         "Maximum number of sequences that wait for their first token, where each prompt and choice is one. Further "
@@ -119,8 +125,12 @@ class ServeConfig:
         (), "Source that adapters may be registered from: file:///folder, hf://org or s3://bucket/prefix"
     )
     adapter: tuple[str, ...] = _setting((), "Adapter to register at startup, as name=folder")
+    adapter_errors: Literal["fail", "warn"] = _setting(
+        "fail",
+        "What an --adapter that cannot be registered does: `fail` ends the start, `warn` logs it and starts without it",
+    )
     watch_adapters: str = _setting(
-        "", "Folder whose subfolders are registered as adapters, now and whenever they change"
+        "", "Folder whose subfolders, `name` or `org/name`, are registered as adapters, now and whenever they change"
     )
     scrub_mb_per_second: float = _setting(
         8.0,

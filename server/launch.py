@@ -31,10 +31,11 @@ def launch(config: ServeConfig) -> None:
 
 
 def _serve(config: ServeConfig, transport: ProcessTransport | None) -> None:
-    from server.start_checks import check_start, open_registry
+    from server.start_checks import check_merge, check_start, open_registry
 
     check_start(config)
     with closing(open_registry(config)) as registry:
+        check_merge(config, registry)
         from server.serve import run  # importing the API takes most of a second, in which the engine's process starts
 
         run(config, registry, transport)

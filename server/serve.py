@@ -5,21 +5,25 @@ import gc
 import json
 import logging
 import socket
+import time
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
 from rich.console import Console
 
-from adapters.errors import AdapterError
+from adapters.errors import AdapterConflict, AdapterError
+from adapters.records import PendingAdapter
 from adapters.registry.registry import AdapterRegistry
 from adapters.sources import NAMED_BY_OPERATOR, copy_from
+from adapters.validation.inspect import check_files
 from server.api.adapters import fetching
 from server.api.adapters.merge import merge
 from server.api.adapters.publishing import Publication, publish_from
 from server.api.adapters.scrub import Scrubber
 from server.api.adapters.watcher import FolderWatcher
 from server.api.app import create_app
-from server.api.context import AppContext
+from server.api.context import AppContext, Startup
 from server.api.errors import ApiError
 from server.api.middleware.auth import KeyRing, check_bind
 from server.api.text.tokenizer import Tokenizer
@@ -28,7 +32,7 @@ from server.http.server import HttpServer
 from server.ipc.client import AdapterMoveRefused, EngineClient
 from server.ipc.supervisor import EngineTransport, EngineUnavailable
 from server.metrics import Metrics
-from server.start_checks import DEMO_ADAPTERS, named_adapters
+from server.start_checks import DEMO_ADAPTERS, describe_failure, named_adapters, refuse_failed
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +58,7 @@ async def _serve(config: ServeConfig, keys: KeyRing, registry: AdapterRegistry, 
             keys=keys,
             metrics=Metrics(),
             base_model=config.served_model_name,
+            startup=Startup([name for name, _ in named_adapters(config)]),
         )
         server = Server(context)
         bringing_up = asyncio.create_task(_bring_up(context, starting, server))
@@ -128,30 +133,62 @@ class Server(HttpServer):
 
 
 async def _bring_up(context: AppContext, starting: "asyncio.Task[None]", server: Server) -> None:
-    """Wait for the engine, register the adapters of the command line, restore pins, and print the startup message."""
+    """Wait for the engine, register the adapters of the command line and of the watched folder, merge, become ready and
+    print the startup message; then follow the watched folder."""
+    folder = context.config.watch_adapters
+    watcher = FolderWatcher(context, Path(folder)) if folder else None
     try:
         await starting
         await _use_tokenizer(context)
-        for name, folder in named_adapters(context.config):
-            await _register(context, name, folder)
+        await _register_all(context)
         await _restore(context)
         fetching.resume(context)
-        if context.config.merge:
-            await _merge(context)
+        await _first_pass(context, watcher)
+        await _merge(context)
+        context.startup.done = True
     except EngineUnavailable as error:
         server.should_exit = True
         raise StartFailed(str(error)) from error
-    except (AdapterError, ConfigError) as error:
+    except (StartFailed, ConfigError):
         server.should_exit = True
-        raise StartFailed(f"an adapter of the command line cannot be registered or merged: {error}") from error
-    except (ApiError, AdapterMoveRefused) as error:
-        server.should_exit = True
-        raise StartFailed(f"--merge {context.config.merge} failed: {error}") from error
+        raise
     while not server.started:
         await asyncio.sleep(0.01)
     _greet(context, server.url)
-    if context.config.watch_adapters:
-        await FolderWatcher(context, Path(context.config.watch_adapters)).run()
+    if watcher is not None:
+        await watcher.run()
+
+
+async def _register_all(context: AppContext) -> None:
+    """Publish the adapters of the command line. Raises `StartFailed` that names all which cannot be, unless the
+    operator wants to start without them."""
+    failures = []
+    context.startup.stage = ""
+    for name, folder in named_adapters(context.config):
+        try:
+            await asyncio.to_thread(check_files, folder)
+            await _register(context, name, folder)
+        except (AdapterError, AdapterMoveRefused, OSError) as error:
+            failures.append(describe_failure(name, folder, error))
+            if context.config.adapter_errors == "warn":
+                log.warning("adapter of the command line %s", failures[-1])
+                await _note_failure(context, name, folder, str(error))
+        context.startup.adapters.remove(name)
+    refuse_failed(failures, context.config)
+
+
+async def _note_failure(context: AppContext, name: str, folder: Path, reason: str) -> None:
+    """Store the failure where `GET /v1/adapters` shows it."""
+    source, created = folder.resolve().as_uri(), int(time.time())
+    failed = PendingAdapter(name, source, replacing=True, pinned=False, created=created, error=reason)
+    with suppress(AdapterConflict):
+        await asyncio.to_thread(context.registry.remember, failed)
+
+
+async def _first_pass(context: AppContext, watcher: FolderWatcher | None) -> None:
+    if watcher is not None:
+        context.startup.stage = "the folder of --watch-adapters is read"
+        await watcher.first_pass()
 
 
 async def _scrub(context: AppContext) -> None:
@@ -176,6 +213,8 @@ async def _register(context: AppContext, name: str, folder: Path) -> None:
     try:
         await publish_from(context, fill)
     except AdapterMoveRefused as refused:
+        if name not in context.registry:  # its self-test could not be run
+            raise
         log.warning("adapter %s has a new version, which could not be pinned: %s", name, refused)
 
 
@@ -192,8 +231,15 @@ async def _restore(context: AppContext) -> None:
 
 
 async def _merge(context: AppContext) -> None:
-    record = context.registry.resolve(context.config.merge)
-    await merge(context, record, drain=True, allow_requantize=False)
+    """Merge the adapter of --merge. Raises `StartFailed`."""
+    name = context.config.merge
+    if not name:
+        return
+    context.startup.stage = f"the adapter '{name}' is merged"
+    try:
+        await merge(context, context.registry.resolve(name), drain=True, allow_requantize=False)
+    except (AdapterError, ApiError, AdapterMoveRefused) as error:
+        raise StartFailed(f"--merge {name} failed: {error}") from error
 
 
 def _greet(context: AppContext, url: str) -> None:

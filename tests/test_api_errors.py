@@ -11,6 +11,7 @@ import pytest
 from server.api.middleware.auth import KeyRing
 from server.api.middleware.body_limits import MAX_JSON_BYTES
 from server.config import ServeConfig
+from server.departures import LONGEST_WAIT
 from tests.fixtures.api_server import BASE, Api, LiveServer, assert_error, events, listening, serving
 from tests.fixtures.timing import cpu_seconds, eventually, leap
 
@@ -75,9 +76,9 @@ async def test_bodies_that_are_no_request(tmp_path: Path, raw: bytes) -> None:
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}]},
         {"model": ""},
         {"model": None},
-        {"model": "x" * 257},
-        {"n": 9},
-        {"stop": ["a"] * 5},
+        {"model": "x" * 330},
+        {"n": 129},
+        {"stop": ["a"] * 65},
         {"stop": ""},
         {"stop": "x" * 257},
         {"logit_bias": {str(i): 1 for i in range(301)}},
@@ -114,7 +115,8 @@ async def test_neutral_values_and_novelties_are_accepted(tmp_path: Path) -> None
         neutral = {"tools": [], "response_format": {"type": "text"}, "adapter_scale": 1.0, "modalities": ["text"]}
         answer = await api.chat(**neutral, adapters=None, best_of=1, store=True, brand_new_field={"a": 1})
         assert answer.status_code == 200
-        assert_error(await api.complete(echo=True), 400, "unsupported")
+        assert answer.headers["x-loraplex-ignored"] == "brand_new_field"
+        assert_error(await api.chat(echo=True), 400, "unsupported")
         assert_error(await api.complete(suffix="x"), 400, "unsupported")
 
 
@@ -139,7 +141,6 @@ async def test_unknown_models_and_routes(tmp_path: Path) -> None:
             assert error["param"] == "model"
         assert_error(await api.http.get("/v1/models/nope"), 404, "model_not_found")
         assert_error(await api.http.get("/nope"), 404, "not_found")
-        assert_error(await api.http.get("/v1/models/"), 404)
         assert_error(await api.http.get(CHAT), 405, "method_not_allowed")
         assert_error(await api.http.request("OPTIONS", CHAT), 405)
 
@@ -234,7 +235,7 @@ async def test_one_tenant_s_backlog_is_not_everyone_s(tmp_path: Path) -> None:
         assert len(api.context.in_flight) == 128
         for task in heavy[2:]:
             assert_error(await task, 429, "queue_share")
-            assert task.result().headers["retry-after"] == "1"
+            assert 1 <= int(task.result().headers["retry-after"]) <= LONGEST_WAIT
         light = [ask("patient", prompt="hi") for _ in range(8)]
         await eventually(lambda: len(api.context.in_flight) == 136)
         assert (await api.http.get("/readyz")).status_code == 200

@@ -47,7 +47,7 @@ async def test_virtual_tokens_take_a_part_of_the_context(tmp_path: Path) -> None
         refused = assert_error(
             await api.complete("x" * left, model="one", max_tokens=1), 400, "context_length_exceeded"
         )
-        assert "beside the 200 virtual ones" in refused["message"]
+        assert "200 virtual tokens of the adapter" in refused["message"]
         assert_error(await api.complete("x" * (left - 6), model="one", max_tokens=7), 400, "context_length_exceeded")
 
 

@@ -60,8 +60,8 @@ REFUSED_KEYS: dict[str, tuple[Any, ...]] = {
 # Workarounds for refused keys, appended to the problem's `expected`.
 WAYS_OUT = {
     "init_lora_weights": (
-        ", or the adapter converted to the unmodified base: `loraplex convert ADAPTER OUT --initial INITIAL`, "
-        "or PEFT's save_pretrained(path_initial_model_for_weight_conversion=INITIAL)"
+        ", or the adapter converted to the unmodified base: `loraplex convert ADAPTER OUT --base MODEL` for pissa and "
+        "olora, `loraplex convert ADAPTER OUT --initial INITIAL` for others"
     ),
 }
 # Names in an adapter's report for the keys that it uses.

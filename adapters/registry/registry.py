@@ -14,7 +14,7 @@ from pathlib import Path
 from adapters.errors import AdapterConflict, AdapterNotFound
 from adapters.names import check_name
 from adapters.records import AdapterRecord, AdapterVersion, Entry, HistoryEntry, Inspected, PendingAdapter
-from adapters.registry.aliases import Alias, delete_alias, read_aliases, write_alias
+from adapters.registry.aliases import BASE_MEMBER, Alias, delete_alias, read_aliases, write_alias
 from adapters.registry.db import (
     connect,
     mark_rebuilt,
@@ -287,7 +287,7 @@ class AdapterRegistry:
                 self._db.execute("DELETE FROM pending WHERE name = ?", (name,))
             self.pending = {key: value for key, value in self.pending.items() if key != name}
 
-    def split(self, name: str, weights: Mapping[str, int]) -> Alias:
+    def split(self, name: str, weights: Mapping[str, float]) -> Alias:
         """Create or replace the alias `name` for the adapters in `weights`.
 
         Raises `InvalidName`, `AdapterConflict` (the name is the base model's or an adapter's), `AdapterNotFound` (a
@@ -299,7 +299,7 @@ class AdapterRegistry:
                 self._check_free(name)
             if name in self or name in self.pending:
                 raise AdapterConflict(f"The name '{name}' is an adapter's.")
-            for member in weights:
+            for member in weights.keys() - {BASE_MEMBER}:
                 self._entry(member)
             alias = Alias(name, dict(weights), known.created if known else int(time.time()))
             with transaction(self._db):

@@ -9,8 +9,8 @@ from typing import BinaryIO
 from urllib.parse import unquote, urlsplit
 
 from adapters.errors import AdapterTooLarge, SourceNotAllowed, SourceNotFound
-from adapters.peft.files import FILES, TOKENIZER_FILES, WEIGHTS_FILE
-from adapters.peft.foreign_files import PICKLE_FILE, pickle_instead
+from adapters.peft.files import FILES, TOKENIZER_FILES
+from adapters.peft.foreign_files import foreign_weights, weights_instead
 
 _CHUNK_BYTES = 1 << 20
 
@@ -30,10 +30,11 @@ def check_source(source: str, allowed: Sequence[str]) -> None:
 def copy(source: str, allowed: Sequence[str], into: Path, max_bytes: int, stop: threading.Event) -> str:
     """Copy the adapter's files and return `source`. Symbolic links are allowed if their targets are."""
     folder, left = _file_url_path(source), max_bytes
+    other = foreign_weights(_listed(folder))
+    if other is not None:
+        raise SourceNotFound(weights_instead(source, other))
     for name in (*FILES, *TOKENIZER_FILES):
         path = _checked(folder / name, roots(allowed), source)
-        if name == WEIGHTS_FILE and not path.exists() and os.path.lexists(folder / PICKLE_FILE):
-            raise SourceNotFound(pickle_instead(source))
         if name in FILES or os.path.lexists(folder / name):
             left -= _copy_file(path, into / name, min(left, TOKENIZER_FILES.get(name, left)), source)
     return source
@@ -48,6 +49,13 @@ def _checked(path: Path, roots: Sequence[Path], source: str) -> Path:
             "point to, must lie below an --allow-source."
         )
     return resolved
+
+
+def _listed(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except OSError:
+        return []
 
 
 def _file_url_path(url: str) -> Path:

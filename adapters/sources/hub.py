@@ -5,7 +5,7 @@ The token is the server's own, found by huggingface_hub (HF_TOKEN, or its login)
 
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -15,8 +15,8 @@ import httpx
 import msgspec
 
 from adapters.errors import SourceNotAllowed, SourceNotFound
-from adapters.peft.files import CONFIG_FILE, FILES, TOKENIZER_FILES
-from adapters.peft.foreign_files import PICKLE_FILE, pickle_instead
+from adapters.peft.files import FILES, TOKENIZER_FILES
+from adapters.peft.foreign_files import foreign_weights, weights_instead
 from adapters.sources.download import Digest, Download
 from adapters.sources.urls import check_under, parts
 
@@ -67,6 +67,11 @@ class _Place:
     def path(self, file: str) -> str:
         return "/".join((*self.subfolder, file))
 
+    def beside(self, paths: Iterable[str]) -> list[str]:
+        """Return the names of the files that lie in this place itself."""
+        below = (path.removeprefix(self.path("")) for path in paths if path.startswith(self.path("")))
+        return [name for name in below if "/" not in name]
+
 
 def roots(allowed: Sequence[str]) -> list[tuple[str, ...]]:
     """Return the components of the hub's entries, `hf://org` or `hf://org/repo`. Raises `SourceNotAllowed` for any
@@ -99,8 +104,8 @@ def copy(source: str, allowed: Sequence[str], into: Path, max_bytes: int, stop: 
             raise download.unavailable("cannot be fetched: its hub sent a description that cannot be parsed") from None
         files = {file.name: file for file in known.siblings}
         if any(place.path(name) not in files for name in FILES):
-            is_pickle = all(place.path(name) in files for name in (CONFIG_FILE, PICKLE_FILE))
-            raise SourceNotFound(pickle_instead(source)) if is_pickle else download.not_found()
+            other = foreign_weights(place.beside(files))
+            raise SourceNotFound(weights_instead(source, other)) if other else download.not_found()
         wanted = {name: files[path] for name in (*FILES, *TOKENIZER_FILES) if (path := place.path(name)) in files}
         download.check_size(sum(file.size or 0 for file in wanted.values()))
         for name, file in wanted.items():

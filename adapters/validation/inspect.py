@@ -11,7 +11,7 @@ from adapters.model_spec import ModelSpec
 from adapters.peft.config_reader import MAX_CONFIG_BYTES, read_json
 from adapters.peft.digest import Scan, scan
 from adapters.peft.files import CONFIG_FILE, FILES, WEIGHTS_FILE
-from adapters.peft.foreign_files import PICKLE_FILE, TO_SAFETENSORS
+from adapters.peft.foreign_files import foreign_weights
 from adapters.peft.lora_config import LoraSettings, parse_config
 from adapters.peft.lora_tensors import (
     LoraTensors,
@@ -130,11 +130,13 @@ def _require_files(folder: Path) -> None:
 
 
 def _absent(folder: Path, name: str) -> Problem:
-    if name == WEIGHTS_FILE and (folder / PICKLE_FILE).is_file():
-        return Problem(
-            name, f"no file, but {PICKLE_FILE}, a pickle", f"safetensors: {TO_SAFETENSORS}", "malformed_file"
-        )
-    return Problem(name, "no file", "a file", "malformed_file")
+    files = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    other = foreign_weights(files) if name == WEIGHTS_FILE else None
+    if other is not None:
+        return Problem(name, f"no file, but {other[0]}, {other[1]}", f"safetensors: {other[2]}", "malformed_file")
+    below = sorted(path.parent.name for path in folder.glob(f"*/{name}"))[:3] if name == CONFIG_FILE else []
+    where = f", but one in {', '.join(below)} (a folder for each named adapter)" if below else ""
+    return Problem(name, f"no file{where}", "a file", "malformed_file")
 
 
 @dataclass(frozen=True, slots=True)

@@ -114,6 +114,24 @@ class InFlight:
         return True
 
 
+@dataclass(slots=True)
+class Startup:
+    """The remaining work of the start, for `/readyz` and for requests that name an adapter too early."""
+
+    adapters: list[str] = field(default_factory=list)  # of the command line, not registered yet
+    stage: str = "the model is loaded"  # what is done now, unless it is the registration of `adapters`
+    done: bool = False
+    _total: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._total = len(self.adapters)
+
+    def progress(self) -> str:
+        if self.stage:
+            return self.stage
+        return f"{self._total - len(self.adapters)} of {self._total} adapters of the command line are registered"
+
+
 @dataclass(slots=True, eq=False)
 class AppContext:
     config: ServeConfig
@@ -124,6 +142,7 @@ class AppContext:
     base_model: str
     base_tokenizer: Tokenizer | None = None  # until the engine is ready
     started: float = field(default_factory=time.time)
+    startup: Startup = field(default_factory=lambda: Startup(done=True))
     draining: bool = False  # unready but still serving, because load balancers need time to notice
     accepting: bool = True
     in_flight: InFlight = field(default_factory=InFlight)

@@ -15,10 +15,11 @@ def chain_seed(merged: str = "") -> bytes:
     return reweighted(b"", 0, merged) if merged else b""
 
 
-def salted(parent: bytes, cache_salt: str) -> bytes:
-    """Return the chain for the first block with tokens of a tenant. From there on, blocks are shared only within one
-    salt."""
-    return hashlib.sha256(parent + b"salt" + cache_salt.encode()).digest()
+def salted(parent: bytes, cache_salt: str, request_salt: str = "") -> bytes:
+    """Return the chain for the first block with tokens of a tenant. From there on, blocks are shared only within both
+    salts."""
+    own = hashlib.sha256(parent + b"salt" + cache_salt.encode()).digest()
+    return hashlib.sha256(own + request_salt.encode("utf-8", "surrogatepass")).digest() if request_salt else own
 
 
 def reweighted(parent: bytes, position: int, merged: str) -> bytes:

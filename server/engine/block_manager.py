@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from server.engine.block_hashes import adapted, block_hash_of, chain_seed, reweighted, salted
+from server.engine.prompt_scores import max_cached_tokens
 from server.sequence import NO_BLOCK, Sequence
 
 
@@ -78,7 +79,7 @@ class BlockManager:
         """Return the hashes of the blocks of a waiting sequence that may be matched."""
         if seq.chain_merged != self.merged or seq.weight_changes:  # hashed for other weights
             seq.block_hashes, seq.chain_merged, seq.weight_changes = [], self.merged, []
-        num_blocks = (seq.num_tokens - 1) // self.block_size
+        num_blocks = max_cached_tokens(seq) // self.block_size
         self._extend_hashes(seq, num_blocks)
         return seq.block_hashes[:num_blocks]
 
@@ -225,7 +226,7 @@ class BlockManager:
         for index in range(len(seq.block_hashes), num_full):
             parent = seq.block_hashes[-1] if seq.block_hashes else chain_seed(seq.chain_merged)
             if index == first_own:
-                parent = salted(parent, seq.cache_salt)
+                parent = salted(parent, seq.cache_salt, seq.request_salt)
             for position, merged in seq.weight_changes:
                 if position // self.block_size == index:
                     parent = reweighted(parent, position, merged)

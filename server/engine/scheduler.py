@@ -26,6 +26,7 @@ from server.engine.aging import LOAD, NOTHING, PREFIX, ROOM, SLOT, Aging
 from server.engine.block_manager import BlockManager
 from server.engine.merge_gate import MergeGate
 from server.engine.policies import FirstCome, Policy
+from server.engine.prompt_scores import bound_logits
 from server.engine.step_cost import StepBudget
 from server.sequence import ScheduledBatch, ScheduledSequence, Sequence, SequenceStatus
 
@@ -99,6 +100,7 @@ class Scheduler:
         """Distribute the token budget of one step. The batch is empty if all sequences wait for adapters."""
         batch: list[ScheduledSequence] = []
         tokens = self.step_budget.tokens(self.running, self.waiting, self.max_batch_tokens)
+        tokens = bound_logits(tokens, self.running, self.waiting, self.max_num_seqs)
         budget = self._schedule_running(batch, tokens)
         asking = self._schedule_waiting(batch, budget)
         had = [(self._needs(scheduled.seq), scheduled.seq.number) for scheduled in batch]

@@ -34,6 +34,7 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
     deadline: float | None = None
     virtual_tokens: int = 0
     has_prefix: bool = False
+    request_salt: str = ""  # keeps the prefix cache of a tenant's requests apart
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
@@ -106,6 +107,7 @@ class SequenceOutput(msgspec.Struct, frozen=True, array_like=True):
     num_cached_tokens: int = 0
     queue_seconds: float = 0.0
     error: str | None = None  # message for the client, with reasons "error" and "timeout"
+    prompt_logprobs: list[TokenLogprobs] | None = None  # with the first output: of all prompt tokens but the first
 
 
 class ResidencyReport(msgspec.Struct, frozen=True):

@@ -12,6 +12,7 @@ from typing import Annotated, Literal, get_args
 import msgspec
 from fastapi import Request
 from starlette.datastructures import Headers
+from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.api.errors import ApiError, error_response
@@ -19,13 +20,14 @@ from server.api.middleware.rate_limits import Limits
 from server.config import ConfigError, ServeConfig
 
 KeyScope = Literal["infer", "admin"]
-Need = Literal["open", "observe", "infer", "admin", "operate"]
+Need = Literal["open", "known", "observe", "infer", "admin", "operate"]
 
 ALL_SCOPES: frozenset[KeyScope] = frozenset(get_args(KeyScope))
 _NonEmpty = Annotated[str, msgspec.Meta(min_length=1)]
 _Limit = Annotated[int, msgspec.Meta(ge=1, lt=1 << 53)] | None
 
-# Exact paths. Paths that are not listed need `admin`, so that a new route is closed until it is added here.
+# Exact paths. Routes that are not listed need `admin`, so that a new route is closed until it is added here. What is no
+# route needs a key of any kind, and then gets 404.
 _NEEDS: dict[str, Need] = {
     "/livez": "open",
     "/readyz": "open",
@@ -37,6 +39,9 @@ _NEEDS: dict[str, Need] = {
     "/v1/models": "infer",
     "/v1/chat/completions": "infer",
     "/v1/completions": "infer",
+    "/tokenize": "infer",
+    "/detokenize": "infer",
+    "/tokenizer_info": "infer",
     "/v1/merge": "operate",
 }
 
@@ -60,6 +65,8 @@ class Key:
     def allows(self, need: Need) -> bool:
         """Return whether the key meets `need`. Keys with an allow-list never meet `observe` and `operate`: metrics name
         all adapters, and a merge affects all requests."""
+        if need == "known":
+            return True
         if need == "observe":
             return self.adapters is None
         if need == "operate":
@@ -171,9 +178,10 @@ def need_of(path: str) -> Need:
 class AuthMiddleware:
     """Checks the API key of every request. Pure ASGI, because FastAPI would read a whole upload before checking it."""
 
-    def __init__(self, app: ASGIApp, keys: KeyRing):
+    def __init__(self, app: ASGIApp, keys: KeyRing, routes: Sequence[BaseRoute]):
         self._app = app
         self._keys = keys
+        self._routes = routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -188,8 +196,14 @@ class AuthMiddleware:
             else:
                 await self._app(scope, receive, send)
 
-    def _authorize(self, scope: Scope) -> Key:
+    def _need(self, scope: Scope) -> Need:
         need = need_of(scope["path"])
+        if need != "admin" or any(route.matches(scope)[0] is not Match.NONE for route in self._routes):
+            return need
+        return "known"
+
+    def _authorize(self, scope: Scope) -> Key:
+        need = self._need(scope)
         if not self._keys or need == "open":
             return ANYONE
         scheme, _, secret = Headers(scope=scope).get("authorization", "").partition(" ")

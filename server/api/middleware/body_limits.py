@@ -1,6 +1,7 @@
 """Limits on content types and body sizes, checked by the headers first and enforced again while the body is read."""
 
 import asyncio
+import zlib
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -11,6 +12,7 @@ MAX_JSON_BYTES = 4 << 20
 IDLE_SECONDS = 30.0  # maximum time between two chunks of a body
 _MULTIPART_OVERHEAD = 64 << 10  # boundaries and form fields around the files
 _UPLOAD_PATH = "/v1/adapters"
+_WINDOW_BITS = {"gzip": 31, "deflate": 15}  # zlib's names for the formats
 
 
 class BodyLimitsMiddleware:
@@ -25,11 +27,14 @@ class BodyLimitsMiddleware:
             await self._app(scope, receive, send)
             return
         try:
-            limit = self._limit(scope["path"], Headers(scope=scope))
+            headers = Headers(scope=scope)
+            limit = self._limit(scope["path"], headers)
+            encoding = _encoding(headers, limit)
         except ApiError as error:
             await error_response(error)(scope, receive, send)
         else:
-            await self._app(scope, _bounded(receive, limit), send)
+            bounded = _bounded(receive, limit)
+            await self._app(scope, bounded if encoding is None else _decompressed(bounded, encoding, limit), send)
 
     def _limit(self, path: str, headers: Headers) -> int:
         length = _content_length(headers)
@@ -49,6 +54,50 @@ class BodyLimitsMiddleware:
         if length is not None and length > limit:
             raise _too_large(limit)
         return limit
+
+
+def _encoding(headers: Headers, limit: int) -> str | None:
+    """Return the encoding of a body that is to be decompressed. Raises 415 for one that the server does not read."""
+    encoding = headers.get("content-encoding", "identity").strip().lower()
+    if encoding == "identity" or limit == 0:
+        return None
+    if encoding not in _WINDOW_BITS or limit != MAX_JSON_BYTES:
+        raise ApiError(
+            415,
+            "The content encoding is not supported; send JSON with gzip, deflate or without encoding.",
+            code="unsupported_media_type",
+            headers={"accept-encoding": ", ".join(_WINDOW_BITS)},
+        )
+    return encoding
+
+
+def _decompressed(receive: Receive, encoding: str, limit: int) -> Receive:
+    """Wrap `receive` so that it decompresses the body, and raises if that has more than `limit` bytes or is broken."""
+    decompressor = zlib.decompressobj(_WINDOW_BITS[encoding])
+    read, complete = 0, False
+
+    async def decompressed_receive() -> Message:
+        nonlocal read, complete
+        message = await receive()
+        if complete or message["type"] != "http.request":
+            return message
+        try:
+            body = decompressor.decompress(message.get("body", b""), limit - read + 1)
+        except zlib.error:
+            raise _broken(encoding) from None
+        read += len(body)
+        if read > limit:
+            raise _too_large(limit)
+        complete = not message.get("more_body", False)
+        if complete and not decompressor.eof:
+            raise _broken(encoding)
+        return {**message, "body": body}
+
+    return decompressed_receive
+
+
+def _broken(encoding: str) -> ApiError:
+    return ApiError(400, f"The body is not valid {encoding}.", code="invalid_value")
 
 
 def _content_length(headers: Headers) -> int | None:
