@@ -4,7 +4,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -330,6 +330,17 @@ def test_the_context_includes_virtual_tokens(world: World) -> None:
     assert "more than 16 tokens" in str(driver.outputs["too long"][-1].error)
 
 
+@pytest.mark.parametrize("number", [0, TOKENS - 1])
+def test_a_sequence_with_another_number_of_virtual_tokens_ends(world: World, number: int) -> None:
+    """It would be served without them, or with the rows of another adapter."""
+    driver = world.driver()
+    digest = driver.add_adapter(world.adapter("P_TUNING"))
+    driver.engine.handle(Submit("a", prompt_of(5), SamplingParams(4), plain(digest), virtual_tokens=number))
+    driver.run()
+    assert driver.outputs["a"][-1].error == f"the adapter has {TOKENS} virtual tokens, and the sequence {number}"
+    assert driver.tokens("a") == []
+
+
 def test_penalties_do_not_count_virtual_tokens() -> None:
     seq = Sequence("a", [0, 0, 0, 5, 5, 6], SamplingParams(max_tokens=1), num_virtual_tokens=3)
     _, _, entries = TokenCounts(torch.device("cpu")).prepare([seq], 8)
@@ -339,13 +350,14 @@ def test_penalties_do_not_count_virtual_tokens() -> None:
 # -- memory ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_thousand_cartridges_in_little_memory(world: World) -> None:
+@pytest.mark.parametrize("count", [60, pytest.param(1000, marks=pytest.mark.slow)])
+def test_many_cartridges_in_little_memory(world: World, count: int) -> None:
     """Each keeps 2 layers x 2 x 40 tokens x 2 heads x 16 numbers: 20 KiB, of which the device has room for three."""
-    each, count = 2 * 2 * 40 * 2 * 16 * 4, 60
+    each = 2 * 2 * 40 * 2 * 16 * 4
     driver = world.driver(adapter_slots=8, adapter_override_bytes=3 * each + 1, adapter_host_bytes=12 * each)
     folders = [world.adapter("CARTRIDGE", 40, seed) for seed in range(3)]
     digests = [driver.add_adapter(folder) for folder in folders]
-    digests += [driver.add_adapter(variant(folders[0], world.folder / f"v{i}", i)) for i in range(count)]
+    digests += [driver.add_adapter(variant(folders[0], world.folder / f"{i} of {count}", i)) for i in range(count)]
     assert len(set(digests)) == count + 3
     for index, digest in enumerate(digests):
         driver.submit(str(index), prompt_of(9), digest, max_tokens=2)
@@ -396,7 +408,7 @@ def test_the_selftest_finds_values_in_the_wrong_place(world: World, name: str, m
 
     def shifted(tokens: VirtualTokens, dtype: torch.dtype) -> VirtualTokens:
         packed = right(tokens, dtype)
-        return VirtualTokens(packed.values.roll(1, 1 if packed.is_prefix else 0), packed.is_prefix)
+        return replace(packed, values=packed.values.roll(1, 1 if packed.is_prefix else 0))
 
     monkeypatch.setattr(pack, "pack_virtual", shifted)
     driver = world.driver()
