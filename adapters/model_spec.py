@@ -16,7 +16,7 @@ class ModelSpec:
     experts are stored as `[experts, in, out]`. `tied` is true when the output head uses the input embedding's weight.
     `siblings` lists groups of `modules` that read the same input, in call order. `names` has every module of the base
     model, adaptable or not; it is empty if the base model is unknown. `kv` has the key/value heads and the head
-    dimension of each layer.
+    dimension of each layer. `rereads_tokens` is true when other modules than the embedding read the tokens as well.
     """
 
     modules: dict[str, tuple[int, int]]
@@ -30,6 +30,7 @@ class ModelSpec:
     siblings: tuple[tuple[str, ...], ...] = ()
     names: frozenset[str] = frozenset()
     kv: tuple[tuple[int, int], ...] = ()
+    rereads_tokens: bool = False
 
     def groups(self) -> Iterator[tuple[str, ...]]:
         """Yield every module exactly once: siblings together, all others alone."""

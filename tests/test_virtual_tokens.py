@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
+    Gemma3nTextConfig,
     Gemma3TextConfig,
     GPT2Config,
     MistralConfig,
@@ -24,6 +25,8 @@ from transformers import (
 from adapters.runtime import pack
 from adapters.weights import VirtualTokens
 from server.ipc.messages import Abort, RunSelfTest, Submit
+from server.model.loading.loader import load_model
+from server.model.loading.probe import probe
 from server.model.sampling.token_counts import IN_PROMPT, TokenCounts
 from server.sequence import SamplingParams, Sequence
 from tests.fixtures.adapter_factory import tiny_llama, with_peft, write_adapter
@@ -158,6 +161,18 @@ def test_other_architectures_are_peft(kind: str, tmp_path: Path) -> None:
         driver.run()
         for name in ("PROMPT_TUNING", "PREFIX_TUNING"):
             world.assert_is_peft(driver, name, prompt_of(12), world.adapter(name))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma 3n"])
+def test_a_base_that_reads_its_tokens_again_is_noticed(kind: str, tmp_path: Path) -> None:
+    """Gemma 3n has an embedding per layer, which embeddings in place of tokens would leave out."""
+    sizes = {**GROUPED, "num_kv_shared_layers": 0, "laurel_rank": 8, "hidden_size_per_layer_input": 8}
+    layers = {"layer_types": ["full_attention"] * 2, "activation_sparsity_pattern": [0.0] * 2}
+    config = Gemma3nTextConfig(**sizes, **layers, vocab_size_per_layer_input=97)
+    model = base() if kind == "llama" else AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.save_pretrained(tmp_path)  # type: ignore[operator]
+    _, spec = probe(load_model(str(tmp_path), "float32", "none", "cpu", 64), 8)
+    assert spec.rereads_tokens == (kind == "gemma 3n")
 
 
 def test_bfloat16_is_as_close_as_bfloat16_allows(world: World) -> None:
