@@ -108,7 +108,8 @@ def _add(weights: AdapterWeights, module: str, part: parts.Part) -> None:
 
 def _virtual(adapter: Virtual, digest: str) -> AdapterWeights:
     """Return the weights of an adapter of virtual tokens, which has no factors."""
-    tokens = VirtualTokens(torch.from_numpy(adapter.values()), adapter.config.type.is_prefix)
+    config = adapter.config
+    tokens = VirtualTokens(torch.from_numpy(adapter.values()), config.type.is_prefix, config.num_tokens)
     return AdapterWeights(digest, 1, {}, adapter.nbytes(), virtual=tokens)
 
 

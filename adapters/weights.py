@@ -56,11 +56,12 @@ class TokenRows:
 
 @dataclass(frozen=True, slots=True)
 class VirtualTokens:
-    """Tokens in front of every prompt: their embeddings `[n, hidden]` or, with `is_prefix`, their keys and values,
-    `[n, layers, 2, kv heads, head_dim]` as stored and `[layers, 2, n, kv heads, head_dim]` once packed."""
+    """`number` (n) tokens in front of every prompt: their embeddings `[n, hidden]` or, with `is_prefix`, their keys and
+    values, `[n, layers, 2, kv heads, head_dim]` as stored and `[layers, 2, n, kv heads, head_dim]` once packed."""
 
     values: Tensor
     is_prefix: bool
+    number: int
 
 
 @dataclass(frozen=True, slots=True)

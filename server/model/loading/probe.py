@@ -93,7 +93,17 @@ def _spec(loaded: LoadedModel, seen: Observation, kv: tuple[tuple[int, int], ...
         gathered=frozenset(name for name, module in by_rows.items() if is_gathered(module)),
         conversion=conversion_of(model),
         kv=kv,
+        rereads_tokens=_rereads_tokens(loaded, seen, embedding),
     )
+
+
+def _rereads_tokens(loaded: LoadedModel, seen: Observation, embedding: str) -> bool:
+    """Return True if a module other than the input embedding was given the tokens."""
+    tokens = _tokens(loaded)
+    if tokens.is_meta:  # planned without weights, for no adapter
+        return False
+    others = (calls for name, calls in seen.inputs.items() if name != embedding)
+    return any(torch.equal(call, tokens) for calls in others for call in calls if call.dtype == tokens.dtype)
 
 
 def _siblings(seen: Observation, linears: Collection[str]) -> tuple[tuple[str, ...], ...]:
