@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from load_tests.gpu.setting import TINY, smoke
 from tests.fixtures.triton_device import require_triton
 
 require_triton()
@@ -35,6 +36,14 @@ def test_it_measures_every_section_and_writes_what_it_found(tmp_path: Path) -> N
     }  # fmt: skip
     assert all(row["largest_error"] < 0.05 for row in results if "largest_error" in row)
     assert all(f"kernels of {name} are left out" in str(written["notes"]) for name in ("vllm", "sglang"))
+
+
+def test_the_model_is_the_one_that_the_server_runs() -> None:
+    """Siblings are stacked: five groups with the head, and not eight linears."""
+    from load_tests.gpu.models import build_runner
+
+    runner = build_runner(TINY, smoke())
+    assert [len(group.names) for group in runner.groups()] == [3, 1, 2, 1, 1]
 
 
 def test_it_needs_no_web_server_and_no_bitsandbytes() -> None:

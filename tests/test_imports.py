@@ -80,6 +80,7 @@ ARROWS: dict[str, set[str]] = {
         "server.model.runner",
         "server.model.sampling",
         "server.model.selftest",
+        "server.model.warm_up",
     },
     "server.model": set(),
     "server.model.loading": {
@@ -125,6 +126,7 @@ ARROWS: dict[str, set[str]] = {
         "server.model.kv_cache",
         "server.model.llama_layer",
     },
+    "server.model.warm_up": {"adapters.kernels", "adapters.residency", "server.model.batch"},
     "server.model.packed_linear": {"adapters.device", "server.model.cpu"},
     "server.model.selftest": {
         "adapters.kernels",

@@ -53,7 +53,10 @@ def interpreted() -> Iterator[None]:
 
     chosen = lambda *_: (TritonKernel(DEVICE), "interpreted")  # noqa: E731
     attend = lambda *_: (triton_paged.paged_attention, "interpreted")  # noqa: E731
-    with mock.patch.object(runner, "choose_kernel", chosen), mock.patch.object(attention, "choose", attend):
+    patches = {(runner, "choose_kernel"): chosen, (attention, "choose"): attend, (runner, "block_ops"): lambda *_: None}
+    with ExitStack() as stack:
+        for (module, name), replacement in patches.items():
+            stack.enter_context(mock.patch.object(module, name, replacement))
         yield
 
 
