@@ -46,15 +46,6 @@ def test_the_model_is_the_one_that_the_server_runs() -> None:
     assert [len(group.names) for group in runner.groups()] == [3, 1, 2, 1, 1]
 
 
-def test_it_needs_no_web_server_and_no_bitsandbytes() -> None:
-    """The machine with the GPU may have nothing but torch, Triton, transformers and msgspec."""
-    absent = ["bitsandbytes", "fastapi", "uvicorn", "zmq", "peft", "prometheus_client", "pydantic_settings"]
-    modules = [f"load_tests.gpu.{path.stem}" for path in (ROOT / "load_tests" / "gpu").glob("[!_]*.py")]
-    code = f"import sys; sys.modules.update(dict.fromkeys({absent!r})); import {', '.join(modules)}"
-    done = python("-c", code)
-    assert done.returncode == 0, done.stderr
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it would run for minutes")
 def test_without_a_gpu_it_says_so() -> None:
     done = python("-m", "load_tests.gpu")
