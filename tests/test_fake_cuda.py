@@ -204,13 +204,14 @@ def test_after_the_warm_up_no_step_compiles_a_kernel(cuda: Launches) -> None:
     assert cuda.signatures == known
 
 
-LAUNCHES = {"llama": 37, "qwen3-norms": 53, "gemma2": 63}  # of one layer, in a decode step without adapters
+# Of one layer, in a decode step without adapters: 37 for Llama's structure before it was fused.
+LAUNCHES = {"llama": 11, "mistral-window": 11, "qwen2-biases": 11, "qwen3-norms": 24, "phi3-fused": 25, "gemma2": 61}
 
 
 @pytest.mark.parametrize(("kind", "most"), LAUNCHES.items())
 def test_a_layer_launches_no_more_kernels_than_it_did(kind: str, most: int, cuda: Launches) -> None:
     per_layer = launches_per_layer(kind, cuda, decode(4))
-    assert per_layer <= most, cuda.counts()
+    assert per_layer <= most, (per_layer, cuda.counts())
 
 
 def test_adapters_add_two_launches_per_group_of_linears(cuda: Launches) -> None:

@@ -1,4 +1,4 @@
-"""The first contact with a GPU: no step takes another's results along, and nothing is imported that is missing there."""
+"""The first contact with a GPU: no step takes another's results along, and nothing is imported that lacks there."""
 
 import json
 import os

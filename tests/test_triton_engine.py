@@ -15,6 +15,7 @@ from adapters.kernels.contract import LoRAKernel
 from adapters.kernels.triton_lora import TritonKernel
 from server.model import attention, runner
 from server.model.attention import triton_paged
+from server.model.fused.block_ops import TritonBlockOps
 from server.model.graphs import DecodeGraphs, bucket_sizes
 from tests.fixtures.adapter_factory import tiny_llama, write_adapter
 from tests.fixtures.engine_driver import Driver, make_driver
@@ -39,7 +40,7 @@ def on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
         return TritonKernel(DEVICE), "the test's"
 
     monkeypatch.setattr(runner, "choose_kernel", kernel)
-    monkeypatch.setattr(runner, "block_ops", lambda *_: None)
+    monkeypatch.setattr(runner, "block_ops", lambda *_: TritonBlockOps())
     monkeypatch.setattr(attention, "choose", lambda *_: (triton_paged.paged_attention, "the test's"))
 
 

@@ -57,10 +57,15 @@ def interpreted() -> Iterator[None]:
     from adapters.kernels.triton_lora import TritonKernel
     from server.model import attention, runner
     from server.model.attention import triton_paged
+    from server.model.fused.block_ops import TritonBlockOps
 
     chosen = lambda *_: (TritonKernel(DEVICE), "interpreted")  # noqa: E731
     attend = lambda *_: (triton_paged.paged_attention, "interpreted")  # noqa: E731
-    patches = {(runner, "choose_kernel"): chosen, (attention, "choose"): attend, (runner, "block_ops"): lambda *_: None}
+    patches = {
+        (runner, "choose_kernel"): chosen,
+        (attention, "choose"): attend,
+        (runner, "block_ops"): lambda *_: TritonBlockOps(),
+    }
     with ExitStack() as stack:
         for (module, name), replacement in patches.items():
             stack.enter_context(mock.patch.object(module, name, replacement))

@@ -31,6 +31,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "tokens": {**SHARED, "trainable_token_indices": [5, 30, 90]},
     "embedding": {**SHARED, "target_modules": ["embed_tokens", "v_proj"]},
 }
+SMOKE_KINDS = ["lora", "saved norms and head"]
 SAMPLING: dict[str, dict[str, Any]] = {
     "plain": {},
     "top-k": {"top_k": 5},
@@ -102,7 +103,7 @@ class Lab:
 def run(report: Report, under_test: Callable[[], Any] = nullcontext) -> None:
     smoke = report.setting.smoke
     with tempfile.TemporaryDirectory() as folder:
-        lab = Lab(Path(folder), smoke, under_test, dict(list(KINDS.items())[:2]) if smoke else KINDS)
+        lab = Lab(Path(folder), smoke, under_test, {name: KINDS[name] for name in SMOKE_KINDS} if smoke else KINDS)
         lab.prepare()
         for name, check in CHECKS.items():
             started, error = time.monotonic(), ""

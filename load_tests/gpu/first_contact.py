@@ -21,7 +21,8 @@ ROOT = Path(__file__).parents[2]
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """`command` follows the interpreter; `{lines}` and `{out}` stand for places. `needs_gpu`: `--smoke` leaves it out."""
+    """`command` follows the interpreter; `{lines}` stands for the file of results. `--smoke` leaves out what needs a
+    GPU."""
 
     name: str
     limit: float

@@ -143,16 +143,31 @@ def paged_attention(
     query `[heads, rows, head_dim]`, key and value `[kv_heads, rows, head_dim]`, each dense in its last dimension;
     returns `[rows, heads, head_dim]`. Rows whose slot is -1 are computed but their keys and values are not stored.
     """
+    keys, values = cache.keys[layer], cache.values[layer]
+    kv_heads, rows, head_dim = key.shape
+    _write_kv[(rows, kv_heads)](
+        key, value, keys, values, batch.slot_mapping, key.stride(0), key.stride(1), value.stride(0), value.stride(1),
+        HEADS=kv_heads, HEAD_DIM=head_dim, BLOCK_D=_block_d(head_dim),
+    )  # fmt: skip
+    return attend(layer, query, batch, cache, scale, window, softcap)
+
+
+def attend(
+    layer: int,
+    query: torch.Tensor,
+    batch: ForwardBatch,
+    cache: KVCache,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """Attend with `query`, as in `paged_attention`, to keys and values that are in the cache, the step's included."""
     if batch.attention_plan is None:
         batch.attention_plan = build_layout(batch.sequences, cache.block_size, query.device)
     layout: AttentionLayout = batch.attention_plan
     heads, rows, head_dim = query.shape
     keys, values = cache.keys[layer], cache.values[layer]
-    kv_heads, block_d = keys.shape[2], max(triton.next_power_of_2(head_dim), 16)
-    _write_kv[(rows, kv_heads)](
-        key, value, keys, values, batch.slot_mapping, key.stride(0), key.stride(1), value.stride(0), value.stride(1),
-        HEADS=kv_heads, HEAD_DIM=head_dim, BLOCK_D=block_d,
-    )  # fmt: skip
+    kv_heads, block_d = keys.shape[2], _block_d(head_dim)
     out = query.new_empty(rows, heads, head_dim)
     shape: dict[str, Any] = {
         "WINDOW": window or 0, "SOFTCAP": softcap or 0.0, "KEY_HEADS": kv_heads, "GROUP": heads // kv_heads,
@@ -178,6 +193,10 @@ def paged_attention(
             HEADS=heads, HEAD_DIM=head_dim, BLOCK_D=block_d, NUM_SPLITS=SPLITS,
         )  # fmt: skip
     return out
+
+
+def _block_d(head_dim: int) -> int:
+    return int(max(triton.next_power_of_2(head_dim), 16))
 
 
 def tile_shape(tokens: int, group: int, block_d: int, itemsize: int) -> tuple[int, dict[str, int]]:
