@@ -98,6 +98,7 @@ ARROWS: dict[str, set[str]] = {
         "server.model.runner",
         "server.model.sampling",
         "server.model.selftest",
+        "server.model.warm_up",
     },
     "server.model": set(),
     "server.model.loading": {
@@ -121,7 +122,14 @@ ARROWS: dict[str, set[str]] = {
         "server.model.kv_cache",
         "server.model.llama_layer",
     },
-    "server.model.fused": {"adapters.kernels"},
+    "server.model.fused": {
+        "adapters.kernels",
+        "adapters.runtime",
+        "server.model.attention",
+        "server.model.batch",
+        "server.model.kv_cache",
+        "server.model.llama_layer",
+    },
     "server.model.adapter_rows": {"adapters.kernels", "server"},
     "server.model.batch": {
         "adapters.device",
@@ -150,9 +158,11 @@ ARROWS: dict[str, set[str]] = {
         "adapters.runtime",
         "server.model.batch",
         "server.model.cpu",
+        "server.model.fused",
         "server.model.kv_cache",
         "server.model.llama_layer",
     },
+    "server.model.warm_up": {"adapters.kernels", "adapters.residency", "server.model.batch"},
     "server.model.packed_linear": {"adapters.device", "server.model.cpu"},
     "server.model.virtual_tokens": {"adapters.device", "adapters.runtime", "server", "server.model.kv_cache"},
     "server.model.selftest": {

@@ -4,6 +4,7 @@ implementations. CPU only, in Triton's interpreter."""
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.fixtures.triton_device import DEVICE, INTERPRETED, require_triton
 
@@ -15,7 +16,9 @@ from adapters.kernels.contract import LoRAKernel
 from adapters.kernels.triton_lora import TritonKernel
 from server.model import attention, runner
 from server.model.attention import triton_paged
-from server.model.graphs import DecodeGraphs, bucket_sizes
+from server.model.batch import ForwardBatch
+from server.model.fused.block_ops import TritonBlockOps
+from server.model.graphs import DecodeGraphs, Replay, bucket_sizes
 from tests.fixtures.adapter_factory import tiny_llama, write_adapter
 from tests.fixtures.engine_driver import Driver, make_driver
 from tests.fixtures.virtual_tokens import write_virtual
@@ -48,7 +51,7 @@ def on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
         return TritonKernel(DEVICE), "the test's"
 
     monkeypatch.setattr(runner, "choose_kernel", kernel)
-    monkeypatch.setattr(runner, "block_ops", lambda *_: None)
+    monkeypatch.setattr(runner, "block_ops", lambda *_: TritonBlockOps())
     monkeypatch.setattr(attention, "choose", lambda *_: (triton_paged.paged_attention, "the test's"))
 
 
@@ -80,11 +83,28 @@ def test_the_engine_answers_as_on_the_plain_implementations(
 
 
 def with_graphs(driver: Driver) -> DecodeGraphs:
-    """Graphs whose replay is the forward itself."""
+    """Graphs whose replay is the forward itself, after everything that the step brought along was overwritten: a graph
+    reads its own buffers and nothing else."""
     made = driver.engine._runner
     kernel = made.pool.kernel
     assert isinstance(kernel, TritonKernel)
-    made.graphs = DecodeGraphs(
-        made._forward, made.pool, made.groups(), kernel, bucket_sizes(8), 4, 16, DEVICE, lambda forward: forward
-    )
+    step: list[ForwardBatch] = []
+
+    class Watched(DecodeGraphs):
+        def run(self, batch: ForwardBatch) -> torch.Tensor | None:
+            step[:] = [batch]
+            return super().run(batch)
+
+    def capture(forward: Replay) -> Replay:
+        def replay() -> torch.Tensor:
+            (own,) = step
+            for tensor in (own.input_ids, own.positions, own.slot_mapping):
+                tensor.fill_(1)
+            own.attention_plan = "not the graph's"
+            return forward()
+
+        forward()
+        return replay
+
+    made.graphs = Watched(made._forward, made.pool, made.groups(), kernel, bucket_sizes(8), 4, 16, DEVICE, capture)
     return made.graphs

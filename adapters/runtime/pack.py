@@ -204,8 +204,9 @@ def _embedding_delta(factors: LoraFactors, weight: Tensor, base: nn.Module, dtyp
 
 
 def _embedding_scale(base: nn.Module, dtype: torch.dtype) -> Tensor | None:
+    """Return the factor of the base's rows, on the host like the adapter's own tensors; None for 1."""
     scale = getattr(base, "embed_scale", None)
-    return None if scale is None else torch.as_tensor(scale).to(dtype)
+    return None if scale is None else torch.as_tensor(scale).to("cpu", dtype)
 
 
 def _widths(weights: AdapterWeights, bases: Mapping[str, nn.Module]) -> dict[str, tuple[int, int]]:

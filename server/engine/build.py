@@ -46,6 +46,7 @@ from server.model.loading.probe import probe
 from server.model.loading.tokenizer import load_tokenizer
 from server.model.packed_linear import packed
 from server.model.runner import ModelRunner
+from server.model.warm_up import warm_up
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +72,7 @@ def build_engine(config: ServeConfig) -> tuple[Engine, EngineInfo]:
     num_blocks, max_model_len = plan.num_blocks, plan.max_model_len
     runner = ModelRunner(loaded, shape, spec, num_blocks=num_blocks, block_size=BLOCK_SIZE, num_pages=plan.num_pages)
     runner.check_and_fuse(loaded)
+    warm_up(runner.run, BLOCK_SIZE, runner.device)
     graphs = "none: --eager" if config.eager else runner.capture_graphs(config.max_num_seqs, max_model_len)
     reader = _weights_reader(config, spec)
     residency = _residency(config, loaded, spec, runner, plan, reader)
