@@ -209,7 +209,7 @@ def test_an_upload_that_is_cut_half_way_leaves_nothing(server: RunningServer) ->
         names = client.get("/v1/adapters").json()
         with socket.create_connection((host, int(port))) as connection:
             connection.sendall(
-                b"POST /v1/adapters HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=b\r\n"
+                b"POST /v1/adapters HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: multipart/form-data; boundary=b\r\n"
                 b"Content-Length: 100000\r\n\r\n--b\r\n"
                 b'Content-Disposition: form-data; name="name"\r\n\r\ncut\r\n--b\r\n'
             )
