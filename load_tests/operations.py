@@ -246,7 +246,7 @@ class Client:
         """A connection that ends in the middle of a form."""
         url = httpx.URL(self._world.server.url)
         with socket.create_connection((url.host, url.port or 80)) as connection:
-            head = "POST /v1/adapters HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=b\r\n"
+            head = "POST /v1/adapters HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=b\r\n"
             part = '--b\r\nContent-Disposition: form-data; name="adapter_config.json"; filename="x"\r\n\r\n{'
             connection.sendall(f"{head}Content-Length: 100000\r\n\r\n{part}".encode())
             time.sleep(self._rng.random() / 50)

@@ -183,7 +183,7 @@ def test_a_client_that_leaves_during_an_upload_leaves_nothing(tmp_path: Path) ->
     with listening(tmp_path) as server:
         for sent in (0, 100, 1000):
             host, port = server.url.removeprefix("http://").split(":")
-            head = "POST /v1/adapters HTTP/1.1\r\nhost: x\r\ncontent-length: 100000\r\n"
+            head = "POST /v1/adapters HTTP/1.1\r\nhost: localhost\r\ncontent-length: 100000\r\n"
             head += "content-type: multipart/form-data; boundary=b\r\n\r\n"
             part = '--b\r\ncontent-disposition: form-data; name="adapter_config.json"; filename="x"\r\n\r\n'
             with socket.create_connection((host, int(port))) as client:

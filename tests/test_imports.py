@@ -47,7 +47,15 @@ ARROWS: dict[str, set[str]] = {
         "adapters.validation",
         "server",
     },
-    "server.launch": {"server", "server.ipc", "server.model.loading", "server.serve", "server.start_checks"},
+    "server.data_folder": {"adapters.registry", "server"},
+    "server.launch": {
+        "server",
+        "server.data_folder",
+        "server.ipc",
+        "server.model.loading",
+        "server.serve",
+        "server.start_checks",
+    },
     "server.serve": {
         "adapters",
         "adapters.registry",
@@ -90,6 +98,7 @@ ARROWS: dict[str, set[str]] = {
         "server.model.runner",
         "server.model.sampling",
         "server.model.selftest",
+        "server.model.warm_up",
     },
     "server.model": set(),
     "server.model.loading": {
@@ -113,7 +122,14 @@ ARROWS: dict[str, set[str]] = {
         "server.model.kv_cache",
         "server.model.llama_layer",
     },
-    "server.model.fused": {"adapters.kernels"},
+    "server.model.fused": {
+        "adapters.kernels",
+        "adapters.runtime",
+        "server.model.attention",
+        "server.model.batch",
+        "server.model.kv_cache",
+        "server.model.llama_layer",
+    },
     "server.model.adapter_rows": {"adapters.kernels", "server"},
     "server.model.batch": {
         "adapters.device",
@@ -142,9 +158,11 @@ ARROWS: dict[str, set[str]] = {
         "adapters.runtime",
         "server.model.batch",
         "server.model.cpu",
+        "server.model.fused",
         "server.model.kv_cache",
         "server.model.llama_layer",
     },
+    "server.model.warm_up": {"adapters.kernels", "adapters.residency", "server.model.batch"},
     "server.model.packed_linear": {"adapters.device", "server.model.cpu"},
     "server.model.virtual_tokens": {"adapters.device", "adapters.runtime", "server", "server.model.kv_cache"},
     "server.model.selftest": {
@@ -282,7 +300,11 @@ ONLY_IN = {
     "uvicorn": ["server.http"],
     "h11": ["server.http"],
     "zmq": ["server.ipc.process_transport", "server.engine.worker"],
-    "peft": ["adapters.convert.add_weighted", "adapters.convert.initial_factors"],
+    "peft": [
+        "adapters.convert.add_weighted",
+        "adapters.convert.initial_factors",
+        "server.model.loading.conversions",
+    ],
     "obstore": ["adapters.sources.s3"],
     "typer": ["server.cli"],
 }
