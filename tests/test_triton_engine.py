@@ -16,8 +16,8 @@ from adapters.kernels.contract import LoRAKernel
 from adapters.kernels.triton_lora import TritonKernel
 from server.model import attention, runner
 from server.model.attention import triton_paged
-from server.model.fused.block_ops import TritonBlockOps
 from server.model.batch import ForwardBatch
+from server.model.fused.block_ops import TritonBlockOps
 from server.model.graphs import DecodeGraphs, Replay, bucket_sizes
 from tests.fixtures.adapter_factory import tiny_llama, write_adapter
 from tests.fixtures.engine_driver import Driver, make_driver
