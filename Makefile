@@ -33,7 +33,7 @@ format: .venv/.installed-dev
 	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
 
 docs: .venv/.installed-dev ## write the tables of docs/reference from the code
-	$(BIN)/python -m docs.tables && $(BIN)/python -m docs.compatibility
+	$(BIN)/python -m docs.tables && $(BIN)/python -m docs.compatibility && $(BIN)/python -m docs.reading_list
 
 bench-peers: .venv/.installed-dev ## beside vLLM, PEFT, transformers and llama.cpp, which it sets up; ARGS="--only Loraplex,vLLM"
 	$(BIN)/python -m load_tests.peers $(ARGS)

@@ -57,7 +57,7 @@ class AdapterNotFound(AdapterError):
 
 
 class InvalidName(AdapterError):
-    """The name is not valid for an adapter (lower-case letters, digits, `.`, `_`, `-`, at most 64 characters)."""
+    """The name is not valid for an adapter: `adapters/names.py` has the rule."""
 
     status = 400
     code = "invalid_name"
@@ -112,7 +112,7 @@ class AdapterTooLarge(AdapterError):
 
 
 class NoSpace(AdapterError):
-    """The disk is full."""
+    """The disk is nearly full, or `--adapter-store-bytes` is reached."""
 
     status = 507
     code = "insufficient_storage"

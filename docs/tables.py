@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -13,8 +14,18 @@ from adapters.errors import AdapterError, ProblemCode
 from server import config
 from server.api import health, models
 from server.api.adapters import aliases, merge, routes, vllm_compat
-from server.api.inference import chat, completions
+from server.api.fields import (
+    APPLIED,
+    HARMLESS,
+    HARMLESS_IN_MESSAGES,
+    HARMLESS_IN_STREAM_OPTIONS,
+    REFUSED,
+    REFUSED_IN_MESSAGES,
+    Refusal,
+)
+from server.api.inference import chat, completions, tokenization
 from server.api.middleware.auth import need_of
+from server.api.requests import ChatCompletionRequest, CompletionRequest, GenerationRequest
 from server.config import ServeConfig
 from server.metrics import METRICS
 
@@ -26,17 +37,20 @@ Rows = list[tuple[str, ...]]
 CODES = {
     "aborted": "The server stopped while the request ran.",
     "adapter_failed": "The adapter exists and cannot be served: its stored files are damaged or could not be loaded.",
-    "adapter_loading": "The adapter is still being fetched from its source.",
+    "adapter_loading": "The adapter is still being fetched from its source, or registered at the start of the server.",
+    "adapters_conflict": "Two adapters of the request replace or change the same module, so that they have no sum.",
     "conflict": "The state of the adapter, alias or merge does not allow the operation.",
     "context_length_exceeded": "The prompt and the requested tokens do not fit into the context.",
+    "cross_site": "A web page of another site sent a request that changes something or reads weights.",
     "deadline_exceeded": "The request's time was over: its `timeout`, `x-request-timeout`, or `--request-timeout`.",
     "draining": "The server is shutting down.",
     "engine_dead": "The engine is dead or hung, or cannot be restarted; only the liveness probe reports this code.",
     "engine_error": "The engine could not compute the request.",
     "engine_unavailable": "The engine is starting, restarting or dead.",
+    "host_not_allowed": "The `Host` header names neither this server's address nor an `--allowed-host`.",
     "insufficient_scope": "The API key lacks the scope, or may not see or change this name.",
     "internal_error": "An unexpected exception; the log has the details under the request's id.",
-    "invalid_api_key": "The request has no valid API key.",
+    "invalid_api_key": "The request has no valid API key, or one that has expired.",
     "invalid_value": "A field of the request is missing, malformed or out of range.",
     "length_required": "An upload needs a `Content-Length` header.",
     "merged": "Another adapter is merged into the base model, and `--merge-others refuse` is set.",
@@ -47,7 +61,9 @@ CODES = {
     "queue_share": "The key's tenant holds its share of the queue; other tenants may still be served.",
     "rate_limit_exceeded": "A limit of the API key or the adapter is reached; `Retry-After` says when to try again.",
     "timeout": "No byte of the request's body arrived for too long.",
+    "starting": "The server loads the model or registers its adapters; only the readiness probe reports this code.",
     "too_large": "The body or one of its files is too large.",
+    "unknown_field": "The request has fields that this server does not know, and `--strict-requests` is set.",
     "unsupported": "The request uses a parameter that this server does not implement.",
     "unsupported_media_type": "The body has a content type that the route does not read.",
     "uploads_busy": "Too many uploads and registrations are staged or self-tested at the moment.",
@@ -81,7 +97,7 @@ def flags() -> str:
 
 def endpoints() -> str:
     app = FastAPI()
-    for module in (chat, completions, models, routes, aliases, merge, vllm_compat, health):
+    for module in (chat, completions, tokenization, models, routes, aliases, merge, vllm_compat, health):
         app.include_router(module.router)
     rows = []
     for path, operations in app.openapi()["paths"].items():
@@ -89,6 +105,35 @@ def endpoints() -> str:
             summary = operation.get("description", operation["summary"]).split("\n")[0]
             rows.append((f"`{method.upper()} {path}`", need_of(path), summary))
     return table(("route", "scope", "what it does"), rows)
+
+
+def fields() -> str:
+    chat_fields, completion_fields = ChatCompletionRequest.model_fields, CompletionRequest.model_fields
+    names = {**chat_fields, **completion_fields}
+    rows = [(f"`{name}`", _routes_of(name), APPLIED[name]) for name in names]
+    return table(("field", "applied on", "what it does"), rows)
+
+
+def _routes_of(name: str) -> str:
+    schemas: dict[str, type[GenerationRequest]] = {"chat": ChatCompletionRequest, "completions": CompletionRequest}
+    return ", ".join(route for route, schema in schemas.items() if name in schema.model_fields)
+
+
+def refused_fields() -> str:
+    rows = [(f"`{name}`", refusal.what, _neutral(refusal)) for name, refusal in REFUSED.items()]
+    rows += [(f"`messages.N.{name}`", refusal.what, _neutral(refusal)) for name, refusal in REFUSED_IN_MESSAGES.items()]
+    return table(("field", "what it is", "accepted values"), rows)
+
+
+def _neutral(refusal: Refusal) -> str:
+    return ", ".join(["`null`", *(f"`{json.dumps(value)}`" for value in refusal.neutral)])
+
+
+def harmless_fields() -> str:
+    rows = [(f"`{name}`", what) for name, what in HARMLESS.items()]
+    rows += [(f"`messages.N.{name}`", what) for name, what in HARMLESS_IN_MESSAGES.items()]
+    rows += [(f"`stream_options.{name}`", what) for name, what in HARMLESS_IN_STREAM_OPTIONS.items()]
+    return table(("field", "what it is"), rows)
 
 
 def metrics() -> str:
@@ -143,6 +188,7 @@ def _argument(call: ast.Call, place: int, default: str) -> ast.expr:
 PAGES: dict[Path, Mapping[str, Callable[[], str]]] = {
     REFERENCE / "flags.md": {"flags": flags},
     REFERENCE / "routes.md": {"endpoints": endpoints},
+    REFERENCE / "fields.md": {"applied": fields, "refused": refused_fields, "harmless": harmless_fields},
     REFERENCE / "metrics.md": {"metrics": metrics},
     REFERENCE / "errors.md": {"api-errors": api_errors, "adapter-errors": adapter_errors, "problems": problems},
 }

@@ -24,8 +24,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from adapters.peft.files import FILES
+import numpy as np
+from safetensors.numpy import save_file
+
+from adapters.peft.digest import digest_of as content_digest
+from adapters.peft.files import CONFIG_FILE, FILES, WEIGHTS_FILE
 from adapters.registry.db import connect, point, transaction
+from adapters.registry.journal import name_line
 from adapters.registry.registry import AdapterRegistry, AdapterVersion
 from adapters.registry.store import AdapterStore
 
@@ -53,8 +58,8 @@ def fill(data_dir: Path, count: int) -> None:
     AdapterRegistry(data_dir).close()
     store = AdapterStore(data_dir / "store")
     with store.stage() as folder:
-        for file in FILES:
-            (folder / file).write_text("{}")
+        (folder / CONFIG_FILE).write_text("{}")
+        save_file({"lora_A": np.zeros((16, 64), dtype=np.float32)}, folder / WEIGHTS_FILE)
         for index in range(count):
             place = store.path(digest_of(name_of(index)))
             place.mkdir(parents=True)
@@ -79,7 +84,8 @@ def measure(data_dir: Path, count: int) -> dict[str, float]:
     gc.collect()
     found = {"open_ms": opened, "open_rss_bytes": _rss_bytes(os.getpid()) - before}
     try:
-        return found | (_measure_reads(registry, count) if count else {}) | _measure_writes(registry)
+        reads = _measure_reads(registry, count) | _measure_upkeep(registry, count) if count else {}
+        return found | reads | _measure_writes(registry)
     finally:
         registry.close()
 
@@ -95,6 +101,32 @@ def _measure_reads(registry: AdapterRegistry, count: int) -> dict[str, float]:
         "page_ms": _median_ms(lambda name: registry.records(limit=_PAGE, after=name), names[:100]),
         "all_pages_ms": _median_ms(lambda _: _walk(registry), range(3)),
     }
+
+
+def _measure_upkeep(registry: AdapterRegistry, count: int) -> dict[str, float]:
+    """The journal, and the scrub: what a look for work takes, and the CPU time of checking one version."""
+    digests = [digest_of(name_of(index)) for index in range(0, count, count // 100)]
+
+    def check(digest: str) -> None:
+        signature = registry.store.signature(digest)
+        registry.names_of(digest)
+        content_digest(registry.store.path(digest))
+        registry.note_check(digest, None, signature)
+
+    before = time.thread_time()
+    times = _times_ms(check, digests)
+    return {
+        "journal_write_ms": _median_ms(lambda _: registry._write_journal(), range(3)),
+        "journal_append_ms": _median_ms(lambda name: registry._note(name_line(registry._db, name)), _names(count)),
+        "scrub_look_ms": _median_ms(lambda _: registry.unchecked(0), range(3)),
+        "scrub_look_all_due_ms": _median_ms(lambda _: registry.unchecked(1 << 40), range(3)),
+        "scrub_check_ms": statistics.median(times),
+        "scrub_check_cpu_ms": (time.thread_time() - before) * 1000 / len(digests),
+    }
+
+
+def _names(count: int) -> list[str]:
+    return [name_of(index) for index in range(0, count, count // _CHANGES)]
 
 
 def _walk(registry: AdapterRegistry) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from adapters.registry.registry import RETAINED_VERSIONS
-from server.api.text.tokenizer import Detokenizer, Tokenizer
+from server.api.text.detokenizer import Detokenizer
+from server.api.text.tokenizer import Tokenizer
 from server.model.loading.tokenizer import load_tokenizer
 from server.sequence import ScaledAdapter
 from tests.fixtures.engine_driver import make_driver

@@ -52,13 +52,24 @@ class ServeConfig:
     port: int = _setting(8000, "Port to listen on; 0 chooses a free port", ge=0, le=65535)
     data_dir: Path = _setting(Path(), "Folder of the registry, store and caches; empty uses the XDG data folder")
     api_key: str = _setting("", "One API key with all scopes", secret=True)
-    keys_file: Path = _setting(Path(), "TOML file of API keys with scopes and tenants")
+    keys_file: Path = _setting(
+        Path(),
+        "TOML file of API keys with scopes and tenants, written by `loraplex keys` and read again when it changes",
+    )
+    allowed_host: tuple[str, ...] = _setting(
+        (),
+        "Host name under which the server may be addressed, besides loopback names and --host. Without it, a server "
+        "with API keys accepts every name",
+    )
     adapter_slots: int = _setting(64, "Maximum number of adapters on the device at once", ge=1, le=4096)
     adapter_device_bytes: int = _setting(
         0, "Device memory for adapter weights; 0 reserves room for 16 adapters of the largest rank", ge=0
     )
     adapter_override_bytes: int = _setting(
-        0, "Device memory for adapters' own copies of whole weights, and their vectors; 0 chooses it by the model", ge=0
+        0,
+        "Device memory for adapters' own copies of whole weights, their vectors and virtual tokens; 0 chooses it by "
+        "the model",
+        ge=0,
     )
     adapter_max_concurrent: int = _setting(
         0, "Maximum number of concurrent requests per adapter; 0 means no limit", ge=0
@@ -67,12 +78,17 @@ class ServeConfig:
     adapter_tpm: int = _setting(
         0, "Maximum number of prompt and output tokens per minute and adapter; 0 means no limit", ge=0
     )
-    max_adapter_rank: int = _setting(64, "Largest LoRA rank that the server accepts", ge=1, le=512)
+    max_adapter_rank: int = _setting(
+        0, "Largest LoRA rank that the server accepts; 0 means 128, or 64 where the memory is too small", ge=0, le=512
+    )
     adapter_host_bytes: int = _setting(2 * GIB, "Host memory that caches adapters which are not on the device", ge=0)
     adapter_packed_bytes: int = _setting(
         20 * GIB,
         "Disk space in --data-dir for packed copies of adapters, which load in a fraction of the time; 0 keeps none",
         ge=0,
+    )
+    adapter_store_bytes: int = _setting(
+        0, "Disk space in --data-dir for the weights of all adapter versions; 0 means no limit", ge=0
     )
     kv_cache_bytes: int = _setting(0, "Memory of the KV cache; 0 chooses it by the memory that is free", ge=0)
     max_num_seqs: int = _setting(64, "Maximum number of sequences in one step", ge=1, le=4096)
@@ -86,6 +102,12 @@ class ServeConfig:
     )
     max_model_len: int = _setting(
         0, "Maximum number of tokens in prompt and output together; 0 uses the model's limit", ge=0
+    )
+    cors_origin: tuple[str, ...] = _setting(
+        (), "Origin whose web pages may call the API from a browser, such as https://chat.example.com; * allows all"
+    )
+    strict_requests: bool = _setting(
+        False, "Refuse requests with unknown fields, which are otherwise named in the header x-loraplex-ignored"
     )
     max_queue: int = _setting(
         256,
@@ -108,11 +130,17 @@ class ServeConfig:
     )
     max_upload_bytes: int = _setting(512 << 20, "Largest adapter upload in bytes", ge=1024)
     allow_source: tuple[str, ...] = _setting(
-        (), "Source that adapters may be registered from: file:///folder, hf://org or s3://bucket/prefix"
+        (),
+        "Source that adapters may be registered from: file:///folder, hf://org or s3://bucket/prefix; "
+        "hf://org/repo@refs%2Fpr%2F1 for a pull request, https://host for a host that a hub may redirect to",
     )
     adapter: tuple[str, ...] = _setting((), "Adapter to register at startup, as name=folder")
+    adapter_errors: Literal["fail", "warn"] = _setting(
+        "fail",
+        "What an --adapter that cannot be registered does: `fail` ends the start, `warn` logs it and starts without it",
+    )
     watch_adapters: str = _setting(
-        "", "Folder whose subfolders are registered as adapters, now and whenever they change"
+        "", "Folder whose subfolders, `name` or `org/name`, are registered as adapters, now and whenever they change"
     )
     scrub_mb_per_second: float = _setting(
         8.0,

@@ -7,6 +7,7 @@ from contextlib import closing
 from pathlib import Path
 
 from server.config import ConfigError, ServeConfig, StartFailed, default_data_dir
+from server.data_folder import prepare
 from server.ipc.process_transport import ProcessTransport
 from server.model.loading.default_model import (
     DEFAULT_MODEL,
@@ -20,6 +21,7 @@ from server.writable import use_writable_folders
 def launch(config: ServeConfig) -> None:
     """Serve until a signal ends the server. Raises `ConfigError` or `StartFailed`."""
     config = complete(config)
+    prepare(config.data_dir)
     transport = None if config.in_process else ProcessTransport(config)
     if transport is not None:
         transport.spawn()
@@ -31,10 +33,11 @@ def launch(config: ServeConfig) -> None:
 
 
 def _serve(config: ServeConfig, transport: ProcessTransport | None) -> None:
-    from server.start_checks import check_start, open_registry
+    from server.start_checks import check_merge, check_start, open_registry
 
     check_start(config)
     with closing(open_registry(config)) as registry:
+        check_merge(config, registry)
         from server.serve import run  # importing the API takes most of a second, in which the engine's process starts
 
         run(config, registry, transport)

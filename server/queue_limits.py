@@ -7,8 +7,10 @@ can take a third each, and a tenant that has nothing waiting may bring one seque
 """
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
+
+from server.departures import Departures, Unit
 
 
 class _Sequence(NamedTuple):
@@ -19,13 +21,15 @@ class _Sequence(NamedTuple):
 class Waiting:
     """The sequences that were submitted and have had no output yet, by tenant."""
 
-    def __init__(self) -> None:
+    def __init__(self, departures: Departures | None = None) -> None:
+        self.departures = departures or Departures()
         self._waiting: dict[str, _Sequence] = {}
         self._sequences: Counter[str] = Counter()
         self._tokens: Counter[str] = Counter()
         self._weights: dict[str, float] = {}
 
     def submitted(self, seq_id: str, tenant: str, weight: float, tokens: int) -> None:
+        self.departures.begin_busy()
         self._waiting[seq_id] = _Sequence(tenant, tokens)
         self._sequences[tenant] += 1
         self._tokens[tenant] += tokens
@@ -40,8 +44,12 @@ class Waiting:
         self._tokens[seq.tenant] -= seq.tokens
         if not self._sequences[seq.tenant]:
             del self._sequences[seq.tenant], self._tokens[seq.tenant], self._weights[seq.tenant]
+        self.departures.add(seq.tenant, seq.tokens)
+        if not self._waiting:
+            self.departures.end_busy()
 
     def clear(self) -> None:
+        self.departures.end_busy()
         for counter in (self._waiting, self._sequences, self._tokens, self._weights):
             counter.clear()
 
@@ -61,10 +69,11 @@ class Waiting:
 @dataclass(frozen=True, slots=True)
 class Refusal:
     """The reason why a request may not wait. `of_tenant`: its tenant holds its share of the queue (HTTP 429); otherwise
-    the queue as a whole has no room for it (HTTP 503)."""
+    the queue as a whole has no room for it (HTTP 503). `seconds`: when there may be room, at the rate of late."""
 
     of_tenant: bool
     message: str
+    seconds: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,30 +90,44 @@ class QueueLimits:
         """Return whether nobody may wait."""
         return self.waiting.sequences() >= self.max_sequences or self.waiting.tokens() >= self.max_tokens
 
+    def full_for(self) -> int:
+        """Return for how many seconds nobody may wait, at the rate of late."""
+        waiting, seconds = self.waiting, self.waiting.departures.seconds
+        over = waiting.sequences() - self.max_sequences, waiting.tokens() - self.max_tokens
+        return max(seconds(max(over[0] + 1, 0), "sequences"), seconds(max(over[1] + 1, 0), "prompt tokens"))
+
     def refusal(self, tenant: str, weight: float, sequences: int, tokens: int) -> Refusal | None:
         """Return the reason why a request of so many sequences, with so many prompt tokens together, may not wait, or
         None. An empty queue takes any request."""
-        waiting = self.waiting
-        if not waiting.sequences():
+        if not self.waiting.sequences():
             return None
-        share = weight / max(weight, waiting.heaviest())
-        own = waiting.sequences(tenant)
-        for unit, capacity, total, mine, more in (
-            ("sequences", self.max_sequences, waiting.sequences(), own, sequences),
-            ("prompt tokens", self.max_tokens, waiting.tokens(), waiting.tokens(tenant), tokens),
-        ):
-            room = capacity - total - more  # that the request would leave
-            if room < 0:
-                why = f"{total} {unit} wait, and the queue holds {capacity}; the request has {more}."
-                return Refusal(False, f"The queue is full: {why}")
-            first = own == 0 and sequences == 1  # a tenant that has nothing waiting may bring one sequence
-            if self.shared and not first and mine + more > share * room:
-                return self._over_share(unit, own, mine, more)
+        share = weight / max(weight, self.waiting.heaviest())
+        is_first = not self.waiting.sequences(tenant) and sequences == 1  # it may come while any room is left
+        found = (
+            self._refusal_by("sequences", tenant, sequences, share, is_first),
+            self._refusal_by("prompt tokens", tenant, tokens, share, is_first),
+        )
+        refusals = [refusal for refusal in found if refusal is not None]
+        return replace(refusals[0], seconds=max(each.seconds for each in refusals)) if refusals else None
+
+    def _refusal_by(self, unit: Unit, tenant: str, more: int, share: float, is_first: bool) -> Refusal | None:
+        count, capacity = self.waiting.sequences, self.max_sequences
+        if unit == "prompt tokens":
+            count, capacity = self.waiting.tokens, self.max_tokens
+        total, mine = count(), count(tenant)
+        room = capacity - total - more  # that the request would leave
+        if room < 0:
+            why = f"{total} {unit} wait, and the queue holds {capacity}; the request has {more}."
+            return Refusal(False, f"The queue is full: {why}", self.waiting.departures.seconds(-room, unit))
+        if self.shared and not is_first and mine + more > share * room:
+            return self._over_share(unit, tenant, mine, more, share, room)
         return None
 
-    def _over_share(self, unit: str, own: int, mine: int, more: int) -> Refusal:
-        if own:
-            return Refusal(
-                True, f"This key's tenant has {mine} {unit} waiting, its share of the queue; try again later."
-            )
-        return Refusal(False, f"The queue has no room for {more} {unit} of one request; try again later.")
+    def _over_share(self, unit: Unit, tenant: str, mine: int, more: int, share: float, room: int) -> Refusal:
+        """Each sequence of the tenant that leaves takes one from it and adds `share` to what it may have."""
+        seconds = self.waiting.departures.seconds
+        if self.waiting.sequences(tenant):
+            why = f"This key's tenant has {mine} {unit} waiting, its share of the queue; try again later."
+            return Refusal(True, why, seconds((mine + more - share * room) / (1 + share), unit, tenant))
+        why = f"The queue has no room for {more} {unit} of one request; try again later."
+        return Refusal(False, why, seconds(more / share - room, unit))

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import msgspec
 
+NO_BLOCK = -1  # in a block table: the block was released, because no later token sees it
+
 
 class ScaledAdapter(NamedTuple):
     """An adapter version of a request, with the factor `scale` on its delta."""
@@ -32,13 +34,14 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None  # None: off; n: of the sampled token and the n most probable ones
+    prompt_logprobs: int | None = None  # the same for the tokens of the prompt, of which the first has none
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
-    """Log-probabilities at one sampled position, of the unmodified model distribution."""
+    """Log-probabilities at one position, of the unmodified model distribution."""
 
     logprob: float
-    rank: int  # of the sampled token; 1 is the most probable
+    rank: int  # of the token itself; 1 is the most probable
     top: list[tuple[int, float]]  # the n most probable tokens, best first
 
 
@@ -47,6 +50,7 @@ class FinishReason(StrEnum):
     LENGTH = "length"
     ABORT = "abort"
     TIMEOUT = "timeout"
+    MERGED = "merged"  # refused, because another adapter is merged into the base model
     ERROR = "error"
 
 
@@ -85,19 +89,23 @@ class Sequence:
     token_ids: list[int]  # of the prompt; the engine appends the output
     sampling: SamplingParams
     adapters: tuple[ScaledAdapter, ...] = ()  # empty: the base model
-    cache_salt: str = ""  # prefix-cache hits stay within one salt (the tenant)
+    cache_salt: str = ""  # the tenant: prefix-cache hits stay within one tenant
     arrival: float = 0.0  # monotonic seconds, by the engine's clock
     active_from: int = 0  # the first token that the adapters apply to; earlier tokens use the base model
     priority: int = 0  # within its tenant; lower is more urgent
     weight: float = 1.0  # of its tenant, whose share of the device is proportional to it
     deadline: float = math.inf  # monotonic seconds; it ends then, wherever it is
-    num_prompt_tokens: int = 0
+    num_virtual_tokens: int = 0  # leading tokens that stand for the adapter's virtual ones
+    num_copied_tokens: int = 0  # of these, those whose keys and values are copied from the adapter: all or none
+    request_salt: str = ""  # prefix-cache hits stay within one salt of a tenant
+    num_prompt_tokens: int = 0  # with the virtual ones
 
     # Written by the engine, when it launches and collects steps.
     num_launched_tokens: int = 0  # tokens whose keys and values are in the cache or being written
     num_verified_tokens: int = 0  # computed tokens whose keys and values led to finite logits
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache at first admission
     admitted: float | None = None  # time of its first step
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)  # of the second token and later ones
 
     # Written by the scheduler.
     number: int = 0  # in order of arrival
@@ -118,6 +126,8 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.token_ids)
+        if self.sampling.prompt_logprobs is not None:
+            self.prompt_logprobs = [None] * (self.num_prompt_tokens - self.num_virtual_tokens - 1)
 
     @property
     def tenant(self) -> str:
@@ -137,6 +147,11 @@ class Sequence:
         return len(self.token_ids)
 
     @property
+    def num_ready_tokens(self) -> int:
+        """Number of leading tokens that need not be computed: they are in the cache, or can be copied into it."""
+        return max(self.num_computed_tokens, self.num_copied_tokens)
+
+    @property
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
 
@@ -147,22 +162,29 @@ class Sequence:
 
 @dataclass(slots=True)
 class ScheduledSequence:
-    """A sequence's part of one step, which computes its tokens `[start, end)`. Does not change when the sequence
-    advances.
+    """A sequence's part of one step, which computes its tokens `[start, end)`, after copying the keys and values of
+    `[copied_from, start)` from its adapter. Does not change when the sequence advances.
 
-    `samples`: this step reaches the sequence's last token, so the next token can be sampled.
+    `samples`: this step reaches the sequence's last token, so the next token can be sampled. `num_scored` tokens from
+    `scored_from` on are followed by a token of the prompt whose log-probability is wanted.
     """
 
     seq: Sequence
     num_new_tokens: int
+    copied_from: int = field(init=False)
     start: int = field(init=False)
     end: int = field(init=False)
     samples: bool = field(init=False)
+    scored_from: int = field(init=False)
+    num_scored: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.start = self.seq.num_computed_tokens
+        self.copied_from, self.start = self.seq.num_computed_tokens, self.seq.num_ready_tokens
         self.end = self.start + self.num_new_tokens
         self.samples = self.end == self.seq.num_tokens
+        num_virtual = self.seq.num_virtual_tokens
+        self.scored_from = max(self.start, num_virtual)
+        self.num_scored = max(min(self.end, num_virtual + len(self.seq.prompt_logprobs)) - self.scored_from, 0)
 
     @property
     def num_inactive(self) -> int:

@@ -6,34 +6,39 @@ import json
 import logging
 import signal
 import socket
+import time
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
-import uvicorn
 from rich.console import Console
 
-from adapters.errors import AdapterError
+from adapters.errors import AdapterConflict, AdapterError
+from adapters.records import PendingAdapter
 from adapters.registry.registry import AdapterRegistry
 from adapters.sources import NAMED_BY_OPERATOR, copy_from
+from adapters.validation.inspect import check_files
 from server.api.adapters import fetching
 from server.api.adapters.merge import merge
-from server.api.adapters.publishing import Publication, publish_from
+from server.api.adapters.publishing import Publication, audit_publication, publish_from
 from server.api.adapters.scrub import Scrubber
 from server.api.adapters.watcher import FolderWatcher
 from server.api.app import create_app
-from server.api.context import AppContext
+from server.api.context import AppContext, Startup
 from server.api.errors import ApiError
 from server.api.middleware.auth import KeyRing, check_bind
 from server.api.text.tokenizer import Tokenizer
+from server.audit import AuditLog
 from server.config import ConfigError, ServeConfig, StartFailed
+from server.http.server import HttpServer
 from server.ipc.client import AdapterMoveRefused, EngineClient
 from server.ipc.supervisor import EngineTransport, EngineUnavailable
 from server.metrics import Metrics
-from server.start_checks import DEMO_ADAPTERS, named_adapters
+from server.start_checks import DEMO_ADAPTERS, describe_failure, named_adapters, refuse_failed
 
 log = logging.getLogger(__name__)
 
-MAX_HEADER_BYTES = 64 << 10
+KEYS_SECONDS = 1.0  # between two looks at the keys file
 
 
 def run(config: ServeConfig, registry: AdapterRegistry, transport: EngineTransport | None = None) -> None:
@@ -57,19 +62,24 @@ async def _serve(config: ServeConfig, keys: KeyRing, registry: AdapterRegistry, 
             keys=keys,
             metrics=Metrics(),
             base_model=config.served_model_name,
+            audit=AuditLog(config.data_dir),
+            startup=Startup([name for name, _ in named_adapters(config)]),
         )
         server = Server(context)
         bringing_up = asyncio.create_task(_bring_up(context, starting, server))
-        scrubbing = asyncio.create_task(_scrub(context))
+        background = [asyncio.create_task(_scrub(context)), asyncio.create_task(_follow_keys(context))]
         try:
             await server.serve()
             if bringing_up.done():
                 bringing_up.result()
             bringing_up.cancel()
         finally:
-            scrubbing.cancel()
-            await asyncio.gather(scrubbing, return_exceptions=True)
+            for task in background:
+                task.cancel()
+            await asyncio.gather(*background, return_exceptions=True)
             await context.sandbox.close()
+            if context.audit is not None:
+                await asyncio.to_thread(context.audit.close)
     finally:
         starting.cancel()
         await engine.stop()
@@ -82,27 +92,15 @@ def _thread_transport(config: ServeConfig) -> EngineTransport:
     return ThreadTransport(lambda: build_serving_engine(config))
 
 
-class Server(uvicorn.Server):
-    """uvicorn with a graceful shutdown: become unready, drain, exit. A second signal skips the wait."""
+class Server(HttpServer):
+    """The HTTP server with a graceful shutdown: become unready, drain, exit. A second signal ends the requests that
+    still run, and a third one the process."""
 
     def __init__(self, context: AppContext) -> None:
-        config = context.config
-        super().__init__(
-            uvicorn.Config(
-                create_app(context),
-                host=config.host,
-                port=config.port,
-                http="h11",  # h11 limits the size of headers; httptools does not
-                h11_max_incomplete_event_size=MAX_HEADER_BYTES,
-                lifespan="off",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                timeout_graceful_shutdown=5,
-            )
-        )
+        super().__init__(create_app(context), context.config.host, context.config.port)
         self._context = context
         self._draining: asyncio.Task[None] | None = None
+        self._hurry = asyncio.Event()
 
     @property
     def url(self) -> str:
@@ -117,44 +115,109 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._draining is None and sig in (signal.SIGTERM, signal.SIGINT):
+        if self._draining is None:
             self._draining = asyncio.get_running_loop().create_task(self._drain())
+        elif not self._hurry.is_set():
+            self._hurry.set()
         else:
             super().handle_exit(sig, frame)
 
     async def _drain(self) -> None:
+        config = self._context.config
         self._context.draining = True
-        log.info("draining %d requests", len(self._context.in_flight))
-        await asyncio.sleep(self._context.config.drain_delay)
-        await self._context.drain(self._context.config.drain_timeout)
+        log.info("draining %d requests; a second signal ends them", len(self._context.in_flight))
+        hurried = asyncio.create_task(self._hurry.wait())
+        drained = asyncio.create_task(self._drain_slowly(config.drain_delay, config.drain_timeout))
+        await asyncio.wait({hurried, drained}, return_when=asyncio.FIRST_COMPLETED)
+        hurried.cancel()
+        if not drained.done():
+            drained.cancel()
+            await self._context.drain(0)
         self.should_exit = True
+
+    async def _drain_slowly(self, delay: float, timeout: float) -> None:
+        await asyncio.sleep(delay)
+        await self._context.drain(timeout)
 
 
 async def _bring_up(context: AppContext, starting: "asyncio.Task[None]", server: Server) -> None:
-    """Wait for the engine, register the adapters of the command line, restore pins, and print the startup message."""
+    """Wait for the engine, register the adapters of the command line and of the watched folder, merge, become ready and
+    print the startup message; then follow the watched folder."""
+    folder = context.config.watch_adapters
+    watcher = FolderWatcher(context, Path(folder)) if folder else None
     try:
         await starting
         await _use_tokenizer(context)
-        for name, folder in named_adapters(context.config):
-            await _register(context, name, folder)
+        await _register_all(context)
         await _restore(context)
         fetching.resume(context)
-        if context.config.merge:
-            await _merge(context)
+        await _first_pass(context, watcher)
+        await _merge(context)
+        context.startup.done = True
     except EngineUnavailable as error:
         server.should_exit = True
         raise StartFailed(str(error)) from error
-    except (AdapterError, ConfigError) as error:
+    except (StartFailed, ConfigError):
         server.should_exit = True
-        raise StartFailed(f"an adapter of the command line cannot be registered or merged: {error}") from error
-    except (ApiError, AdapterMoveRefused) as error:
-        server.should_exit = True
-        raise StartFailed(f"--merge {context.config.merge} failed: {error}") from error
+        raise
     while not server.started:
         await asyncio.sleep(0.01)
     _greet(context, server.url)
-    if context.config.watch_adapters:
-        await FolderWatcher(context, Path(context.config.watch_adapters)).run()
+    if watcher is not None:
+        await watcher.run()
+
+
+async def _register_all(context: AppContext) -> None:
+    """Publish the adapters of the command line. Raises `StartFailed` that names all which cannot be, unless the
+    operator wants to start without them."""
+    failures = []
+    context.startup.stage = ""
+    for name, folder in named_adapters(context.config):
+        try:
+            await asyncio.to_thread(check_files, folder)
+            await _register(context, name, folder)
+        except (AdapterError, AdapterMoveRefused, OSError) as error:
+            failures.append(describe_failure(name, folder, error))
+            if context.config.adapter_errors == "warn":
+                log.warning("adapter of the command line %s", failures[-1])
+                await _note_failure(context, name, folder, str(error))
+        context.startup.adapters.remove(name)
+    refuse_failed(failures, context.config)
+
+
+async def _note_failure(context: AppContext, name: str, folder: Path, reason: str) -> None:
+    """Store the failure where `GET /v1/adapters` shows it."""
+    source, created = folder.resolve().as_uri(), int(time.time())
+    failed = PendingAdapter(name, source, replacing=True, pinned=False, created=created, error=reason)
+    with suppress(AdapterConflict):
+        await asyncio.to_thread(context.registry.remember, failed)
+
+
+async def _first_pass(context: AppContext, watcher: FolderWatcher | None) -> None:
+    if watcher is not None:
+        context.startup.stage = "the folder of --watch-adapters is read"
+        await watcher.first_pass()
+
+
+async def _follow_keys(context: AppContext) -> None:
+    """Read the keys file again when it changes, and on SIGHUP. Without a file, SIGHUP ends the server as usual."""
+    if not context.keys.has_file:
+        return
+    asked = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, asked.set)
+    while True:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(asked.wait(), KEYS_SECONDS)
+        if asked.is_set() or await asyncio.to_thread(lambda: context.keys.is_outdated):
+            asked.clear()
+            try:
+                context.keys.reload()
+                log.info("the API keys were read again")
+                if context.audit is not None:
+                    context.audit.changed("operator", "reload keys")
+            except ConfigError as error:
+                log.error("%s; the keys stay as they were", error)
+            context.follow_keys()
 
 
 async def _scrub(context: AppContext) -> None:
@@ -177,8 +240,10 @@ async def _register(context: AppContext, name: str, folder: Path) -> None:
         return Publication(name, source, replace=True)
 
     try:
-        await publish_from(context, fill)
+        audit_publication(context, "command line", await publish_from(context, fill))
     except AdapterMoveRefused as refused:
+        if name not in context.registry:  # its self-test could not be run
+            raise
         log.warning("adapter %s has a new version, which could not be pinned: %s", name, refused)
 
 
@@ -195,8 +260,15 @@ async def _restore(context: AppContext) -> None:
 
 
 async def _merge(context: AppContext) -> None:
-    record = context.registry.resolve(context.config.merge)
-    await merge(context, record, drain=True, allow_requantize=False)
+    """Merge the adapter of --merge. Raises `StartFailed`."""
+    name = context.config.merge
+    if not name:
+        return
+    context.startup.stage = f"the adapter '{name}' is merged"
+    try:
+        await merge(context, context.registry.resolve(name), drain=True, allow_requantize=False)
+    except (AdapterError, ApiError, AdapterMoveRefused) as error:
+        raise StartFailed(f"--merge {name} failed: {error}") from error
 
 
 def _greet(context: AppContext, url: str) -> None:

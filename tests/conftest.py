@@ -11,6 +11,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 import tests.fixtures.triton_device  # noqa: F401  (first: it decides how Triton runs)
+from server.model.loading import nf4_cache
 from tests.fixtures.adapter_factory import tiny_llama
 from tests.fixtures.api_server import fast_byte_tokenizer
 from tests.fixtures.engine_driver import Driver, make_driver
@@ -19,6 +20,14 @@ from tests.fixtures.timing import HANG_SECONDS
 torch.set_num_threads(1)  # tiny models: a second thread only costs
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_nf4_weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Quantized weights of tests stay out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nf4_cache, "cache_folder", lambda: tmp_path_factory.getbasetemp() / "cache" / "models")
+        yield
 
 
 @pytest.fixture(autouse=True)

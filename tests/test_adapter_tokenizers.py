@@ -16,6 +16,7 @@ from adapters.registry.store import AdapterStore
 from adapters.traits import Traits
 from server.api.text import template_sandbox
 from server.api.text.adapter_tokenizers import AdapterTokenizers
+from server.api.text.chat_template import Conversation
 from server.api.text.template_sandbox import TemplateSandbox
 from server.api.text.tokenizer import Tokenizer
 from server.model.loading.default_model import prepare_default_model
@@ -305,7 +306,7 @@ async def test_the_default_model_s_own_files_change_nothing(tmp_path: Path) -> N
         {"role": "assistant", "content": "Well, "},
     ]
     for continue_final in (False, True):
-        given = {"max_tokens": 8192, "continue_final": continue_final}
-        assert await own.render(messages, **given) == await base.render(messages, **given)
+        conversation = Conversation(messages, continue_final=continue_final)
+        assert await own.render(conversation, 8192) == await base.render(conversation, 8192)
     assert await own.encode(messages[0]["content"], 8192) == await base.encode(messages[0]["content"], 8192)
     await sandbox.close()

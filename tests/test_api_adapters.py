@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
+from adapters.names import ROUTE_WORDS
 from server.api.adapters.schemas import AdapterBody
 from server.ipc.messages import PinAdapter, ToEngine
 from server.sequence import ScaledAdapter
@@ -17,14 +18,14 @@ from tests.fixtures.timing import eventually, leap, wait_for
 BAD_NAMES = [
     "../x",
     "%2e%2e",
-    "a/b",
+    "a//b",
     ".",
     "..",
-    "a..b",
-    "CON",
+    "a/../b",
+    "a/versions",
     "nul\0",
     "a\r\nb",
-    "x" * 65,
+    "x" * 257,
     "аcme",
     "_unknown",
     "",
@@ -182,7 +183,7 @@ def test_a_client_that_leaves_during_an_upload_leaves_nothing(tmp_path: Path) ->
     with listening(tmp_path) as server:
         for sent in (0, 100, 1000):
             host, port = server.url.removeprefix("http://").split(":")
-            head = "POST /v1/adapters HTTP/1.1\r\nhost: x\r\ncontent-length: 100000\r\n"
+            head = "POST /v1/adapters HTTP/1.1\r\nhost: localhost\r\ncontent-length: 100000\r\n"
             head += "content-type: multipart/form-data; boundary=b\r\n\r\n"
             part = '--b\r\ncontent-disposition: form-data; name="adapter_config.json"; filename="x"\r\n\r\n'
             with socket.create_connection((host, int(port))) as client:
@@ -435,15 +436,69 @@ async def test_vllm_routes(tmp_path: Path) -> None:
         assert loaded.text == "Success: LoRA adapter 'acme' added successfully."
         assert_error(await load(lora_name="acme", lora_path=str(source)), 400)
         assert (await load(lora_name="acme", lora_path=str(source), load_inplace=True)).status_code == 200
-        assert_error(await load(lora_name="b", lora_path="/etc"), 400, "source_not_allowed")
-        assert_error(await load(lora_name="b", lora_path="/" + "ä" * 1000), 400)  # three times as long as a URL
+        refused = assert_error(await load(lora_name="b", lora_path="/etc"), 403, "source_not_allowed")
+        assert "--allow-source" in refused["message"]
+        assert_error(await load(lora_name="b", lora_path=f"{tmp_path}/allowed/" + "ä" * 1000), 400)  # as a URL too long
         missing = f"{tmp_path}/allowed/none"
         assert_error(await load(lora_name="b", lora_path=missing), 404, sent=missing)
-        assert_error(await load(lora_name="b", lora_path="relative"), 400)
+        assert_error(await load(lora_name="b", lora_path="none"), 403, "source_not_allowed")
         assert_error(await load(lora_name="b"), 400)
         unload = lambda name: api.http.post("/v1/unload_lora_adapter", json={"lora_name": name})  # noqa: E731
         assert (await unload("acme")).text == "Success: LoRA adapter 'acme' removed successfully."
         assert_error(await unload("acme"), 404, "model_not_found")
+
+
+async def test_the_vllm_route_takes_relative_and_home_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _folder(tmp_path / "allowed" / "acme")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    async with serving(tmp_path / "server", allow_source=(f"file://{tmp_path}/allowed", "hf://org")) as api:
+
+        async def load(name: str, path: str) -> httpx.Response:
+            return await api.http.post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": path})
+
+        for number, path in enumerate(("allowed/acme", "./allowed/acme", "~/allowed/acme", "acme")):
+            assert (await load(f"org/n{number}", path)).status_code == 200, path
+        for path in ("../x", "server", "~/server", "~nobody-here/x", "other/repo", "a\0b", "~"):
+            refused = assert_error(await load("b", path), 403, "source_not_allowed")
+            assert "--allow-source" in refused["message"]
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        assert (await load("b", "org/repo")).json()["error"]["code"] != "source_not_allowed"
+
+
+async def test_names_with_slashes_have_every_route(tmp_path: Path) -> None:
+    name = "Acme/Support:v2"
+    async with serving(tmp_path) as api:
+        assert (await api.upload(name)).status_code == 201
+        assert (await api.upload("Acme", seed=1)).status_code == 201
+        version = await digest(api, name)
+        for path in (name, "Acme%2FSupport%3Av2"):
+            at = f"/v1/adapters/{path}"
+            assert (await api.http.get(at)).json()["name"] == name
+            assert (await api.http.get(f"/v1/models/{path}")).json()["id"] == name
+            assert (await api.http.get(f"{at}/versions")).json()["data"][0]["version"] == f"sha256:{version}"
+            for action in ("load", "pin", "unpin", "unload"):
+                assert (await api.http.post(f"{at}/{action}")).json()["name"] == name
+            assert_error(await api.http.post(f"{at}/rollback"), 409, "conflict")
+            assert (await api.http.get(f"{at}/files/adapter_config.json")).status_code == 200
+        assert_error(await api.http.get("/v1/adapters/Acme/Support:v2/load"), 405)
+        assert_error(await api.http.get("/v1/adapters/acme/support:v2"), 404, "model_not_found")
+        for wrong in ("Acme//Support:v2", "Acme/Support:v2/", "Acme/../Acme"):
+            assert (await api.http.get(f"/v1/adapters/{wrong.replace('..', '%2e%2e')}")).status_code == 404
+        assert (await api.chat(model=name)).json()["model"] == name
+        assert (await api.chat(model=f"{name}@{version}")).status_code == 200
+        assert (await api.http.delete(f"/v1/adapters/{name}")).json()["name"] == name
+        assert (await api.http.get("/v1/adapters/Acme")).status_code == 200
+
+
+async def test_the_words_of_routes_are_those_that_names_avoid(tmp_path: Path) -> None:
+    async with serving(tmp_path) as api:
+        paths = {
+            path.split("}/")[1].split("/")[0]
+            for path in api.app.openapi()["paths"]
+            if "adapters/{" in path and "}/" in path
+        }
+        assert paths == set(ROUTE_WORDS)
 
 
 async def test_concurrent_uploads_of_one_name_have_one_winner(tmp_path: Path) -> None:

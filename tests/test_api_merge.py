@@ -111,6 +111,19 @@ async def test_a_merge_between_resolving_and_submitting_refuses_the_request(
         assert (await api.chat()).status_code == 200
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_the_engine_refuses_like_the_api(tmp_path: Path, stream: bool) -> None:
+    """A request that passed the API before the merge was requested and reached the engine after it."""
+    async with serving(tmp_path, merge_others="refuse") as api:
+        await api.upload("acme")
+        await merge(api, "acme")
+        by_api = await api.chat(stream=stream)
+        await api.http.delete("/v1/merge")
+        api.engine.fail_after, api.engine.failure_reason = 0, "merged"
+        by_engine = await api.chat(stream=stream)
+        assert (by_engine.status_code, by_engine.json()) == (409, by_api.json())
+
+
 async def test_a_merge_that_fails_or_takes_too_long_is_the_engine_s_fault(tmp_path: Path) -> None:
     async with serving(tmp_path) as api:
         await api.upload("acme")

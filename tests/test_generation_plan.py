@@ -20,7 +20,8 @@ from server.api.inference.responses import respond
 from server.api.inference.streaming import EventStream
 from server.api.inference.targets import resolve_target
 from server.api.middleware.auth import ANYONE
-from server.api.schemas import ChatCompletionRequest, CompletionRequest, GenerationRequest, Wire
+from server.api.requests import ChatCompletionRequest, CompletionRequest, GenerationRequest
+from server.api.schemas import Wire
 from server.sequence import SamplingParams
 from tests.fixtures.api_server import BASE, MAX_MODEL_LEN, Api, base_plan, serving
 
@@ -120,8 +121,11 @@ class WordsFormatter:
     def opening(self) -> bytes:
         return b"event: begin\n\n"
 
+    def has_event(self, delta: Delta) -> bool:
+        return bool(delta.text)
+
     def event(self, delta: Delta) -> bytes:
-        self._left -= delta.num_tokens
+        self._left -= len(delta.token_ids)
         return f"event: words\ndata: {delta.text} {self._left}\n\n".encode()
 
     def ending(self) -> bytes:

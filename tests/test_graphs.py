@@ -18,10 +18,12 @@ from adapters.runtime.columns import RankColumns
 from adapters.runtime.layers import LoRAGroup
 from adapters.runtime.pack import PackedAdapter
 from adapters.runtime.pool import AdapterPool
+from adapters.runtime.row_maps import RowMaps
 from server.model import graphs
 from server.model.attention import launch_errors, triton_layout
 from server.model.batch import ForwardBatch, SequenceRows
 from server.model.graphs import CudaCapture, DecodeGraphs, StaticKernel, bucket_sizes, capture_decode_graphs
+from server.model.virtual_tokens import VirtualRows, VirtualSpan
 
 CPU = torch.device("cpu")
 COLUMNS = {0: [(0, 16)], 1: [(16, 32)]}
@@ -123,6 +125,7 @@ LONG = [SequenceRows(0, 1, 20, [0, 1]), SequenceRows(1, 2, 160, list(range(10)))
     ("batch", "tokens", "head", "reason"),
     [
         (decode(2, sequences=PREFILL), NO_SEGMENTS, NO_SEGMENTS, "prefill"),
+        (decode(2, virtual=VirtualRows([(VirtualSpan(0, 4, 5), 1)])), NO_SEGMENTS, NO_SEGMENTS, "virtual tokens"),
         (decode(2, sample_rows=torch.tensor([1])), NO_SEGMENTS, NO_SEGMENTS, "rows without a sample"),
         (decode(2), adapters(0, 1), adapters(0), "rows without a sample"),
         (decode(5), NO_SEGMENTS, NO_SEGMENTS, "size"),
@@ -186,6 +189,7 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "output vectors": {"vectors": {"m": torch.ones(2, 4)}},
     "input vectors": {"input_vectors": {"m": torch.ones(2, 4)}},
     "module overrides": {"module_overrides": {"m": (torch.nn.Identity(),)}},
+    "row maps": {"row_maps": {"m": RowMaps(before=torch.nn.Identity())}},
 }
 
 

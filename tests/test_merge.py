@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftConfig
 from torch import Tensor, nn
 
 from adapters.errors import AdapterInvalid, MoveRefused
@@ -17,9 +18,9 @@ from adapters.runtime.weight_merge import FreeMemory, MergedModules, merge
 from adapters.weights import AdapterWeights, LoraFactors
 from server.model.cpu.linear import NativeLinear
 from server.model.packed_linear import PackedLinear, packed
-from tests.fixtures.adapter_factory import with_peft, write_adapter
+from tests.fixtures.adapter_factory import with_peft, write_adapter, write_peft_adapter
 from tests.fixtures.engine_driver import Driver, make_driver
-from tests.fixtures.parity_cases import GPT2_CASES, LLAMA_CASES
+from tests.fixtures.parity_cases import GPT2_CASES, LLAMA_CASES, LLAMA_PEFT_TYPES
 from tests.test_peft_parity import build
 
 PLENTY = FreeMemory(1 << 40)
@@ -27,6 +28,9 @@ LINEAR = ["plain", "rslora", "patterns", "expressions", "lora_bias", "bias lora_
 DORA = ["dora", "dora, rslora", "dora, bias all", "dora on lm_head", "dora, bias"]
 CASES = [(kind, case) for kind, cases in (("llama", LLAMA_CASES), ("gpt2", GPT2_CASES)) for case in cases]
 CASES = [(kind, case) for kind, case in CASES if case in (*LINEAR, *DORA)]
+TYPES = "llama PEFT types"
+CASES += [(TYPES, case) for case in ("beft", "deft", "deft, qr", "gralora, hybrid", "hra", "hra, gs")]
+CASES += [(TYPES, case) for case in ("boft", "c3a", "oft", "oft, shared", "road", "road, 4", "shira")]
 Make = Callable[..., tuple[Driver, AdapterWeights, nn.Module]]
 
 
@@ -38,8 +42,11 @@ def make(tmp_path: Path) -> Iterator[Make]:
         """An engine over the base, the adapter's weights, and the base with the adapter merged by PEFT in float32."""
         model = build(kind)
         model.save_pretrained(tmp_path / "model")
-        config = {"llama": LLAMA_CASES, "gpt2": GPT2_CASES}[kind][case]
-        folder = write_adapter(model, tmp_path / "adapter", **config)
+        config = {"llama": LLAMA_CASES, "gpt2": GPT2_CASES, TYPES: LLAMA_PEFT_TYPES}[kind][case]
+        if isinstance(config, PeftConfig):
+            folder = write_peft_adapter(model, tmp_path / "adapter", config)
+        else:
+            folder = write_adapter(model, tmp_path / "adapter", **config)
         driver = make_driver(tmp_path / "model", tmp_path / "data", **settings)
         drivers.append(driver)
         digest = driver.add_adapter(folder)

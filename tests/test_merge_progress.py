@@ -111,15 +111,15 @@ class MergeMachine(RuleBasedStateMachine):
         for _ in range(times):
             self.world.clock.now += 0.1
             self.world.step()
-            self.end(self.world.scheduler.failed())
+            self.end([seq for seq, _ in self.world.scheduler.failed()])
             refused = self.world.merging.refused()
-            self.refused += [seq for seq, _ in refused]
+            self.refused += refused
             self.end(refused)
             self.replies += [reply.request_id for reply in self.world.merging.take_replies()]
             self.check_weights()
 
-    def end(self, found: list[tuple[Sequence, str]]) -> None:
-        for seq, _ in found:
+    def end(self, found: list[Sequence]) -> None:
+        for seq in found:
             self.world.scheduler.finish(seq)
 
     def check_weights(self) -> None:
@@ -182,4 +182,4 @@ def test_who_came_with_a_merge_that_makes_another_stay_is_answered(gives_way: bo
     base = world.add("base", None)
     world.merging.merge(Merge(9, "a"))
     world.merging.advance()
-    assert [seq for seq, _ in world.merging.refused()] == ([] if gives_way else [base])
+    assert world.merging.refused() == ([] if gives_way else [base])

@@ -50,12 +50,21 @@ CREATE TABLE checks (digest TEXT PRIMARY KEY, checked INTEGER NOT NULL, damage T
 INSERT INTO checks VALUES ('{OLD}', 9, 'its stored files are damaged'), ('{NEW}', 9, NULL);
 PRAGMA user_version = 2;
 """
+# Schema 3 put another table in the place of `aliases`.
+SPLITS = """
+DROP TABLE aliases;
+CREATE TABLE splits (alias TEXT NOT NULL, member TEXT NOT NULL, weight ANY NOT NULL, created INTEGER NOT NULL,
+    PRIMARY KEY (alias, member)) STRICT;
+INSERT INTO splits VALUES ('prod', 'one', 9, 8), ('prod', 'two', 1, 8);
+PRAGMA user_version = 3;
+"""
 EARLIER = {
     "1": FIRST,
     "1 with an index": FIRST + INDEX,
     "1 with pending adapters": FIRST + INDEX + PENDING,
     "1 with aliases": FIRST + INDEX + PENDING + ALIASES,
     "2": FIRST + INDEX + PENDING + ALIASES + CHECKS,
+    "3": FIRST + INDEX + PENDING + ALIASES + CHECKS + SPLITS,
 }
 
 

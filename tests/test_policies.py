@@ -218,7 +218,7 @@ def test_one_request_for_another_adapter_starts_within_the_bound(bound: int, ten
     run_to_end(scheduler)
 
 
-def test_a_preempted_sequence_goes_first_and_is_charged_once() -> None:
+def test_a_preempted_sequence_waits_for_its_tenant_s_turn_and_is_charged_once() -> None:
     scheduler = fair(num_blocks=4, max_batch_tokens=64)
     for name in "ab":
         scheduler.add(of("greedy", name, 4, max_tokens=12))
@@ -230,10 +230,45 @@ def test_a_preempted_sequence_goes_first_and_is_charged_once() -> None:
     order: list[str] = []
     while scheduler.has_work():
         order += names(scheduled.seq for scheduled in run_step(scheduler).sequences)
-    assert order.index("greedy-b") < order.index("patient-late")
+    assert order.index("patient-late") < order.index("greedy-b")
     policy = scheduler.policy
     assert isinstance(policy, FairShare)
     assert policy._served["greedy"] == 2 * (4 + 2 * 12)
+
+
+def test_a_preempted_sequence_waits_in_its_tenant_by_priority_and_then_by_arrival() -> None:
+    scheduler = fair(num_blocks=100, max_batch_tokens=64)
+    for name, priority in (("a", 0), ("b", 5), ("c", 5)):
+        scheduler.add(of("t", name, 4, priority=priority, max_tokens=12))
+    run_step(scheduler)
+    for seq in scheduler.running[::-1]:
+        scheduler._preempt(seq)
+    for name, priority in (("urgent", -1), ("usual", 0), ("calm", 5)):
+        scheduler.add(of("t", name, 4, priority=priority))
+    assert names(scheduler._candidates()) == [f"t-{name}" for name in ("urgent", "a", "usual", "b", "c", "calm")]
+
+
+@pytest.mark.parametrize("policy", [FairShare, FirstCome])
+@pytest.mark.parametrize("tenant", ["same", "other"])
+@pytest.mark.parametrize("bound", [1, 4, 20])
+def test_a_preempted_sequence_is_admitted_within_the_bound(bound: int, tenant: str, policy: type[Policy]) -> None:
+    """Beside an endless stream of more urgent requests, of its tenant or another, over memory for two."""
+    scheduler = make_scheduler(num_blocks=12, max_batch_tokens=64, max_wait_steps=bound)
+    scheduler.policy = policy()
+    scheduler.add(of(tenant, "first", 4, max_tokens=8))
+    scheduler.add(large := of("same", "large", 12, priority=9, max_tokens=24))
+    step = 0
+    while large.status is not SequenceStatus.FINISHED:
+        scheduler.add(of(tenant, f"{step}", 4, priority=-1, max_tokens=8))
+        if step >= 3 and large in scheduler.running and not large.preempted:
+            scheduler._preempt(large)
+        overdue, before = large.overdue and large.status is SequenceStatus.WAITING, {*scheduler.running}
+        run_step(scheduler)
+        if overdue and large.status is SequenceStatus.WAITING:
+            assert not [seq for seq in scheduler.running if seq not in before and seq.tenant == "same"]
+        step += 1
+        assert step < 40 + 10 * bound
+    assert large.preempted and large.num_output_tokens == 24
 
 
 def preempted(scheduler: Scheduler) -> list[str]:

@@ -1,5 +1,6 @@
 """Random traffic over few slots and little cache, while adapters are moved, pinned, deleted and merged: every sequence
-says what it says alone."""
+says what it says alone. Also with slow reads, adapters that are published meanwhile, steps that fail, and engines that
+crash and are started again."""
 
 import random
 import time
@@ -25,7 +26,8 @@ from server.ipc.messages import (
 )
 from server.sequence import SamplingParams, ScaledAdapter
 from tests.fixtures.adapter_factory import tiny_llama, write_adapter
-from tests.fixtures.engine_driver import Driver, make_driver
+from tests.fixtures.engine_driver import Driver, make_driver, plain
+from tests.fixtures.virtual_tokens import write_virtual
 from tests.test_engine import BLOCK_BYTES, assert_the_cache_is_finite
 
 ADAPTERS: list[dict[str, Any]] = [
@@ -37,6 +39,7 @@ ADAPTERS: list[dict[str, Any]] = [
     {"r": 4, "target_modules": ["lm_head", "down_proj"]},
 ]
 REQUESTS = 24
+HOST_BYTES = 400_000  # of two or three adapters, so that others are read again
 LIMITS = {"adapter_slots": 3, "max_batch_tokens": 32, "max_num_seqs": 6, "max_wait_steps": 6}
 
 
@@ -48,15 +51,16 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     ]
 
 
-Make = Callable[[], Driver]
+Make = Callable[..., Driver]
 
 
 @pytest.fixture
 def make(llama_folder: Path, tmp_path: Path) -> Iterator[Make]:
     with ExitStack() as stack:
 
-        def new() -> Driver:
-            driver = make_driver(llama_folder, tmp_path / "data", kv_cache_bytes=8 * BLOCK_BYTES, **LIMITS)
+        def new(data: str = "data", **settings: Any) -> Driver:
+            limits = {"kv_cache_bytes": 8 * BLOCK_BYTES, **LIMITS, **settings}
+            driver = make_driver(llama_folder, tmp_path / data, **limits)
             stack.callback(driver.engine.close)
             return driver
 
@@ -147,10 +151,14 @@ def test_every_sequence_says_what_it_says_alone(
 ) -> None:
     alone = make()
     digests = [alone.add_adapter(folder) for folder in folders]
+    driver = make()
+    compare(alone, driver, seed, digests, merges, overlap)
+
+
+def compare(alone: Driver, driver: Driver, seed: int, digests: list[str], merges: bool, overlap: bool) -> None:
     for request in requests(seed, digests, not merges):
         alone.engine.handle(request)
         alone.run()
-    driver = make()
     driver.engine.overlap = overlap
     play(driver, seed, digests, merges)
     assert driver.engine.scheduler.blocks.num_used == 0
@@ -162,3 +170,179 @@ def test_every_sequence_says_what_it_says_alone(
             assert said == expected[: len(said)]
         else:
             assert (said, driver.finish_reason(seq_id)) == (expected, alone.finish_reason(seq_id))
+
+
+@pytest.fixture(scope="module")
+def virtual(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    root, tokens = tmp_path_factory.mktemp("virtual"), {"P_TUNING": 21, "CARTRIDGE": 16, "PREFIX_TUNING": 35}
+    return [write_virtual(tiny_llama(), root / name, name, count) for name, count in tokens.items()]
+
+
+def put_in_place(driver: Driver, others: dict[str, str]) -> None:
+    """Let messages about one adapter be about another, of virtual tokens; compositions stay as they are."""
+    handle = driver.engine.handle
+
+    def changed(message: ToEngine) -> None:
+        if isinstance(message, Submit) and len(message.adapters) == 1 and message.adapters[0].digest in others:
+            digest = others[message.adapters[0].digest]
+            traits = driver.traits[digest]
+            message = msgspec.structs.replace(
+                message,
+                adapters=plain(digest),
+                active_from=0,
+                virtual_tokens=traits.virtual_tokens,
+                has_prefix=traits.has_prefix,
+            )
+        elif isinstance(message, MoveAdapter | PinAdapter | RetireAdapter | RunSelfTest) and message.digest in others:
+            message = msgspec.structs.replace(message, digest=others[message.digest])
+        handle(message)
+
+    driver.engine.handle = changed  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("merges", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_so_it_is_with_virtual_tokens(
+    make: Make, folders: list[Path], virtual: list[Path], seed: int, merges: bool, overlap: bool
+) -> None:
+    drivers = make(), make()
+    for driver in drivers:
+        digests = [driver.add_adapter(folder) for folder in folders]
+        own = [driver.add_adapter(folder) for folder in virtual]
+        put_in_place(driver, dict(zip(digests[::2], own, strict=True)))
+    compare(*drivers, seed, digests, merges, overlap)
+
+
+class Troubled:
+    """An engine whose reads are slow, whose steps fail now and then, and which crashes and is started again. What was
+    not answered before a crash is asked again, as clients do."""
+
+    def __init__(self, make: Make, folders: list[Path], seed: int, overlap: bool):
+        self._make, self._overlap = make, overlap
+        # Each has its own, so that what is asked does not depend on how many steps and reads there are.
+        self._chance, self._slowness, self._bad_luck = (random.Random(f"{seed} {what}") for what in "abc")
+        self._unpublished = list(folders)
+        self._ids = count()
+        self.published: list[str] = []
+        self.asked: dict[str, Submit] = {}
+        self.told: list[tuple[str, list[int]]] = []  # by sequence: the tokens before a crash
+        self.tested: dict[int, str] = {}  # self-tests of this engine: id, digest
+        self.crashes = self.failures = self.passed = 0
+        self.driver = self._start()
+
+    def _start(self) -> Driver:
+        driver = self._make("troubled", adapter_host_bytes=HOST_BYTES)
+        driver.engine.overlap = self._overlap
+        residency, engine = driver.engine.residency, driver.engine
+        read, forward = residency._read, engine._forward_batch
+
+        def slow(digest: str) -> Any:
+            time.sleep(self._slowness.choice([0, 0, 0.005, 0.02]))
+            return read(digest)
+
+        def failing(*arguments: Any) -> Any:
+            if self._bad_luck.random() < 0.05:
+                self.failures += 1
+                raise RuntimeError("this step fails")
+            return forward(*arguments)
+
+        residency._read, engine._forward_batch = slow, failing  # type: ignore[method-assign]
+        return driver
+
+    def publish(self) -> None:
+        """Store a version and test it; traffic for it may come at once."""
+        if self._unpublished:
+            digest = self.driver.add_adapter(self._unpublished.pop(0))
+            self.published.append(digest)
+            self.tested[request := next(self._ids)] = digest
+            self.driver.engine.handle(RunSelfTest(request, digest))
+
+    def ask(self, request: Submit) -> None:
+        while not {adapter.digest for adapter in request.adapters} <= {*self.published}:
+            self.publish()
+        self.asked[request.seq_id] = request
+        self.driver.engine.handle(request)
+
+    def disturb(self, merges: bool) -> None:
+        if self.published:
+            for message in disturbance(self._chance, self.published, self._ids, merges):
+                self.driver.engine.handle(message)
+        kind = self._chance.randrange(12)
+        if kind == 0:
+            self.publish()
+        if kind == 1:
+            self.crash()
+
+    def crash(self) -> None:
+        self.crashes += 1
+        self.check_replies(complete=False)
+        before, self.driver = self.driver, self._start()
+        before.engine.close()
+        self.tested.clear()
+        for seq_id, request in self.asked.items():
+            if before.outputs.get(seq_id) and before.outputs[seq_id][-1].finish_reason is not None:
+                self.driver.outputs[seq_id] = before.outputs[seq_id]
+            else:
+                self.told.append((seq_id, before.tokens(seq_id) if seq_id in before.outputs else []))
+                self.driver.engine.handle(request)
+
+    def finish(self) -> None:
+        self.driver.run()
+        self.check_replies(complete=True)
+
+    def check_replies(self, complete: bool) -> None:
+        """A self-test passes, or says why there was none: a full device, a merged base, or a failed load."""
+        for request in self.tested:
+            reply = self.driver.replies.get(request)
+            assert reply is not None or not complete
+            if reply is not None and reply.selftest is not None:
+                assert reply.selftest.relative_error <= reply.selftest.tolerance
+                self.passed += 1
+            elif reply is not None:
+                assert reply.error is not None and reply.error[0] in ("busy", "no_room", "failed")
+
+
+def through_trouble(make: Make, folders: list[Path], seed: int, merges: bool, overlap: bool) -> Troubled:
+    """Play one run and compare every answer with that of a quiet engine."""
+    alone = make("alone")
+    digests = [alone.add_adapter(folder) for folder in folders]
+    wanted = requests(seed, digests, not merges)
+    for request in wanted:
+        alone.engine.handle(request)
+        alone.run()
+    chance = random.Random(-1 - seed)
+    troubled = Troubled(make, folders, seed, overlap)
+    for request in wanted:
+        troubled.ask(request)
+        for _ in range(chance.randrange(4)):
+            troubled.driver.step()
+        troubled.disturb(merges)
+    troubled.finish()
+    driver = troubled.driver
+    assert driver.engine.scheduler.blocks.num_used == 0
+    assert_the_cache_is_finite(driver)
+    for seq_id in alone.outputs:
+        said, expected = driver.tokens(seq_id), alone.tokens(seq_id)
+        assert [output.finish_reason is not None for output in driver.outputs[seq_id]].count(True) == 1
+        whole = (said, driver.finish_reason(seq_id)) == (expected, alone.finish_reason(seq_id))
+        assert whole or (driver.finish_reason(seq_id) in ("abort", "error") and said == expected[: len(said)])
+    for seq_id, said in troubled.told:
+        assert said == alone.tokens(seq_id)[: len(said)]
+    return troubled
+
+
+@pytest.mark.parametrize(("merges", "overlap"), [(False, True), (True, False)])
+def test_whatever_fails_an_answer_is_whole_or_says_that_it_is_not(
+    make: Make, folders: list[Path], merges: bool, overlap: bool
+) -> None:
+    troubled = through_trouble(make, folders, 0, merges, overlap)
+    assert troubled.crashes and troubled.failures and troubled.passed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("merges", [False, True])
+@pytest.mark.parametrize("seed", range(1, 16))
+def test_whatever_fails_in_more_runs(make: Make, folders: list[Path], seed: int, merges: bool, overlap: bool) -> None:
+    through_trouble(make, folders, seed, merges, overlap)

@@ -127,8 +127,25 @@ def test_the_same_bytes_under_two_names_are_stored_once(registry: AdapterRegistr
     assert registry.resolve("two")
 
 
-NAMES = ["../x", "%2e%2e", "/etc", "a/b", ".", "..", "a..b", "", "-a", "_a", ".a", "A", "a" * 65, "a b", "a\0b", "a\n"]
-NAMES += ["a\r\nb", "\u0430dapter", "é", "_base", "_unknown", "a@b", "a\\b", "a:b", "C:", "~", "\ud800", "a" * 10_000]
+NAMES = [
+    "../x",
+    "%2e%2e",
+    "/etc",
+    ".",
+    "..",
+    "a/..",
+    "a/../b",
+    "./a",
+    "a//b",
+    "a/",
+    "",
+    "a" * 257,
+    "a b",
+    "a\0b",
+    "a\n",
+]
+NAMES += ["a\r\nb", "\u0430dapter", "é", "_base", "_unknown", "a@b", "a\\b", "a%2fb", "~", "\ud800", "a" * 10_000]
+NAMES += ["org/versions", "org/name/split", "a/files/adapter_config.json"]  # the ends of routes
 
 
 class Watch:
@@ -168,10 +185,35 @@ def test_names_that_could_be_paths_are_refused(name: str, registry: AdapterRegis
     assert len(registry) == 0 and folders(registry) == set()
 
 
-@pytest.mark.parametrize("name", ["a", "0", "a.b-c_d", "con", "a" * 64, "a-", "a."])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a",
+        "A",
+        "0",
+        "a.b-c_d",
+        "con",
+        "a" * 256,
+        "a-",
+        "a..b",
+        "_a",
+        "Qwen/Qwen3-LoRA",
+        "base:v2",
+        "a/b:c/d",
+        "versions",
+    ],
+)
 def test_good_names(name: str, registry: AdapterRegistry) -> None:
     publish(registry, name, "v1")
-    assert registry.resolve(name).name == name
+    assert registry.resolve(name).name == registry.resolve(f"{name}@{digest_of('v1')[:12]}").name == name
+
+
+def test_names_that_differ_in_case_are_two(registry: AdapterRegistry) -> None:
+    publish(registry, "Org/Name", "v1")
+    publish(registry, "org/name", "v2")
+    assert [r.name for r in registry.walk()] == ["Org/Name", "org/name"]
+    registry.retire("Org/Name")
+    assert registry.resolve("org/name").version.digest == digest_of("v2") and "Org/Name" not in registry
 
 
 def test_a_version_can_be_named(registry: AdapterRegistry) -> None:
@@ -727,7 +769,7 @@ def test_a_database_without_aliases_opens_unchanged(registry: AdapterRegistry, d
     publish(registry, "one", "v1")
     before = state(registry)
     registry.close()
-    spoil(data_dir, "DROP TABLE aliases")
+    spoil(data_dir, "DROP TABLE splits")
     again = AdapterRegistry(data_dir)
     assert state(again) == before and again.aliases == {}
     assert again._db.execute("PRAGMA user_version").fetchone()[0] == SCHEMA_VERSION

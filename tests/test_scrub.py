@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -19,6 +20,11 @@ from tests.fixtures.timing import eventually
 from tests.test_healing import DAMAGES, flip
 
 FAST = 10_000.0
+
+
+@pytest.fixture(autouse=True)
+def all_of_a_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scrub, "CPU_SHARE", 1.0)
 
 
 def place(api: Api, name: str) -> Path:
@@ -178,6 +184,23 @@ async def test_reads_keep_the_rate(tmp_path: Path) -> None:
         scrubber.check_due()
         size = api.context.registry.record("acme").version.nbytes
         assert sum(sleeps.seconds) == pytest.approx(size / (2 << 20))
+
+
+async def test_small_versions_take_their_share_of_a_core(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A check of 6 ms of CPU time, of which reading is the smaller part, ten thousand times in a row."""
+    monkeypatch.setattr(scrub, "CPU_SHARE", 0.02)
+    async with serving(tmp_path) as api:
+        await api.upload("acme")
+        await api.upload("other", seed=1)
+        clock = Mock(thread_time=Mock(side_effect=[1.0, 1.006, 2.0, 2.006]), monotonic=Mock(return_value=5.0))
+        clock.time = time.time
+        scrubber, sleeps = Scrubber(api.context, FAST), Sleeps()
+        scrubber._stop = sleeps  # type: ignore[assignment]
+        age(api)
+        with monkeypatch.context() as patch:
+            patch.setattr(scrub, "time", clock)
+            scrubber.check_due()
+        assert [seconds for seconds in sleeps.seconds if seconds > 0.1] == [pytest.approx(0.3)] * 2
 
 
 async def test_nothing_is_read_while_requests_wait(tmp_path: Path) -> None:

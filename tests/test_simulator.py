@@ -2,13 +2,16 @@
 
 import random
 from collections import Counter
-from itertools import pairwise
+from concurrent.futures import Future
+from contextlib import suppress
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
+from adapters.errors import MoveRefused
 from load_tests.simulator.clock import Clock, VirtualExecutor
 from load_tests.simulator.cost import PROFILES, Profile, StepWork, fit, load_profile
 from load_tests.simulator.engine import Record, Result, Setting, Simulation
@@ -16,7 +19,10 @@ from load_tests.simulator.report import Finding, write, write_docs
 from load_tests.simulator.scenarios import SCENARIOS, Scenario, best_shares, simulate
 from load_tests.simulator.summary import entitled, jain, percentile, summarize
 from load_tests.simulator.workload import BASE, Lengths, Request, Workload, cold_burst, generate, merged, ranks
+from server.engine.merging import Merged, Merging
 from server.engine.policies import FairShare, FirstCome, Policy
+from server.ipc.messages import Merge
+from tests.test_merging import FakeMerged
 
 ROUND = Profile(
     about="numbers that are easy to add up",
@@ -354,3 +360,66 @@ def test_a_scenario_s_runs_are_told_apart() -> None:
         scenario: Scenario = make(100)
         points = [(run.series, run.x) for run in scenario.runs]
         assert len(points) == len(set(points)), scenario.name
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_operators_merges_and_crashes_leave_the_books_balanced(seed: int) -> None:
+    """Adapters are pinned and unloaded, merged and unmerged, and all that runs is lost now and then and asked again."""
+    chance, ids, steps = random.Random(seed), count(), 0
+    simulation = Simulation(setting(4, kv_bytes=600_000, max_wait_steps=20, host_bytes=400_000_000), ROUND, ranks(40))
+    merging = Merging(simulation.scheduler, lambda *_: ready(FakeMerged()), clock=lambda: simulation.clock.now)
+    take_step, crashes = simulation.step, 0
+
+    def crash() -> None:
+        """As seen by the clients of an engine that is started again; what it has in memory may as well stay."""
+        for seq in [*simulation.scheduler.running, *simulation.scheduler.waiting]:
+            simulation.scheduler.finish(seq)
+            request = simulation._records.pop(seq.seq_id).request
+            simulation.submit(request._replace(arrival=simulation.clock.now))
+
+    def operate() -> None:
+        digest, kind = str(chance.randrange(40)), chance.randrange(40)
+        residency = simulation.residency
+        if kind in (0, 1) and not residency.pinned() and residency.where(digest) == "device":
+            with suppress(MoveRefused):  # no room would be left
+                residency.pin(digest)
+        if kind in (2, 3):
+            for pinned in residency.pinned():
+                residency.unpin(pinned)
+        if kind == 4:
+            with suppress(MoveRefused):  # it is in use
+                residency.unload(digest)
+        if kind == 5:
+            merging.merge(Merge(next(ids), digest, drain=True))
+        if kind == 6:
+            merging.unmerge(next(ids))
+
+    def troubled_step() -> bool:
+        nonlocal steps, crashes
+        steps += 1
+        before = merging.status
+        merging.advance()
+        merging.take_replies()
+        ran = take_step()
+        if ran:
+            operate()
+        if steps % 200 == 199:
+            crash()
+            crashes += 1
+        if steps % 5 == 0:
+            simulation.check_integrity()
+        return ran or merging.status != before
+
+    simulation.step = troubled_step  # type: ignore[method-assign]
+    result = simulation.run(generate(SMALL))
+    ended = [record for record in result.records if record.end == "done"]
+    assert len(ended) == SMALL.requests and all(r.tokens == r.request.output_tokens for r in ended)
+    directions = {switch.direction for switch in merging.take_switches()}
+    assert crashes and result.preemptions and directions == {"merge", "unmerge"}
+    assert simulation.scheduler.blocks.num_used == 0 and not simulation.scheduler.has_work()
+
+
+def ready(merged: FakeMerged) -> "Future[Merged]":
+    future: Future[Merged] = Future()
+    future.set_result(merged)
+    return future

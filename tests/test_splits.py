@@ -41,6 +41,29 @@ async def test_a_member_answers_under_the_name_that_was_asked(tmp_path: Path) ->
         assert {"one", "two"} <= counted and not counted & {"prod", "_other", "_unknown"}
 
 
+async def test_weights_may_be_fractions_and_the_base_model_a_member(tmp_path: Path) -> None:
+    async with serving(tmp_path) as api:
+        one, _ = await upload_two(api)
+        made = await split(api, "Team/prod", **{"one": 0.1, BASE: 0.9})
+        assert made.json()["weights"] == {"one": 0.1, BASE: 0.9}
+        for i in range(60):
+            answer = (await api.chat(model="Team/prod", user=f"user-{i}")).json()
+            assert answer["model"] == "Team/prod"
+        chosen = [submit.adapters for submit in api.engine.submitted]
+        assert set(chosen) == {(), (ScaledAdapter(one),)} and chosen.count(()) > 40
+        assert (await api.chat(model="Team/prod", adapters=[])).status_code == 200
+        assert (await api.http.delete("/v1/adapters/Team%2Fprod/split")).status_code == 200
+
+
+async def test_a_split_with_the_base_survives_a_restart_and_another_name_of_the_base(tmp_path: Path) -> None:
+    async with serving(tmp_path) as api:
+        await upload_two(api)
+        await split(api, "prod", **{BASE: 0.5, "one": 0.5})
+    async with serving(tmp_path) as api:
+        api.context.base_model = "renamed"
+        assert (await api.http.get("/v1/adapters/prod")).json()["weights"] == {"renamed": 0.5, "one": 0.5}
+
+
 async def test_all_choices_of_a_request_come_from_one_member(tmp_path: Path) -> None:
     async with serving(tmp_path) as api:
         await upload_two(api)
@@ -113,14 +136,13 @@ async def test_a_member_cannot_be_deleted_and_the_alias_is_no_adapter(tmp_path: 
         ("prod", {}, 400, "invalid_value"),
         ("prod", {"one": 0, "two": 0}, 400, "invalid_value"),
         ("prod", {"one": -1}, 400, "invalid_value"),
-        ("prod", {"one": 0.5}, 400, "invalid_value"),
+        ("prod", {"one": float("1e-9"), "two": 10**7}, 400, "invalid_value"),
         ("prod", {"one": 10**12}, 400, "invalid_value"),
         ("prod", {f"a{i}": 1 for i in range(17)}, 400, "invalid_value"),
         ("prod", {"one": 1, "gone": 1}, 404, "model_not_found"),
-        ("prod", {BASE: 1}, 404, "model_not_found"),
         ("one", {"two": 1}, 409, "conflict"),
         (BASE, {"one": 1}, 409, "conflict"),
-        ("Prod", {"one": 1}, 400, "invalid_name"),
+        ("prod duct", {"one": 1}, 400, "invalid_name"),
     ],
 )
 async def test_splits_that_are_refused(

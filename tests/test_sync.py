@@ -176,7 +176,7 @@ def test_one_source_that_cannot_be_had_stops_everything_before_it_begins(
         ("adapters: [{name: one}]", "source"),
         ("adapters: [{name: one, source: a, pined: true}]", "pined"),
         ("adapters: [{name: one, source: a, pinned: maybe}]", "bool"),
-        ("adapters: [{name: ONE, source: a}]", "a-z"),
+        ("adapters: [{name: a b, source: a}]", "256 characters"),
         ("adapters: [{name: one, source: a}, {name: one, source: b}]", "2 times"),
         ("adapters: [", "adapters.yaml"),
         ("!!python/object/apply:os.system [exit]", "adapters.yaml"),

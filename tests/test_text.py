@@ -3,7 +3,9 @@ from typing import Any
 import pytest
 
 from server.api.errors import ApiError
-from server.api.text.tokenizer import Detokenizer, Tokenizer, finite
+from server.api.text.chat_template import Conversation
+from server.api.text.detokenizer import Detokenizer
+from server.api.text.tokenizer import Tokenizer, finite
 from server.model.loading.default_model import prepare_default_model
 from server.model.loading.loader import ModelRefused
 from server.model.loading.tokenizer import describe, load_tokenizer
@@ -83,7 +85,7 @@ async def test_text_that_cannot_fit_is_refused_before_tokenizing(tokenizer: Toke
 async def test_a_template_that_refuses_is_a_bad_request() -> None:
     picky = byte_tokenizer("{{ raise_exception('system first') }}")
     with pytest.raises(ApiError) as refused:
-        await picky.render([{"role": "user", "content": "x"}], 100)
+        await picky.render(Conversation([{"role": "user", "content": "x"}]), 100)
     assert refused.value.status_code == 400
 
 
@@ -102,7 +104,7 @@ def test_logprobs_are_finite() -> None:
 @pytest.mark.smollm2
 async def test_the_default_model_s_tokenizer() -> None:
     tokenizer = Tokenizer.of(load_tokenizer(str(prepare_default_model())))
-    prompt = await tokenizer.render([{"role": "user", "content": "hi"}], 8192)
+    prompt = await tokenizer.render(Conversation([{"role": "user", "content": "hi"}]), 8192)
     assert tokenizer.backend.decode(prompt, skip_special_tokens=False).endswith("<|im_start|>assistant\n")
     encoded = await tokenizer.encode(TEXT, 8192)
     detokenizer = Detokenizer(tokenizer, prompt)

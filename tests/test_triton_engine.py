@@ -21,10 +21,17 @@ from server.model.fused.block_ops import TritonBlockOps
 from server.model.graphs import DecodeGraphs, Replay, bucket_sizes
 from tests.fixtures.adapter_factory import tiny_llama, write_adapter
 from tests.fixtures.engine_driver import Driver, make_driver
+from tests.fixtures.virtual_tokens import write_virtual
 
 # Rows of a tile beyond its tokens see no key; numpy, in the interpreter, warns of their 0 / 0.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered in divide:RuntimeWarning")
-PROMPTS = {"base": [5, 17, 42], "one": [9, 8, 7, 6, 5] * 4, "other": [3, 1, 4, 1, 5, 9]}
+PROMPTS = {
+    "base": [5, 17, 42],
+    "one": [9, 8, 7, 6, 5] * 4,
+    "other": [3, 1, 4, 1, 5, 9],
+    "P_TUNING": [4, 4, 8],
+    "CARTRIDGE": [6, 7],
+}
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +41,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(folder / "model")
     write_adapter(model, folder / "one", r=8, scale=0.3, target_modules="all-linear")
     write_adapter(model, folder / "other", r=24, scale=0.3, seed=1, target_modules=["q_proj", "down_proj"])
+    for name in ("P_TUNING", "CARTRIDGE"):
+        write_virtual(model, folder / name, name, 19)
     return folder
 
 
@@ -47,7 +56,7 @@ def on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def answers(driver: Driver, models: Path) -> dict[str, list[int]]:
-    digests = {name: driver.add_adapter(models / name) for name in ("one", "other")}
+    digests = {name: driver.add_adapter(models / name) for name in PROMPTS if name != "base"}
     for name, prompt in PROMPTS.items():
         driver.submit(name, prompt, digests.get(name), max_tokens=4)
     driver.run()
@@ -97,5 +106,5 @@ def with_graphs(driver: Driver) -> DecodeGraphs:
         forward()
         return replay
 
-    made.graphs = Watched(made._forward, made.pool, made.groups(), kernel, bucket_sizes(4), 4, 16, DEVICE, capture)
+    made.graphs = Watched(made._forward, made.pool, made.groups(), kernel, bucket_sizes(8), 4, 16, DEVICE, capture)
     return made.graphs

@@ -79,6 +79,33 @@ async def test_folders_are_registered_and_followed(tmp_path: Path, root: Path) -
         assert len(api.context.registry.history("acme")) == 2
 
 
+async def test_folders_in_folders_are_named_as_the_hub_names_them(tmp_path: Path, root: Path) -> None:
+    async with serving(tmp_path) as api:
+        (root / "Acme").mkdir()
+        for place in ("Acme/Support", "Acme/.hidden", "plain", "plain/checkpoint-1"):
+            put(root / place, seed=1)
+        await FolderWatcher(api.context, root).first_pass()
+        assert [r.name for r in api.context.registry.walk()] == ["Acme/Support", "plain"]
+        assert (await record(api, "Acme/Support"))["source"] == (root / "Acme" / "Support").as_uri()
+
+
+@pytest.mark.parametrize("weights", ["adapter_model.bin", "adapters.safetensors", "lora.gguf"])
+async def test_weights_in_another_format_are_reported(
+    weights: str, tmp_path: Path, root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serving(tmp_path) as api:
+        put(root / "acme")
+        (root / "acme" / "adapter_model.safetensors").rename(root / "acme" / weights)
+        watcher = FolderWatcher(api.context, root)
+        await polls(watcher)
+        failed = await record(api, "acme")
+        assert failed["state"] == "failed" and weights in failed["error"] and "loraplex convert" in failed["error"]
+        assert weights in caplog.text
+        put(root / "acme")
+        await polls(watcher)
+        assert (await record(api, "acme"))["state"] == "ready"
+
+
 async def test_what_changes_between_polls_waits(tmp_path: Path, root: Path) -> None:
     async with serving(tmp_path) as api:
         watcher = FolderWatcher(api.context, root)
@@ -175,7 +202,7 @@ async def test_names_of_others_are_left_alone(tmp_path: Path, root: Path) -> Non
         await api.upload("acme")
         version = await digest(api, "acme")
         await api.http.put("/v1/adapters/prod/split", json={"weights": {"acme": 1}})
-        for name in ("acme", "prod", BASE, "Not-A-Name", ".hidden"):
+        for name in ("acme", "prod", BASE, "not a name", ".hidden"):
             put(root / name, seed=1)
         (root / "a-file").write_text("x")
         (root / "no-adapter").mkdir()

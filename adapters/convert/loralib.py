@@ -17,6 +17,7 @@ from torch import Tensor
 
 from adapters.convert import peft_folder as plain_lora
 from adapters.convert.folders import FolderError
+from adapters.convert.pickles import read_pickle
 from adapters.errors import AdapterInvalid
 from adapters.peft.patterns import dotted_suffixes
 from adapters.peft.safetensors_header import read_header
@@ -61,15 +62,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
             raise FolderError(str(error)) from None
         tensors: dict[str, Tensor] = load_file(path)
         return tensors
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the errors of `torch.load` on malformed bytes have no common base class
-        raise FolderError(f"{path} cannot be read as tensors alone ({type(error).__name__})") from None
-    if isinstance(found, dict):
-        found = found.get("model_state_dict", found)  # the key that loralib's own examples use
-    if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
-        raise FolderError(f"{path} is no state dict")
-    return {str(name): tensor for name, tensor in found.items()}
+    return read_pickle(path)
 
 
 def convert(state: Mapping[str, Tensor], alpha: float, layers: Layers) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -2,6 +2,17 @@
 
 from typing import Any
 
+# Keys that all types have, and that change nothing.
+COMMON_HARMLESS_KEYS = frozenset(
+    {
+        "auto_mapping",
+        "base_model_name_or_path",
+        "inference_mode",
+        "peft_version",
+        "revision",
+        "task_type",
+    }
+)
 SERVED_KEYS = frozenset(
     {
         "peft_type",
@@ -27,20 +38,7 @@ SERVED_KEYS = frozenset(
     }
 )
 # Keys that record how an adapter was trained or where it came from; no value changes the meaning of the tensors.
-HARMLESS_KEYS = frozenset(
-    {
-        "auto_mapping",
-        "base_model_name_or_path",
-        "eva_config",
-        "fan_in_fan_out",
-        "inference_mode",
-        "lora_dropout",
-        "peft_version",
-        "revision",
-        "runtime_config",
-        "task_type",
-    }
-)
+HARMLESS_KEYS = COMMON_HARMLESS_KEYS | {"eva_config", "fan_in_fan_out", "lora_dropout", "runtime_config"}
 # Keys that change the base model or the arithmetic: only the listed values, or an empty one, leave plain LoRA.
 REFUSED_KEYS: dict[str, tuple[Any, ...]] = {
     "arrow_config": (),
@@ -60,8 +58,8 @@ REFUSED_KEYS: dict[str, tuple[Any, ...]] = {
 # Workarounds for refused keys, appended to the problem's `expected`.
 WAYS_OUT = {
     "init_lora_weights": (
-        ", or the adapter converted to the unmodified base: `loraplex convert ADAPTER OUT --initial INITIAL`, "
-        "or PEFT's save_pretrained(path_initial_model_for_weight_conversion=INITIAL)"
+        ", or the adapter converted to the unmodified base: `loraplex convert ADAPTER OUT --base MODEL` for pissa and "
+        "olora, `loraplex convert ADAPTER OUT --initial INITIAL` for others"
     ),
 }
 # Names in an adapter's report for the keys that it uses.

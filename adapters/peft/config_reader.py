@@ -11,7 +11,7 @@ from typing import Any
 
 from adapters.errors import Problem, ProblemCode
 from adapters.peft.files import CONFIG_FILE
-from adapters.peft.foreign_files import foreign
+from adapters.peft.foreign_files import CONVERT, foreign
 from adapters.peft.patterns import BadPattern, ModulePatterns
 from adapters.peft.safetensors_header import unique_keys
 
@@ -41,6 +41,8 @@ def read_json(data: bytes) -> tuple[dict[str, Any] | None, list[Problem]]:
         other = ("something else", "a JSON object with finite numbers and no repeated key")
         found, expected = foreign(data) or other
         return None, [config_problem("", found, expected, "malformed_file")]
+    if "lora_parameters" in config and "peft_type" not in config:
+        return None, [config_problem("", "the config of an MLX adapter", f"PEFT's: {CONVERT}", "malformed_file")]
     return config, []
 
 
@@ -133,6 +135,10 @@ class ConfigReader:
         """Return the names of those `features` (name by config key) that the config uses."""
         values = {key: self._config.get(key) for key in features}
         return tuple(features[key] for key, value in values.items() if not _is_empty(value) and value != "none")
+
+    def refuse(self, key: str, found: Any, expected: str, code: ProblemCode) -> None:
+        """Record a problem because of which the config cannot be used."""
+        self._refuse(key, found, expected, code)
 
     def _refuse(self, key: str, found: Any, expected: str, code: ProblemCode) -> None:
         self.usable = False

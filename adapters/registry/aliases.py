@@ -10,24 +10,16 @@ from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
 
-SCHEMA = """
-CREATE TABLE IF NOT EXISTS aliases (
-    alias TEXT NOT NULL,
-    member TEXT NOT NULL,
-    weight INTEGER NOT NULL,
-    created INTEGER NOT NULL,  -- the alias, not the member
-    PRIMARY KEY (alias, member)
-) STRICT;
-"""
+BASE_MEMBER = ""  # the base model as a member, whatever its name is; not a valid adapter name
 
 
 @dataclass(frozen=True, slots=True)
 class Alias:
-    """Weights of an alias's members, by adapter name: whole numbers, 0 or more, at least one above 0. `created` is
+    """Weights of an alias's members, by adapter name: 0 or more, at least one above 0. `created` is
     in Unix seconds."""
 
     name: str
-    weights: Mapping[str, int]
+    weights: Mapping[str, float]
     created: int
 
     def pick(self, user: str | None) -> str:
@@ -52,7 +44,7 @@ def _draw(*parts: str) -> float:
 
 def read_aliases(db: sqlite3.Connection) -> dict[str, Alias]:
     """Read all aliases by name."""
-    with closing(db.execute("SELECT alias, member, weight, created FROM aliases ORDER BY alias, member")) as cursor:
+    with closing(db.execute("SELECT alias, member, weight, created FROM splits ORDER BY alias, member")) as cursor:
         groups = [(name, list(rows)) for name, rows in groupby(cursor, key=itemgetter("alias"))]
     return {name: Alias(name, {r["member"]: r["weight"] for r in rows}, rows[0]["created"]) for name, rows in groups}
 
@@ -61,9 +53,9 @@ def write_alias(db: sqlite3.Connection, alias: Alias) -> None:
     """Write the alias, replacing any of the same name. Call in a transaction."""
     delete_alias(db, alias.name)
     rows = [(alias.name, member, weight, alias.created) for member, weight in alias.weights.items()]
-    db.executemany("INSERT INTO aliases VALUES (?, ?, ?, ?)", rows)
+    db.executemany("INSERT INTO splits VALUES (?, ?, ?, ?)", rows)
 
 
 def delete_alias(db: sqlite3.Connection, name: str) -> None:
     """Delete the alias, if there is one. Call in a transaction."""
-    db.execute("DELETE FROM aliases WHERE alias = ?", (name,))
+    db.execute("DELETE FROM splits WHERE alias = ?", (name,))

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adapters.errors import AdapterError
-from adapters.registry import aliases
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +23,7 @@ class Migration:
     creates_only: bool = False
 
 
-_FIRST = f"""
+_FIRST = """
 CREATE TABLE IF NOT EXISTS versions (
     digest TEXT PRIMARY KEY,
     rank INTEGER NOT NULL,
@@ -56,7 +55,13 @@ CREATE TABLE IF NOT EXISTS pending (  -- adapters that are requested and not fet
     created INTEGER NOT NULL,
     error TEXT
 ) STRICT;
-{aliases.SCHEMA}
+CREATE TABLE IF NOT EXISTS aliases (
+    alias TEXT NOT NULL,
+    member TEXT NOT NULL,
+    weight INTEGER NOT NULL,
+    created INTEGER NOT NULL,
+    PRIMARY KEY (alias, member)
+) STRICT;
 """
 _CHECKS = """
 CREATE TABLE IF NOT EXISTS checks (  -- the last comparison of a version's stored files with its digest
@@ -65,7 +70,22 @@ CREATE TABLE IF NOT EXISTS checks (  -- the last comparison of a version's store
     damage TEXT                      -- why the version cannot be served, or NULL
 ) STRICT;
 """
-MIGRATIONS = (Migration(1, _FIRST, creates_only=True), Migration(2, _CHECKS, creates_only=True))
+_SPLITS = """
+CREATE TABLE IF NOT EXISTS splits (  -- in place of `aliases`, whose weights were whole numbers
+    alias TEXT NOT NULL,
+    member TEXT NOT NULL,  -- an adapter, or '' for the base model
+    weight ANY NOT NULL,   -- a number, 0 or more
+    created INTEGER NOT NULL,  -- the alias, not the member
+    PRIMARY KEY (alias, member)
+) STRICT;
+INSERT OR IGNORE INTO splits SELECT alias, member, weight, created FROM aliases;
+DROP TABLE aliases;
+"""
+MIGRATIONS = (
+    Migration(1, _FIRST, creates_only=True),
+    Migration(2, _CHECKS, creates_only=True),
+    Migration(3, _SPLITS, creates_only=True),  # what the first step creates again is empty
+)
 SCHEMA_VERSION = MIGRATIONS[-1].number
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from adapters.errors import AdapterInvalid
 from adapters.peft.digest import digest_of
-from adapters.registry.aliases import Alias, read_aliases, write_alias
+from adapters.registry.aliases import BASE_MEMBER, Alias, read_aliases, write_alias
 from adapters.registry.db import transaction, write_check
 from adapters.registry.journal import Line, Noted, stored_versions
 from adapters.registry.store import AdapterStore
@@ -88,9 +88,10 @@ def _restore_aliases(db: sqlite3.Connection, noted: Noted, known: Collection[str
     names = {row["name"] for row in db.execute("SELECT name FROM names")}
     found = []
     for name, line in sorted(noted.aliases.items()):
-        weights: dict[str, int] = line["weights"]
+        weights: dict[str, float] = line["weights"]
         if weights and name not in known and name not in names:
-            if weights.keys() <= names:
+            complete = weights.keys() <= names | {BASE_MEMBER}
+            if complete:
                 write_alias(db, Alias(name, weights, line["created"]))
-            found.append(Restored(name, "", "alias" if weights.keys() <= names else "lost"))
+            found.append(Restored(name, "", "alias" if complete else "lost"))
     return found

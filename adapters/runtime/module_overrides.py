@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
 from adapters.kernels.segments import SlotRows
+from adapters.runtime.experts import ExpertFactors
 
 Output = Tensor | tuple[Tensor, ...]
 
@@ -150,13 +151,18 @@ class ModuleOverridePlan:
     def apply(self, name: str, inputs: tuple[Any, ...], output: Output) -> Output:
         """Return the output of module `name` with the owners' rows replaced by the results of their overrides."""
         for rows, module_overrides in self.owners:
-            if name in module_overrides:
+            if name in module_overrides and not isinstance(module_overrides[name][0], ExpertFactors):
                 own = self._rows(output, rows)
                 given = [self._rows(x, rows) for x in inputs]
                 for override in module_overrides[name]:
                     own = override(own, *given)
                 output = self._put(output, rows, own)
         return output
+
+    def expert_factors(self, name: str) -> list[tuple[SlotRows, ExpertFactors]]:
+        """Return the owners that have factors of the experts `name`; their rows are complete after its forward."""
+        stacks = [(rows, own.get(name, ())) for rows, own in self.owners]
+        return [(rows, stack[0]) for rows, stack in stacks if stack and isinstance(stack[0], ExpertFactors)]
 
     def _rows(self, x: Any, rows: SlotRows) -> Any:
         if isinstance(x, tuple):

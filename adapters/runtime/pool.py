@@ -12,8 +12,10 @@ from adapters.model_spec import ModelSpec
 from adapters.residency.slots import PAGE_COLUMNS, Slot
 from adapters.runtime.module_overrides import ModuleOverrideTable
 from adapters.runtime.pack import PackedAdapter
+from adapters.runtime.row_maps import RowMapTable
 from adapters.runtime.scale_shift import ScaleShiftTables
 from adapters.runtime.step import NO_ADAPTERS, StepPlan, StepPlanner, StepState
+from adapters.runtime.virtual_tokens import VirtualTable
 
 
 class Stack(NamedTuple):
@@ -49,7 +51,11 @@ class AdapterPool:
         self.scale_shift = ScaleShiftTables(device)
         self.input_scale_shift = ScaleShiftTables(device)
         self.module_overrides = ModuleOverrideTable(device)
-        self.planner = StepPlanner(kernel, self.scale_shift, self.input_scale_shift, self.module_overrides)
+        self.row_maps = RowMapTable(device)
+        self.virtual = VirtualTable(device)
+        self.planner = StepPlanner(
+            kernel, self.scale_shift, self.input_scale_shift, self.module_overrides, self.row_maps
+        )
         self.state = StepState()
         self._vocab_sizes: dict[int, int] = {}  # by slot, where the vocabulary differs from the base's
         self.buffers: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -82,6 +88,8 @@ class AdapterPool:
         self.scale_shift.write(slot.index, packed.vectors)
         self.input_scale_shift.write(slot.index, packed.input_vectors)
         self.module_overrides.write(slot.index, packed.module_overrides)
+        self.row_maps.write(slot.index, packed.row_maps)
+        self.virtual.write(slot.index, packed.virtual)
         self.planner.modules[slot.index] = frozenset(packed.columns.widths)
         self._vocab_sizes.pop(slot.index, None)
         if packed.vocab_size is not None:
@@ -100,19 +108,21 @@ class AdapterPool:
 
     def release(self, slot: int) -> None:
         """Free what the slot's adapter keeps beside its pages. The pages are overwritten by their next adapter."""
-        for table in (self.scale_shift, self.input_scale_shift, self.module_overrides):
+        for table in self._tables():
             table.clear(slot)
         self._vocab_sizes.pop(slot, None)
         self.planner.modules.pop(slot, None)
 
+    def _tables(self) -> tuple[ScaleShiftTables | ModuleOverrideTable | RowMapTable | VirtualTable, ...]:
+        return self.scale_shift, self.input_scale_shift, self.module_overrides, self.row_maps, self.virtual
+
     def extra_tensors(self, slot: int) -> list[torch.Tensor]:
         """Return the tensors that the slot's adapter keeps on the device beside its pages."""
-        tables = (self.scale_shift, self.input_scale_shift, self.module_overrides)
-        return [tensor for table in tables for tensor in table.tensors(slot)]
+        return [tensor for table in self._tables() for tensor in table.tensors(slot)]
 
     def extra_bytes(self) -> dict[int, int]:
         """Return the size of what adapters keep beside their pages, by slot; slots without any are absent."""
-        slots = self.scale_shift.slots() | self.input_scale_shift.slots() | self.module_overrides.slots()
+        slots: set[int] = set().union(*(table.slots() for table in self._tables()))
         return {slot: sum(tensor.nbytes for tensor in self.extra_tensors(slot)) for slot in slots}
 
     def step(

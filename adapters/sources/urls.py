@@ -21,4 +21,6 @@ def parts(url: str, scheme: str) -> tuple[str, ...]:
 def check_under(source: str, place: tuple[str, ...], roots: Iterable[tuple[str, ...]]) -> None:
     """Raise `SourceNotAllowed` unless the components `place` begin with those of a root."""
     if not any(place[: len(root)] == root for root in roots):
-        raise SourceNotAllowed(f"The source {source[:200]!r} is not one that this server may read.")
+        raise SourceNotAllowed(
+            f"The source {source[:200]!r} is not one that this server may read; --allow-source allows more."
+        )

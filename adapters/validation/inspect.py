@@ -10,11 +10,13 @@ from adapters.errors import AdapterInvalid, Problem
 from adapters.model_spec import ModelSpec
 from adapters.peft.config_reader import MAX_CONFIG_BYTES, read_json
 from adapters.peft.digest import Scan, scan
+from adapters.peft.earlier_names import with_current_targets
 from adapters.peft.files import CONFIG_FILE, FILES, WEIGHTS_FILE
-from adapters.peft.foreign_files import PICKLE_FILE, TO_SAFETENSORS
+from adapters.peft.foreign_files import foreign_weights
 from adapters.peft.lora_config import LoraSettings, parse_config
 from adapters.peft.lora_tensors import (
     LoraTensors,
+    expert_ranks,
     parameter_factors,
     rank_of,
 )
@@ -25,14 +27,19 @@ from adapters.records import Inspected
 from adapters.traits import Traits
 from adapters.validation.lora_checks import LoraChecks
 from adapters.validation.peft_types.convert import Converted, read_converted, type_config_of
+from adapters.validation.virtual_tokens import Virtual, read_virtual, virtual_config_of
 
 
 def inspect(folder: Path, spec: ModelSpec, base: BaseTokens | None = None, *, with_tokenizer: bool = True) -> Inspected:
     """Validate the adapter in `folder` against the base model, whose tokenizer is `base`. Raises `AdapterInvalid` with
     every problem found. The tokenizer files of a stored version need not be checked again."""
-    converted = read_converted(folder, spec)
     check = _TokenizerCheck(folder, base, with_tokenizer)
-    inspected = _inspect_lora(folder, spec, check) if converted is None else _inspect_converted(converted, spec, check)
+    if (converted := read_converted(folder, spec)) is not None:
+        inspected = _inspect_converted(converted, spec, check)
+    elif (virtual := read_virtual(folder, spec)) is not None:
+        inspected = _inspect_virtual(virtual, spec, check)
+    else:
+        inspected = _inspect_lora(folder, spec, check)
     files = read_tokenizer_files(folder)
     own = files.features or (("eos_token",) if own_end(files, base) else ())
     inspected.report["features"] += own
@@ -78,9 +85,26 @@ def _inspect_converted(adapter: Converted, spec: ModelSpec, check: _TokenizerChe
     report: dict[str, Any] = {"applied": applied, "features": list(adapter.type_config.features)}
     if notes := [*adapter.notes(), *check.notes]:
         report["notes"] = notes
-    if traits := adapter.type_config.traits().described():
-        report["traits"] = traits
+    traits = adapter.type_config.traits()
+    if not traits.additive:
+        traits = replace(traits, owned=_last_parts(adapter.layers), scalable=False)
+    if described := traits.described():
+        report["traits"] = described
     return Inspected(adapter.digest, adapter.rank, _last_parts(adapter.layers), adapter.nbytes(), report)
+
+
+def _inspect_virtual(adapter: Virtual, spec: ModelSpec, check: _TokenizerCheck) -> Inspected:
+    adapter.check_values()
+    if problems := check.problems(spec.vocab_size):
+        raise AdapterInvalid(problems)
+    report: dict[str, Any] = {
+        "applied": {"modules": 0, "tensors": len(adapter.tensors)},
+        "features": [adapter.config.peft_type.lower()],
+        "traits": adapter.config.traits().described(),
+    }
+    if notes := [*adapter.notes(), *check.notes]:
+        report["notes"] = notes
+    return Inspected(adapter.digest, 1, (), adapter.nbytes(), report)
 
 
 def _last_parts(modules: Iterable[str]) -> tuple[str, ...]:
@@ -94,7 +118,7 @@ def check_files(folder: Path) -> None:
     with (folder / CONFIG_FILE).open("rb") as file:
         text = file.read(MAX_CONFIG_BYTES + 1)
     config, _ = read_json(text)
-    type_config = None if config is None else type_config_of(config)
+    type_config = None if config is None else type_config_of(config) or virtual_config_of(config)
     problems = parse_config(text)[1] if type_config is None else type_config.all_problems()
     try:
         read_header(folder / WEIGHTS_FILE, {**FLOAT_BYTES, **INDEX_BYTES}, allow_empty=True)
@@ -111,11 +135,13 @@ def _require_files(folder: Path) -> None:
 
 
 def _absent(folder: Path, name: str) -> Problem:
-    if name == WEIGHTS_FILE and (folder / PICKLE_FILE).is_file():
-        return Problem(
-            name, f"no file, but {PICKLE_FILE}, a pickle", f"safetensors: {TO_SAFETENSORS}", "malformed_file"
-        )
-    return Problem(name, "no file", "a file", "malformed_file")
+    files = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    other = foreign_weights(files) if name == WEIGHTS_FILE else None
+    if other is not None:
+        return Problem(name, f"no file, but {other[0]}, {other[1]}", f"safetensors: {other[2]}", "malformed_file")
+    below = sorted(path.parent.name for path in folder.glob(f"*/{name}"))[:3] if name == CONFIG_FILE else []
+    where = f", but one in {', '.join(below)} (a folder for each named adapter)" if below else ""
+    return Problem(name, f"no file{where}", "a file", "malformed_file")
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +164,8 @@ class CheckedLora:
             for module, depths in tensors.stacked.items()
             for parameter, _ in parameter_factors(module, depths, settings, spec)
         ]
-        return max([*linears, *embeddings, *parameters], default=1)
+        experts = expert_ranks(tensors, settings)
+        return max([*linears, *embeddings, *parameters, *experts], default=1)
 
 
 def check_lora(
@@ -156,8 +183,11 @@ def check_lora(
     _require_files(folder)
     with (folder / CONFIG_FILE).open("rb") as file:
         settings, problems = parse_config(file.read(MAX_CONFIG_BYTES + 1))
+    if settings is not None:
+        settings, more = with_current_targets(settings, spec)
+        problems += more
     try:
-        tensors = LoraTensors.read(folder / WEIGHTS_FILE, spec)
+        tensors = LoraTensors.read(folder / WEIGHTS_FILE, spec, settings.form if settings else None)
     except AdapterInvalid as error:
         raise AdapterInvalid(problems + error.problems) from None
     scanned = (
@@ -176,6 +206,7 @@ def check_lora(
 
 def _features(tensors: LoraTensors, settings: LoraSettings, spec: ModelSpec) -> list[str]:
     found = {
+        "target_parameters": bool(tensors.experts) and "target_parameters" not in settings.features,
         "embedding": bool(tensors.embeddings),
         "saved_weights": bool(tensors.saved) and not settings.modules_to_save,
         "vocabulary": tensors.vocab_size(spec) is not None,
@@ -185,9 +216,27 @@ def _features(tensors: LoraTensors, settings: LoraSettings, spec: ModelSpec) -> 
 
 def _traits(tensors: LoraTensors, settings: LoraSettings, spec: ModelSpec) -> Traits:
     """Return the config's traits, completed by those that show only in the tensors."""
-    more = bool(tensors.embeddings or tensors.stacked or tensors.saved or tensors.tokens)
+    more = bool(tensors.embeddings or tensors.stacked or tensors.experts or tensors.saved or tensors.tokens)
     traits = settings.traits()
     vocab_size = tensors.vocab_size(spec)
     if more:
         traits = replace(traits, additive=False, mergeable=False)
+    if not traits.additive:
+        traits = replace(traits, owned=_owned(tensors, spec), scalable=_is_scalable(tensors))
     return replace(traits, vocab_size=vocab_size)
+
+
+def _owned(tensors: LoraTensors, spec: ModelSpec) -> tuple[str, ...]:
+    """Return the last parts of the names of modules in which the adapter does more than add `s·B A x`."""
+    owned = {module for module, kinds in tensors.modules.items() if kinds.keys() - {"A", "B"}}
+    owned.update(tensors.embeddings, tensors.stacked, tensors.saved, tensors.biases, tensors.tokens)
+    if spec.tied and not owned.isdisjoint((spec.embedding, spec.head)):
+        owned |= {spec.embedding, spec.head}
+    return _last_parts(owned)
+
+
+def _is_scalable(tensors: LoraTensors) -> bool:
+    """Return True if PEFT scales nothing but A and B of linears: saved modules, tokens and trained biases have no
+    scale. DoRA's norm depends on it."""
+    scaled = {kind for kinds in tensors.modules.values() for kind in kinds} - {"A", "B", "base_bias"}
+    return not (scaled or tensors.embeddings or tensors.stacked)

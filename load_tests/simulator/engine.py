@@ -271,6 +271,6 @@ class Simulation:
         self.scheduler.blocks.check_integrity(self.scheduler.running)
         references: dict[str, int] = {}
         for seq in self.scheduler.running:
-            for adapter in seq.adapters:
+            for adapter in seq.adapters if seq.slots else ():  # none while its adapter is merged
                 references[adapter.digest] = references.get(adapter.digest, 0) + 1
         self.residency.slots.check_integrity(references)

@@ -3,6 +3,7 @@
 from typing import Any
 
 from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
@@ -11,10 +12,13 @@ from server.api import health, models
 from server.api.adapters import aliases, merge, routes, vllm_compat
 from server.api.context import AppContext
 from server.api.errors import install_error_handlers
-from server.api.inference import chat, completions
+from server.api.inference import chat, completions, tokenization
+from server.api.middleware.audit import AuditMiddleware
 from server.api.middleware.auth import AuthMiddleware
 from server.api.middleware.body_limits import BodyLimitsMiddleware
-from server.api.middleware.request_scope import RequestMiddleware
+from server.api.middleware.browser_guard import BrowserGuard
+from server.api.middleware.refused_requests import RefusedRequestsMiddleware
+from server.api.middleware.request_scope import IGNORED_HEADER, RequestMiddleware
 from server.api.schemas import ChatCompletionChunk, CompletionChunk
 
 
@@ -22,16 +26,37 @@ def create_app(context: AppContext) -> FastAPI:
     """Create the HTTP application over the parts in `context`. The caller starts and stops the engine."""
     app = FastAPI(title="Loraplex", version=server.__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.context = context
-    for module in (health, models, chat, completions, routes, aliases, merge, vllm_compat):
+    for module in (health, models, chat, completions, tokenization, routes, aliases, merge, vllm_compat):
         app.include_router(module.router)
     install_error_handlers(app)
-    # The middleware added last runs first: request id, then authorization, then body limits.
-    app.add_middleware(BodyLimitsMiddleware, max_upload_bytes=context.config.max_upload_bytes)
-    app.add_middleware(AuthMiddleware, keys=context.keys)
+    # The middleware added last runs first: request id, audit log, host and origin, CORS, authorization, rate, body.
+    app.add_middleware(
+        BodyLimitsMiddleware,
+        max_upload_bytes=context.config.max_upload_bytes,
+        context_length=lambda: context.info.max_model_len if context.ready else 0,
+    )
+    app.add_middleware(RefusedRequestsMiddleware, rate_limits=lambda: context.rate_limits)
+    app.add_middleware(AuthMiddleware, keys=context.keys, routes=app.router.routes)
+    if context.config.cors_origin:  # before the authorization: a browser's preflight request has no key
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=context.config.cors_origin,
+            allow_methods=["GET", "POST", "PUT", "PATCH", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", IGNORED_HEADER],
+        )
+    app.add_middleware(BrowserGuard, hosts=_hosts(context), origins=context.config.cors_origin)
+    app.add_middleware(AuditMiddleware, audit=context.audit)
     app.add_middleware(RequestMiddleware, metrics=context.metrics)
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
     context.watch()
     return app
+
+
+def _hosts(context: AppContext) -> set[str] | None:
+    """Return the host names that requests may use, or None for all: who needs no key might be a page of any name."""
+    config = context.config
+    return None if context.keys and not config.allowed_host else {config.host, *config.allowed_host}
 
 
 def _document(app: FastAPI) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from server.api.middleware.rate_limits import Limits, RateLimits
 from server.api.text.adapter_tokenizers import AdapterTokenizers
 from server.api.text.template_sandbox import TemplateSandbox
 from server.api.text.tokenizer import Tokenizer
+from server.audit import AuditLog
 from server.config import ServeConfig
 from server.ipc.client import EngineClient
 from server.ipc.messages import EngineInfo, ResidencyReport
@@ -114,6 +115,24 @@ class InFlight:
         return True
 
 
+@dataclass(slots=True)
+class Startup:
+    """The remaining work of the start, for `/readyz` and for requests that name an adapter too early."""
+
+    adapters: list[str] = field(default_factory=list)  # of the command line, not registered yet
+    stage: str = "the model is loaded"  # what is done now, unless it is the registration of `adapters`
+    done: bool = False
+    _total: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._total = len(self.adapters)
+
+    def progress(self) -> str:
+        if self.stage:
+            return self.stage
+        return f"{self._total - len(self.adapters)} of {self._total} adapters of the command line are registered"
+
+
 @dataclass(slots=True, eq=False)
 class AppContext:
     config: ServeConfig
@@ -123,7 +142,9 @@ class AppContext:
     metrics: Metrics
     base_model: str
     base_tokenizer: Tokenizer | None = None  # until the engine is ready
+    audit: AuditLog | None = None
     started: float = field(default_factory=time.time)
+    startup: Startup = field(default_factory=lambda: Startup(done=True))
     draining: bool = False  # unready but still serving, because load balancers need time to notice
     accepting: bool = True
     in_flight: InFlight = field(default_factory=InFlight)
@@ -147,7 +168,11 @@ class AppContext:
         config = self.config
         per_adapter = Limits(config.adapter_max_concurrent, config.adapter_rpm, config.adapter_tpm)
         self.rate_limits = RateLimits(per_adapter)
-        shared = len(self.keys.tenants) > 1
+        self.follow_keys()
+
+    def follow_keys(self) -> None:
+        """Derive again what follows from the API keys, which may have changed."""
+        config, shared = self.config, len(self.keys.tenants) > 1
         self.queue_limits = QueueLimits(config.max_queue, config.max_queue_tokens, shared, self.engine.waiting)
 
     @property

@@ -67,9 +67,9 @@ def model_not_found(model: str) -> ApiError:
     return ApiError(404, f"The model '{model}' does not exist.", code="model_not_found", param="model")
 
 
-def unavailable(message: str, code: str = "unavailable") -> ApiError:
+def unavailable(message: str, code: str = "unavailable", seconds: int = RETRY_AFTER_SECONDS) -> ApiError:
     """Return a 503 with a Retry-After header."""
-    return ApiError(503, message, code=code, headers={"retry-after": str(RETRY_AFTER_SECONDS)})
+    return ApiError(503, message, code=code, headers={"retry-after": str(seconds)})
 
 
 def engine_unavailable(state: EngineState) -> ApiError:
@@ -118,7 +118,11 @@ async def _on_validation_error(_: Request, error: Exception) -> JSONResponse:
 def validation_error(errors: Any) -> ApiError:
     """Return a 400 that names the invalid fields and the reasons. Never echoes the input: NaN and lone surrogates
     cannot be serialized."""
-    found = list(errors[:_MAX_VALIDATION_ERRORS])
+    if errors[0]["type"] == "json_invalid":
+        reason = errors[0].get("ctx", {}).get("error", "it cannot be decoded")
+        at = "".join(f" at character {place}" for place in errors[0]["loc"][-1:])  # pydantic's own reason has the place
+        return bad_request(f"The body is not valid JSON: {reason}{at}.")
+    found = [e for e in errors if e["type"] == "unsupported"] or list(errors[:_MAX_VALIDATION_ERRORS])
     sentences = [f"{_field(e['loc']) or 'body'}: {e['msg']}" for e in found]
     more = len(errors) - len(found)
     message = "; ".join(sentences) + (f" (and {more} more)" if more else "")
@@ -129,7 +133,7 @@ def validation_error(errors: Any) -> ApiError:
 def _field(location: tuple[int | str, ...]) -> str:
     """Return the path of a field as the client wrote it, without FastAPI's source and pydantic's union member names."""
     parts = [str(part) for part in location[1:]] if location and location[0] in _SOURCES else list(map(str, location))
-    return ".".join(part for part in parts if part.isidentifier() or part.isdigit())[:200]
+    return ".".join(part for part in parts if part.isdigit() or (part.isidentifier() and not part[0].isupper()))[:200]
 
 
 _SOURCES = ("body", "query", "path", "header")

@@ -104,10 +104,12 @@ async def livez(context: Context) -> StatusBody:
 @router.get("/health", responses=error_responses(503), operation_id="health")
 async def readyz(context: Context) -> StatusBody:
     """Readiness probe; 503 when the server should receive no new requests."""
-    if not context.ready:
-        raise engine_unavailable(context.engine.state)
     if context.draining:
         raise unavailable("The server is shutting down.", "draining")
+    if not context.startup.done:
+        raise unavailable(f"The server is starting: {context.startup.progress()}.", "starting")
+    if not context.ready:
+        raise engine_unavailable(context.engine.state)
     if context.saturated:
         raise unavailable("Too many requests are waiting; try again later.", "queue_full")
     return StatusBody(status="ready")

@@ -47,15 +47,34 @@ async def get_model(model: str, context: Context, key: Caller) -> ModelBody:
 
 def _base(context: AppContext) -> ModelBody:
     name = context.base_model
-    return ModelBody(id=name, created=int(context.started), root=name, parent=None)
+    return ModelBody(
+        id=name, created=int(context.started), root=name, parent=None, max_model_len=_max_model_len(context)
+    )
+
+
+def _max_model_len(context: AppContext) -> int | None:
+    """Return the context length in tokens; None until the model is loaded."""
+    return None if context.engine.info is None else context.engine.info.max_model_len
 
 
 def _alias(context: AppContext, alias: Alias) -> ModelBody:
     """Describe an alias. `root` is the alias itself, because its adapter differs from request to request."""
-    return ModelBody(id=alias.name, created=alias.created, root=alias.name, parent=context.base_model)
+    return ModelBody(
+        id=alias.name,
+        created=alias.created,
+        root=alias.name,
+        parent=context.base_model,
+        max_model_len=_max_model_len(context),
+    )
 
 
 def _adapter(context: AppContext, record: AdapterRecord, requested_name: str | None = None) -> ModelBody:
     """Describe an adapter. `root` is its immutable version, in a form that the `model` of a request accepts."""
     root = f"{record.name}@{record.version.digest[:12]}"
-    return ModelBody(id=requested_name or record.name, created=record.created, root=root, parent=context.base_model)
+    return ModelBody(
+        id=requested_name or record.name,
+        created=record.created,
+        root=root,
+        parent=context.base_model,
+        max_model_len=_max_model_len(context),
+    )

@@ -1,6 +1,7 @@
 """`loraplex adapters …`, `merge`, `unmerge` and `chat`: commands that call a running server over HTTP."""
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +12,7 @@ from rich.table import Table
 
 from adapters.convert.folders import FolderError, writing
 from adapters.peft.files import TOKENIZER_FILES
-from server.cli.http_client import all_adapters, call, check_response, connect, download, fail, upload
+from server.cli.http_client import all_adapters, call, check_response, connect, download, fail, path_of, upload
 
 app = typer.Typer(no_args_is_help=True, help="Manage the adapters of a running server.")
 Json = Annotated[bool, typer.Option("--json", help="Print JSON")]
@@ -87,7 +88,7 @@ def pull(
 @app.command()
 def show(name: Name) -> None:
     """Print one adapter's record."""
-    typer.echo(json.dumps(call("GET", f"/v1/adapters/{name}"), indent=2))
+    typer.echo(json.dumps(call("GET", path_of(name)), indent=2))
 
 
 @app.command()
@@ -95,7 +96,7 @@ def rm(
     name: Name, drain_timeout: Annotated[float, typer.Option(help="Seconds to wait for running requests")] = 30.0
 ) -> None:
     """Delete an adapter; running requests may finish."""
-    typer.echo(json.dumps(call("DELETE", f"/v1/adapters/{name}", params={"drain_timeout": drain_timeout})))
+    typer.echo(json.dumps(call("DELETE", path_of(name), params={"drain_timeout": drain_timeout})))
 
 
 @app.command()
@@ -105,31 +106,31 @@ def load(
     as_json: Json = False,
 ) -> None:
     """Load an adapter to the device or to host memory."""
-    _print(call("POST", f"/v1/adapters/{name}/load", json={"tier": tier}), as_json)
+    _print(call("POST", path_of(name, "load"), json={"tier": tier}), as_json)
 
 
 @app.command()
 def unload(name: Name, as_json: Json = False) -> None:
     """Free an adapter's device and host memory; the adapter stays registered."""
-    _print(call("POST", f"/v1/adapters/{name}/unload"), as_json)
+    _print(call("POST", path_of(name, "unload")), as_json)
 
 
 @app.command()
 def pin(name: Name, as_json: Json = False) -> None:
     """Load an adapter and protect it from eviction."""
-    _print(call("POST", f"/v1/adapters/{name}/pin"), as_json)
+    _print(call("POST", path_of(name, "pin")), as_json)
 
 
 @app.command()
 def unpin(name: Name, as_json: Json = False) -> None:
     """Remove an adapter's protection from eviction."""
-    _print(call("POST", f"/v1/adapters/{name}/unpin"), as_json)
+    _print(call("POST", path_of(name, "unpin")), as_json)
 
 
 @app.command()
 def versions(name: Name, as_json: Json = False) -> None:
     """List the versions of an adapter, newest first."""
-    history = call("GET", f"/v1/adapters/{name}/versions")["data"]
+    history = call("GET", path_of(name, "versions"))["data"]
     if as_json:
         typer.echo(json.dumps(history))
     else:
@@ -143,28 +144,36 @@ def rollback(
     as_json: Json = False,
 ) -> None:
     """Roll an adapter back to an earlier version."""
-    _print(call("POST", f"/v1/adapters/{name}/rollback", json={"version": version}), as_json)
+    _print(call("POST", path_of(name, "rollback"), json={"version": version}), as_json)
 
 
 @app.command()
 def split(
     alias: Annotated[str, typer.Argument(help="The name that clients use")],
-    members: Annotated[list[str], typer.Argument(help="Adapters with integer weights, as in stable=90 canary=10")],
+    members: Annotated[
+        list[str], typer.Argument(help="Adapters or the base model with weights, as in stable=90 canary=10")
+    ],
 ) -> None:
     """Split the requests for one alias among several adapters by weight."""
-    weights = {}
-    for member in members:
-        name, _, weight = member.partition("=")
-        if not weight.isdecimal():
-            fail(f"{member} must have the form adapter=weight with an integer weight")
-        weights[name] = int(weight)
-    typer.echo(json.dumps(call("PUT", f"/v1/adapters/{alias}/split", json={"weights": weights}), indent=2))
+    weights = dict(map(_weighted, members))
+    typer.echo(json.dumps(call("PUT", path_of(alias, "split"), json={"weights": weights}), indent=2))
+
+
+def _weighted(member: str) -> tuple[str, float]:
+    name, _, weight = member.rpartition("=")
+    try:
+        number = float(weight)
+    except ValueError:
+        number = math.nan
+    if not name or not 0 <= number < math.inf:
+        fail(f"{member} must have the form adapter=weight with a number as weight, 0 or more")
+    return name, number
 
 
 @app.command()
 def unsplit(alias: Annotated[str, typer.Argument(help="The name that clients use")]) -> None:
     """Delete an alias; its adapters stay."""
-    typer.echo(json.dumps(call("DELETE", f"/v1/adapters/{alias}/split"), indent=2))
+    typer.echo(json.dumps(call("DELETE", path_of(alias, "split")), indent=2))
 
 
 def merge(

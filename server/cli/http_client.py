@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
+from urllib.parse import quote
 
 import httpx
 import typer
@@ -24,6 +25,11 @@ def connect() -> Iterator[httpx.Client]:
             yield client
     except httpx.HTTPError as error:
         fail(f"cannot reach the server at {url}: {error}; set LORAPLEX_URL if it is elsewhere")
+
+
+def path_of(name: str, *rest: str) -> str:
+    """Return the path of the routes of an adapter or alias."""
+    return "/".join(("/v1/adapters", quote(name, safe="/:@"), *rest))
 
 
 def call(method: str, path: str, **options: Any) -> Any:
@@ -76,12 +82,12 @@ def upload(
 def download(adapter: str, folder: Path) -> None:
     """Write the files of `name` or `name@version` into `folder`, all of one version."""
     name, _, version = adapter.partition("@")
-    version = version or call("GET", f"/v1/adapters/{name}")["version"]
+    version = version or call("GET", path_of(name))["version"]
     params = {"version": version} if version else None  # an adapter that is still being fetched has no version
     for file in (*FILES, *TOKENIZER_FILES):
         with (
             connect() as client,
-            client.stream("GET", f"/v1/adapters/{name}/files/{file}", params=params) as response,
+            client.stream("GET", path_of(name, "files", file), params=params) as response,
         ):
             if file in TOKENIZER_FILES and response.status_code == 404:
                 continue  # optional file that this adapter does not have

@@ -23,7 +23,7 @@ import typer
 
 from adapters.errors import AdapterInvalid, InvalidName
 from adapters.names import check_name
-from server.cli.http_client import all_adapters, call, fail, upload
+from server.cli.http_client import all_adapters, call, fail, path_of, upload
 
 Action = Literal["unpin", "create", "replace", "delete", "pin"]
 _ORDER: tuple[Action, ...] = get_args(Action)  # pins come last, when deletions have made room
@@ -154,6 +154,6 @@ def _do(step: Step, beside: Path) -> None:
         case "create" | "replace":
             upload(step.name, beside / step.source, replace=True)
         case "delete":
-            call("DELETE", f"/v1/adapters/{step.name}")
+            call("DELETE", path_of(step.name))
         case _:
-            call("POST", f"/v1/adapters/{step.name}/{step.action}")
+            call("POST", path_of(step.name, step.action))

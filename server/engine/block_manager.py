@@ -10,16 +10,14 @@ Every block is in exactly one of three states:
 The free list is in order of release, so the least recently used content is reused first.
 """
 
-import hashlib
-from array import array
 from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-import msgspec
-
-from server.sequence import ScaledAdapter, Sequence
+from server.engine.block_hashes import adapted, block_hash_of, chain_seed, reweighted, salted
+from server.engine.prompt_scores import max_cached_tokens
+from server.sequence import NO_BLOCK, Sequence
 
 
 @dataclass(slots=True)
@@ -29,29 +27,6 @@ class Block:
     block_hash: bytes | None = None
     token_ids: tuple[int, ...] = ()  # compared on a hit, so that a hash collision cannot return wrong keys and values
     verified: bool = False  # finite logits were computed from its content
-
-
-def chain_seed(cache_salt: str, merged: str = "") -> bytes:
-    """Return the start of a sequence's hash chain. Blocks are shared only within one salt, and only if the same version
-    is merged into the base model's weights: the merged product has other bits than the sum of two products."""
-    seed = hashlib.sha256(b"salt" + cache_salt.encode()).digest()
-    return _reweighted(seed, 0, merged) if merged else seed
-
-
-def _reweighted(parent: bytes, position: int, merged: str) -> bytes:
-    """Return the chain for the block in which a merge or its end, before the token at `position`, changed the
-    weights."""
-    return hashlib.sha256(parent + msgspec.json.encode(("merged", merged, position))).digest()
-
-
-def adapted(parent: bytes, adapters: tuple[ScaledAdapter, ...], active_from: int) -> bytes:
-    """Return the chain for the first block that the adapters apply to. From there on, blocks are shared only among the
-    same versions, scales and `active_from`, because a block's tokens do not determine where the adapters begin."""
-    return hashlib.sha256(parent + msgspec.json.encode((sorted(adapters), active_from))).digest()
-
-
-def _block_hash(parent: bytes, token_ids: list[int]) -> bytes:
-    return hashlib.sha256(parent + array("q", token_ids).tobytes()).digest()
 
 
 @dataclass(slots=True)
@@ -88,18 +63,23 @@ class BlockManager:
         The last token is never matched, because sampling needs its logits.
         """
         matched: list[int] = []
-        for index, block_hash in enumerate(self._prefix_hashes(seq)):
-            block_id = self._cached.get(block_hash, -1)
-            if block_id < 0 or self._blocks[block_id].token_ids != self._tokens_of(seq, index):
+        for index in range(len(self._prefix_hashes(seq))):
+            block_id = self._find(seq, index)
+            if block_id == NO_BLOCK:
                 break
             matched.append(block_id)
         return matched
+
+    def _find(self, seq: Sequence, index: int) -> int:
+        block_id = self._cached.get(seq.block_hashes[index], NO_BLOCK)
+        is_same = block_id != NO_BLOCK and self._blocks[block_id].token_ids == self._tokens_of(seq, index)
+        return block_id if is_same else NO_BLOCK
 
     def _prefix_hashes(self, seq: Sequence) -> list[bytes]:
         """Return the hashes of the blocks of a waiting sequence that may be matched."""
         if seq.chain_merged != self.merged or seq.weight_changes:  # hashed for other weights
             seq.block_hashes, seq.chain_merged, seq.weight_changes = [], self.merged, []
-        num_blocks = (seq.num_tokens - 1) // self.block_size
+        num_blocks = max_cached_tokens(seq) // self.block_size
         self._extend_hashes(seq, num_blocks)
         return seq.block_hashes[:num_blocks]
 
@@ -124,16 +104,20 @@ class BlockManager:
 
     def can_admit(self, seq: Sequence, matched: list[int]) -> bool:
         """Return whether the whole of `seq` fits beside the running sequences, given the cached blocks it shares."""
-        idle_matches = sum(1 for block_id in matched if self._blocks[block_id].ref_count == 0)
-        return self.blocks_for(seq.num_tokens) - len(matched) <= self.num_free - idle_matches
+        held = (self._blocks[block_id] for block_id in matched if block_id != NO_BLOCK)
+        idle_matches = sum(1 for block in held if block.ref_count == 0)
+        return self.blocks_wanted(seq, matched) <= self.num_free - idle_matches
+
+    def blocks_wanted(self, seq: Sequence, matched: list[int]) -> int:
+        """Return how many blocks `seq` takes beside its cached prefix."""
+        return self.blocks_for(seq.num_tokens) - len(matched)
 
     def admit(self, seq: Sequence, matched: list[int]) -> None:
         """Give `seq` its cached prefix; `grow` adds the other blocks as needed."""
         assert not seq.block_table
-        for block_id in matched:
-            block = self._blocks[block_id]
+        for block in (self._blocks[block_id] for block_id in matched if block_id != NO_BLOCK):
             if block.ref_count == 0:
-                del self._free[block_id]
+                del self._free[block.block_id]
             block.ref_count += 1
         seq.block_table = list(matched)
         seq.num_computed_tokens = len(matched) * self.block_size
@@ -181,14 +165,25 @@ class BlockManager:
     def free(self, seq: Sequence) -> None:
         """Release the references of `seq`. Later blocks are freed first, so prefixes stay cached longest."""
         for block_id in reversed(seq.block_table):
-            block = self._blocks[block_id]
-            block.ref_count -= 1
-            if block.ref_count == 0:
-                self._free[block_id] = None
-                if block.block_hash is None:
-                    self._free.move_to_end(block_id, last=False)
+            if block_id != NO_BLOCK:
+                self._drop(self._blocks[block_id])
         seq.block_table = []
         seq.num_computed_tokens = 0
+
+    def _drop(self, block: Block) -> None:
+        block.ref_count -= 1
+        if block.ref_count == 0:
+            self._free[block.block_id] = None
+            if block.block_hash is None:
+                self._free.move_to_end(block.block_id, last=False)
+
+    def num_passed(self, num_tokens: int) -> int:
+        """Return how many of a sequence's first blocks no token from `num_tokens` on can see (sliding_blocks.py)."""
+        return 0
+
+    def release_passed(self, seq: Sequence, num_tokens: int) -> list[int]:
+        """Release those blocks. Returns the ones that may contain NaN."""
+        return []
 
     def disown_unverified(self, seq: Sequence) -> list[int]:
         """Remove blocks of `seq` alone whose content never led to finite logits from the prefix cache, and return them.
@@ -198,7 +193,9 @@ class BlockManager:
         """
         if seq.num_verified_tokens >= max(seq.num_computed_tokens, seq.num_launched_tokens):
             return []
-        suspect = seq.block_table[max(seq.num_verified_tokens, 0) // self.block_size :]
+        return self._disown(seq, seq.block_table[max(seq.num_verified_tokens, 0) // self.block_size :])
+
+    def _disown(self, seq: Sequence, suspect: list[int]) -> list[int]:
         if seq.num_verified_tokens < 0:
             for block_id in suspect:
                 self._blocks[block_id].verified = False
@@ -212,8 +209,9 @@ class BlockManager:
         """Raise AssertionError if the accounting is inconsistent; tests call this after every operation."""
         references = [0] * self.num_blocks
         for seq in running:
-            for block_id in seq.block_table:
-                references[block_id] += 1
+            for index, block_id in enumerate(seq.block_table):
+                assert block_id != NO_BLOCK or index < self.num_passed(seq.num_computed_tokens)
+                references[block_id] += block_id != NO_BLOCK
         for block in self._blocks:
             assert block.ref_count == references[block.block_id], block
             assert (block.ref_count == 0) == (block.block_id in self._free), block
@@ -224,14 +222,17 @@ class BlockManager:
         return tuple(seq.token_ids[index * self.block_size : (index + 1) * self.block_size])
 
     def _extend_hashes(self, seq: Sequence, num_full: int) -> None:
+        first_own = seq.num_virtual_tokens // self.block_size  # blocks of virtual tokens alone are of all tenants
         for index in range(len(seq.block_hashes), num_full):
-            parent = seq.block_hashes[-1] if seq.block_hashes else chain_seed(seq.cache_salt, seq.chain_merged)
+            parent = seq.block_hashes[-1] if seq.block_hashes else chain_seed(seq.chain_merged)
+            if index == first_own:
+                parent = salted(parent, seq.cache_salt, seq.request_salt)
             for position, merged in seq.weight_changes:
                 if position // self.block_size == index:
-                    parent = _reweighted(parent, position, merged)
+                    parent = reweighted(parent, position, merged)
             if seq.adapters and index == seq.active_from // self.block_size:
                 parent = adapted(parent, seq.adapters, seq.active_from)
-            seq.block_hashes.append(_block_hash(parent, list(self._tokens_of(seq, index))))
+            seq.block_hashes.append(block_hash_of(parent, self._tokens_of(seq, index)))
 
     def _publish(self, seq: Sequence, index: int) -> None:
         block = self._blocks[seq.block_table[index]]

@@ -2,6 +2,7 @@
 
 import logging
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 
 import msgspec
 
@@ -25,7 +26,7 @@ from adapters.weights import AdapterWeights
 from server.config import ServeConfig
 from server.engine.block_manager import BlockManager
 from server.engine.engine import Engine
-from server.engine.memory_plan import BLOCK_SIZE, MemoryPlan
+from server.engine.memory_plan import BLOCK_SIZE, DEFAULT_RANK, MemoryPlan
 from server.engine.merging import Merged, MergePolicy, Merging
 from server.engine.packed_reads import PackedReads
 from server.engine.policies import FairShare, FirstCome
@@ -33,11 +34,13 @@ from server.engine.progress import StepProgress
 from server.engine.scheduler import Scheduler
 from server.engine.selftest import SelfTests
 from server.engine.sizing import host_cache_bytes, plan_memory, refuse_early, room
+from server.engine.sliding_blocks import SlidingBlocks
 from server.engine.step_cost import StepBudget
 from server.engine.threads import set_threads, stay_single_threaded, step_aside
 from server.engine.weights_reader import WeightsReader
 from server.ipc.messages import EngineInfo
 from server.model import attention
+from server.model.kv_cache import CacheShape
 from server.model.loading.loader import LoadedModel, ModelRefused, load_model
 from server.model.loading.probe import probe
 from server.model.loading.tokenizer import load_tokenizer
@@ -63,8 +66,9 @@ def build_engine(config: ServeConfig) -> tuple[Engine, EngineInfo]:
     loaded = load_model(
         config.model, config.dtype, config.quantization, config.device, config.max_model_len, config.nf4_policy
     )
-    shape, spec = probe(loaded, config.max_adapter_rank)
+    shape, spec = probe(loaded, config.max_adapter_rank or DEFAULT_RANK)
     plan = plan_memory(config, loaded, shape, spec)
+    spec = replace(spec, max_rank=plan.max_rank)
     num_blocks, max_model_len = plan.num_blocks, plan.max_model_len
     runner = ModelRunner(loaded, shape, spec, num_blocks=num_blocks, block_size=BLOCK_SIZE, num_pages=plan.num_pages)
     runner.check_and_fuse(loaded)
@@ -73,7 +77,7 @@ def build_engine(config: ServeConfig) -> tuple[Engine, EngineInfo]:
     reader = _weights_reader(config, spec)
     residency = _residency(config, loaded, spec, runner, plan, reader)
     scheduler = Scheduler(
-        BlockManager(num_blocks, BLOCK_SIZE),
+        _blocks(config, shape, num_blocks),
         residency,
         max_num_seqs=config.max_num_seqs,
         max_batch_tokens=config.max_batch_tokens,
@@ -95,6 +99,12 @@ def build_engine(config: ServeConfig) -> tuple[Engine, EngineInfo]:
         progress=StepProgress(loaded.model),
     )
     return engine, _info(config, loaded, spec, runner, residency.slots, num_blocks, max_model_len, graphs)
+
+
+def _blocks(config: ServeConfig, shape: CacheShape, num_blocks: int) -> BlockManager:
+    if shape.window is None:
+        return BlockManager(num_blocks, BLOCK_SIZE)
+    return SlidingBlocks(num_blocks, BLOCK_SIZE, window=shape.window, max_step_tokens=config.max_batch_tokens)
 
 
 def _native_code() -> str:
@@ -123,7 +133,7 @@ def _residency(
         HostCache(host_cache_bytes(config, runner, runner.pool.nbytes())),
         read=reads.read,
         write=writer(runner.pool, runner.device),
-        max_pages=pages_of(config.max_adapter_rank),
+        max_pages=pages_of(plan.max_rank),
         threads=1 if runner.device.type == "cpu" else 2,
         on_thread_start=step_aside if runner.device.type == "cpu" else stay_single_threaded,
         keep=reads.keep,

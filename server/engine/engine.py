@@ -17,6 +17,7 @@ from server.engine.isolation import Isolation
 from server.engine.merging import Merging
 from server.engine.pipeline import PLACEHOLDER, InFlightStep, failed_step
 from server.engine.progress import StepProgress
+from server.engine.prompt_scores import of_first_output
 from server.engine.scheduler import Scheduler
 from server.engine.selftest import SelfTests
 from server.engine.stats import describe, digests_of, measure
@@ -37,6 +38,7 @@ from server.ipc.messages import (
 )
 from server.model.batch import ForwardBatch, LateTokens, build_batch
 from server.model.runner import ModelRunner
+from server.model.sampling.prompt_logprobs import is_finite, start_scoring_prompts
 from server.model.sampling.sampler import Sample, start_sampling
 from server.model.sampling.token_counts import TokenCounts
 from server.sequence import FinishReason, ScheduledBatch, ScheduledSequence, Sequence, SequenceStatus
@@ -179,8 +181,8 @@ class Engine:
             self._moves.unload_retired(digests_of(self._sequences.values()))
         for seq, reason in self.scheduler.failed():
             self._finish(seq, [], FinishReason.ERROR, error=f"the adapter could not be loaded: {reason}")
-        for seq, reason in self.merging.refused():
-            self._finish(seq, [], FinishReason.ERROR, error=reason)
+        for seq in self.merging.refused():
+            self._finish(seq, [], FinishReason.MERGED)
 
     def _end_expired(self) -> None:
         """End sequences whose deadline has passed. Those that wait never start."""
@@ -193,7 +195,7 @@ class Engine:
     def _submit(self, request: Submit) -> None:
         seq = Sequence(
             request.seq_id,
-            [*request.token_ids],
+            [*[PLACEHOLDER] * request.virtual_tokens, *request.token_ids],
             request.sampling,
             request.adapters,
             request.cache_salt,
@@ -202,11 +204,14 @@ class Engine:
             request.priority,
             request.weight,
             math.inf if request.deadline is None else request.deadline,
+            num_virtual_tokens=request.virtual_tokens,
+            num_copied_tokens=request.virtual_tokens if request.has_prefix else 0,
+            request_salt=request.request_salt,
         )
         vocab_size = None if seq.adapters else self._runner.vocab_size(())
         problem = input_problem(seq.token_ids, seq.sampling, vocab_size)
         if problem is None and seq.num_tokens > self._max_model_len:
-            problem = f"the prompt has more than {self._max_model_len} tokens"
+            problem = f"the prompt has more than {self._max_model_len - request.virtual_tokens} tokens"
         if problem is not None:
             self._outputs.append(SequenceOutput(seq.seq_id, [], "error", error=problem))
             return
@@ -228,9 +233,10 @@ class Engine:
             seq = scheduled.seq
             if seq.admitted is None:
                 seq.admitted = now
-                seq.num_cached_tokens = scheduled.start
-                problem = seq.adapters and input_problem(
-                    seq.token_ids, seq.sampling, self._runner.vocab_size(seq.slots)
+                seq.num_cached_tokens = max(scheduled.copied_from - seq.num_virtual_tokens, 0)
+                problem = seq.adapters and (
+                    self._runner.pool.virtual.problem(seq.slots, seq.num_virtual_tokens)
+                    or input_problem(seq.token_ids, seq.sampling, self._runner.vocab_size(seq.slots))
                 )
                 if problem:
                     refused = True
@@ -259,8 +265,9 @@ class Engine:
         with self.progress.watched(batch.num_tokens):
             logits = self._runner.run(forward)
         vocab_sizes = [self._runner.vocab_size(seq.slots) for seq in sampled]
+        logits, after_prompts = start_scoring_prompts(logits, batch.sequences, self._runner.vocab_size)
         started = start_sampling(logits, sampled, self._eos_token_ids, self._token_counts, vocab_sizes)
-        return InFlightStep(batch, started.tokens, started.collect)
+        return InFlightStep(batch, started.tokens, after_prompts(started.collect))
 
     def _advance(self, step: InFlightStep) -> None:
         """Bring the step's sequences to where they are after it, whatever its tokens turn out to be. A sequence that
@@ -298,16 +305,18 @@ class Engine:
             sampled = next(samples) if scheduled.samples else None
             if sampled is not None and self._is_live(scheduled.seq):
                 self._take(scheduled, sampled)
+            self.scheduler.release_passed(scheduled.seq, scheduled.end)
 
     def _take(self, scheduled: ScheduledSequence, sampled: Sample) -> None:
         seq, end = scheduled.seq, scheduled.end
-        if sampled.token_id < 0:
+        if sampled.token_id < 0 or not is_finite(seq.prompt_logprobs):
             self._abandon(seq, "the model produced numbers that are not finite")
             return
         if seq.num_computed_tokens >= end:  # not if it was preempted meanwhile: those blocks are no longer its own
             self.scheduler.blocks.verify(seq, end)
-        seq.token_ids[end:] = [sampled.token_id]
-        self._finish(seq, [sampled.token_id], self._finish_reason(seq, sampled.token_id), sampled=sampled)
+        token_ids = [sampled.token_id][: seq.sampling.max_tokens]  # none if the prompt alone was wanted
+        seq.token_ids[end:] = token_ids
+        self._finish(seq, token_ids, self._finish_reason(seq, sampled.token_id), sampled if token_ids else None)
 
     def _is_live(self, seq: Sequence) -> bool:
         """Return whether the sequence has not ended while a step with it was in flight."""
@@ -319,7 +328,7 @@ class Engine:
     def _finish_reason(self, seq: Sequence, token_id: int) -> FinishReason | None:
         params = seq.sampling
         stops = token_id in params.stop_token_ids or (token_id in self._eos_token_ids and not params.ignore_eos)
-        if stops and seq.num_output_tokens >= params.min_tokens:
+        if stops and seq.num_output_tokens >= max(params.min_tokens, 1):
             return FinishReason.STOP
         return FinishReason.LENGTH if self._is_full(seq, seq.num_tokens) else None
 
@@ -341,6 +350,7 @@ class Engine:
                 seq.num_cached_tokens,
                 (seq.admitted or time.monotonic()) - seq.arrival,
                 error,
+                of_first_output(seq),
             )
         )
         if reason is not None:

@@ -43,8 +43,9 @@ def input_problem(token_ids: list[int], sampling: SamplingParams, vocab_size: in
         return f"token {smallest} is not in the vocabulary"
     if vocab_size is not None and largest >= vocab_size:
         return f"token {largest} is not in the vocabulary of {vocab_size}"
-    if vocab_size is not None and (sampling.logprobs or 0) > vocab_size:
-        return f"the vocabulary has {vocab_size} tokens and not {sampling.logprobs}"
+    num_top = max(sampling.logprobs or 0, sampling.prompt_logprobs or 0)
+    if vocab_size is not None and num_top > vocab_size:
+        return f"the vocabulary has {vocab_size} tokens and not {num_top}"
     return None
 
 

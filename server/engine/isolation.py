@@ -42,14 +42,14 @@ class Isolation:
     def _goes_back(self, scheduled: ScheduledSequence) -> bool:
         """Bring a sequence to where it was before a step that failed. Returns False if it is not to be computed again:
         it has ended, or it was preempted, so that the scheduler will compute it again."""
-        seq, start, end = scheduled.seq, scheduled.start, scheduled.end
+        seq, before, end = scheduled.seq, scheduled.copied_from, scheduled.end
         if not self.is_live(seq):
             return False
         if scheduled.samples:
             del seq.token_ids[end:]  # a placeholder
-        if len(seq.block_table) * self.block_size < end or seq.num_computed_tokens not in (start, end):
+        if len(seq.block_table) * self.block_size < end or seq.num_computed_tokens not in (before, end):
             return False
-        seq.num_computed_tokens = start
+        seq.num_computed_tokens = before
         return True
 
     def _compute_apart(self, sequences: list[ScheduledSequence]) -> bool:

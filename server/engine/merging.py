@@ -20,8 +20,6 @@ from server.sequence import Sequence
 
 log = logging.getLogger(__name__)
 
-_REFUSED = "another adapter is merged into the base model, and the server refuses requests for other models"
-
 Clock = Callable[[], float]  # seconds; the clock of `Sequence.arrival`
 
 
@@ -147,12 +145,12 @@ class Merging:
         if self.status.state == "leaving" and self.scheduler.leave_base():
             self._restore()
 
-    def refused(self) -> list[tuple[Sequence, str]]:
-        """Return the sequences that cannot run while this merge lasts because it does not yield, with the reason. They
-        are requests of other models that passed the API before the merge was requested."""
+    def refused(self) -> list[Sequence]:
+        """Return the sequences that cannot run while this merge lasts because it does not yield. They are requests of
+        other models that passed the API before the merge was requested."""
         if self.scheduler.gate.owner is None or self.status.state == "leaving" or self._yields():
             return []
-        return [(seq, _REFUSED) for seq in self.scheduler.waiting if not self.scheduler.gate.admits(seq)]
+        return [seq for seq in self.scheduler.waiting if not self.scheduler.gate.admits(seq)]
 
     def take_replies(self) -> list[Reply]:
         replies, self._replies = self._replies, []

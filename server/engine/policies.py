@@ -1,8 +1,7 @@
 """Scheduling policies: the order in which waiting sequences are considered, and which running ones are preempted. Uses
 neither torch nor a clock.
 
-A policy tracks a sequence from its arrival until it is first admitted. Preempted sequences are admitted before all
-others and are not part of the order.
+A policy tracks a sequence while it waits: from its arrival until it is admitted, and again after a preemption.
 """
 
 import heapq
@@ -10,7 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Protocol
 
-from server.sequence import Sequence
+from server.sequence import NO_BLOCK, Sequence
 
 INPUT_COST, OUTPUT_COST = 1.0, 2.0  # per token, as in the VTC paper: an output token takes a step of its own
 
@@ -21,7 +20,10 @@ class Policy(Protocol):
     def arrived(self, seq: Sequence) -> None: ...
 
     def left(self, seq: Sequence) -> None:
-        """Record that `seq` no longer waits: it was admitted for the first time, or aborted."""
+        """Record that `seq` no longer waits: it was admitted or aborted."""
+
+    def returned(self, seq: Sequence) -> None:
+        """Record that `seq` waits again because it was preempted."""
 
     def charge(self, seq: Sequence, *, prompt: int = 0, generated: int = 0) -> None:
         """Charge the tenant of `seq` for computed tokens."""
@@ -41,6 +43,8 @@ class FirstCome:
     def arrived(self, seq: Sequence) -> None: ...
 
     def left(self, seq: Sequence) -> None: ...
+
+    def returned(self, seq: Sequence) -> None: ...
 
     def charge(self, seq: Sequence, *, prompt: int = 0, generated: int = 0) -> None: ...
 
@@ -63,7 +67,7 @@ class FairShare:
         self._served: defaultdict[str, float] = defaultdict(
             float
         )  # by tenant: cost of its tokens divided by its weight
-        self._waiting: Counter[str] = Counter()  # by tenant: sequences that were never admitted
+        self._waiting: Counter[str] = Counter()  # by tenant: sequences that wait
         self._last_left = 0.0  # the counter of the last tenant that left the queue
 
     def arrived(self, seq: Sequence) -> None:
@@ -72,6 +76,10 @@ class FairShare:
             others = (self._served[tenant] for tenant, count in self._waiting.items() if count)
             level = min(others, default=self._last_left)
             self._served[seq.tenant] = max(self._served[seq.tenant], level)
+        self._waiting[seq.tenant] += 1
+
+    def returned(self, seq: Sequence) -> None:
+        """Count a preempted sequence. Its tenant was not idle, so its counter stays."""
         self._waiting[seq.tenant] += 1
 
     def left(self, seq: Sequence) -> None:
@@ -103,7 +111,7 @@ class FairShare:
         among equally urgent ones the newest."""
         held: defaultdict[str, float] = defaultdict(float)
         for seq in running:
-            held[seq.tenant] += len(seq.block_table) / seq.weight
+            held[seq.tenant] += (len(seq.block_table) - seq.block_table.count(NO_BLOCK)) / seq.weight
         candidates = list(enumerate(running))[1:] or [(0, running[0])]
         return max(candidates, key=lambda place: (held[place[1].tenant], place[1].priority, place[0]))[1]
 

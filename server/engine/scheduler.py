@@ -4,7 +4,7 @@ There are no phases: every running sequence has tokens left to compute (one in d
 step's token budget (step_cost.py) goes to running sequences first, then to waiting ones. (This model of computed tokens
 that catch up with known tokens is vLLM's.)
 
-Waiting sequences are considered in the order of a policy (policies.py), preempted sequences before all others.
+Waiting sequences are considered in the order of a policy (policies.py), preempted sequences among them.
 
 Adapters: a waiting sequence is admitted when all its adapters have device slots. A sequence whose adapter is loading is
 passed over; sequences behind it may not evict the adapters that it already has on the device.
@@ -14,20 +14,24 @@ later sequences that compete with it until it is admitted (aging.py). Therefore 
 starve, and a slow load delays no other request.
 """
 
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain, count, islice
+from operator import attrgetter
 from typing import Protocol
 
 from server.engine.aging import LOAD, NOTHING, PREFIX, ROOM, SLOT, Aging
 from server.engine.block_manager import BlockManager
 from server.engine.merge_gate import MergeGate
 from server.engine.policies import FirstCome, Policy
+from server.engine.prompt_scores import bound_logits
 from server.engine.step_cost import StepBudget
 from server.sequence import ScheduledBatch, ScheduledSequence, Sequence, SequenceStatus
 
 PREFETCH_DEPTH = 32  # number of waiting sequences whose adapters are loaded or prefetched from disk
+_number = attrgetter("number")
 
 
 class AdapterSlots(Protocol):
@@ -96,6 +100,7 @@ class Scheduler:
         """Distribute the token budget of one step. The batch is empty if all sequences wait for adapters."""
         batch: list[ScheduledSequence] = []
         tokens = self.step_budget.tokens(self.running, self.waiting, self.max_batch_tokens)
+        tokens = bound_logits(tokens, self.running, self.waiting, self.max_num_seqs)
         budget = self._schedule_running(batch, tokens)
         asking = self._schedule_waiting(batch, budget)
         had = [(self._needs(scheduled.seq), scheduled.seq.number) for scheduled in batch]
@@ -110,9 +115,13 @@ class Scheduler:
             self._release(seq)
         elif seq.status is SequenceStatus.WAITING:
             self.waiting.remove(seq)
-            if not seq.preempted:
-                self.policy.left(seq)
+            self.policy.left(seq)
         seq.status = SequenceStatus.FINISHED
+
+    def release_passed(self, seq: Sequence, num_tokens: int) -> None:
+        """Release the KV blocks that no token from `num_tokens` on can see, unless `seq` was preempted meanwhile."""
+        if seq.num_computed_tokens >= num_tokens:
+            self._suspect_blocks += self.blocks.release_passed(seq, num_tokens)
 
     def take_suspect_blocks(self) -> list[int]:
         """Return blocks freed since the last call whose content must be zeroed before reuse."""
@@ -164,11 +173,12 @@ class Scheduler:
         return budget
 
     def _preempt(self, seq: Sequence) -> None:
-        """Move `seq` to the head of the queue; its tokens are recomputed, often from the prefix cache."""
+        """Move `seq` back to its place in the queue; its tokens are recomputed, often from the prefix cache."""
         self.running.remove(seq)
         self._release(seq)
         seq.status, seq.preempted = SequenceStatus.WAITING, True
-        self.waiting.appendleft(seq)
+        self.waiting.insert(bisect_left(self.waiting, seq.number, key=_number), seq)
+        self.policy.returned(seq)
         self.preemptions += 1
 
     def _schedule_waiting(self, batch: list[ScheduledSequence], budget: int) -> list[Sequence]:
@@ -211,11 +221,9 @@ class Scheduler:
         return asking
 
     def _candidates(self) -> Iterator[Sequence]:
-        """Yield the waiting sequences in the order to consider them. Those that the gate holds are left out: they do
+        """Return the waiting sequences in the order to consider them. Those that the gate holds are left out: they do
         not age, so they hold back nobody."""
-        waiting = self.waiting if self.gate.owner is None else [seq for seq in self.waiting if self.gate.admits(seq)]
-        yield from [seq for seq in waiting if seq.preempted]
-        yield from self.policy.order([seq for seq in waiting if not seq.preempted])
+        return self.policy.order(self.waiting if self.gate.owner is None else filter(self.gate.admits, self.waiting))
 
     def _needs(self, seq: Sequence) -> int:
         """Return what `seq` needs to run: for admission while it waits, and for the step once it runs."""
@@ -261,8 +269,8 @@ class Scheduler:
             return lacks
         self.blocks.admit(seq, matched)
         if not seq.preempted:
-            self.policy.charge(seq, prompt=seq.num_tokens - seq.num_computed_tokens)
-            self.policy.left(seq)
+            self.policy.charge(seq, prompt=seq.num_tokens - seq.num_ready_tokens)
+        self.policy.left(seq)
         seq.slots, seq.status = slots, SequenceStatus.RUNNING
         self.running.append(seq)
         return None

@@ -147,12 +147,13 @@ class StepBudget:
 
     def take(self, seq: Sequence, budget: int) -> tuple[int, int]:
         """Return how many tokens `seq` gets of `budget`, and the budget that is left."""
-        left = seq.num_tokens - seq.num_computed_tokens
-        if self._context is None or left == 1 or seq.num_computed_tokens <= self._context:
+        context = seq.num_ready_tokens
+        left = seq.num_tokens - context
+        if self._context is None or left == 1 or context <= self._context:
             taken = min(left, budget)
             return taken, budget - taken
         # Its tokens attend to more than was planned for, such as a cached prefix, and cost more.
-        planned, per_token = self.cost.per_token(self._context), self.cost.per_token(seq.num_computed_tokens)
+        planned, per_token = self.cost.per_token(self._context), self.cost.per_token(context)
         times = per_token / planned if planned > 0 else 1.0
         taken = min(left, max(int(budget / times), min(MIN_CHUNK, budget)))
         return taken, max(budget - math.ceil(taken * times), 0) if taken == left else 0

@@ -20,7 +20,8 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
     """Start a sequence. Without `adapters` it uses the base model; the deltas of several adapters add up, each with its
     scale. Adapters apply to tokens from `active_from` on. `weight` belongs to the tenant; `priority` orders sequences
     within the tenant (lower is more urgent). At `deadline`, in seconds of `time.monotonic`, which the processes of a
-    machine share, the sequence ends with reason "timeout"; it never starts if it still waits then."""
+    machine share, the sequence ends with reason "timeout"; it never starts if it still waits then. `virtual_tokens` of
+    the adapter come before `token_ids`; with `has_prefix`, their keys and values are copied."""
 
     seq_id: str
     token_ids: list[int]
@@ -31,6 +32,9 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
     priority: int = 0
     weight: float = 1.0
     deadline: float | None = None
+    virtual_tokens: int = 0
+    has_prefix: bool = False
+    request_salt: str = ""  # keeps the prefix cache of a tenant's requests apart
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
@@ -98,11 +102,12 @@ class SequenceOutput(msgspec.Struct, frozen=True, array_like=True):
 
     seq_id: str
     token_ids: list[int]
-    finish_reason: Literal["stop", "length", "abort", "timeout", "error"] | None = None
+    finish_reason: Literal["stop", "length", "abort", "timeout", "merged", "error"] | None = None
     logprobs: list[TokenLogprobs] | None = None  # one per token id, if requested
     num_cached_tokens: int = 0
     queue_seconds: float = 0.0
     error: str | None = None  # message for the client, with reasons "error" and "timeout"
+    prompt_logprobs: list[TokenLogprobs] | None = None  # with the first output: of all prompt tokens but the first
 
 
 class ResidencyReport(msgspec.Struct, frozen=True):

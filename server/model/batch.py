@@ -1,21 +1,24 @@
 """One step's tensors: built once from the schedule, read by every layer."""
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
 from adapters.device.transfers import upload
-from adapters.kernels.segments import NO_SEGMENTS, Rows, Segments, SlotUse, build_segments
-from server.sequence import ScheduledBatch, ScheduledSequence
+from adapters.kernels.segments import NO_SEGMENTS, Segments, build_segments
+from server.model.adapter_rows import adapter_rows, head_rows
+from server.model.virtual_tokens import VirtualRows
+from server.model.visible_context import visible_context
+from server.sequence import ScheduledBatch
 from server.sequence import Sequence as TokenSequence
 
 
 @dataclass(frozen=True, slots=True)
 class SequenceRows:
-    """Rows `[start, end)` of the step are the new tokens of one sequence; its context ends with them."""
+    """Rows `[start, end)` of the step are the new tokens of one sequence; its context ends with them, and begins later
+    than the sequence if none of the rows sees the sequence's first blocks."""
 
     start: int
     end: int
@@ -31,8 +34,9 @@ class ForwardBatch:
     """Everything that a forward pass needs besides the weights. Rows are the flattened new tokens of all sequences, in
     batch order.
 
-    `sample_rows` are the rows whose logits are wanted: the last token of each sequence that reaches its end.
-    `token_segments` are the adapter segments over all rows, `head_segments` those over the sample rows alone.
+    `sample_rows` are the rows whose logits are wanted, in order: the last token of each sequence that reaches its end,
+    and tokens before those of prompts whose log-probabilities are wanted. `token_segments` are the adapter segments
+    over all rows, `head_segments` those over the sample rows alone.
     `attention_plan` is what the attention's implementation derives from `sequences` in the first layer and reads in the
     others.
     """
@@ -46,6 +50,7 @@ class ForwardBatch:
     attention_plan: Any = None
     token_segments: Segments = NO_SEGMENTS
     head_segments: Segments = NO_SEGMENTS
+    virtual: VirtualRows = field(default_factory=VirtualRows)
 
 
 LateTokens = tuple[dict[TokenSequence, int], torch.Tensor]  # sequences by the place of their last token on the device
@@ -75,39 +80,21 @@ def build_batch(
         span = np.arange(scheduled.start, scheduled.end)
         positions.append(span)
         slots.append(np.asarray(table)[span // block_size] * block_size + span % block_size)
+        first_scored = row + scheduled.scored_from - scheduled.start
+        sample_rows += range(first_scored, first_scored + scheduled.num_scored)
         if scheduled.samples:
             sample_rows.append(len(ids) - 1)
             if late_tokens and scheduled.seq in late_tokens[0]:
                 late.append((len(ids) - 1, late_tokens[0][scheduled.seq]))
-        sequences.append(SequenceRows(row, len(ids), scheduled.end, table))
+        sequences.append(SequenceRows(row, len(ids), *visible_context(table, scheduled.end, block_size)))
     packed = np.concatenate([ids, *positions, *slots, sample_rows, *zip(*late, strict=True)]).astype(np.int64)
     sizes = [len(ids), len(ids), len(ids), len(sample_rows), len(late), len(late)]
     input_ids, row_positions, slot_mapping, samples, rows, places = torch.split(upload(packed, device), sizes)
     if late_tokens and late:
         input_ids.index_copy_(0, rows, late_tokens[1].index_select(0, places).clamp_min(0))
     forward = ForwardBatch(input_ids, row_positions, slot_mapping, samples, sequences, block_size)
+    forward.virtual = VirtualRows.of(batch.sequences, block_size, device)
     if columns is not None:
-        forward.token_segments = build_segments(_adapter_rows(batch.sequences), columns)
-        forward.head_segments = build_segments(_sampled_rows(batch.sequences), columns)
+        forward.token_segments = build_segments(adapter_rows(batch.sequences), columns)
+        forward.head_segments = build_segments(head_rows(batch.sequences), columns)
     return forward
-
-
-def _adapter_rows(sequences: Iterable[ScheduledSequence]) -> Iterator[Rows]:
-    """Yield the adapters of the step's rows, in their order."""
-    for scheduled in sequences:
-        yield (), scheduled.num_inactive
-        yield _uses(scheduled), scheduled.num_new_tokens - scheduled.num_inactive
-
-
-def _sampled_rows(sequences: Iterable[ScheduledSequence]) -> Iterator[Rows]:
-    """Yield the adapters of the rows that are sampled from, the last of their sequences."""
-    for scheduled in sequences:
-        if scheduled.samples:
-            yield _uses(scheduled) if scheduled.end > scheduled.seq.active_from else (), 1
-
-
-def _uses(scheduled: ScheduledSequence) -> tuple[SlotUse, ...]:
-    seq = scheduled.seq
-    if not seq.slots:  # the base, or an adapter that is merged into its weights
-        return ()
-    return tuple(SlotUse(slot, adapter.scale) for slot, adapter in zip(seq.slots, seq.adapters, strict=True))

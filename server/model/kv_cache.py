@@ -11,11 +11,13 @@ from adapters.device.lazy_zeros import zeros
 @dataclass(frozen=True, slots=True)
 class CacheShape:
     """The shape of the KV cache: `(key/value heads, head dimension)` per layer. `windows` are the numbers of latest
-    keys that a layer's tokens see (None: all), for layers without other changes to their scores."""
+    keys that a layer's tokens see (None: all), for layers without other changes to their scores. `window` is the
+    largest one of all layers (None: in some layer, tokens see all keys)."""
 
     layers: tuple[tuple[int, int], ...]
     dtype: torch.dtype
     windows: Mapping[int, int | None] = field(default_factory=dict)
+    window: int | None = None
 
     def bytes_per_token(self) -> int:
         return sum(2 * heads * head_dim for heads, head_dim in self.layers) * self.dtype.itemsize

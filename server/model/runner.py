@@ -32,6 +32,7 @@ class ModelRunner:
         num_pages: int,
     ) -> None:
         self._model: Any = loaded.model
+        self.embedding: torch.nn.Module = loaded.model.get_input_embeddings()  # type: ignore[operator]
         self.device = loaded.device
         self.cache_shape = shape
         self.kv_cache = KVCache(shape, num_blocks, block_size, loaded.device)
@@ -44,6 +45,7 @@ class ModelRunner:
         self.fused = 0  # modules that compute through fused operations
         self.graphs: DecodeGraphs | None = None
         self._vocab_size = spec.vocab_size or 0
+        self.is_routed = bool(spec.gathered)
 
     def check_and_fuse(self, loaded: LoadedModel) -> None:
         """Compare the model as it now computes with the stock one, then fuse its blocks where that changes nothing.
@@ -81,6 +83,7 @@ class ModelRunner:
         """Compute the logits `[samples, vocab]` of the batch's sample rows. `vocab` is the largest vocabulary among
         them; logits beyond a row's own vocabulary are meaningless."""
         self._hooks.install()
+        batch.virtual.copy(self.pool.virtual, kv_cache or self.kv_cache)
         recorded = self.graphs.run(batch) if self.graphs is not None and kv_cache is None else None
         if recorded is not None:
             return recorded
@@ -90,7 +93,7 @@ class ModelRunner:
 
     def _forward(self, batch: ForwardBatch, kv_cache: KVCache | None = None) -> torch.Tensor:
         logits: torch.Tensor = self._model(
-            input_ids=batch.input_ids[None],
+            **batch.virtual.model_input(batch.input_ids, self.pool.virtual, self.embedding),
             position_ids=batch.positions[None],
             use_cache=False,
             logits_to_keep=batch.sample_rows,

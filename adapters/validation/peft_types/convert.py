@@ -19,15 +19,27 @@ from adapters.peft.spellings import peft_names, repeated
 from adapters.peft.targets import target_notes, unmatched
 from adapters.peft.tensor_bytes import largest_finite, read_array
 from adapters.validation.peft_types.adalora import AdaLora
-from adapters.validation.peft_types.base import PREFIX, ChannelScale, Factors, Layer, PeftTypeConfig
+from adapters.validation.peft_types.base import PREFIX, Layer, Part, PeftTypeConfig, arrays_of
+from adapters.validation.peft_types.beft import Beft
+from adapters.validation.peft_types.c3a import C3A
+from adapters.validation.peft_types.deft import Deft
 from adapters.validation.peft_types.delora import DeLora
+from adapters.validation.peft_types.gralora import GraLora
+from adapters.validation.peft_types.hra import Hra
 from adapters.validation.peft_types.ia3 import IA3
 from adapters.validation.peft_types.lycoris import LoHa, LoKr
 from adapters.validation.peft_types.miss import Miss
+from adapters.validation.peft_types.oft import Boft, Oft
+from adapters.validation.peft_types.road import Road
+from adapters.validation.peft_types.shira import Shira
+from adapters.validation.peft_types.unilora import UniLora
 from adapters.validation.peft_types.vblora import VBLora
-from adapters.validation.peft_types.vera import Vera
+from adapters.validation.peft_types.vera import PVera, Vera
 
-_TYPES: tuple[type[PeftTypeConfig], ...] = (AdaLora, DeLora, IA3, LoHa, LoKr, Miss, VBLora, Vera)
+_TYPES: tuple[type[PeftTypeConfig], ...] = (
+    AdaLora, Beft, Boft, C3A, Deft, DeLora, GraLora, Hra, IA3, LoHa, LoKr, Miss, Oft, PVera, Road, Shira, UniLora,
+    VBLora, Vera,
+)  # fmt: skip
 PEFT_TYPES = {config_class.peft_type: config_class for config_class in _TYPES}
 
 
@@ -89,12 +101,20 @@ class Converted:
     def _shapes_by_module(self) -> dict[str, dict[str, tuple[int, ...]]]:
         found: dict[str, dict[str, tuple[int, ...]]] = {}
         for name, info in self.tensors.items():
-            module, _, kind = name.removeprefix(PREFIX).rpartition(".")
-            if name.startswith(PREFIX) and module and kind in self.type_config.kinds:
+            module, kind = self._split(name)
+            if module:
                 found.setdefault(module, {})[kind] = info.shape
             elif name not in self.type_config.shared:
                 self._misnamed.append(name)
         return found
+
+    def _split(self, name: str) -> tuple[str, str]:
+        """Return the module and the kind of a tensor; no module for a name that the type does not have."""
+        parts = name.removeprefix(PREFIX).split(".") if name.startswith(PREFIX) else []
+        for length in (1, 2):
+            if len(parts) > length and (kind := ".".join(parts[-length:])) in self.type_config.kinds:
+                return ".".join(parts[:-length]), kind
+        return "", ""
 
     @property
     def rank(self) -> int:
@@ -216,7 +236,7 @@ class Converted:
         for _ in self.parts():
             pass
 
-    def parts(self) -> Iterator[tuple[str, Factors | ChannelScale]]:
+    def parts(self) -> Iterator[tuple[str, Part]]:
         """Convert one layer after the other. Raises `AdapterInvalid` with all problems after the last."""
         problems = []
         shared = {name: read_array(self._path, self.tensors[name]) for name in self.type_config.shared}
@@ -233,8 +253,7 @@ class Converted:
             raise AdapterInvalid(problems)
 
 
-def _check_finite(layer: Layer, part: Factors | ChannelScale) -> None:
-    arrays = (part.a, part.b * np.float32(part.scaling)) if isinstance(part, Factors) else (part.vector,)
-    if not all(np.isfinite(array).all() for array in arrays):
+def _check_finite(layer: Layer, part: Part) -> None:
+    if not all(np.isfinite(array).all() for array in arrays_of(part)):
         found, expected = "NaN or infinity once multiplied out", "finite numbers"
         raise AdapterInvalid([problem(PREFIX + layer.name, found, expected, "nonfinite")])

@@ -9,6 +9,7 @@ from typing import Any
 from adapters.validation.peft_types.base import Arrays, Factors, Layer, PeftTypeConfig, key_table
 
 _A, _B = "base_model.vera_A", "base_model.vera_B"
+_PVERA_A, _PVERA_B = "base_model.pvera_A", "base_model.pvera_B"
 
 
 class Vera(PeftTypeConfig):
@@ -36,7 +37,7 @@ class Vera(PeftTypeConfig):
         return {"vera_lambda_b": (layer.outputs,), "vera_lambda_d": (self._r,)}
 
     def shared_shapes(self, layers: Mapping[str, Layer]) -> dict[str, tuple[int, ...]]:
-        inputs, outputs = (max(sizes) for sizes in zip(*((x.inputs, x.outputs) for x in layers.values()), strict=True))
+        inputs, outputs = _largest(layers)
         return {_A: (self._r, inputs), _B: (outputs, self._r)}
 
     def rank(self, layer: Layer) -> int:
@@ -45,3 +46,36 @@ class Vera(PeftTypeConfig):
     def convert(self, layer: Layer, tensors: Arrays, shared: Arrays) -> Factors:
         b = tensors["vera_lambda_b"][:, None] * shared[_B][: layer.outputs] * tensors["vera_lambda_d"]
         return Factors(shared[_A][:, : layer.inputs], b, 1.0)
+
+
+class PVera(Vera):
+    """PVeRA (https://arxiv.org/abs/2512.07703): a VeRA whose hidden vector has a distribution. Its mean, the first half
+    of `pvera_A` and `pvera_lambda_d`, is the result unless the config asks for samples."""
+
+    peft_type = "PVERA"
+    keys = key_table(
+        {"r", "save_projection", "layers_to_transform"},
+        {"d_initial", "fan_in_fan_out", "generator_seed", "init_weights", "layers_pattern"}
+        | {"projection_prng_key", "pvera_dropout"},
+        bias=("none",),
+        sample_at_inference=(),
+    )
+    kinds = frozenset({"pvera_lambda_b", "pvera_lambda_d"})
+    shared = frozenset({_PVERA_A, _PVERA_B})
+
+    def shapes(self, layer: Layer) -> dict[str, tuple[int, ...]]:
+        return {"pvera_lambda_b": (layer.outputs,), "pvera_lambda_d": (2 * self._r,)}
+
+    def shared_shapes(self, layers: Mapping[str, Layer]) -> dict[str, tuple[int, ...]]:
+        inputs, outputs = _largest(layers)
+        return {_PVERA_A: (2 * self._r, inputs), _PVERA_B: (outputs, self._r)}
+
+    def convert(self, layer: Layer, tensors: Arrays, shared: Arrays) -> Factors:
+        means = tensors["pvera_lambda_d"][: self._r]
+        b = tensors["pvera_lambda_b"][:, None] * shared[_PVERA_B][: layer.outputs] * means
+        return Factors(shared[_PVERA_A][: self._r, : layer.inputs], b, 1.0)
+
+
+def _largest(layers: Mapping[str, Layer]) -> tuple[int, int]:
+    inputs, outputs = zip(*((layer.inputs, layer.outputs) for layer in layers.values()), strict=True)
+    return max(inputs), max(outputs)

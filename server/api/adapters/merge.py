@@ -59,8 +59,12 @@ async def unmerge(context: Context) -> MergeBody:
 
 async def merge(context: AppContext, record: AdapterRecord, *, drain: bool, allow_requantize: bool) -> None:
     """Merge an adapter into the base model. Raises `ApiError` 409, `AdapterMoveRefused`, `EngineUnavailable`."""
-    if not record.version.traits.mergeable:
-        raise ApiError(409, "The adapter cannot be merged because it changes more than linear layers.", code="conflict")
+    traits = record.version.traits
+    if not traits.mergeable:
+        why = (
+            "puts virtual tokens in front of the prompt" if traits.virtual_tokens else "changes more than linear layers"
+        )
+        raise ApiError(409, f"The adapter cannot be merged because it {why}.", code="conflict")
     if context.engine.merge_status.digest not in (None, record.version.digest):
         raise ApiError(409, "Another adapter is merged; unmerge it first.", code="conflict")
     context.metrics.add_adapter(record.name)

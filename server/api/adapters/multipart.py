@@ -13,7 +13,7 @@ from python_multipart.multipart import parse_options_header
 from starlette.requests import Request
 
 from adapters.peft.files import FILES, TOKENIZER_FILES
-from adapters.peft.foreign_files import PICKLE_FILE, TO_SAFETENSORS
+from adapters.peft.foreign_files import foreign_weights
 from server.api.errors import ApiError, bad_request
 
 _KNOWN = (*FILES, *TOKENIZER_FILES)
@@ -132,7 +132,8 @@ class _Upload:
         """Open a file of the adapter by its field name or file name. A client's name never becomes a path."""
         name = next((known for known in _KNOWN if known in (field, filename)), None)
         if name is None:
-            hint = f" To convert {PICKLE_FILE}, run {TO_SAFETENSORS}." if PICKLE_FILE in (field, filename) else ""
+            other = foreign_weights((field, filename))
+            hint = f" To convert {other[1]}, run {other[2]}." if other else ""
             raise ApiError(
                 415, f"The upload may only contain the files {', '.join(_KNOWN)}.{hint}", code="unsupported_media_type"
             )

@@ -12,12 +12,14 @@ from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ValidationError
 
+from adapters.names import MAX_NAME
 from adapters.peft.files import FILES, TOKENIZER_FILES
 from adapters.tiers import Tier
 from server.api.adapters import aliases, fetching, publishing
 from server.api.adapters.aliases import AliasBody
 from server.api.adapters.bodies import pending_body, pending_state, record_body, state_of
 from server.api.adapters.multipart import receive_upload
+from server.api.adapters.paths import NAME
 from server.api.adapters.publishing import UPLOAD, Publication, Published, publish_from
 from server.api.adapters.schemas import (
     AdapterBody,
@@ -45,7 +47,7 @@ _UPLOAD_SCHEMA: dict[str, Any] = {
     "type": "object",
     "required": ["name", "adapter_config.json", "adapter_model.safetensors"],
     "properties": {
-        "name": {"type": "string", "pattern": "^[a-z0-9][a-z0-9._-]{0,63}$"},
+        "name": {"type": "string", "minLength": 1, "maxLength": MAX_NAME},
         "adapter_config.json": {"type": "string", "format": "binary"},
         "adapter_model.safetensors": {"type": "string", "format": "binary"},
         **{name: {"type": "string", "format": "binary"} for name in TOKENIZER_FILES},
@@ -168,18 +170,18 @@ async def list_adapters(
     return AdapterList(data=page[:limit], has_more=len(page) > limit)
 
 
-@router.get("/{name}", responses=_COMMON)
+@router.get(NAME, responses=_COMMON)
 async def get_adapter(name: str, context: Context, key: Caller) -> AdapterBody | AliasBody:
     """Return the record of an adapter, or an alias with its weights."""
     if name in context.registry.aliases:
-        return aliases.alias_body(aliases.find(context, key, name))
+        return aliases.alias_body(context, aliases.find(context, key, name))
     pending = context.registry.pending.get(name)
     if pending is not None and name not in context.registry and key.sees(name):
         return pending_body(context, pending)
     return record_body(context, publishing.find(context, key, name))
 
 
-@router.delete("/{name}", responses=_COMMON)
+@router.delete(NAME, responses=_COMMON)
 async def delete_adapter(
     name: str, context: Context, key: Caller, drain_timeout: Annotated[float, Query(ge=0, le=3600)] = 30.0
 ) -> DeletedBody:
@@ -192,7 +194,7 @@ async def delete_adapter(
     return await publishing.remove(context, name, drain_timeout)
 
 
-@router.post("/{name}/load", responses=_MOVES)
+@router.post(f"{NAME}/load", responses=_MOVES)
 async def load_adapter(name: str, context: Context, key: Caller, body: LoadRequest | None = None) -> AdapterBody:
     """Load an adapter to the device or to host memory."""
     record = publishing.find(context, key, name)
@@ -200,7 +202,7 @@ async def load_adapter(name: str, context: Context, key: Caller, body: LoadReque
     return record_body(context, record)
 
 
-@router.post("/{name}/unload", responses=_MOVES)
+@router.post(f"{NAME}/unload", responses=_MOVES)
 async def unload_adapter(name: str, context: Context, key: Caller) -> AdapterBody:
     """Free an adapter's device and host memory; the adapter stays registered."""
     record = publishing.find(context, key, name)
@@ -212,21 +214,21 @@ async def unload_adapter(name: str, context: Context, key: Caller) -> AdapterBod
     return record_body(context, record)
 
 
-@router.post("/{name}/pin", responses=_MOVES)
+@router.post(f"{NAME}/pin", responses=_MOVES)
 async def pin_adapter(name: str, context: Context, key: Caller) -> AdapterBody:
     """Load an adapter to the device and protect it from eviction."""
     async with context.lock(name):
         return record_body(context, await publishing.pin(context, publishing.find(context, key, name)))
 
 
-@router.post("/{name}/unpin", responses=_MOVES)
+@router.post(f"{NAME}/unpin", responses=_MOVES)
 async def unpin_adapter(name: str, context: Context, key: Caller) -> AdapterBody:
     """Remove an adapter's protection from eviction."""
     async with context.lock(name):
         return record_body(context, await publishing.unpin(context, publishing.find(context, key, name)))
 
 
-@router.get("/{name}/versions", responses=_COMMON)
+@router.get(f"{NAME}/versions", responses=_COMMON)
 async def list_versions(name: str, context: Context, key: Caller) -> VersionList:
     """List the versions of an adapter, newest first."""
     publishing.find(context, key, name)
@@ -235,7 +237,7 @@ async def list_versions(name: str, context: Context, key: Caller) -> VersionList
     return VersionList(data=versions)
 
 
-@router.post("/{name}/rollback", responses=_MOVES)
+@router.post(f"{NAME}/rollback", responses=_MOVES)
 async def roll_back_adapter(
     name: str, context: Context, key: Caller, body: RollbackRequest | None = None
 ) -> AdapterBody:
@@ -248,7 +250,7 @@ async def roll_back_adapter(
         return record_body(context, record)
 
 
-@router.get("/{name}/files/{file}", responses=_FILE, response_class=StreamingResponse)
+@router.get(NAME + "/files/{file}", responses=_FILE, response_class=StreamingResponse)
 async def download_file(
     name: str, file: str, context: Context, key: Caller, version: VersionText | None = None
 ) -> StreamingResponse:

@@ -4,11 +4,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from adapters.names import MAX_NAME
 from adapters.tiers import Tier
 from server.api.schemas import Wire
 
 State = Literal["registered", "loading", "ready", "failed", "draining"]
-Name = Annotated[str, Field(min_length=1, max_length=256)]
+Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
 VersionText = Annotated[str, Field(pattern=r"^(sha256:)?[0-9a-f]{12,64}$", max_length=71)]
 
 

@@ -15,6 +15,7 @@ log = logging.getLogger(__name__)
 
 DAY_SECONDS = 86_400  # each version is checked once in this time, if the rate allows
 ROUND_SECONDS = 60.0  # between two looks for versions that are due, and before the first
+CPU_SHARE = 0.02  # of a core, at most; for small versions, recording a check takes longer than reading the files
 _BUSY_SECONDS = 0.2  # between two looks whether requests still wait
 _MIB = 1 << 20
 
@@ -27,8 +28,8 @@ class Scrubber:
     """Checks the versions of all names, the one with the oldest check first. A damaged version is marked in the
     registry and not served from then on; publishing the same content again ends the mark.
 
-    Files are read in a thread of its own, a piece at a time, with sleeps that keep the rate. Nothing is read while
-    requests wait in the engine's queue.
+    Files are read in a thread of its own, a piece at a time, with sleeps that keep the rate and, between two versions,
+    the share of a core. Nothing is read while requests wait in the engine's queue.
     """
 
     def __init__(self, context: AppContext, mb_per_second: float):
@@ -55,7 +56,9 @@ class Scrubber:
         """Check all versions that are due."""
         try:
             for digest in self._context.registry.unchecked(int(time.time()) - DAY_SECONDS):
+                began, cpu = time.monotonic(), time.thread_time()
                 self._check(digest)
+                self._wait((time.thread_time() - cpu) / CPU_SHARE - (time.monotonic() - began))
         except _Stopped:
             return
 
@@ -97,8 +100,12 @@ class Scrubber:
         return None if found == digest else f"its stored files are damaged (their content is {found[:12]})"
 
     def _pace(self, nbytes: int) -> None:
-        """Wait after a read of `nbytes` bytes, and while requests wait. Raises `_Stopped` at shutdown."""
-        seconds = nbytes / self._bytes_per_second
+        """Wait after a read of `nbytes` bytes."""
+        self._wait(nbytes / self._bytes_per_second)
+
+    def _wait(self, seconds: float) -> None:
+        """Wait, and longer while requests wait. Raises `_Stopped` at shutdown."""
+        seconds = max(seconds, 0.0)
         while self._stop.wait(seconds) is False and self._context.engine.stats.waiting:
             seconds = _BUSY_SECONDS
         if self._stop.is_set():

@@ -1,13 +1,14 @@
 """vLLM's adapter routes, so that its clients and controllers work unchanged."""
 
+import asyncio
 from typing import Annotated, Any
-from urllib.parse import quote
 
 from fastapi import APIRouter, Depends
 from fastapi.responses import PlainTextResponse
 from pydantic import ValidationError
 
-from adapters.errors import AdapterConflict, AdapterInvalid, SourceNotAllowed
+from adapters.errors import AdapterConflict, AdapterInvalid, SourceNotAllowed, SourceNotFound
+from adapters.sources.paths import source_of
 from server.api.adapters import fetching, publishing
 from server.api.adapters.schemas import RegisterRequest, VllmLoadRequest, VllmUnloadRequest
 from server.api.context import Context
@@ -26,15 +27,17 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
 
 @router.post("/load_lora_adapter", responses=_RESPONSES)
 async def load_lora_adapter(body: VllmLoadRequest, context: Context, key: Caller) -> str:
-    """Register the folder `lora_path`, which must be under an allowed `file://` source."""
+    """Register the folder `lora_path`, which must be under an allowed `file://` source, or the hub's `org/name`."""
     publishing.check_writable(key, body.lora_name)
-    source = body.lora_path if "://" in body.lora_path else f"file://{quote(body.lora_path)}"
+    source = await asyncio.to_thread(source_of, body.lora_path, context.config.allow_source)
     try:
         request = RegisterRequest(name=body.lora_name, source=source, replace=body.load_inplace, lazy=False)
         async with publishing.place_for_client(context):
             published = await fetching.register(context, request)
-    except (AdapterConflict, AdapterInvalid, SourceNotAllowed) as error:
+    except (AdapterConflict, AdapterInvalid) as error:
         raise bad_request(str(error), code=error.code) from None
+    except (SourceNotAllowed, SourceNotFound) as error:  # which name the server's folder where the client did not
+        raise type(error)(str(error).replace(source[:200], body.lora_path[:200])) from None
     except ValidationError as error:  # the path as a URL may exceed the maximum length of a source
         raise validation_error(error.errors()) from None
     if not published.created and not body.load_inplace:

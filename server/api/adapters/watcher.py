@@ -1,4 +1,5 @@
-"""`--watch-adapters DIR`: registers each subfolder with an adapter under its name, and again when it changes.
+"""`--watch-adapters DIR`: registers each subfolder with an adapter under its name, `name` or `org/name`, and again when
+it changes.
 
 Removing a folder does not delete its adapter: the volume may be unmounted or the folder about to be rewritten, and
 clients may be using the adapter. `DELETE /v1/adapters/{name}` deletes it.
@@ -15,9 +16,10 @@ from pathlib import Path
 from adapters.errors import AdapterConflict, AdapterError, InvalidName, NoSpace
 from adapters.names import check_name
 from adapters.peft.files import FILES, TOKENIZER_FILES
+from adapters.peft.foreign_files import foreign_weights
 from adapters.records import Inspected, PendingAdapter
 from adapters.sources import NAMED_BY_OPERATOR, copy_from
-from server.api.adapters.publishing import Publication, publish_from
+from server.api.adapters.publishing import Publication, audit_publication, publish_from
 from server.api.context import AppContext
 from server.ipc.client import AdapterMoveRefused
 from server.ipc.supervisor import EngineUnavailable
@@ -25,6 +27,7 @@ from server.ipc.supervisor import EngineUnavailable
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 5.0
+FIRST_PASS_SECONDS = 1.0  # between the two polls of the first pass, for which the readiness of the server waits
 Signature = tuple[tuple[str, int, int, int], ...]  # per file: name, inode, size in bytes, modification time in ns
 
 
@@ -42,12 +45,19 @@ class FolderWatcher:
         self._seen: dict[str, Signature] = {}  # at the last poll
         self._handled: dict[str, Signature] = {}  # registered or refused
 
+    async def first_pass(self) -> None:
+        """Register what is in the folder and does not change meanwhile."""
+        await self.poll()
+        if self._seen:
+            await asyncio.sleep(FIRST_PASS_SECONDS)
+            await self.poll()
+
     async def run(self) -> None:
         """Poll until cancelled."""
         try:
             while True:
-                await self.poll()
                 await asyncio.sleep(POLL_SECONDS)
+                await self.poll()
         except Exception:
             log.exception("the folder %s is no longer watched", self._root)
             raise
@@ -92,6 +102,7 @@ class FolderWatcher:
         published = await publish_from(self._context, fill, self._decide)
         if published.record is not None:
             log.info("adapter %s is published from the watched folder", name)
+            audit_publication(self._context, "watched folder", published)
 
     def _decide(self, publication: Publication, inspected: Inspected) -> Publication | None:
         name, digest = publication.name, inspected.digest
@@ -128,22 +139,36 @@ class FolderWatcher:
 
 
 def _signatures(root: Path) -> dict[str, Signature]:
-    """Return the signatures of the subfolders that contain an adapter. Hidden folders are skipped, because tools use
-    them for work in progress."""
+    """Return the signatures of the subfolders that contain an adapter, and of those in subfolders that contain none,
+    as `org/name`. Raises `OSError` if `root` cannot be read."""
+    found: dict[str, Signature] = {}
+    for name in _folders(root):
+        if signature := _signature(root / name):
+            found[name] = signature
+        else:
+            with suppress(OSError):
+                below = {f"{name}/{inner}": _signature(root / name / inner) for inner in _folders(root / name)}
+                found |= {inner: signature for inner, signature in below.items() if signature}
+    return found
+
+
+def _folders(root: Path) -> list[str]:
+    """Return the names of the subfolders. Hidden ones are left out, because tools use them for work in progress."""
     with os.scandir(root) as entries:
-        found = {entry.name: _signature(Path(entry.path)) for entry in entries if not entry.name.startswith(".")}
-    return {name: signature for name, signature in found.items() if signature}
+        return [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
 
 
 def _signature(folder: Path) -> Signature:
-    """Return the signature of a folder; empty unless it has both required files of an adapter."""
+    """Return the signature of a folder; empty unless it has both required files of an adapter, or weights in another
+    format, whose refusal says what they are."""
+    names = [*FILES, *TOKENIZER_FILES]
+    with suppress(OSError):
+        if other := foreign_weights(os.listdir(folder)):
+            names.append(other[0])
     found = []
-    for name in (*FILES, *TOKENIZER_FILES):
-        try:
+    for name in names:
+        with suppress(OSError):
             status = os.stat(folder / name)
-        except OSError:
-            if name in FILES:
-                return ()
-        else:
             found.append((name, status.st_ino, status.st_size, status.st_mtime_ns))
-    return tuple(found)
+    there = {name for name, *_ in found}
+    return tuple(found) if there.issuperset(FILES) or there - {*FILES, *TOKENIZER_FILES} else ()

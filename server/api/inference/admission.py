@@ -12,7 +12,8 @@ from server.api.errors import ApiError, bad_request, model_not_found, unavailabl
 from server.api.inference.plan import AdmittedRequest, GenerationPlan, plan_generation
 from server.api.inference.targets import Target, refuse_if_merged, resolve_target
 from server.api.middleware.auth import Key
-from server.api.schemas import MAX_TIMEOUT_SECONDS, GenerationRequest
+from server.api.middleware.request_scope import ignored_names
+from server.api.requests import MAX_TIMEOUT_SECONDS, GenerationRequest, OpenWire
 
 TIMEOUT_HEADER = "x-request-timeout"  # in seconds
 
@@ -20,6 +21,7 @@ TIMEOUT_HEADER = "x-request-timeout"  # in seconds
 async def admit_request(request: Request, context: AppContext, key: Key, body: GenerationRequest) -> AdmittedRequest:
     """Fix the adapter versions of a request and the tokenizer, which may be the adapter's own. Raises `ApiError` if the
     request cannot begin now."""
+    note_unknown_fields(request, context, body)
     _check_capacity(context)
     target = resolve_target(context, key, body)
     request.state.adapter = target.label
@@ -28,9 +30,17 @@ async def admit_request(request: Request, context: AppContext, key: Key, body: G
     try:
         tokenizer = await context.tokenizers.of(digest, target.traits)
     except FileNotFoundError:  # the adapter was deleted just now
-        raise model_not_found(body.model) from None
+        raise model_not_found(target.requested_model) from None
     received = request.state.started
     return AdmittedRequest(target, tokenizer, key, received, _deadline(context, request, body, received))
+
+
+def note_unknown_fields(request: Request, context: AppContext, body: OpenWire) -> None:
+    """Have the response's header name the fields that have no effect. Raises 400 for them with `--strict-requests`."""
+    request.state.ignored = names = ignored_names(body.unknown_fields())
+    if names and context.config.strict_requests:
+        message = f"The request has fields that this server does not know: {', '.join(names)}."
+        raise bad_request(message, names[0], "unknown_field")
 
 
 def _deadline(context: AppContext, request: Request, body: GenerationRequest, received: float) -> float | None:
@@ -54,12 +64,17 @@ def _header_timeout(request: Request) -> float | None:
 
 
 def admit_prompts(
-    context: AppContext, admitted: AdmittedRequest, body: GenerationRequest, prompts: Sequence[list[int]]
+    context: AppContext,
+    admitted: AdmittedRequest,
+    body: GenerationRequest,
+    prompts: Sequence[list[int]],
+    texts: Sequence[str | None] = (),
 ) -> GenerationPlan:
-    """Check the request and its prompts, encoded by the request's tokenizer, and return the plan. Raises `ApiError` if
-    they do not fit the model or if an adapter was deleted meanwhile."""
+    """Check the request and its prompts, encoded by the request's tokenizer, and return the plan. `texts` are the
+    prompts as they were sent, None for token ids. Raises `ApiError` if they do not fit the model or if an adapter was
+    deleted meanwhile."""
     _check_still_there(context, admitted.target)
-    plan = plan_generation(context, admitted, body, prompts)
+    plan = plan_generation(context, admitted, body, prompts, texts)
     _check_queue(context, plan)
     return plan
 
@@ -69,7 +84,8 @@ def _check_capacity(context: AppContext) -> None:
     if not context.accepting:
         raise unavailable("The server is shutting down.", "draining")
     if context.saturated:
-        raise unavailable("Too many requests are waiting; try again later.", "queue_full")
+        seconds = context.queue_limits.full_for()
+        raise unavailable("Too many requests are waiting; try again later.", "queue_full", seconds)
 
 
 def _check_still_there(context: AppContext, target: Target) -> None:
@@ -90,5 +106,6 @@ def _check_queue(context: AppContext, plan: GenerationPlan) -> None:
     if refusal is None:
         return
     if refusal.of_tenant:
-        raise ApiError(429, refusal.message, code="queue_share", headers={"retry-after": "1"})
-    raise unavailable(refusal.message, "queue_full")
+        headers = {"retry-after": str(refusal.seconds)}
+        raise ApiError(429, refusal.message, code="queue_share", headers=headers)
+    raise unavailable(refusal.message, "queue_full", refusal.seconds)

@@ -3,64 +3,109 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from server.api.text.tokenizer import Detokenizer
+from server.api.text.detokenizer import Detokenizer
+from server.api.text.tokenizer import Tokenizer
 from server.ipc.messages import SequenceOutput
 from server.sequence import TokenLogprobs
 
 
 @dataclass(slots=True)
 class TokenScore:
-    """A generated token with its log-probabilities and the offset of its text in the choice's text."""
+    """A token with its log-probabilities and the offset of its text in the choice's text. The first token of a prompt
+    has no log-probabilities."""
 
     token_id: int
-    logprobs: TokenLogprobs
+    logprobs: TokenLogprobs | None
     offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class EchoedPrompt:
+    """A prompt that a choice's text begins with. `offsets` are those of its tokens in `text`."""
+
+    token_ids: list[int]
+    text: str
+    offsets: list[int]
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, token_ids: list[int], text: str | None) -> "EchoedPrompt":
+        """`text` is the prompt as it was sent; None if it was sent as token ids, of which special ones are shown."""
+        detokenizer = Detokenizer(tokenizer, [], skip_special=text is not None)
+        offsets, shown = [], []
+        for token_id in token_ids:
+            offsets.append(detokenizer.decoded_chars)
+            shown.append(detokenizer.feed(token_id))
+        return cls(token_ids, "".join([*shown, detokenizer.flush()]) if text is None else text, offsets)
+
+    def scores(self, logprobs: list[TokenLogprobs], num_top: int) -> list[TokenScore]:
+        known = [None, *(TokenLogprobs(each.logprob, each.rank, each.top[:num_top]) for each in logprobs)]
+        found = zip(self.token_ids, known, self.offsets, strict=True)
+        return [TokenScore(token_id, each, offset) for token_id, each, offset in found]
 
 
 @dataclass(slots=True)
 class Delta:
-    """New output of one choice since the previous delta: usually one token, more if the reader lags."""
+    """New output of one choice since the previous delta: usually one token, more if the reader lags. `token_ids` has
+    the token that ended the sequence, whose text is left out."""
 
     index: int
     text: str = ""
-    num_tokens: int = 0
+    token_ids: list[int] = field(default_factory=list)
     scores: list[TokenScore] = field(default_factory=list)
     finish_reason: Literal["stop", "length"] | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None  # of the prompt's second token and later ones
 
     def extend(self, delta: "Delta") -> None:
         self.text += delta.text
-        self.num_tokens += delta.num_tokens
+        self.token_ids += delta.token_ids
         self.scores += delta.scores
         self.finish_reason = delta.finish_reason
+        self.prompt_logprobs = self.prompt_logprobs or delta.prompt_logprobs
 
 
 class Choice:
-    """One sequence and the state of its text."""
+    """One sequence and the state of its text. Without `include_stop`, a token of `stop_ids` that ends the sequence is
+    not part of the text. `num_logprobs` is None if no log-probabilities are wanted."""
 
-    def __init__(self, index: int, detokenizer: Detokenizer, stop_ids: frozenset[int]):
+    def __init__(
+        self,
+        index: int,
+        detokenizer: Detokenizer,
+        stop_ids: frozenset[int],
+        *,
+        include_stop: bool = False,
+        echo: EchoedPrompt | None = None,
+        num_logprobs: int | None = None,
+    ):
         self.index = index
         self.finished = False
         self.num_tokens = 0
         self.cached_tokens = 0
         self.queue_seconds = 0.0
         self._detokenizer = detokenizer
-        self._stop_ids = stop_ids
+        self._stop_ids = frozenset() if include_stop else stop_ids
+        self._echo = echo  # until the first output
+        self._num_logprobs = num_logprobs
+        self._text_start = len(echo.text) if echo else 0
 
     def absorb(self, output: SequenceOutput, delta: Delta) -> None:
-        """Add `output` to `delta`. Raises `EngineFailure` if the sequence was aborted or failed."""
+        """Add `output` to `delta`. Raises `EngineFailure` if the sequence was aborted, refused or failed."""
         reason = output.finish_reason
-        if reason == "error" or reason == "abort" or reason == "timeout":
+        if reason is not None and reason != "stop" and reason != "length":
             self.finished = True
             raise EngineFailure(reason, output.error)
         self.cached_tokens, self.queue_seconds = output.num_cached_tokens, output.queue_seconds
+        delta.prompt_logprobs = delta.prompt_logprobs or output.prompt_logprobs
+        self._begin(output, delta)
         text_ends = output.finish_reason == "stop" and output.token_ids and output.token_ids[-1] in self._stop_ids
         for i, token_id in enumerate(output.token_ids):
-            delta.num_tokens += 1
+            delta.token_ids.append(token_id)
             self.num_tokens += 1
             if text_ends and i == len(output.token_ids) - 1:
                 break  # the token that ended the sequence is counted but is not part of the text
             if output.logprobs is not None:
-                delta.scores.append(TokenScore(token_id, output.logprobs[i], self._detokenizer.decoded_chars))
+                offset = self._text_start + self._detokenizer.decoded_chars
+                delta.scores.append(TokenScore(token_id, output.logprobs[i], offset))
             delta.text += self._detokenizer.feed(token_id)
             if self._detokenizer.stopped:
                 self._finish(delta, "stop")
@@ -69,13 +114,21 @@ class Choice:
             delta.text += self._detokenizer.flush()
             self._finish(delta, reason)
 
+    def _begin(self, output: SequenceOutput, delta: Delta) -> None:
+        """Add the echoed prompt to the first delta."""
+        if self._echo is not None:
+            delta.text += self._echo.text
+            if self._num_logprobs is not None:
+                delta.scores += self._echo.scores(output.prompt_logprobs or [], self._num_logprobs)
+            self._echo = None
+
     def _finish(self, delta: Delta, reason: Literal["stop", "length"]) -> None:
         self.finished = True
         delta.finish_reason = reason
 
 
 class EngineFailure(Exception):
-    """The engine aborted a sequence or failed to compute it."""
+    """The engine aborted or refused a sequence, or failed to compute it."""
 
     def __init__(self, reason: str, message: str | None):
         super().__init__(message or reason)

@@ -10,14 +10,15 @@ from server.api.errors import bad_request
 from server.api.inference.admission import admit_prompts, admit_request
 from server.api.inference.choices import Delta, TokenScore
 from server.api.inference.formatting import ChoicesFormatter
+from server.api.inference.generation import Generation
 from server.api.inference.responses import documented_responses, respond
 from server.api.middleware.auth import Key, key_of
-from server.api.schemas import Completion, CompletionChunk, CompletionRequest
+from server.api.requests import MAX_CHOICES, CompletionRequest
+from server.api.schemas import Completion, CompletionChunk
 from server.api.text.tokenizer import Tokenizer, finite
+from server.sequence import TokenLogprobs
 
 router = APIRouter()
-
-_MAX_CHOICES = 64  # prompts times n of one request
 
 
 @router.post(
@@ -31,24 +32,29 @@ async def create_completion(
 ) -> Response:
     """Complete one or several prompts with the base model or an adapter."""
     admitted = await admit_request(request, context, key, body)
-    prompts = await _encode_prompts(context, admitted.tokenizer, body)
-    plan = admit_prompts(context, admitted, body, prompts)
+    given = _prompts(body)
+    prompts = [await _encode_prompt(context, admitted.tokenizer, body, prompt) for prompt in given]
+    texts = [prompt if isinstance(prompt, str) else None for prompt in given]
+    plan = admit_prompts(context, admitted, body, prompts, texts)
     return await respond(context, request, plan, CompletionFormatter)
 
 
-async def _encode_prompts(context: AppContext, tokenizer: Tokenizer, body: CompletionRequest) -> list[list[int]]:
-    """Return the prompts as token ids. OpenAI allows a text, a list of texts, token ids, or a list of token ids."""
+def _prompts(body: CompletionRequest) -> list[Any]:
+    """Return the prompts. OpenAI allows a text, a list of texts, token ids, or a list of token ids."""
     given = body.prompt
     several = given if isinstance(given, list) and not isinstance(given[0], int) else [given]
-    if len(several) * (body.n or 1) > _MAX_CHOICES:
-        raise bad_request(f"A request may have at most {_MAX_CHOICES} choices (prompts times n).", "prompt")
-    return [await _encode_prompt(context, tokenizer, prompt) for prompt in several]
+    if len(several) * (body.n or 1) > MAX_CHOICES:
+        raise bad_request(f"A request may have at most {MAX_CHOICES} choices (prompts times n).", "prompt")
+    return list(several)
 
 
-async def _encode_prompt(context: AppContext, tokenizer: Tokenizer, prompt: Any) -> list[int]:
-    if isinstance(prompt, str):
-        return await tokenizer.encode(prompt, context.info.max_model_len)
-    return list(prompt)
+async def _encode_prompt(
+    context: AppContext, tokenizer: Tokenizer, body: CompletionRequest, prompt: str | list[int]
+) -> list[int]:
+    if not isinstance(prompt, str):
+        return prompt
+    special = body.add_special_tokens is not False
+    return await tokenizer.encode(prompt, context.info.max_model_len, add_special_tokens=special)
 
 
 class CompletionFormatter(ChoicesFormatter):
@@ -57,31 +63,45 @@ class CompletionFormatter(ChoicesFormatter):
     body_model = Completion
     chunk_model = CompletionChunk
 
+    def __init__(self, generation: Generation):
+        super().__init__(generation)
+        self._opened: set[int] = set()
+
     def choice(self, delta: Delta) -> dict[str, Any]:
         return {
             "index": delta.index,
             "text": delta.text,
             "logprobs": self._logprobs(delta.scores) if self._with_logprobs else None,
             "finish_reason": delta.finish_reason,
+            **self._prompt_logprobs(self._prompt(delta), delta),
+            **self._prompt_ids(delta),
+            **self._token_ids(delta),
         }
 
     chunk_choice = choice
 
+    def _prompt(self, delta: Delta) -> list[int]:
+        plan = self._generation.plan
+        return plan.prompts[delta.index // plan.n]
+
+    def _prompt_ids(self, delta: Delta) -> dict[str, list[int]]:
+        """Return the prompt's tokens, if they were asked for, with a choice's first delta."""
+        if not self._show_token_ids or delta.index in self._opened:
+            return {}
+        self._opened.add(delta.index)
+        return {"prompt_token_ids": self._prompt(delta)}
+
     def _logprobs(self, scores: list[TokenScore]) -> dict[str, Any]:
         return {
-            "tokens": [self._text(score.token_id) for score in scores],
-            "token_logprobs": [finite(score.logprobs.logprob) for score in scores],
-            "top_logprobs": [self._top(score) for score in scores],
+            "tokens": [self._name(score.token_id) for score in scores],
+            "token_logprobs": [score.logprobs and finite(score.logprobs.logprob) for score in scores],
+            "top_logprobs": [score.logprobs and self._top(score.token_id, score.logprobs) for score in scores],
             "text_offset": [score.offset for score in scores],
         }
 
-    def _top(self, score: TokenScore) -> dict[str, float]:
-        """Return the n most probable tokens and the sampled one. Of tokens with equal text, keep the most probable."""
-        scored = [*score.logprobs.top, (score.token_id, score.logprobs.logprob)]
+    def _top(self, token_id: int, logprobs: TokenLogprobs) -> dict[str, float]:
+        """Return the n most probable tokens and the token itself. Of those with equal text, keep the most probable."""
         top: dict[str, float] = {}
-        for token_id, logprob in scored:
-            top.setdefault(self._text(token_id), finite(logprob))
+        for each, logprob in [*logprobs.top, (token_id, logprobs.logprob)]:
+            top.setdefault(self._name(each), finite(logprob))
         return top
-
-    def _text(self, token_id: int) -> str:
-        return self._tokenizer.token_bytes(token_id).decode("utf-8", "replace")

@@ -9,6 +9,8 @@ from server.api.errors import ApiError, error_body
 from server.api.inference.choices import Delta
 from server.api.inference.generation import Generation
 from server.api.schemas import ResponseHead, Wire
+from server.api.text.tokenizer import finite
+from server.sequence import TokenLogprobs
 
 _DONE = b"data: [DONE]\n\n"
 _encode = msgspec.json.encode
@@ -23,6 +25,9 @@ class Formatter(Protocol):
 
     def opening(self) -> bytes:
         """Return the events before the first output."""
+
+    def has_event(self, delta: Delta) -> bool:
+        """Return whether `delta` has anything to say yet."""
 
     def event(self, delta: Delta) -> bytes: ...
 
@@ -46,6 +51,8 @@ class ChoicesFormatter(ABC):
         self._tokenizer = plan.tokenizer
         self._with_logprobs = plan.sampling.logprobs is not None
         self._event_head = b"data: " + _encode(self._head(self.chunk_model))[:-1] + b',"choices":['
+        self._show_token_ids = plan.output.token_ids
+        self._tokens_as_ids = plan.output.tokens_as_ids
         self._event_tail = b'],"usage":null}\n\n' if plan.include_usage else b"]}\n\n"
 
     @abstractmethod
@@ -63,15 +70,59 @@ class ChoicesFormatter(ABC):
     def body(self, deltas: list[Delta]) -> Wire:
         choices = [self.choice(delta) for delta in deltas]
         usage = self._generation.usage()
-        return self.body_model.model_validate({**self._head(self.body_model), "choices": choices, "usage": usage})
+        head = {**self._head(self.body_model), **self.body_fields(deltas)}
+        return self.body_model.model_validate({**head, "choices": choices, "usage": usage})
+
+    def body_fields(self, deltas: list[Delta]) -> dict[str, Any]:
+        """Return fields of the body that an endpoint has beside its choices."""
+        return {}
 
     def opening(self) -> bytes:
         choices = map(self.opening_choice, range(len(self._generation)))
         given = [_encode(choice) for choice in choices if choice is not None]
-        return b"".join(self._event_head + choice + self._event_tail for choice in given)
+        return b"".join(self._event_head + choice + self._opening_tail() for choice in given)
+
+    def _opening_tail(self) -> bytes:
+        """Return the end of an event before the first output."""
+        return self._tail()
 
     def event(self, delta: Delta) -> bytes:
-        return self._event_head + _encode(self.chunk_choice(delta)) + self._event_tail
+        return self._event_head + _encode(self.chunk_choice(delta)) + self._tail()
+
+    def _tail(self) -> bytes:
+        if not self._generation.plan.output.continuous_usage:
+            return self._event_tail
+        return b'],"usage":' + _encode(self._generation.usage().model_dump()) + b"}\n\n"
+
+    def has_event(self, delta: Delta) -> bool:
+        """Return whether there is anything to say yet; text may be held back that begins a stop string."""
+        return bool(delta.text or delta.scores or delta.finish_reason or (self._show_token_ids and delta.token_ids))
+
+    def _token_ids(self, delta: Delta) -> dict[str, list[int]]:
+        return {"token_ids": delta.token_ids} if self._show_token_ids else {}
+
+    def _prompt_logprobs(self, prompt: list[int], delta: Delta) -> dict[str, Any]:
+        """Return the log-probabilities of a prompt in vLLM's format, if they were asked for."""
+        num_top = self._generation.plan.output.prompt_logprobs
+        if num_top is None:
+            return {}
+        scored = zip(prompt[1:], delta.prompt_logprobs or [], strict=True)
+        return {"prompt_logprobs": [None, *(self._position(token, each, num_top) for token, each in scored)]}
+
+    def _position(self, token_id: int, logprobs: TokenLogprobs, num_top: int) -> dict[str, Any]:
+        ranked = [(token, value, rank) for rank, (token, value) in enumerate(logprobs.top[:num_top], 1)]
+        tokens = {token: (value, rank) for token, value, rank in ranked} | {token_id: (logprobs.logprob, logprobs.rank)}
+        return {
+            str(token): {"logprob": finite(value), "rank": rank, "decoded_token": self._text(token)}
+            for token, (value, rank) in tokens.items()
+        }
+
+    def _text(self, token_id: int) -> str:
+        return self._tokenizer.token_bytes(token_id).decode("utf-8", "replace")
+
+    def _name(self, token_id: int) -> str:
+        """Return a token as log-probabilities name it: by its text, or by its id."""
+        return f"token_id:{token_id}" if self._tokens_as_ids else self._text(token_id)
 
     def ending(self) -> bytes:
         if not self._generation.plan.include_usage:

@@ -10,13 +10,13 @@ from starlette.requests import Request
 
 from server.api.context import AdapterUse, AppContext
 from server.api.errors import ApiError, engine_unavailable, server_error, unavailable
-from server.api.inference.choices import Choice, Delta, EngineFailure
+from server.api.inference.choices import Choice, Delta, EchoedPrompt, EngineFailure
 from server.api.inference.plan import GenerationPlan
-from server.api.inference.targets import adapter_failed, room_error
+from server.api.inference.targets import adapter_failed, merged_error, room_error
 from server.api.middleware.rate_limits import Lease
 from server.api.middleware.request_scope import unless_disconnected
 from server.api.schemas import PromptTokensDetails, UsageBody
-from server.api.text.tokenizer import Detokenizer
+from server.api.text.detokenizer import Detokenizer
 from server.ipc.messages import SequenceOutput, Submit
 from server.ipc.stream import Stream
 from server.ipc.supervisor import EngineState
@@ -47,8 +47,8 @@ class Generation:
             use.requests += 1
             use.last_used = self.created
         try:
-            for prompt in plan.prompts:
-                self._submit_prompt(prompt)
+            for prompt, echo in zip(plan.prompts, self._echoes(), strict=True):
+                self._submit_prompt(prompt, echo)
         except BaseException:
             self.close()
             raise
@@ -56,13 +56,35 @@ class Generation:
             use.prompt_tokens += plan.prompt_tokens
         self._timer.submitted(plan.prompt_tokens)
 
-    def _submit_prompt(self, prompt: list[int]) -> None:
-        plan, key = self.plan, self.plan.key
+    def _echoes(self) -> list[EchoedPrompt | None]:
+        plan = self.plan
+        if plan.output.echo is None:
+            return [None] * len(plan.prompts)
+        given = zip(plan.prompts, plan.output.echo, strict=True)
+        return [EchoedPrompt.of(plan.tokenizer, prompt, text) for prompt, text in given]
+
+    def _submit_prompt(self, prompt: list[int], echo: EchoedPrompt | None) -> None:
+        plan, key, output = self.plan, self.plan.key, self.plan.output
         adapters, active_from = plan.target.adapters_for(prompt)
         stop_ids = frozenset((*self._context.info.eos_token_ids, *plan.sampling.stop_token_ids))
         for i in range(plan.n):
             index = len(self._choices)
-            detokenizer = Detokenizer(plan.tokenizer, prompt, plan.stop, plan.sampling.min_tokens)
+            detokenizer = Detokenizer(
+                plan.tokenizer,
+                prompt,
+                plan.stop,
+                plan.sampling.min_tokens,
+                include_stop=output.include_stop,
+                skip_special=output.skip_special_tokens,
+            )
+            choice = Choice(
+                index,
+                detokenizer,
+                stop_ids,
+                include_stop=output.include_stop,
+                echo=echo,
+                num_logprobs=plan.sampling.logprobs,
+            )
             submit = Submit(
                 f"{self.id}-{index}",
                 prompt,
@@ -73,8 +95,11 @@ class Generation:
                 plan.priority,
                 key.weight,
                 plan.deadline,
+                virtual_tokens=plan.target.traits.virtual_tokens,
+                has_prefix=plan.target.traits.has_prefix,
+                request_salt=plan.request_salt,
             )
-            self._submit_choice(Choice(index, detokenizer, stop_ids), submit)
+            self._submit_choice(choice, submit)
 
     def _submit_choice(self, choice: Choice, submit: Submit) -> None:
         self._context.engine.submit(submit, self._stream)
@@ -89,34 +114,38 @@ class Generation:
 
     async def deltas(self) -> AsyncGenerator[list[Delta], None]:
         """Yield the new output of the choices until all have finished. Raises `ApiError` if one fails."""
-        try:
-            while self._open:
-                yield self._absorb(await self._stream.take())
-        except EngineFailure as failure:
-            raise self._api_error(failure) from failure
+        while self._open:
+            deltas: dict[str, Delta] = {}
+            failure = self._absorb(await self._stream.take(), deltas)
+            if failure is None or deltas:
+                yield self._account(list(deltas.values()))
+            if failure is not None:
+                raise self._api_error(failure) from failure
 
-    def _absorb(self, outputs: list[SequenceOutput]) -> list[Delta]:
-        deltas: dict[str, Delta] = {}
+    def _absorb(self, outputs: list[SequenceOutput], deltas: dict[str, Delta]) -> EngineFailure | None:
+        """Add `outputs` to `deltas`, by sequence, up to the first failure, which is returned."""
         for output in outputs:
             choice = self._open.get(output.seq_id)
             if choice is None:  # ended by a stop string, which the engine does not know
                 continue
-            delta = deltas.get(output.seq_id)
-            if delta is None:
-                delta = deltas[output.seq_id] = Delta(choice.index)
-            choice.absorb(output, delta)
+            delta = deltas.get(output.seq_id) or Delta(choice.index)
+            try:
+                choice.absorb(output, delta)
+            except EngineFailure as failure:
+                return failure
+            deltas[output.seq_id] = delta
             if choice.finished:
                 self._end([output.seq_id], abort=output.finish_reason is None)
-        return self._account(list(deltas.values()))
+        return None
 
     def _account(self, deltas: list[Delta]) -> list[Delta]:
-        total = sum(delta.num_tokens for delta in deltas)
+        total = sum(len(delta.token_ids) for delta in deltas)
         for use in self._uses:
             use.generated_tokens += total
             use.rate.add(total)
         self._lease.generated(total)
         for delta in deltas:
-            self._timer.tokens(delta.index, delta.num_tokens, self._choices[delta.index].queue_seconds)
+            self._timer.tokens(delta.index, len(delta.token_ids), self._choices[delta.index].queue_seconds)
         return deltas
 
     def _end(self, seq_ids: list[str], *, abort: bool) -> None:
@@ -129,6 +158,8 @@ class Generation:
     def _api_error(self, failure: EngineFailure) -> ApiError:
         if failure.reason == "abort":
             return self._abort_error()
+        if failure.reason == "merged":
+            return merged_error()
         if failure.reason == "timeout":
             return ApiError(504, failure.message or "The request took too long.", code="deadline_exceeded")
         if self._context.engine.state is not EngineState.READY:

@@ -7,8 +7,8 @@ from server.api.context import AppContext
 from server.api.errors import bad_request
 from server.api.inference.targets import Target
 from server.api.middleware.auth import Key
-from server.api.schemas import GenerationRequest
-from server.api.text.tokenizer import Tokenizer
+from server.api.requests import REST_OF_CONTEXT, GenerationRequest
+from server.api.text.tokenizer import Tokenizer, context_exceeded
 from server.sequence import SamplingParams
 
 
@@ -21,6 +21,19 @@ class AdmittedRequest:
     key: Key
     received: float  # of time.monotonic()
     deadline: float | None = None  # of time.monotonic()
+
+
+@dataclass(frozen=True, slots=True)
+class OutputOptions:
+    """The parts of a response beside its text."""
+
+    include_stop: bool = False  # the stop string, or the token, that ended the output
+    skip_special_tokens: bool = True
+    token_ids: bool = False
+    tokens_as_ids: bool = False  # in log-probabilities
+    prompt_logprobs: int | None = None
+    continuous_usage: bool = False  # in every event of a stream
+    echo: tuple[str | None, ...] | None = None  # the prompts as they were sent, None for token ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +53,8 @@ class GenerationPlan:
     deadline: float | None = None  # of time.monotonic()
     stream: bool = False
     include_usage: bool = False  # in the last event of a stream
+    request_salt: str = ""  # of the prefix cache, within the tenant's
+    output: OutputOptions = OutputOptions()
 
     @property
     def prompt_tokens(self) -> int:
@@ -47,12 +62,17 @@ class GenerationPlan:
 
 
 def plan_generation(
-    context: AppContext, admitted: AdmittedRequest, body: GenerationRequest, prompts: Sequence[list[int]]
+    context: AppContext,
+    admitted: AdmittedRequest,
+    body: GenerationRequest,
+    prompts: Sequence[list[int]],
+    texts: Sequence[str | None] = (),
 ) -> GenerationPlan:
-    """Plan the generation for `prompts`. Raises 400 for what the model or this server cannot do."""
+    """Plan the generation for `prompts`, which were sent as `texts`. Raises 400 for what the model or this server
+    cannot do."""
     vocab_size = admitted.target.traits.vocab_size or context.info.vocab_size
-    _check_prompts(prompts, vocab_size)
-    max_tokens = _token_budget(context, prompts, body)
+    _check_prompts(prompts, vocab_size, body.prompt_field)
+    max_tokens = _token_budget(context, prompts, body, admitted.target.traits.virtual_tokens)
     return GenerationPlan(
         target=admitted.target,
         tokenizer=admitted.tokenizer,
@@ -67,32 +87,49 @@ def plan_generation(
         deadline=admitted.deadline,
         stream=bool(body.stream),
         include_usage=body.include_usage,
+        request_salt=body.cache_salt or "",
+        output=_output_options(body, texts),
     )
 
 
-def _check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
+def _output_options(body: GenerationRequest, texts: Sequence[str | None]) -> OutputOptions:
+    return OutputOptions(
+        include_stop=bool(body.include_stop_str_in_output or body.no_stop_trim),
+        skip_special_tokens=body.skip_special_tokens is not False,
+        token_ids=bool(body.return_token_ids),
+        tokens_as_ids=bool(body.return_tokens_as_token_ids),
+        prompt_logprobs=body.prompt_logprobs,
+        continuous_usage=body.continuous_usage,
+        echo=tuple(texts) if body.echoes_prompt else None,
+    )
+
+
+def _check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int, param: str) -> None:
     """Raise 400 for a prompt without tokens, or with a token outside the vocabulary: token ids come from clients or
     from an adapter's own tokenizer and template."""
     if not all(prompts):
-        raise bad_request("The prompt is empty.", "prompt")
+        raise bad_request("The prompt is empty.", param)
     largest = max(map(max, prompts))
     if largest >= vocab_size:
-        raise bad_request(f"Token {largest} is not in the vocabulary of {vocab_size}.", "prompt")
+        raise bad_request(f"Token {largest} is not in the vocabulary of {vocab_size}.", param)
 
 
-def _token_budget(context: AppContext, prompts: Sequence[Sequence[int]], body: GenerationRequest) -> int:
+def _token_budget(
+    context: AppContext, prompts: Sequence[Sequence[int]], body: GenerationRequest, virtual_tokens: int
+) -> int:
     """Return the maximum number of output tokens: the requested number, or the endpoint's default within the
-    context."""
+    context, of which the adapter's virtual tokens take a part."""
     requested, context_length = body.requested_tokens, context.info.max_model_len
     longest = max(map(len, prompts))
-    if longest >= context_length or longest + (requested or 0) > context_length:
-        wanted = f" and {requested} for the output" if requested else ""
-        raise bad_request(
-            f"The context has {context_length} tokens; the request needs {longest} for the prompt{wanted}.",
-            code="context_length_exceeded",
-        )
-    left = context_length - longest
-    return requested or min(body.default_max_tokens or left, left)
+    left = context_length - virtual_tokens - longest
+    wanted = body.default_max_tokens if requested is None else requested
+    least = 1 if requested is None or requested == REST_OF_CONTEXT else requested
+    if left < least:
+        parts = f"{longest} in the {body.prompt_field}, {least} in the completion"
+        parts += f", {virtual_tokens} virtual tokens of the adapter" if virtual_tokens else ""
+        but = f"you requested {longest + least + virtual_tokens} tokens ({parts})"
+        raise context_exceeded(context_length, but, body.prompt_field)
+    return left if wanted == REST_OF_CONTEXT else min(wanted, left)
 
 
 def _priority(context: AppContext, body: GenerationRequest) -> int:
@@ -120,8 +157,8 @@ def _sampling_params(
         max_tokens=max_tokens,
         min_tokens=body.min_tokens or 0,
         temperature=1.0 if body.temperature is None else body.temperature,
-        top_p=1.0 if body.top_p is None else body.top_p,
-        top_k=min(max(body.top_k or 0, 0), vocab_size),
+        top_p=body.top_p or 1.0,
+        top_k=1 if body.top_p == 0 else min(max(body.top_k or 0, 0), vocab_size),
         min_p=body.min_p or 0.0,
         presence_penalty=body.presence_penalty or 0.0,
         frequency_penalty=body.frequency_penalty or 0.0,
@@ -131,4 +168,12 @@ def _sampling_params(
         stop_token_ids=stop_token_ids + ends,
         ignore_eos=bool(body.ignore_eos),
         logprobs=body.num_logprobs,
+        prompt_logprobs=_prompt_logprobs(body),
     )
+
+
+def _prompt_logprobs(body: GenerationRequest) -> int | None:
+    """Return the number of most probable tokens at each position of the prompt; None if none are wanted, asked for by
+    themselves or with an echoed prompt."""
+    wanted = (body.prompt_logprobs, body.num_logprobs if body.echoes_prompt else None)
+    return max((number for number in wanted if number is not None), default=None)

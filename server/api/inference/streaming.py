@@ -2,21 +2,27 @@
 
 import asyncio
 import time
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 from fastapi.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from server.api.errors import ApiError
+from server.api.inference.choices import Delta
 from server.api.inference.formatting import Formatter
 from server.api.inference.generation import Generation
 from server.api.middleware.request_scope import unless_disconnected
 
+HEAD_SECONDS = 0.2  # a request that fails sooner gets a normal error response
+COMMENT_SECONDS = 10.0  # between comments before the first output, for proxies that close idle connections
+_COMMENT = b": the request waits or its prompt is being computed\n\n"
 _WRITE_SECONDS = 30.0  # a client that reads nothing for this long is considered gone
 
 
 class EventStream(Response):
-    """Streams a generation. Starts with the first token, so that an earlier failure becomes a normal error response."""
+    """Streams a generation. Starts with the first output or shortly after the admission, so that an early failure
+    becomes a normal error response."""
 
     media_type = "text/event-stream"
 
@@ -48,16 +54,29 @@ class EventStream(Response):
 
     async def _write_deltas(self, send: Send) -> None:
         async with aclosing(self._generation.deltas()) as batches:
+            await self._write_events(send, await self._first(batches, send))
             async for deltas in batches:
-                if not self._started:
-                    await self._send_head(send)
-                events = [
-                    self._formatter.event(delta)
-                    for delta in deltas
-                    if delta.text or delta.scores or delta.finish_reason
-                ]
-                if events:
-                    await self._write(send, b"".join(events))
+                await self._write_events(send, deltas)
+
+    async def _first(self, batches: AsyncGenerator[list[Delta], None], send: Send) -> list[Delta]:
+        """Return the first output. Meanwhile, send the head and then comments."""
+        first = asyncio.ensure_future(anext(batches))
+        try:
+            while not (await asyncio.wait({first}, timeout=COMMENT_SECONDS if self._started else HEAD_SECONDS))[0]:
+                await (self._write(send, _COMMENT) if self._started else self._send_head(send))
+            deltas = first.result()
+        finally:
+            if not first.done():
+                first.cancel()
+                await asyncio.gather(first, return_exceptions=True)
+        if not self._started:
+            await self._send_head(send)
+        return deltas
+
+    async def _write_events(self, send: Send, deltas: list[Delta]) -> None:
+        events = [self._formatter.event(delta) for delta in deltas if self._formatter.has_event(delta)]
+        if events:
+            await self._write(send, b"".join(events))
 
     async def _send_head(self, send: Send) -> None:
         self._started = True

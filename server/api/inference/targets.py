@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from adapters.errors import AdapterNotFound
+from adapters.registry.aliases import BASE_MEMBER
 from adapters.registry.registry import AdapterRecord
 from adapters.residency.room import shortage_of
 from adapters.residency.slots import PAGE_COLUMNS, pages_of
@@ -13,7 +14,7 @@ from adapters.traits import Traits
 from server.api.context import BASE_NAME, AppContext
 from server.api.errors import ApiError, bad_request, model_not_found, unavailable
 from server.api.middleware.auth import Key
-from server.api.schemas import AdapterPart, GenerationRequest
+from server.api.requests import AdapterPart, GenerationRequest
 from server.metrics import COMPOSED_LABEL
 from server.sequence import ScaledAdapter
 
@@ -59,14 +60,19 @@ def _last_occurrence(needle: list[int], tokens: list[int]) -> int | None:
 def resolve_target(context: AppContext, key: Key, body: GenerationRequest) -> Target:
     """Resolve the model of a request. The request keeps these versions, even if others are published meanwhile."""
     base = context.info.base_fingerprint
-    parts = _parts(context, body)
-    records = [_serving_record(context, key, part.name, body.user) for part in parts]
-    found = zip(records, parts, strict=True)
-    adapters = tuple(sorted(ScaledAdapter(record.version.digest, part.scale) for record, part in found))
+    model = requested_model(context, body)
+    found = [
+        (record, part)
+        for part in _parts(context, body, model)
+        if (record := serving_record(context, key, part.name, body.user)) is not None
+    ]
+    records, parts = [record for record, _ in found], [part for _, part in found]
+    adapters = tuple(sorted(ScaledAdapter(record.version.digest, part.factor) for record, part in found))
     refuse_if_merged(context, adapters)
     if not records:
-        return Target(body.model, BASE_NAME, (), (), f"{base}-base")
-    _check_additive(parts, records)
+        return Target(model, BASE_NAME, (), (), f"{base}-base")
+    _check_scales(parts, records)
+    _check_owners(records)
     pages = _pages(records)
     no_room = room_error(context, pages)
     if no_room is not None:
@@ -75,12 +81,25 @@ def resolve_target(context: AppContext, key: Key, body: GenerationRequest) -> Ta
     for name, _ in versions:
         context.metrics.add_adapter(name)
     label, traits = _label_and_traits(records)
-    return Target(body.model, label, versions, adapters, f"{base}-{_identity(adapters)}", traits, pages)
+    return Target(model, label, versions, adapters, f"{base}-{_identity(adapters)}", traits, pages)
 
 
-def _parts(context: AppContext, body: GenerationRequest) -> list[AdapterPart]:
+def requested_model(context: AppContext, body: GenerationRequest) -> str:
+    """Return the name in `model`, or the adapter that a field of another server selects. Raises 400 if two fields name
+    different adapters."""
+    model = body.model
+    for selector, name in body.selectors.items():
+        if body.adapters:
+            raise bad_request(f"'{selector}' cannot be used beside 'adapters'.", selector)
+        if model not in (context.base_model, name):
+            raise bad_request(f"'{selector}' and another field select different models; use 'model' alone.", selector)
+        model = name
+    return model
+
+
+def _parts(context: AppContext, body: GenerationRequest, model: str) -> list[AdapterPart]:
     """Return the adapters of the request, whether given in `model` or in `adapters`."""
-    is_base = body.model == context.base_model
+    is_base = model == context.base_model
     if body.adapters and not is_base:
         raise bad_request("With 'adapters', 'model' must be the base model.", "model")
     if is_base and body.adapter_scale not in (None, 1):
@@ -90,19 +109,49 @@ def _parts(context: AppContext, body: GenerationRequest) -> list[AdapterPart]:
         )
     if is_base:
         return body.adapters or []
-    return [AdapterPart(name=body.model, scale=1.0 if body.adapter_scale is None else body.adapter_scale)]
+    return [AdapterPart(name=model, scale=body.adapter_scale)]
 
 
-def _check_additive(parts: list[AdapterPart], records: list[AdapterRecord]) -> None:
+def _check_scales(parts: list[AdapterPart], records: list[AdapterRecord]) -> None:
+    """Raise a 400 for an adapter with a scale that PEFT would not apply to all of it: the scale of an adapter that
+    saves modules is that of its factors, and with 0 the engine would leave out all of it."""
     for part, record in zip(parts, records, strict=True):
         traits = record.version.traits
-        if not traits.additive and (len(parts) > 1 or part.scale != 1):
-            why = (
-                "applies to a part of the prompt only"
-                if traits.invocation_tokens
-                else "does more than add B A x to outputs"
+        if part.factor == 1 or traits.additive:
+            continue
+        if traits.invocation_tokens or not (traits.scalable and traits.owned) or part.factor == 0:
+            raise bad_request(
+                f"The adapter '{part.name}' cannot be scaled by {part.factor:g} because it {_why(traits)}."
             )
-            raise bad_request(f"The adapter '{part.name}' cannot be scaled or combined with others because it {why}.")
+
+
+def _check_owners(records: list[AdapterRecord]) -> None:
+    """Raise unless the sum of the adapters is defined: every module has at most one adapter that does more in it than
+    add to its output."""
+    owners: dict[str, str] = {}
+    for record in records if len(records) > 1 else ():
+        traits = record.version.traits
+        if traits.invocation_tokens or traits.vocab_size is not None or not (traits.additive or traits.owned):
+            raise bad_request(f"The adapter '{record.name}' cannot be combined with others because it {_why(traits)}.")
+        for module in traits.owned:
+            if (owner := owners.setdefault(module, record.name)) != record.name:
+                raise ApiError(
+                    422,
+                    f"The adapters '{owner}' and '{record.name}' cannot be combined: both replace or change "
+                    f"'{module}', and their sum is not defined.",
+                    code="adapters_conflict",
+                    param="adapters",
+                )
+
+
+def _why(traits: Traits) -> str:
+    if traits.virtual_tokens:
+        return "puts virtual tokens in front of the prompt"
+    if traits.invocation_tokens:
+        return "applies to a part of the prompt only"
+    if traits.vocab_size is not None:
+        return "has a vocabulary of its own"
+    return "does more than add B A x to outputs"
 
 
 def _pages(records: list[AdapterRecord]) -> dict[str, int]:
@@ -146,29 +195,33 @@ def _identity(adapters: tuple[ScaledAdapter, ...]) -> str:
 def refuse_if_merged(context: AppContext, adapters: tuple[ScaledAdapter, ...]) -> None:
     merged = context.engine.requested_merge
     if context.config.merge_others == "refuse" and merged is not None and adapters != (ScaledAdapter(merged),):
-        raise ApiError(
-            409,
-            "Another adapter is merged into the base model, and the server refuses requests for other models.",
-            code="merged",
-            param="model",
-        )
+        raise merged_error()
 
 
-def _serving_record(context: AppContext, key: Key, name: str, user: str | None) -> AdapterRecord:
-    """Return the adapter for `name`; for an alias, the member that its weights assign to `user`. A key that may use an
-    alias need not see its members, and errors do not reveal them."""
+def merged_error() -> ApiError:
+    return ApiError(
+        409,
+        "Another adapter is merged into the base model, and the server refuses requests for other models.",
+        code="merged",
+        param="model",
+    )
+
+
+def serving_record(context: AppContext, key: Key, name: str, user: str | None) -> AdapterRecord | None:
+    """Return the adapter for `name`; for an alias, the member that its weights assign to `user`, and None where that is
+    the base model. A key that may use an alias need not see its members, and errors do not reveal them."""
     alias = context.registry.aliases.get(name)
     if alias is None:
         return resolve_record(context, key, name)
-    try:
-        record = context.registry.resolve(alias.pick(user))
-    except AdapterNotFound:  # the member is damaged
-        if not key.sees(name):
-            raise model_not_found(name) from None
-        raise adapter_failed(name, "an adapter that the alias chose is damaged") from None
     if not key.sees(name):
         raise model_not_found(name)
-    return record
+    member = alias.pick(user)
+    if member == BASE_MEMBER:
+        return None
+    try:
+        return context.registry.resolve(member)
+    except AdapterNotFound:  # the member is damaged
+        raise adapter_failed(name, "an adapter that the alias chose is damaged") from None
 
 
 def adapter_failed(name: str, reason: str) -> ApiError:
@@ -187,6 +240,9 @@ def resolve_record(context: AppContext, key: Key, model: str) -> AdapterRecord:
         pending = context.registry.pending.get(model)
         if pending is not None and pending.error is None and key.sees(model):
             raise unavailable("The adapter is being fetched; try again later.", "adapter_loading") from None
+        if model in context.startup.adapters and key.sees(model):
+            message = "The server is starting and has not registered the adapter yet; try again later."
+            raise unavailable(message, "adapter_loading") from None
         damage = context.registry.damaged.get(model)
         if damage is not None and key.sees(model):
             raise adapter_failed(model, damage) from None

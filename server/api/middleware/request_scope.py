@@ -6,8 +6,10 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Iterable
+from itertools import islice
 from typing import TypeVar
+from urllib.parse import quote
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
@@ -22,7 +24,15 @@ log = logging.getLogger(__name__)
 
 _REQUEST_ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
 _COUNTED_ROUTES = ("/v1/chat/completions", "/v1/completions")
+IGNORED_HEADER = "x-loraplex-ignored"  # fields of the request's body that have no effect
+_MAX_NAMES, _MAX_NAME = 20, 64
 _CLIENT_LEFT = 499  # for metrics only, as the client is gone
+
+
+def _normalized(scope: Scope) -> Scope:
+    """Return the scope without slashes at the end of the path, and with GET for HEAD, whose response lacks the body."""
+    path = scope["path"].rstrip("/") or "/"
+    return {**scope, "path": path, "method": "GET" if scope["method"] == "HEAD" else scope["method"]}
 
 
 class RequestMiddleware:
@@ -36,6 +46,8 @@ class RequestMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        is_head = scope["method"] == "HEAD"
+        scope = _normalized(scope)
         state = scope.setdefault("state", {})
         state["request_id"] = request_id = _request_id(scope)
         state["started"] = time.monotonic()
@@ -45,7 +57,12 @@ class RequestMiddleware:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = request_id
+                if state.get("ignored"):
+                    headers[IGNORED_HEADER] = ", ".join(state["ignored"])
+            elif is_head:
+                message = {**message, "body": b""}
             await send(message)
 
         try:
@@ -65,6 +82,11 @@ class RequestMiddleware:
             name = scope["state"].get("adapter")
             adapter = UNKNOWN_LABEL if name is None else self._metrics.label(name)
             self._metrics.requests.labels(adapter, scope["path"], str(status)).inc()
+
+
+def ignored_names(names: Iterable[str]) -> list[str]:
+    """Return the first names as a header may have them."""
+    return [quote(name, safe="[]", errors="replace")[:_MAX_NAME] for name in islice(names, _MAX_NAMES)]
 
 
 def _request_id(scope: Scope) -> str:

@@ -2,41 +2,62 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from server.api.errors import bad_request
 from server.api.text import template_worker
 from server.api.text.template_sandbox import TemplateFailed, TemplateSandbox
 
+# Variables that a request may not set: the server's own, and those of transformers' method.
+RESERVED_VARIABLES = {
+    "messages",
+    "tools",
+    "documents",
+    "add_generation_prompt",
+    "continue_final_message",
+    "chat_template",
+}
 _MARK = "CONTINUE_FINAL_MESSAGE_TAG "  # the mark that transformers uses; templates may trim it
 
 Render = Callable[[str, dict[str, Any]], Awaitable[str]]  # template and variables to text; raises TemplateFailed
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """The variables of one rendering. With `continue_final`, the text ends within the last message."""
+
+    messages: list[dict[str, str]]
+    generation_prompt: bool = True
+    continue_final: bool = False
+    variables: Mapping[str, Any] = field(default_factory=dict)  # the request's own
 
 
 class ChatTemplate:
     """A chat template with the variables that transformers defines. `owner` is named in errors."""
 
     def __init__(self, source: str, render: Render, owner: str):
-        self._source = source
+        self.source = source
         self._render = render
         self._owner = owner
 
-    async def render(
-        self, messages: list[dict[str, str]], special_tokens: Mapping[str, str], *, continue_final: bool
-    ) -> str:
-        """Return the text of the prompt; with `continue_final` it ends within the last message. Raises `ApiError` if
-        the template fails."""
+    async def render(self, conversation: Conversation, special_tokens: Mapping[str, str]) -> str:
+        """Return the text of the prompt. Raises `ApiError` if the template fails."""
+        messages, continue_final = conversation.messages, conversation.continue_final
         variables: dict[str, Any] = {
+            **conversation.variables,
             **special_tokens,
             "messages": _marked(messages) if continue_final else messages,
             "tools": None,
             "documents": None,
-            "add_generation_prompt": not continue_final,
+            "add_generation_prompt": conversation.generation_prompt and not continue_final,
         }
         try:
-            text = await self._render(self._source, variables)
+            text = await self._render(self.source, variables)
         except TemplateFailed as failed:
-            raise bad_request(f"The {self._owner}'s chat template failed: {failed}.", "messages") from None
+            raise bad_request(
+                f"The {self._owner}'s chat template failed: {str(failed).removesuffix('.')}.", "messages"
+            ) from None
         return self._up_to_mark(text) if continue_final else text
 
     def _up_to_mark(self, text: str) -> str:

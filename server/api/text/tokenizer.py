@@ -1,18 +1,17 @@
-"""The tokenizer with its chat template, and incremental detokenization with stop strings."""
+"""The tokenizer with its chat template."""
 
 import asyncio
 from collections.abc import Collection, Mapping, Sequence
+from functools import cached_property
 
 from tokenizers import Tokenizer as Backend
-from tokenizers.decoders import DecodeStream
 
 from adapters.peft.tokenizer_files import BaseTokens
-from server.api.errors import bad_request
-from server.api.text.chat_template import ChatTemplate, base_template
+from server.api.errors import ApiError, bad_request
+from server.api.text.chat_template import ChatTemplate, Conversation, base_template
 from server.base_tokenizer import BaseTokenizer
 
 _CHARS_PER_TOKEN = 16  # an upper bound for real text; avoids tokenizing prompts that cannot fit
-_CONTEXT_TOKENS = 4  # of the prompt, which the detokenizer needs to keep the space of the first word
 
 
 class Tokenizer:
@@ -43,32 +42,36 @@ class Tokenizer:
         template = None if base.chat_template is None else base_template(base.chat_template)
         return cls(Backend.from_str(base.backend), template, base.special_tokens, base.special_ids)
 
+    @cached_property
+    def special_texts(self) -> tuple[str, ...]:
+        found = (self.backend.id_to_token(token_id) for token_id in sorted(self.special_ids))
+        return tuple(text for text in found if text)
+
     @property
     def tokens(self) -> BaseTokens:
         """The tokens that an adapter without a tokenizer of its own may name."""
         return BaseTokens(self.backend.token_to_id, self.special_tokens.get("eos_token"))
 
-    async def encode(self, text: str, max_tokens: int) -> list[int]:
-        return await self._encode(text, max_tokens, add_special_tokens=True)
-
     async def render(
-        self, messages: list[dict[str, str]], max_tokens: int, *, continue_final: bool = False
+        self, conversation: Conversation, max_tokens: int, *, add_special_tokens: bool = False
     ) -> list[int]:
         """Render a conversation with the chat template and return its token ids."""
         if self.template is None:
             raise bad_request("This model has no chat template; use /v1/completions.", "model", "unsupported")
-        _check_length(sum(len(message["content"]) for message in messages), max_tokens)
-        text = await self.template.render(messages, self.special_tokens, continue_final=continue_final)
-        return await self._encode(text, max_tokens, add_special_tokens=False)
+        _check_length(sum(len(message["content"]) for message in conversation.messages), max_tokens, "messages")
+        text = await self.template.render(conversation, self.special_tokens)
+        return await self.encode(text, max_tokens, add_special_tokens=add_special_tokens, param="messages")
 
-    async def _encode(self, text: str, max_tokens: int, *, add_special_tokens: bool) -> list[int]:
-        _check_length(len(text), max_tokens)
+    async def encode(
+        self, text: str, max_tokens: int, *, add_special_tokens: bool = True, param: str = "prompt"
+    ) -> list[int]:
+        _check_length(len(text), max_tokens, param)
         encoding = await asyncio.to_thread(self.backend.encode, text, add_special_tokens=add_special_tokens)
         ids: list[int] = encoding.ids
         return ids
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        text: str = self.backend.decode(list(token_ids), skip_special_tokens=True)
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        text: str = self.backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
         return text
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -85,12 +88,15 @@ class Tokenizer:
         return str(token).replace("\u2581", " ").encode()
 
 
-def _check_length(chars: int, max_tokens: int) -> None:
+def _check_length(chars: int, max_tokens: int, param: str) -> None:
     if chars > _CHARS_PER_TOKEN * max_tokens:
-        raise bad_request(
-            f"The prompt of {chars} characters does not fit into the context of {max_tokens} tokens; shorten it.",
-            code="context_length_exceeded",
-        )
+        raise context_exceeded(max_tokens, f"your {param} have {chars} characters", param)
+
+
+def context_exceeded(max_tokens: int, but: str, param: str) -> ApiError:
+    """Return the 400 for a prompt that is too long, which clients recognize by the beginning of its message."""
+    message = f"This model's maximum context length is {max_tokens} tokens. However, {but}. Please shorten the {param}"
+    return bad_request(f"{message} or request fewer tokens.", param, "context_length_exceeded")
 
 
 def _byte_level_alphabet() -> dict[str, bytes]:
@@ -102,78 +108,6 @@ def _byte_level_alphabet() -> dict[str, bytes]:
 
 
 _BYTES = _byte_level_alphabet()
-
-
-class Detokenizer:
-    """Turns the tokens of one sequence into text incrementally.
-
-    Holds back the bytes of an incomplete character and any suffix that may begin a stop string, so that released text
-    is final. A stop string and the text after it are not released.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str] = (), min_tokens: int = 0):
-        self._tokenizer = tokenizer
-        self._stream = DecodeStream(ids=_priming(tokenizer, prompt), skip_special_tokens=True)
-        self._undecoded: list[int] = []
-        self._stop = tuple(stop)
-        self._min_tokens = min_tokens
-        self._num_tokens = 0
-        self._held = ""
-        self.decoded_chars = 0  # of all tokens so far, whether released or not
-        self.stopped = False
-
-    def feed(self, token_id: int) -> str:
-        """Return the text that this token releases; may be empty."""
-        if not self._stop:  # then no text is held back
-            return self._decode(token_id)
-        self._num_tokens += 1
-        self._held += self._decode(token_id)
-        if self._num_tokens < self._min_tokens:
-            return self._release(len(self._held))
-        found = [at for at in map(self._held.find, self._stop) if at >= 0]
-        if found:
-            self.stopped = True
-            return self._release(min(found))
-        return self._release(len(self._held) - self._stop_prefix_length())
-
-    def flush(self) -> str:
-        """Return the remaining text after the last token; an incomplete character becomes the replacement character."""
-        if self.stopped:
-            return ""
-        if self._undecoded:
-            self._held += self._tokenizer.decode(self._undecoded)
-        return self._release(len(self._held))
-
-    def _decode(self, token_id: int) -> str:
-        try:
-            text = self._stream.step(self._tokenizer.backend, token_id)
-        except Exception:  # the backend raises a bare Exception if a token changes the text before it
-            self._stream = DecodeStream(skip_special_tokens=True)
-            text = self._stream.step(self._tokenizer.backend, token_id)
-        if text is None:
-            self._undecoded.append(token_id)
-            return ""
-        self._undecoded.clear()
-        self.decoded_chars += len(text)
-        return str(text)
-
-    def _release(self, length: int) -> str:
-        released, self._held = self._held[:length], self._held[length:]
-        return released
-
-    def _stop_prefix_length(self) -> int:
-        """Return the length of the longest suffix of the held text that begins a stop string."""
-        longest = min(len(self._held), max(map(len, self._stop)) - 1)
-        for length in range(longest, 0, -1):
-            if any(stop.startswith(self._held[-length:]) for stop in self._stop):
-                return length
-        return 0
-
-
-def _priming(tokenizer: Tokenizer, prompt: Sequence[int]) -> list[int]:
-    """Return the last tokens of the prompt; none if they end within a character, which the stream would emit."""
-    ids = list(prompt[-_CONTEXT_TOKENS:])
-    return [] if tokenizer.decode(ids).endswith("\ufffd") else ids
 
 
 def finite(logprob: float) -> float:

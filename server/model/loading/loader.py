@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,10 @@ import torch
 import transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import cached_file
 
 from server.model.loading.gguf import load_gguf
+from server.model.loading.nf4_cache import NF4Cache, source_key
 from server.model.quantization.nf4 import Policy, apply_policy
 from server.model.quantization.nf4_pieces import quantized_in_pieces
 
@@ -82,6 +83,18 @@ def described(model: Any, device: torch.device, max_model_len: int, nf4: str = "
     )
 
 
+def described_without_weights(path: str) -> LoadedModel:
+    """Return the description of the model at `path` (folder, config.json or hub id), built from its config on torch's
+    meta device. Raises `ModelRefused`."""
+    try:
+        config = transformers.AutoConfig.from_pretrained(path)
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelRefused(f"the config of '{path}' cannot be used: {error}") from error
+    return described(model, torch.device("meta"), 0)
+
+
 def refuse_unsupported(config: Any) -> None:
     """Raise `ModelRefused` for architectures whose attention is not plain causal attention, full or sliding."""
     problems = []
@@ -127,18 +140,36 @@ def _from_pretrained(path: str, dtype: torch.dtype, quantization: str, device: t
         if quantization != "none":
             raise ModelRefused("a GGUF file cannot be quantized again; convert it to safetensors first")
         return load_gguf(Path(path), dtype).to(device)
-    options: dict[str, Any] = {}
     if quantization == "nf4":
-        options["quantization_config"] = transformers.BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )
-        options["device_map"] = {"": device}
-    with quantized_in_pieces() if quantization == "nf4" else nullcontext():
-        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, **options)
-    return model if quantization == "nf4" else model.to(device)
+        return _quantized(path, dtype, device)
+    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True).to(device)
+
+
+def _quantized(path: str, dtype: torch.dtype, device: torch.device) -> Any:
+    """Return the model in NF4: as it was quantized by an earlier start, or quantized now and kept for the next one."""
+    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "device_map": {"": device}}
+    from_pretrained, cache = transformers.AutoModelForCausalLM.from_pretrained, NF4Cache()
+    key = source_key(_folder(path), dtype, device)
+    kept = cache.load(key, lambda folder: from_pretrained(folder, **options)) if key else None
+    if kept is not None:
+        return kept
+    config = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    with quantized_in_pieces():
+        model = from_pretrained(path, quantization_config=config, **options)
+    key = key or source_key(_folder(path), dtype, device)  # its files may have been downloaded meanwhile
+    if key:
+        cache.store(key, model)
+    return model
+
+
+def _folder(path: str) -> Path:
+    """Return the folder of a model that may be named by its hub id."""
+    return Path(str(cached_file(path, "config.json"))).parent
 
 
 def _linears(model: nn.Module) -> dict[str, tuple[int, int]]:

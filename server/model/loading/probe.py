@@ -15,10 +15,12 @@ from torch import nn
 from transformers import AttentionInterface
 
 from adapters.model_spec import MAX_SIBLINGS, ModelSpec
+from adapters.runtime.experts import is_gathered
 from server.model import attention
 from server.model.batch import build_batch
 from server.model.fusion import BlockOps, fuse
 from server.model.kv_cache import CacheShape, KVCache
+from server.model.loading.conversions import conversion_of
 from server.model.loading.loader import LoadedModel, ModelRefused
 from server.sequence import SamplingParams, ScheduledBatch, ScheduledSequence, Sequence
 
@@ -45,6 +47,11 @@ class Observation:
         """Return the windows of the layers without a soft cap on their scores."""
         return {layer: window for layer, window in self.windows.items() if self.softcaps[layer] is None}
 
+    def largest_window(self) -> int | None:
+        """Return the number of latest keys beyond which no layer looks; None if a layer looks at all."""
+        windows = [window for window in self.windows.values() if window]
+        return max(windows) if windows and len(windows) == len(self.windows) else None
+
 
 def probe(loaded: LoadedModel, max_rank: int) -> tuple[CacheShape, ModelSpec]:
     """Return the shape of the model's KV cache, and its adaptable modules. Raises `ModelRefused`.
@@ -58,11 +65,12 @@ def probe(loaded: LoadedModel, max_rank: int) -> tuple[CacheShape, ModelSpec]:
         raise ModelRefused(
             "its attention layers do not use transformers' attention interface, which the paged attention needs"
         )
-    shape = CacheShape(tuple(seen.kv[layer] for layer in range(len(seen.kv))), loaded.dtype, seen.plain_windows())
-    return shape, _spec(loaded, seen, max_rank)
+    layers = tuple(seen.kv[layer] for layer in range(len(seen.kv)))
+    shape = CacheShape(layers, loaded.dtype, seen.plain_windows(), seen.largest_window())
+    return shape, _spec(loaded, seen, layers, max_rank)
 
 
-def _spec(loaded: LoadedModel, seen: Observation, max_rank: int) -> ModelSpec:
+def _spec(loaded: LoadedModel, seen: Observation, kv: tuple[tuple[int, int], ...], max_rank: int) -> ModelSpec:
     model: Any = loaded.model
     by_rows = {
         name: model.get_submodule(name)
@@ -82,7 +90,20 @@ def _spec(loaded: LoadedModel, seen: Observation, max_rank: int) -> ModelSpec:
         tied=model.get_output_embeddings().weight is model.get_input_embeddings().weight,
         siblings=_siblings(seen, linears),
         names=frozenset(name for name, _ in model.named_modules() if name),
+        gathered=frozenset(name for name, module in by_rows.items() if is_gathered(module)),
+        conversion=conversion_of(model),
+        kv=kv,
+        rereads_tokens=_rereads_tokens(loaded, seen, embedding),
     )
+
+
+def _rereads_tokens(loaded: LoadedModel, seen: Observation, embedding: str) -> bool:
+    """Return True if a module other than the input embedding was given the tokens."""
+    tokens = _tokens(loaded)
+    if tokens.is_meta:  # planned without weights, for no adapter
+        return False
+    others = (calls for name, calls in seen.inputs.items() if name != embedding)
+    return any(torch.equal(call, tokens) for calls in others for call in calls if call.dtype == tokens.dtype)
 
 
 def _siblings(seen: Observation, linears: Collection[str]) -> tuple[tuple[str, ...], ...]:

@@ -1,0 +1,278 @@
+"""Bodies of inference requests with their bounds. `server/api/fields.py` has the fields that they may have besides."""
+
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from server.api.fields import (
+    HARMLESS,
+    HARMLESS_IN_MESSAGES,
+    HARMLESS_IN_STREAM_OPTIONS,
+    REFUSED,
+    REFUSED_IN_MESSAGES,
+    SELECTORS,
+    Refusal,
+)
+from server.api.schemas import Wire
+
+MAX_TEXT = 4 << 20
+INT64 = 1 << 63
+MAX_CHOICES = 128  # of one request: prompts times n
+
+Text = Annotated[str, Field(max_length=MAX_TEXT)]
+ModelName = Annotated[str, Field(min_length=1, max_length=256 + len("@sha256:") + 64)]  # a name, or name@version
+TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=1 << 20, fail_fast=True)]
+StopString = Annotated[str, Field(min_length=1, max_length=256)]
+MAX_TIMEOUT_SECONDS = 86400.0
+REST_OF_CONTEXT = -1
+TokenCount = Annotated[int, Field(ge=REST_OF_CONTEXT, lt=1 << 31)]
+NumTop = Annotated[int, Field(ge=0, le=20)]
+AdapterScale = Annotated[float, Field(ge=-100, le=100)]
+LogitBias = dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Annotated[float, Field(ge=-100, le=100)]]
+
+
+class OpenWire(Wire):
+    """Base of the parts of a request that clients of other servers extend. Undeclared fields are kept, refused if they
+    would change the response, and otherwise listed by `unknown_fields`."""
+
+    model_config = ConfigDict(extra="allow")
+
+    refused: ClassVar[Mapping[str, Refusal]] = {}
+    harmless: ClassVar[Mapping[str, str]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _supported(cls, data: Any) -> Any:
+        """Raise one error for each refused field, in the order of the table."""
+        given = {name: data[name] for name in cls.refused if name in data} if isinstance(data, dict) else {}
+        errors = [
+            _unsupported(name, cls.refused[name])
+            for name, value in given.items()
+            if name not in cls.model_fields and value is not None and value not in cls.refused[name].neutral
+        ]
+        if errors:
+            raise ValidationError.from_exception_data(cls.__name__, errors)
+        return data
+
+    def unknown_fields(self) -> Iterator[str]:
+        """Yield the paths of the fields that are neither applied, refused nor harmless."""
+        extra = self.model_extra or {}
+        yield from (name for name in extra if name not in self.refused and name not in self.harmless)
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            for path, part in _parts(name, value):
+                yield from (f"{path}.{unknown}" for unknown in part.unknown_fields())
+
+
+def _unsupported(name: str, refusal: Refusal) -> InitErrorDetails:
+    context = {"instead": refusal.instead}
+    error = PydanticCustomError("unsupported", "is not supported with this value{instead}", context)
+    return InitErrorDetails(type=error, loc=(name,), input=None)
+
+
+def _parts(name: str, value: Any) -> Iterator[tuple[str, OpenWire]]:
+    if isinstance(value, OpenWire):
+        yield name, value
+    elif isinstance(value, list):
+        yield from ((f"{name}.{i}", part) for i, part in enumerate(value) if isinstance(part, OpenWire))
+
+
+class StreamOptions(OpenWire):
+    harmless = HARMLESS_IN_STREAM_OPTIONS
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None  # in every event; needs `include_usage`
+
+
+class AdapterPart(OpenWire):
+    name: ModelName
+    scale: AdapterScale | None = None
+
+    @property
+    def factor(self) -> float:
+        return 1.0 if self.scale is None else self.scale
+
+
+class GenerationRequest(OpenWire):
+    """Fields common to chat completions and completions. Null is the same as leaving a field out."""
+
+    refused = REFUSED
+    harmless = HARMLESS
+    id_prefix: ClassVar[str] = "gen"  # of the response's id
+    prompt_field: ClassVar[str] = "prompt"  # that errors of the prompt name
+    default_max_tokens: ClassVar[int] = REST_OF_CONTEXT  # if the request names no number
+
+    model: ModelName
+    adapters: Annotated[list[AdapterPart], Field(max_length=8, fail_fast=True)] | None = (
+        None  # `model` must be the base model
+    )
+    adapter_scale: AdapterScale | None = None
+    lora_path: ModelName | None = None  # this and the next four: an adapter's name; `model` is the base model
+    adapter_id: ModelName | None = None
+    adapter_name: ModelName | None = None
+    lora_name: ModelName | None = None
+    lora_id: ModelName | None = None
+    max_tokens: TokenCount | None = None
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, ge=0, le=1)
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    stop: StopString | Annotated[list[StopString], Field(max_length=64)] | None = None
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    logit_bias: LogitBias | None = Field(None, max_length=300)
+    seed: int | None = Field(None, ge=-INT64, lt=INT64)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = Field(None, max_length=1024)
+    top_k: int | None = Field(None, ge=-1, lt=1 << 31)
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=10)
+    min_tokens: int | None = Field(None, ge=0, lt=1 << 31)
+    ignore_eos: bool | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=64, fail_fast=True)] | None = None
+    include_stop_str_in_output: bool | None = None
+    no_stop_trim: bool | None = None  # SGLang's name of the field above
+    skip_special_tokens: bool | None = None  # default: true
+    add_special_tokens: bool | None = None  # default: true for a prompt, false for a chat
+    prompt_logprobs: NumTop | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    cache_salt: str | None = Field(None, min_length=1, max_length=1024)
+    priority: int | None = Field(None, ge=-(1 << 31), lt=1 << 31)  # within the tenant; lower is more urgent
+    timeout: Annotated[float, Field(gt=0, le=MAX_TIMEOUT_SECONDS)] | None = None  # seconds from the request's arrival
+
+    @model_validator(mode="after")
+    def _fits_streaming(self) -> "GenerationRequest":
+        if self.stream_options is not None and not self.stream:
+            raise PydanticCustomError("value_error", "stream_options needs stream to be true")
+        if self.prompt_logprobs is not None and self.stream:
+            raise PydanticCustomError("value_error", "prompt_logprobs needs stream to be false")
+        return self
+
+    @property
+    def selectors(self) -> dict[str, str]:
+        """The adapter names in fields of other servers, by field."""
+        return {field: name for field in SELECTORS if (name := getattr(self, field)) is not None}
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def continuous_usage(self) -> bool:
+        return (
+            self.include_usage and self.stream_options is not None and bool(self.stream_options.continuous_usage_stats)
+        )
+
+    @property
+    def stop_strings(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    @property
+    def requested_tokens(self) -> int | None:
+        """The maximum number of output tokens that the request names, which may be `REST_OF_CONTEXT`."""
+        return self.max_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """The number of most probable tokens to report for each token; None reports no log-probabilities at all."""
+        return None
+
+    @property
+    def echoes_prompt(self) -> bool:
+        """True if the output begins with the prompt."""
+        return False
+
+
+class TextPart(OpenWire):
+    type: Literal["text"]
+    text: Text
+
+
+class ChatMessage(OpenWire):
+    refused = REFUSED_IN_MESSAGES
+    harmless = HARMLESS_IN_MESSAGES
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Text | Annotated[list[TextPart], Field(min_length=1, max_length=1024, fail_fast=True)] | None = None
+    name: str | None = Field(None, max_length=256)  # this and the next one: for the chat template
+    reasoning_content: Text | None = None
+
+    @model_validator(mode="after")
+    def _has_content(self) -> "ChatMessage":
+        if self.content is None and self.role != "assistant":
+            raise PydanticCustomError("value_error", "content is required")
+        return self
+
+    @property
+    def text(self) -> str:
+        if isinstance(self.content, list):
+            return "".join(part.text for part in self.content)
+        return self.content or ""
+
+
+class ChatPrompt(OpenWire):
+    """A conversation, and how the chat template renders it."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096, fail_fast=True)]
+    add_generation_prompt: bool | None = None  # default: true, unless `continue_final_message`
+    continue_final_message: bool | None = None
+    add_special_tokens: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None  # variables of the template
+    reasoning_effort: str | None = Field(None, max_length=64)  # another one
+
+    @model_validator(mode="after")
+    def _consistent_end(self) -> "ChatPrompt":
+        if self.continue_final_message and self.messages[-1].role != "assistant":
+            raise PydanticCustomError("value_error", "continue_final_message needs an assistant message at the end")
+        if self.continue_final_message and self.add_generation_prompt:
+            raise PydanticCustomError("value_error", "continue_final_message needs add_generation_prompt to be false")
+        return self
+
+
+class ChatCompletionRequest(GenerationRequest, ChatPrompt):
+    id_prefix = "chatcmpl"
+    prompt_field = "messages"
+
+    max_completion_tokens: TokenCount | None = None
+    logprobs: bool | None = None
+    top_logprobs: NumTop | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "ChatCompletionRequest":
+        if self.top_logprobs and not self.logprobs:
+            raise PydanticCustomError("value_error", "top_logprobs needs logprobs to be true")
+        return self
+
+    @property
+    def requested_tokens(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class CompletionRequest(GenerationRequest):
+    id_prefix = "cmpl"
+    default_max_tokens = 16  # OpenAI's
+
+    prompt: (
+        Text
+        | TokenIds
+        | Annotated[list[Text], Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)]
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)]
+    )
+    logprobs: NumTop | None = None
+    echo: bool | None = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
+
+    @property
+    def echoes_prompt(self) -> bool:
+        return bool(self.echo)
