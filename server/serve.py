@@ -72,6 +72,7 @@ async def _serve(config: ServeConfig, keys: KeyRing, registry: AdapterRegistry, 
             scrubbing.cancel()
             await asyncio.gather(scrubbing, return_exceptions=True)
             await context.sandbox.close()
+            await context.grammars.close()
     finally:
         starting.cancel()
         await engine.stop()
