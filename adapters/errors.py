@@ -112,7 +112,7 @@ class AdapterTooLarge(AdapterError):
 
 
 class NoSpace(AdapterError):
-    """The disk is full."""
+    """The disk is nearly full, or `--adapter-store-bytes` is reached."""
 
     status = 507
     code = "insufficient_storage"

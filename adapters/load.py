@@ -1,6 +1,8 @@
 """Adapters in memory: reads the tensors of a validated folder, converted to what the runtime applies."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -9,16 +11,24 @@ from torch import Tensor
 
 from adapters.errors import AdapterInvalid, Problem
 from adapters.model_spec import ModelSpec
+from adapters.peft.earlier_names import ExpertTensor
 from adapters.peft.files import WEIGHTS_FILE
 from adapters.peft.lora_config import LoraSettings
 from adapters.peft.lora_tensors import LoraTensors, parameter_factors, scaling_of, shares_weight, token_target
 from adapters.peft.tensor_names import TensorKind
 from adapters.validation.inspect import check_lora
-from adapters.validation.peft_types.base import AddedBias, ChannelScale, Factors, Part, Projection, Reflections
+from adapters.validation.peft_types import base as parts
 from adapters.validation.peft_types.convert import Converted, read_converted
 from adapters.validation.virtual_tokens import Virtual, read_virtual
-from adapters.weights import AdapterWeights, LoraFactors, TokenRows, VirtualTokens
-from adapters.weights import Projection as ProjectionTensors
+from adapters.weights import (
+    AdapterWeights,
+    LoraFactors,
+    PairRotation,
+    Projection,
+    SparseDelta,
+    TokenRows,
+    VirtualTokens,
+)
 
 
 def load(folder: Path, spec: ModelSpec, digest: str | None = None, *, verify: bool = True) -> AdapterWeights:
@@ -71,24 +81,35 @@ def _converted(adapter: Converted, digest: str) -> AdapterWeights:
     return weights
 
 
-def _add(weights: AdapterWeights, module: str, part: Part) -> None:
+def _add(weights: AdapterWeights, module: str, part: parts.Part) -> None:
     of = torch.from_numpy
     match part:
-        case Factors(a, b, scaling):
+        case parts.Factors(a, b, scaling):
             weights.factors[module] = LoraFactors(of(a), of(b), scaling)
-        case ChannelScale(vector, of_input):
+        case parts.ChannelScale(vector, of_input):
             (weights.input_scales if of_input else weights.output_scales)[module] = of(vector)
-        case AddedBias(vector):
+        case parts.AddedBias(vector):
             weights.added_biases[module] = of(vector)
-        case Reflections(vectors):
+        case parts.Reflections(vectors):
             weights.reflections[module] = of(vectors)
-        case Projection(left, right, filled):
-            weights.projections[module] = ProjectionTensors(of(left), of(right), of(filled))
+        case parts.Projection(left, right, filled):
+            weights.projections[module] = Projection(of(left), of(right), of(filled))
+        case parts.BlockRotation(blocks, scale):
+            weights.block_rotations[module] = of(blocks)
+            if scale is not None:
+                weights.weight_scales[module] = of(scale)
+        case parts.PairRotation(first, second, half):
+            weights.pair_rotations[module] = PairRotation(of(first), of(second), half)
+        case parts.SparseDelta(indices, values, shape):
+            weights.sparse[module] = SparseDelta(of(indices), of(values), shape)
+        case parts.Circulant(kernel):
+            weights.circulant[module] = of(kernel)
 
 
 def _virtual(adapter: Virtual, digest: str) -> AdapterWeights:
     """Return the weights of an adapter of virtual tokens, which has no factors."""
-    tokens = VirtualTokens(torch.from_numpy(adapter.values()), adapter.config.type.is_prefix)
+    config = adapter.config
+    tokens = VirtualTokens(torch.from_numpy(adapter.values()), config.type.is_prefix, config.num_tokens)
     return AdapterWeights(digest, 1, {}, adapter.nbytes(), virtual=tokens)
 
 
@@ -115,7 +136,17 @@ class _Reader:
         return {module: self._factors(names, kinds, self.settings.scaling(module)) for module, names in embeddings}
 
     def parameters(self) -> dict[str, dict[str, LoraFactors]]:
-        return {
+        experts = {
+            module: {
+                parameter: stacked_factors(
+                    {place: self.loaded[name] for place, name in names.items()},
+                    self.settings.scaling(f"{module}.{parameter}"),
+                )
+                for parameter, names in parameters.items()
+            }
+            for module, parameters in self.tensors.experts.items()
+        }
+        return experts | {
             module: {
                 parameter: self._factors(names, ("A", "B"), self.settings.scaling(f"{module}.{parameter}"))
                 for parameter, names in parameter_factors(module, depths, self.settings, self.spec)
@@ -151,6 +182,23 @@ class _Reader:
             if ids in ((), found[self.spec.embedding].ids):
                 found.setdefault(self.spec.head, found[self.spec.embedding])
         return found
+
+
+def stacked_factors(tensors: Mapping[ExpertTensor, Tensor], scaling: float) -> LoraFactors:
+    """Return the factors of a parameter as PEFT stacks those of single experts: the ranks of its parts side by side,
+    so that B is block-diagonal."""
+    parts: dict[tuple[str, int], list[tuple[int, Tensor]]] = {}
+    for place, tensor in tensors.items():
+        parts.setdefault((place.kind, place.part), []).append((place.expert, tensor))
+    stacks = {key: torch.stack([t for _, t in sorted(own, key=itemgetter(0))]) for key, own in sorted(parts.items())}
+    a = torch.cat([own for (kind, _), own in stacks.items() if kind == "A"], dim=1)
+    blocks = [own for (kind, _), own in stacks.items() if kind == "B"]
+    b = blocks[0].new_zeros(len(a), sum(own.shape[1] for own in blocks), a.shape[1])
+    row = column = 0
+    for own in blocks:
+        b[:, row : row + own.shape[1], column : column + own.shape[2]] = own
+        row, column = row + own.shape[1], column + own.shape[2]
+    return LoraFactors(a.flatten(0, 1), b.permute(1, 2, 0).flatten(1), scaling)
 
 
 def _share(replaced: dict[str, dict[str, Tensor]], spec: ModelSpec) -> None:

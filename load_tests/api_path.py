@@ -198,7 +198,8 @@ async def _load(port: int, streams: int, tokens: int) -> tuple[int, int, float]:
         "stream_options": {"include_usage": True},
     }
     data = json.dumps(body).encode()
-    head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    head = f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(data)}\r\n\r\n"
     loop = asyncio.get_running_loop()
     opened = [
         (await loop.create_connection(lambda: _Stream(head.encode() + data), "127.0.0.1", port))[1]

@@ -15,6 +15,7 @@ from load_tests.world import SLOTS, Answer, Asked, Mismatch, World, found_state
 from tests.fixtures.tiny_server import sse_events
 
 LENGTHS = (8, 24, 64)
+STATUS_OF = {"overloaded_error": 503, "invalid_request_error": 404, "conflict": 409}  # of events that end a stream
 PROMPTS = ((40, 41, 42), tuple(range(60, 100)), (7,) * 17)
 SCALES = (1.0, 0.5)
 
@@ -87,7 +88,7 @@ class Client:
                 if event is None:
                     break
                 if "error" in event:
-                    status = 503 if event["error"]["type"] == "overloaded_error" else 500
+                    status = STATUS_OF.get(event["error"]["type"], 500)
                     return self._judge(asked, Answer(status, event["error"]["code"], event["error"]["message"]))
                 text += event["choices"][0]["text"]
                 fingerprint = event["system_fingerprint"]
@@ -245,7 +246,7 @@ class Client:
         """A connection that ends in the middle of a form."""
         url = httpx.URL(self._world.server.url)
         with socket.create_connection((url.host, url.port or 80)) as connection:
-            head = "POST /v1/adapters HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=b\r\n"
+            head = "POST /v1/adapters HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=b\r\n"
             part = '--b\r\nContent-Disposition: form-data; name="adapter_config.json"; filename="x"\r\n\r\n{'
             connection.sendall(f"{head}Content-Length: 100000\r\n\r\n{part}".encode())
             time.sleep(self._rng.random() / 50)

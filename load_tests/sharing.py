@@ -23,17 +23,18 @@ from load_tests.residency.filling import fill, template, variants
 from load_tests.runner import models, send
 from load_tests.scenarios import Bounds, Lognormal, Models, Poisson, Scenario, Slo
 from load_tests.schedule import WORDS, Planned, build
+from tests.fixtures.api_server import secret
 
 TIMEOUT_S = 120.0
 FACTOR = 1.5
 TIMES = 10  # what the heavy tenant sends to the light one's
-KEYS = """
+KEYS = f"""
 [[keys]]
 name = "heavy"
-key = "heavy-key"
+key = "{secret("heavy")}"
 [[keys]]
 name = "light"
-key = "light-key"
+key = "{secret("light")}"
 """
 
 
@@ -126,7 +127,7 @@ def fairness(setting: Fairness) -> bool:
 async def _share(setting: Fairness, url: str) -> list[tuple[list[Record], list[Record]]]:
     """The light tenant's requests alone and beside the heavy one's, by round."""
     rounds = []
-    async with new_client(url, "light-key") as light, new_client(url, "heavy-key") as heavy:
+    async with new_client(url, secret("light")) as light, new_client(url, secret("heavy")) as heavy:
         await _send(setting, light, 1.0, seed=99)  # warms up
         for seed in range(setting.rounds):
             alone = await _send(setting, light, 1.0, seed)

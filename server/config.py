@@ -66,7 +66,10 @@ class ServeConfig:
         0, "Device memory for adapter weights; 0 reserves room for 16 adapters of the largest rank", ge=0
     )
     adapter_override_bytes: int = _setting(
-        0, "Device memory for adapters' own copies of whole weights, and their vectors; 0 chooses it by the model", ge=0
+        0,
+        "Device memory for adapters' own copies of whole weights, their vectors and virtual tokens; 0 chooses it by "
+        "the model",
+        ge=0,
     )
     adapter_max_concurrent: int = _setting(
         0, "Maximum number of concurrent requests per adapter; 0 means no limit", ge=0
@@ -75,12 +78,17 @@ class ServeConfig:
     adapter_tpm: int = _setting(
         0, "Maximum number of prompt and output tokens per minute and adapter; 0 means no limit", ge=0
     )
-    max_adapter_rank: int = _setting(64, "Largest LoRA rank that the server accepts", ge=1, le=512)
+    max_adapter_rank: int = _setting(
+        0, "Largest LoRA rank that the server accepts; 0 means 128, or 64 where the memory is too small", ge=0, le=512
+    )
     adapter_host_bytes: int = _setting(2 * GIB, "Host memory that caches adapters which are not on the device", ge=0)
     adapter_packed_bytes: int = _setting(
         20 * GIB,
         "Disk space in --data-dir for packed copies of adapters, which load in a fraction of the time; 0 keeps none",
         ge=0,
+    )
+    adapter_store_bytes: int = _setting(
+        0, "Disk space in --data-dir for the weights of all adapter versions; 0 means no limit", ge=0
     )
     kv_cache_bytes: int = _setting(0, "Memory of the KV cache; 0 chooses it by the memory that is free", ge=0)
     max_num_seqs: int = _setting(64, "Maximum number of sequences in one step", ge=1, le=4096)
@@ -122,7 +130,9 @@ class ServeConfig:
     )
     max_upload_bytes: int = _setting(512 << 20, "Largest adapter upload in bytes", ge=1024)
     allow_source: tuple[str, ...] = _setting(
-        (), "Source that adapters may be registered from: file:///folder, hf://org or s3://bucket/prefix"
+        (),
+        "Source that adapters may be registered from: file:///folder, hf://org or s3://bucket/prefix; "
+        "hf://org/repo@refs%2Fpr%2F1 for a pull request, https://host for a host that a hub may redirect to",
     )
     adapter: tuple[str, ...] = _setting((), "Adapter to register at startup, as name=folder")
     adapter_errors: Literal["fail", "warn"] = _setting(

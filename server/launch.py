@@ -7,6 +7,7 @@ from contextlib import closing
 from pathlib import Path
 
 from server.config import ConfigError, ServeConfig, StartFailed, default_data_dir
+from server.data_folder import prepare
 from server.ipc.process_transport import ProcessTransport
 from server.model.loading.default_model import (
     DEFAULT_MODEL,
@@ -20,6 +21,7 @@ from server.writable import use_writable_folders
 def launch(config: ServeConfig) -> None:
     """Serve until a signal ends the server. Raises `ConfigError` or `StartFailed`."""
     config = complete(config)
+    prepare(config.data_dir)
     transport = None if config.in_process else ProcessTransport(config)
     if transport is not None:
         transport.spawn()

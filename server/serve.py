@@ -4,6 +4,7 @@ import asyncio
 import gc
 import json
 import logging
+import signal
 import socket
 import time
 from contextlib import suppress
@@ -19,7 +20,7 @@ from adapters.sources import NAMED_BY_OPERATOR, copy_from
 from adapters.validation.inspect import check_files
 from server.api.adapters import fetching
 from server.api.adapters.merge import merge
-from server.api.adapters.publishing import Publication, publish_from
+from server.api.adapters.publishing import Publication, audit_publication, publish_from
 from server.api.adapters.scrub import Scrubber
 from server.api.adapters.watcher import FolderWatcher
 from server.api.app import create_app
@@ -27,6 +28,7 @@ from server.api.context import AppContext, Startup
 from server.api.errors import ApiError
 from server.api.middleware.auth import KeyRing, check_bind
 from server.api.text.tokenizer import Tokenizer
+from server.audit import AuditLog
 from server.config import ConfigError, ServeConfig, StartFailed
 from server.http.server import HttpServer
 from server.ipc.client import AdapterMoveRefused, EngineClient
@@ -35,6 +37,8 @@ from server.metrics import Metrics
 from server.start_checks import DEMO_ADAPTERS, describe_failure, named_adapters, refuse_failed
 
 log = logging.getLogger(__name__)
+
+KEYS_SECONDS = 1.0  # between two looks at the keys file
 
 
 def run(config: ServeConfig, registry: AdapterRegistry, transport: EngineTransport | None = None) -> None:
@@ -58,21 +62,25 @@ async def _serve(config: ServeConfig, keys: KeyRing, registry: AdapterRegistry, 
             keys=keys,
             metrics=Metrics(),
             base_model=config.served_model_name,
+            audit=AuditLog(config.data_dir),
             startup=Startup([name for name, _ in named_adapters(config)]),
         )
         server = Server(context)
         bringing_up = asyncio.create_task(_bring_up(context, starting, server))
-        scrubbing = asyncio.create_task(_scrub(context))
+        background = [asyncio.create_task(_scrub(context)), asyncio.create_task(_follow_keys(context))]
         try:
             await server.serve()
             if bringing_up.done():
                 bringing_up.result()
             bringing_up.cancel()
         finally:
-            scrubbing.cancel()
-            await asyncio.gather(scrubbing, return_exceptions=True)
+            for task in background:
+                task.cancel()
+            await asyncio.gather(*background, return_exceptions=True)
             await context.sandbox.close()
             await context.grammars.close()
+            if context.audit is not None:
+                await asyncio.to_thread(context.audit.close)
     finally:
         starting.cancel()
         await engine.stop()
@@ -192,6 +200,27 @@ async def _first_pass(context: AppContext, watcher: FolderWatcher | None) -> Non
         await watcher.first_pass()
 
 
+async def _follow_keys(context: AppContext) -> None:
+    """Read the keys file again when it changes, and on SIGHUP. Without a file, SIGHUP ends the server as usual."""
+    if not context.keys.has_file:
+        return
+    asked = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, asked.set)
+    while True:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(asked.wait(), KEYS_SECONDS)
+        if asked.is_set() or await asyncio.to_thread(lambda: context.keys.is_outdated):
+            asked.clear()
+            try:
+                context.keys.reload()
+                log.info("the API keys were read again")
+                if context.audit is not None:
+                    context.audit.changed("operator", "reload keys")
+            except ConfigError as error:
+                log.error("%s; the keys stay as they were", error)
+            context.follow_keys()
+
+
 async def _scrub(context: AppContext) -> None:
     if context.config.scrub_mb_per_second:
         await Scrubber(context, context.config.scrub_mb_per_second).run()
@@ -212,7 +241,7 @@ async def _register(context: AppContext, name: str, folder: Path) -> None:
         return Publication(name, source, replace=True)
 
     try:
-        await publish_from(context, fill)
+        audit_publication(context, "command line", await publish_from(context, fill))
     except AdapterMoveRefused as refused:
         if name not in context.registry:  # its self-test could not be run
             raise

@@ -89,7 +89,6 @@ def check_merge(config: ServeConfig, registry: AdapterRegistry) -> None:
 
 def open_registry(config: ServeConfig) -> AdapterRegistry:
     """Open the registry of the data folder, which only one server may use. Raises `StartFailed`."""
-    config.data_dir.mkdir(parents=True, exist_ok=True)
     try:
         return AdapterRegistry(config.data_dir, reserved=[config.served_model_name])
     except AdapterError as error:

@@ -31,7 +31,7 @@ ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% 
 
 def widen(api: Api, vocab_size: int = 300) -> None:
     """Give the fake base more embeddings than its tokenizer has tokens, as real ones have."""
-    api.context.engine.info = msgspec.structs.replace(api.engine.info, vocab_size=vocab_size)
+    api.context.engine._supervisor.info = msgspec.structs.replace(api.engine.info, vocab_size=vocab_size)
 
 
 async def publish(api: Api, name: str, *added: str, seed: int = 0, replace: bool = False, **options: Any) -> str:
@@ -74,13 +74,13 @@ async def test_added_tokens_are_one_token_in_and_out(tmp_path: Path) -> None:
 
 async def test_a_token_without_an_embedding_is_refused_when_a_prompt_has_it(tmp_path: Path) -> None:
     async with serving(tmp_path) as api:
-        api.context.engine.info = msgspec.structs.replace(api.engine.info, vocab_size=TOOL)
+        api.context.engine._supervisor.info = msgspec.structs.replace(api.engine.info, vocab_size=TOOL)
         spec = api.engine.info.spec
         rows = {
             name: {key: (TOOL, *shape[1:]) if shape[0] == 300 else shape for key, shape in own.items()}
             for name, own in spec.parameters.items()
         }
-        api.context.engine.info = msgspec.structs.replace(
+        api.context.engine._supervisor.info = msgspec.structs.replace(
             api.context.engine.info, spec=dataclasses.replace(spec, parameters=rows)
         )
         await publish(api, "padded", "[PAD]")

@@ -183,7 +183,7 @@ def test_a_client_that_leaves_during_an_upload_leaves_nothing(tmp_path: Path) ->
     with listening(tmp_path) as server:
         for sent in (0, 100, 1000):
             host, port = server.url.removeprefix("http://").split(":")
-            head = "POST /v1/adapters HTTP/1.1\r\nhost: x\r\ncontent-length: 100000\r\n"
+            head = "POST /v1/adapters HTTP/1.1\r\nhost: localhost\r\ncontent-length: 100000\r\n"
             head += "content-type: multipart/form-data; boundary=b\r\n\r\n"
             part = '--b\r\ncontent-disposition: form-data; name="adapter_config.json"; filename="x"\r\n\r\n'
             with socket.create_connection((host, int(port))) as client:
@@ -483,7 +483,7 @@ async def test_names_with_slashes_have_every_route(tmp_path: Path) -> None:
             assert (await api.http.get(f"{at}/files/adapter_config.json")).status_code == 200
         assert_error(await api.http.get("/v1/adapters/Acme/Support:v2/load"), 405)
         assert_error(await api.http.get("/v1/adapters/acme/support:v2"), 404, "model_not_found")
-        for wrong in ("Acme//Support:v2", "Acme/Support:v2/", "Acme/../Acme"):
+        for wrong in ("Acme//Support:v2", "Acme/../Acme"):
             assert (await api.http.get(f"/v1/adapters/{wrong.replace('..', '%2e%2e')}")).status_code == 404
         assert (await api.chat(model=name)).json()["model"] == name
         assert (await api.chat(model=f"{name}@{version}")).status_code == 200

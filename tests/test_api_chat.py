@@ -243,7 +243,7 @@ def _send_chat(server: LiveServer, **fields: Any) -> socket.socket:
     body = json.dumps({"model": BASE, "messages": [{"role": "user", "content": "x"}], **fields}).encode()
     host, port = server.url.removeprefix("http://").split(":")
     client = socket.create_connection((host, int(port)))
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n"
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body)}\r\n"
     client.sendall(f"{head}content-type: application/json\r\n\r\n".encode() + body)
     return client
 

@@ -55,7 +55,7 @@ async def test_an_adapter_larger_than_the_context_is_refused_in_a_request(tmp_pa
     async with serving(tmp_path) as api:
         await upload(api, tmp_path, "one", "CARTRIDGE", MAX_MODEL_LEN + 1)
         refused = assert_error(await api.complete("x", model="one"), 400, "context_length_exceeded")
-        assert "has 0 tokens" in refused["message"]
+        assert f"{MAX_MODEL_LEN + 1} virtual tokens of the adapter" in refused["message"]
 
 
 @pytest.mark.parametrize(

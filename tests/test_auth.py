@@ -1,5 +1,7 @@
 import hashlib
 import socket
+import time
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -7,32 +9,33 @@ from fastapi.routing import APIRoute
 
 from server.api.middleware.auth import KeyRing, check_bind
 from server.config import ConfigError, ServeConfig
-from tests.fixtures.api_server import Api, assert_error, listening, serving
+from tests.fixtures.api_server import Api, assert_error, listening, secret, serving
 
+INFER_KEY, ADMIN_KEY, TENANT_KEY, OBSERVE_KEY, ALL_KEY = map(secret, ("infer", "admin", "tenant", "observe", "all"))
 KEYS = f"""
 [[keys]]
 name = "app"
-key = "infer-secret"
+key = "{INFER_KEY}"
 
 [[keys]]
 name = "ops"
-sha256 = "{hashlib.sha256(b"admin-secret").hexdigest()}"
+sha256 = "{hashlib.sha256(ADMIN_KEY.encode()).hexdigest()}"
 scopes = ["admin"]
 tenant = "operations"
 
 [[keys]]
 name = "tenant"
-key = "tenant-secret"
+key = "{TENANT_KEY}"
 scopes = ["infer", "admin"]
 adapters = ["mine"]
 
 [[keys]]
 name = "scraper"
-key = "scraper-secret"
-scopes = []
+key = "{OBSERVE_KEY}"
+scopes = ["observe"]
 """
-OPEN = {"/livez", "/readyz", "/health"}
-OBSERVE = {"/metrics", "/version", "/v1/stats", "/openapi.json"}
+OPEN = {"/livez", "/readyz", "/health", "/version"}
+OBSERVE = {"/metrics", "/v1/stats", "/openapi.json"}
 INFER = {
     "/v1/chat/completions",
     "/v1/completions",
@@ -53,10 +56,10 @@ ADMIN = {
 }
 OPERATE = {"/v1/merge"}
 ALLOWED = {
-    "infer-secret": OPEN | OBSERVE | INFER,
-    "admin-secret": OPEN | OBSERVE | ADMIN | OPERATE,
-    "tenant-secret": OPEN | INFER | ADMIN,
-    "scraper-secret": OPEN | OBSERVE,
+    INFER_KEY: OPEN | INFER,
+    ADMIN_KEY: OPEN | ADMIN | OPERATE,
+    TENANT_KEY: OPEN | INFER | ADMIN,
+    OBSERVE_KEY: OPEN | OBSERVE,
 }
 
 
@@ -90,16 +93,16 @@ async def test_every_route_asks_for_what_it_should(tmp_path: Path) -> None:
         assert {path for path, _ in routes(api)} == OPEN | OBSERVE | INFER | ADMIN | OPERATE
         for path, method in routes(api):
             url = path.replace("{name}", "x").replace("{model:path}", "x")
-            for headers in ({}, bearer("wrong"), {"authorization": "Basic infer-secret"}, bearer("")):
+            for headers in ({}, bearer("wrong"), {"authorization": f"Basic {INFER_KEY}"}, bearer("")):
                 answer = await api.http.request(method, url, headers=headers)
                 if path in OPEN:
                     assert answer.status_code == 200
                 else:
                     assert_error(answer, 401, "invalid_api_key")
                     assert answer.headers["www-authenticate"] == "Bearer"
-            for secret, allowed in ALLOWED.items():
-                answer = await api.http.request(method, url, headers=bearer(secret))
-                assert (answer.status_code not in (401, 403)) is (path in allowed), (secret, method, path)
+            for sent, allowed in ALLOWED.items():
+                answer = await api.http.request(method, url, headers=bearer(sent))
+                assert (answer.status_code not in (401, 403)) is (path in allowed), (sent, method, path)
                 if path not in allowed:
                     assert_error(answer, 403, "insufficient_scope")
 
@@ -122,7 +125,7 @@ async def test_what_is_not_listed_is_closed(tmp_path: Path, path: str) -> None:
         for method in ("GET", "POST", "OPTIONS", "HEAD", "DELETE"):
             headers = {"host": "x/livez?", "x-forwarded-prefix": "/livez", "x-http-method-override": "GET"}
             assert (await api.http.request(method, path, headers=headers)).status_code == 401
-        assert_error(await api.http.get(path, headers=bearer("admin-secret")), 404)
+        assert_error(await api.http.get(path, headers=bearer(ADMIN_KEY)), 404)
 
 
 @pytest.mark.parametrize(
@@ -154,11 +157,11 @@ async def test_a_refused_upload_is_not_read(tmp_path: Path) -> None:
 
 
 async def test_an_allow_list_hides_everything_else(tmp_path: Path) -> None:
-    async with serving(tmp_path, keys=ring(tmp_path, api_key="all")) as api:
-        api.http.headers.update(bearer("all"))
+    async with serving(tmp_path, keys=ring(tmp_path, api_key=ALL_KEY)) as api:
+        api.http.headers.update(bearer(ALL_KEY))
         await api.upload("mine")
         await api.upload("theirs", seed=1)
-        api.http.headers.update(bearer("tenant-secret"))
+        api.http.headers.update(bearer(TENANT_KEY))
         models = (await api.http.get("/v1/models")).json()["data"]
         assert [model["id"] for model in models] == ["tiny-base", "mine"]
         records = (await api.http.get("/v1/adapters")).json()["data"]
@@ -175,17 +178,17 @@ async def test_an_allow_list_hides_everything_else(tmp_path: Path) -> None:
 
 async def test_tenants_do_not_share_prefixes(tmp_path: Path) -> None:
     async with serving(tmp_path, keys=ring(tmp_path)) as api:
-        for secret in ("infer-secret", "tenant-secret"):
-            api.http.headers.update(bearer(secret))
+        for sent in (INFER_KEY, TENANT_KEY):
+            api.http.headers.update(bearer(sent))
             await api.chat()
         assert [submit.cache_salt for submit in api.engine.submitted] == ["app", "tenant"]
 
 
 async def test_the_tenant_s_weight_goes_with_its_requests(tmp_path: Path) -> None:
-    text = "[[keys]]\nname = 'a'\nkey = 'x'\nweight = 2.5\n[[keys]]\nname = 'b'\nkey = 'y'"
+    text = f"[[keys]]\nname = 'a'\nkey = '{secret('x')}'\nweight = 2.5\n[[keys]]\nname = 'b'\nkey = '{secret('y')}'"
     async with serving(tmp_path, keys=ring(tmp_path, text)) as api:
-        for secret in ("x", "y"):
-            api.http.headers.update(bearer(secret))
+        for name in ("x", "y"):
+            api.http.headers.update(bearer(secret(name)))
             await api.chat()
         assert [submit.weight for submit in api.engine.submitted] == [2.5, 1.0]
 
@@ -211,20 +214,25 @@ def test_only_loopback_without_keys(tmp_path: Path) -> None:
         "",
         "keys = 3",
         "keys = [3]",
-        "[[keys]]\nkey = 'x'",
+        f"[[keys]]\nkey = '{secret('x')}'",
         "[[keys]]\nname = 'a'",
         "[[keys]]\nname = 'a'\nkey = ''",
-        "[[keys]]\nname = 'a'\nkey = 'x'\nsha256 = 'y'",
+        f"[[keys]]\nname = 'a'\nkey = '{secret('x')}'\nsha256 = 'y'",
         "[[keys]]\nname = 'a'\nsha256 = 'short'",
-        "[[keys]]\nname = 'a'\nkey = 'x'\nscopes = ['root']",
-        "[[keys]]\nname = 'a'\nkey = 'x'\nscopes = 'infer'",
-        "[[keys]]\nname = 'a'\nkey = 'x'\nadapters = 'mine'",
-        "[[keys]]\nname = 'a'\nkey = 'x'\nrole = 'root'",
-        "[[keys]]\nname = 'a'\nkey = 'x'\nweight = 0",
-        "[[keys]]\nname = 'a'\nkey = 'x'\nweight = nan",
-        "[[keys]]\nname = 'a'\nkey = 'x'\nweight = inf",
-        "[[keys]]\nname = 'a'\nkey = 'x'\nweight = 2\n[[keys]]\nname = 'b'\nkey = 'y'\ntenant = 'a'",
+        f"[[keys]]\nname = 'a'\nkey = '{secret('x')}'\nscopes = ['root']",
+        f"[[keys]]\nname = 'a'\nkey = '{secret('x')}'\nscopes = 'infer'",
+        f"[[keys]]\nname = 'a'\nkey = '{secret('x')}'\nadapters = 'mine'",
+        f"[[keys]]\nname = 'a'\nkey = '{secret('x')}'\nrole = 'root'",
+        f"[[keys]]\nname = 'a'\nkey = '{secret('x')}'\nweight = 0",
+        f"[[keys]]\nname = 'a'\nkey = '{secret('x')}'\nweight = nan",
+        f"[[keys]]\nname = 'a'\nkey = '{secret('x')}'\nweight = inf",
+        f"[[keys]]\nname = 'a'\nkey = '{secret('x')}'\nweight = 2\n"
+        f"[[keys]]\nname = 'b'\nkey = '{secret('y')}'\ntenant = 'a'",
         "[[keys",
+        "[[keys]]\nname = 'a'\nkey = 'short-and-guessable'",
+        "[[keys]]\nname = 'a'\nkey = 'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa'",
+        f"[[keys]]\nname = 'a'\nkey = '{secret('x')}'\nexpires = 2030-01-01",
+        f"[[keys]]\nname = 'a'\nkey = '{secret('x')}'\nscopes = ['observe']\nadapters = ['mine']",
     ],
 )
 def test_keys_files_that_cannot_be_used(tmp_path: Path, text: str) -> None:
@@ -235,3 +243,57 @@ def test_keys_files_that_cannot_be_used(tmp_path: Path, text: str) -> None:
 def test_a_missing_keys_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError):
         KeyRing.load(ServeConfig(keys_file=tmp_path / "none.toml"))
+
+
+def test_a_weak_api_key_is_refused() -> None:
+    with pytest.raises(ConfigError, match="128 bits"):
+        KeyRing.load(ServeConfig(api_key="secret"))
+    for strong in ("0123456789abcdef" * 2, ALL_KEY):
+        assert KeyRing.load(ServeConfig(api_key=strong)).find(strong)
+
+
+async def test_keys_change_while_the_server_runs(tmp_path: Path) -> None:
+    keys = ring(tmp_path)
+    async with serving(tmp_path, keys=keys) as api:
+        assert (await api.http.get("/v1/models", headers=bearer(INFER_KEY))).status_code == 200
+        assert not keys.is_outdated
+        (tmp_path / "keys.toml").write_text(f"[[keys]]\nname = 'b'\nkey = '{secret('new')}'")
+        assert keys.is_outdated
+        keys.reload()
+        assert not keys.is_outdated
+        assert_error(await api.http.get("/v1/models", headers=bearer(INFER_KEY)), 401)
+        assert (await api.http.get("/v1/models", headers=bearer(secret("new")))).status_code == 200
+        (tmp_path / "keys.toml").write_text("[[keys")
+        with pytest.raises(ConfigError):
+            keys.reload()
+        assert (await api.http.get("/v1/models", headers=bearer(secret("new")))).status_code == 200
+        (tmp_path / "keys.toml").write_text("keys = []")
+        keys.reload()
+        assert_error(await api.http.get("/v1/models", headers=bearer(secret("new"))), 401)
+        assert_error(await api.http.get("/v1/models"), 401)
+
+
+async def test_a_key_expires(tmp_path: Path) -> None:
+    def text(when: datetime) -> str:
+        return f"[[keys]]\nname = 'a'\nkey = '{secret('x')}'\nexpires = {when.isoformat()}"
+
+    now = datetime.now(UTC)
+    async with serving(tmp_path / "a", keys=ring(tmp_path, text(now + timedelta(hours=1)))) as api:
+        assert (await api.http.get("/v1/models", headers=bearer(secret("x")))).status_code == 200
+    async with serving(tmp_path / "b", keys=ring(tmp_path, text(now))) as api:
+        error = assert_error(await api.http.get("/v1/models", headers=bearer(secret("x"))), 401)
+        assert "expired" in error["message"]
+    assert now.timestamp() <= time.time()
+
+
+async def test_limits_that_change_with_the_file_hold_at_once(tmp_path: Path) -> None:
+    def write(limit: int) -> str:
+        return f"[[keys]]\nname = 'a'\nkey = '{secret('x')}'\nrequests_per_minute = {limit}"
+
+    keys = ring(tmp_path, write(1))
+    async with serving(tmp_path, keys=keys) as api:
+        api.http.headers.update(bearer(secret("x")))
+        assert [(await api.chat()).status_code for _ in range(2)] == [200, 429]
+        (tmp_path / "keys.toml").write_text(write(3))
+        keys.reload()
+        assert [(await api.chat()).status_code for _ in range(4)] == [200, 200, 200, 429]

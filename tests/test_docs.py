@@ -84,3 +84,10 @@ def test_continuous_integration_runs_the_readme_s_test_command() -> None:
     assert "\nmake test\n" in README.read_text(encoding="utf-8")
     assert "\ntest-all: test " in (ROOT / "Makefile").read_text(encoding="utf-8")
     assert "\nmake test-all\n" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("target", ["cpu", "cuda"])
+def test_every_image_has_the_compiler_that_its_kernels_need(target: str) -> None:
+    """The CPU's kernels are C++, and Triton compiles its launchers in C."""
+    stages = dict(re.findall(r"^FROM \S+ AS (\w+)\n(.*?)(?=^FROM|\Z)", (ROOT / "Dockerfile").read_text(), re.M | re.S))
+    assert re.search(r"apt-get install .*\bg\+\+", stages[target])

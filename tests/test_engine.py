@@ -555,7 +555,7 @@ def test_a_budget_without_room_for_the_largest_rank_is_refused(drivers: Drivers)
     with pytest.raises(ModelRefused, match=f"--adapter-device-bytes {4 * page - 1}; raise it to {4 * page} "):
         drivers.make(adapter_device_bytes=4 * page - 1)
     assert drivers.make(adapter_device_bytes=4 * page).info.adapter_pages == 4
-    assert drivers.make(adapter_device_bytes=10**12, adapter_slots=3).info.adapter_pages == 12
+    assert drivers.make(adapter_device_bytes=10**12, adapter_slots=3).info.adapter_pages == 24
 
 
 def test_whole_weights_leave_the_device_with_their_adapter(drivers: Drivers, tmp_path: Path) -> None:

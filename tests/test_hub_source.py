@@ -7,12 +7,13 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 from huggingface_hub import constants
 
 from adapters.errors import AdapterError, AdapterTooLarge, SourceNotAllowed, SourceNotFound, SourceUnavailable
 from adapters.registry import store
-from adapters.sources import check_source, copy_from, download, hub
+from adapters.sources import check_allow_source, check_source, copy_from, download, hub, redirects
 from tests.fixtures import remote_servers
 from tests.fixtures.remote_servers import COMMIT, Remote
 
@@ -45,7 +46,7 @@ def test_a_branch_becomes_the_commit_that_it_is(remote: Remote, tmp_path: Path) 
     assert len(remote.requests) == 3  # nothing else is asked for
 
 
-@pytest.mark.parametrize("revision", ["", "@main", "@pr%2F1", f"@{COMMIT}"])
+@pytest.mark.parametrize("revision", ["", "@main", f"@{COMMIT}"])
 def test_revisions(remote: Remote, tmp_path: Path, revision: str) -> None:
     assert fetch(tmp_path, f"hf://org/repo{revision}") == f"hf://org/repo@{COMMIT}"
 
@@ -245,3 +246,73 @@ def test_optional_files_come_along_within_their_own_bounds(
     remote.files["tokenizer.json"] += b"x"
     with pytest.raises(AdapterTooLarge):
         fetch(tmp_path)
+
+
+@pytest.mark.parametrize("revision", ["refs%2Fpr%2F1", "pr%2F1", "refs%2FPR%2F1"])
+def test_a_pull_request_needs_an_entry_of_its_own(remote: Remote, tmp_path: Path, revision: str) -> None:
+    """Anyone may open one in a repository of an organisation that is allowed."""
+    source = f"hf://org/repo@{revision}"
+    with pytest.raises(SourceNotAllowed, match="pull request"):
+        fetch(tmp_path, source)
+    assert not remote.requests
+    others = (*ALLOWED, "hf://org/repo@refs%2Fpr%2F2", "hf://org/other@refs%2Fpr%2F1")
+    with pytest.raises(SourceNotAllowed, match="pull request"):
+        check_source(source, others)
+    check_source(source, [*others, "hf://org/repo@refs%2Fpr%2F1"])
+    with pytest.raises(SourceNotAllowed):
+        check_source("hf://org/repo@main", ["hf://org/repo@refs%2Fpr%2F1"])
+
+
+def test_a_pull_request_that_is_allowed_is_fetched(remote: Remote, tmp_path: Path) -> None:
+    allowed = ["hf://org/repo@pr%2F1"]
+    assert copy_from("hf://org/repo@pr%2F1", allowed, tmp_path, max_bytes=LIMIT) == f"hf://org/repo@{COMMIT}"
+
+
+def test_a_redirect_to_another_host_is_not_followed(remote: Remote, tmp_path: Path) -> None:
+    """`localhost` is another name than the hub's, and could be a machine of this network."""
+    with remote_servers.hub() as elsewhere:
+        elsewhere.files = remote.files
+        target = f"{elsewhere.url.replace('127.0.0.1', 'localhost')}/org/repo/resolve/{COMMIT}/{WEIGHTS}"
+        remote.faults = {WEIGHTS: [target]}
+        with pytest.raises(SourceUnavailable, match="not allowed"):
+            fetch(tmp_path)
+        assert not elsewhere.requests
+        remote.faults = {WEIGHTS: [target]}
+        copy_from("hf://org/repo@main", [*ALLOWED, "https://localhost"], tmp_path, max_bytes=LIMIT)
+        assert len(elsewhere.requests) == 1 and found(tmp_path) == FILES
+
+
+@pytest.mark.parametrize(
+    ("url", "addresses", "allowed"),
+    [
+        ("https://huggingface.co/x", [], True),
+        ("https://cdn-lfs.huggingface.co/x", ["1.1.1.1"], True),
+        ("https://cas-bridge.xethub.hf.co/x", ["1.1.1.1"], True),
+        ("https://cas-bridge.xethub.hf.co/x", ["1.1.1.1", "10.0.0.1"], False),
+        ("https://evil.hf.co/x", ["169.254.169.254"], False),
+        ("https://evil.hf.co/x", ["::1"], False),
+        ("https://evil.hf.co/x", ["fd00::1"], False),
+        ("https://evilhf.co/x", ["1.1.1.1"], False),
+        ("https://169.254.169.254/latest", ["169.254.169.254"], False),
+        ("http://cdn-lfs.huggingface.co/x", ["1.1.1.1"], False),
+        ("https://mirror.example/x", ["10.0.0.1"], True),
+    ],
+)
+def test_hosts_of_redirects(monkeypatch: pytest.MonkeyPatch, url: str, addresses: list[str], allowed: bool) -> None:
+    places = [(0, 0, 0, "", (address, 0)) for address in addresses]
+    monkeypatch.setattr(redirects.socket, "getaddrinfo", lambda *_, **__: places)
+    check = redirects.Redirects("https://huggingface.co", ["mirror.example"]).check
+    if allowed:
+        check(httpx.Request("GET", url))
+    else:
+        with pytest.raises(redirects.RedirectNotAllowed):
+            check(httpx.Request("GET", url))
+
+
+@pytest.mark.parametrize(
+    "entry", ["https://", "https://host/path", "https://user@host", "https://host:1", "http://host"]
+)
+def test_entries_for_redirects_name_a_host(entry: str) -> None:
+    check_allow_source("https://cdn.example")
+    with pytest.raises(SourceNotAllowed):
+        check_allow_source(entry)

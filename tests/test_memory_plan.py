@@ -163,8 +163,17 @@ def test_on_a_cpu_the_sizes_are_upper_bounds(tmp_path: Path) -> None:
     """Memory is taken as it is written, so that a plan beyond the host's memory is no reason to refuse."""
     small = dataclasses.replace(facts(named("llama-3.2-1b")), weights=GIB)
     plan = make_plan(small, ServeConfig(), DeviceMemory(4 * GIB, lazy=True))
-    assert plan.parts["KV cache"] == pytest.approx(GIB / 2, rel=0.01) and plan.num_pages == 64
+    assert plan.parts["KV cache"] == pytest.approx(GIB / 2, rel=0.01) and plan.num_pages == 68
     assert plan.override_bytes == GIB / 2
+
+
+@pytest.mark.parametrize(("gpu", "rank"), [(20, 64), (24, 128), (80, 128)])
+def test_the_largest_rank_is_128_where_memory_allows(gpu: int, rank: int) -> None:
+    plan = planned(named("llama-3.1-8b"), gpu)
+    assert plan.max_rank == rank and plan.num_pages >= rank // 16
+    asked = planned(named("llama-3.1-8b"), gpu, max_adapter_rank=64)
+    assert asked.max_rank == 64 and 0 <= plan.num_pages - asked.num_pages <= 4  # the room of one more rank
+    assert planned(named("llama-3.1-8b"), 80, max_adapter_rank=256).max_rank == 256
 
 
 # -- a server's start --------------------------------------------------------------------------------------------------

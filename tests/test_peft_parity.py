@@ -22,6 +22,8 @@ from transformers import (
     GPT2LMHeadModel,
     MixtralConfig,
     MixtralForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from adapters.errors import AdapterInvalid
@@ -32,7 +34,13 @@ from adapters.residency.slots import PAGE_COLUMNS
 from adapters.runtime.dora import dora_scale
 from adapters.weights import LoraFactors
 from server.ipc.messages import Abort, RunSelfTest
-from tests.fixtures.adapter_factory import tiny_llama, with_peft, write_adapter, write_peft_adapter
+from tests.fixtures.adapter_factory import (
+    tiny_llama,
+    with_peft,
+    write_adapter,
+    write_earlier_adapter,
+    write_peft_adapter,
+)
 from tests.fixtures.engine_driver import Driver, make_driver
 from tests.fixtures.parity_cases import BASES, CASES, INVOCATION, LLAMA_CASES, LLAMA_PEFT_TYPES, NOT_ON_NF4
 
@@ -42,6 +50,7 @@ KERNELS: dict[str, Any] = {
     "grouped": lambda device, _: (GroupedKernel(device), "torch matmuls"),
 }
 NEW_TOKENS = 6
+ROUTED = ("mixtral", "qwen3moe")
 
 
 def with_biases(model: nn.Module) -> nn.Module:
@@ -60,7 +69,12 @@ def build(kind: str) -> nn.Module:
     if kind == "tied":
         return tiny_llama(**large, tie_word_embeddings=True)
     torch.manual_seed(0)
-    if kind == "mixtral":
+    if kind.startswith("qwen3moe"):
+        sizes = {**large, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 97, "hidden_size": 64}
+        experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "norm_topk_prob": True}
+        qwen = Qwen3MoeConfig(**sizes, **experts, num_hidden_layers=2, head_dim=16, max_position_embeddings=128)
+        return Qwen3MoeForCausalLM(qwen).eval()
+    if kind.startswith("mixtral"):
         heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
         sizes = {**large, **heads, "vocab_size": 97, "hidden_size": 64, "num_hidden_layers": 2}
         return MixtralForCausalLM(MixtralConfig(**sizes, max_position_embeddings=128, eos_token_id=2)).eval()
@@ -158,6 +172,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str, s
         for seed, (case, settings) in enumerate(CASES[kind].items()):
             if isinstance(settings, PeftConfig):
                 write_peft_adapter(model, path / case, settings, seed=seed)
+            elif kind.endswith("earlier names"):
+                write_earlier_adapter(model, path / case, seed=seed, **settings)
             else:
                 write_adapter(model, path / case, seed=seed, **settings)
         return path
@@ -186,7 +202,7 @@ def assert_peft_agrees(world: World, case: str | None, prompt: list[int], tokens
     expected = logits_on(world.reference(case), prompt, tokens, activated)
     if world.base == "bf16":
         exact = logits_on(world.reference(case).float(), prompt, tokens, activated)
-        assert_as_close_as_bf16_allows(logits, expected, exact)
+        assert_as_close_as_bf16_allows(logits, expected, exact, flips=world.kind.startswith(ROUTED))
         return
     assert (logits - expected).abs().max() < 1e-4
     assert tokens == expected.argmax(-1).tolist()
@@ -207,13 +223,15 @@ def is_activated(settings: Any) -> bool:
     return isinstance(settings, dict) and "alora_invocation_tokens" in settings
 
 
-def assert_as_close_as_bf16_allows(logits: Tensor, expected: Tensor, exact: Tensor) -> None:
+def assert_as_close_as_bf16_allows(logits: Tensor, expected: Tensor, exact: Tensor, flips: bool = False) -> None:
     """`exact` is PEFT in float32 on the same bf16 weights, `noise` how far PEFT in bf16 is from it. We may be three
     times as far (our factors are bf16 too, an output is rounded once more, and both are single draws: 0.6 to 2.8 was
     seen), and a token may differ where the errors of its row decide: three times what the difference of two logits
-    has of them."""
+    has of them. Where a router chooses experts, rounding `flips` the choice of a token whose experts are nearly tied:
+    one row of a sequence may be off by more."""
     noise = (expected - exact).square().mean().sqrt()
-    assert (logits.float() - exact).square().mean().sqrt() <= 3 * noise
+    rows = (logits.float() - exact).square().mean(-1).sort().values
+    assert (rows[:-1] if flips else rows).mean().sqrt() <= 3 * noise
     picked = expected.gather(-1, logits.float().argmax(-1, keepdim=True))[:, 0]
     best = expected.amax(-1)
     step = torch.exp2(best.abs().log2().floor() - 7)
@@ -304,6 +322,11 @@ def test_the_self_test_sees_a_wrong_number(world: Callable[[str, str], World]) -
         ("llama", "lora_bias"),
         ("llama PEFT types", "ia3"),
         ("llama PEFT types", "ia3, feedforward"),
+        ("llama PEFT types", "oft"),
+        ("llama PEFT types", "boft"),
+        ("llama PEFT types", "road"),
+        ("llama PEFT types", "shira"),
+        ("llama PEFT types", "c3a"),
         ("llama", "embedding"),
         ("llama", "saved head and norms"),
         ("llama", "tokens at both ends"),
@@ -368,11 +391,14 @@ def test_a_slot_keeps_nothing_of_scales_either(world: Callable[[str, str], World
     digests = {case: driver.add_adapter(folder / case) for case in LLAMA_PEFT_TYPES}
     here = World("llama PEFT types", "fp32", folder, driver, digests, recorded(driver))
     pool = driver.engine._runner.pool
-    for case in ["ia3", "plain", "ia3, feedforward", "loha", "ia3, inputs by a pattern", "ia3, feedforward", "plain"]:
+    inputs = ["ia3, feedforward", "loha", "ia3, inputs by a pattern", "ia3, feedforward"]
+    for case in ["ia3", "plain", "oft", *inputs, "road", "shira", "boft", "plain"]:
         (result,) = here.run(case, seed=4)
         assert_peft_agrees(here, case, *result)
         assert bool(pool.input_scale_shift._tables) == (case in ("ia3, feedforward", "ia3, inputs by a pattern"))
-    assert not pool.scale_shift._tables
+        assert bool(pool.row_maps._by_slot) == (case in ("oft", "road", "shira", "boft"))
+        driver.engine.check_integrity()
+    assert not pool.scale_shift._tables and not pool.extra_bytes()
     driver.engine.residency.close()
 
 

@@ -86,7 +86,7 @@ async def test_a_killed_engine_is_noticed_replaced_and_leaves_nothing_behind(
     client.abort(["aborted"])
     assert (await collect(aborted))[1] == "abort"
 
-    killed, folders = transport.pid, {transport._folder}
+    killed, folders = transport.pid, {transport.folder}
     streams = [client.submit(request(f"s{index}", 480)) for index in range(5)]
     for stream in streams:
         await first(stream)
@@ -103,7 +103,7 @@ async def test_a_killed_engine_is_noticed_replaced_and_leaves_nothing_behind(
     assert await collect(client.submit(request("after"))) == (greedy(tiny_llama(), PROMPT, 8), "length")
 
     second = transport.pid
-    folders.add(transport._folder)
+    folders.add(transport.folder)
     running = client.submit(request("running", 480))
     await first(running)
     await client.stop()
@@ -180,7 +180,7 @@ async def test_stopping_while_the_model_loads_leaves_nothing_behind(llama_folder
     client = EngineClient(transport)
     starting = asyncio.create_task(client.start())
     await eventually(lambda: transport.pid is not None)
-    pid, folder = transport.pid, transport._folder
+    pid, folder = transport.pid, transport.folder
     await client.stop()
     assert pid is not None and is_gone(pid)
     assert folder is not None and not folder.exists()
@@ -190,10 +190,10 @@ async def test_stopping_while_the_model_loads_leaves_nothing_behind(llama_folder
 async def test_the_child_that_was_spawned_ahead_is_the_one_that_serves(llama_folder: Path, tmp_path: Path) -> None:
     transport = make_transport(llama_folder, tmp_path)
     transport.spawn()
-    pid, folder = transport.pid, transport._folder
+    pid, folder = transport.pid, transport.folder
     client = EngineClient(transport)
     await client.start()
-    assert transport.pid == pid and transport._folder == folder
+    assert transport.pid == pid and transport.folder == folder
     assert await collect(client.submit(request("s"))) == (greedy(tiny_llama(), PROMPT, 8), "length")
     await client.stop()
     assert pid is not None and is_gone(pid) and folder is not None and not folder.exists()
@@ -202,7 +202,7 @@ async def test_the_child_that_was_spawned_ahead_is_the_one_that_serves(llama_fol
 def test_an_abandoned_child_leaves_nothing_behind(tmp_path: Path) -> None:
     transport = make_transport(tmp_path / "nothing here", tmp_path)
     transport.spawn()
-    pid, folder = transport.pid, transport._folder
+    pid, folder = transport.pid, transport.folder
     assert pid is not None and folder is not None and folder.exists()
     transport.abandon()
     assert is_gone(pid) and not folder.exists()

@@ -493,12 +493,16 @@ def test_an_explicit_load_without_room_is_refused(single: Residency[Weights]) ->
     assert single.where("a") == "device"
 
 
-def test_an_explicit_load_that_fails_says_why_once(residency: Residency[Weights], tiers: Tiers) -> None:
+def test_an_explicit_load_that_fails_says_why_until_another_attempt(
+    residency: Residency[Weights], tiers: Tiers
+) -> None:
     tiers.read_errors["a"] = OSError("disk on fire")
     with pytest.raises(MoveRefused, match="reading it failed") as refused:
         wait_until(residency, lambda: residency.bring("a", "device"))
     assert refused.value.code == "invalid"
+    assert residency.failures() == {"a": str(refused.value)}
     tiers.read_errors.clear()
+    residency.forget_failure("a")
     residency.bring("a", "device")
     acquire(residency, "a")
 

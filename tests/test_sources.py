@@ -2,12 +2,14 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from adapters.errors import AdapterError, AdapterTooLarge, SourceNotAllowed, SourceNotFound
 from adapters.peft.files import FILES, TOKENIZER_FILES
 from adapters.sources import NAMED_BY_OPERATOR, copy_from
+from adapters.sources import file as file_source
 
 LIMIT = 1000
 
@@ -205,7 +207,7 @@ def test_an_endless_file_stops_at_the_cap(root: Path) -> None:
         file.truncate(1 << 40)
     with pytest.raises(AdapterTooLarge):
         fetch(root, f"file://{root}/allowed/one")
-    assert (root / "into" / FILES[1]).stat().st_size <= LIMIT
+    assert not (root / "into" / FILES[1]).exists()  # its size is known before anything is copied
 
 
 def test_a_pickle_is_named_with_the_command_that_converts_it(root: Path) -> None:
@@ -219,3 +221,40 @@ def test_messages_are_printable(root: Path) -> None:
     with pytest.raises(AdapterError) as caught:
         fetch(root, "file:///a\r\nb\ud800")
     assert str(caught.value).isprintable()
+
+
+def test_a_file_that_grows_while_it_is_copied_stops_at_the_cap(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = root / "allowed" / "one" / FILES[1]
+    check = file_source._check_file
+
+    def grow_after(*arguments: Any) -> None:
+        check(*arguments)
+        if arguments[1] == path:
+            with path.open("ab") as file:
+                file.truncate(1 << 30)
+
+    monkeypatch.setattr(file_source, "_check_file", grow_after)
+    with pytest.raises(AdapterTooLarge):
+        fetch(root, f"file://{root}/allowed/one")
+    assert (root / "into" / FILES[1]).stat().st_size <= LIMIT
+
+
+def test_a_hard_link_to_another_file_is_refused_unless_the_operator_names_the_folder(root: Path) -> None:
+    """A tenant who may write into the allowed folder links a file that only the server may read."""
+    place = root / "allowed" / "one" / FILES[1]
+    place.unlink()
+    place.hardlink_to(root / "secret" / "two" / FILES[1])
+    with pytest.raises(SourceNotAllowed, match="hard links"):
+        fetch(root, f"file://{root}/allowed/one")
+    assert FILES[1] not in copied(root)
+    copy_from(f"file://{root}/allowed/one", NAMED_BY_OPERATOR, root / "into", max_bytes=LIMIT)
+    assert FILES[1] in copied(root)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files to other users")
+def test_a_file_of_another_user_is_refused(root: Path) -> None:
+    os.chown(root / "allowed" / "one" / FILES[1], 4711, -1)
+    with pytest.raises(SourceNotAllowed, match="another user"):
+        fetch(root, f"file://{root}/allowed/one")
+    os.chown(root / "allowed", 4711, -1)  # the folder's owner may
+    fetch(root, f"file://{root}/allowed/one")

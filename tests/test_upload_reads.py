@@ -84,7 +84,7 @@ async def test_an_upload_is_hashed_once_and_loaded_once(
     context.engine = EngineClient(ThreadTransport(lambda: build_engine(settings)))
     await context.engine.start()
     wire = httpx.ASGITransport(app)
-    async with httpx.AsyncClient(transport=wire, base_url="http://test") as http:
+    async with httpx.AsyncClient(transport=wire, base_url="http://localhost") as http:
         sent = {name: (name, data) for name, data in files.items()}
         created = await http.post("/v1/adapters", data={"name": "acme"}, files=sent)
     await context.sandbox.close()

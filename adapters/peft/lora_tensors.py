@@ -7,8 +7,10 @@ from pathlib import Path
 from adapters.errors import Problem, ProblemCode
 from adapters.model_spec import ModelSpec
 from adapters.peft.config_reader import shown
+from adapters.peft.earlier_names import EarlierNames, ExpertTensor
 from adapters.peft.files import CONFIG_FILE
 from adapters.peft.lora_config import LoraSettings
+from adapters.peft.lora_forms import LoraForm
 from adapters.peft.patterns import dotted_suffixes
 from adapters.peft.safetensors_header import FLOAT_BYTES, TensorInfo, read_header, stored_bytes
 from adapters.peft.spellings import peft_names, repeated
@@ -27,6 +29,7 @@ KINDS: dict[str, str] = {
 _BASE_LAYER = ".base_layer"
 _WRAPPERS = (".modules_to_save", ".original_module", ".token_adapter")
 Names = dict[TensorKind, str]
+ExpertNames = dict[ExpertTensor, str]
 
 
 @dataclass(slots=True)
@@ -34,8 +37,9 @@ class LoraTensors:
     """Names of tensors by module and kind.
 
     `modules` has the factors of linears, and of modules that the base model lacks. `embeddings` is for the input
-    embedding. `stacked` has factors of parameters, by module and by the nesting depth of PEFT's wrapper. `saved` has
-    whole parameters, `biases` trained biases of linears that are not adapted, `tokens` rows of embeddings.
+    embedding. `stacked` has factors of parameters, by module and by the nesting depth of PEFT's wrapper. `experts` has
+    those of single experts, by module and parameter, from before transformers fused them. `saved` has whole
+    parameters, `biases` trained biases of linears that are not adapted, `tokens` rows of embeddings.
 
     Where the vocabulary was resized, PEFT writes whole wrappers: `copies` lists duplicates of saved parameters and
     `unused` the weights that they replaced, as (module, parameter, tensor). `notes` are sentences for the report.
@@ -46,6 +50,7 @@ class LoraTensors:
     modules: dict[str, Names] = field(default_factory=dict)
     embeddings: dict[str, Names] = field(default_factory=dict)
     stacked: dict[str, dict[int, Names]] = field(default_factory=dict)
+    experts: dict[str, dict[str, ExpertNames]] = field(default_factory=dict)
     saved: dict[str, dict[str, str]] = field(default_factory=dict)
     biases: dict[str, str] = field(default_factory=dict)
     tokens: dict[str, str] = field(default_factory=dict)
@@ -55,19 +60,26 @@ class LoraTensors:
     notes: list[str] = field(default_factory=list)
 
     @classmethod
-    def read(cls, path: Path, spec: ModelSpec) -> "LoraTensors":
-        """Read the header of the file at `path` and sort its tensors. Raises `AdapterInvalid` if it is not a
-        safetensors file."""
+    def read(cls, path: Path, spec: ModelSpec, form: LoraForm | None = None) -> "LoraTensors":
+        """Read the header of the file at `path` and sort its tensors, whose names are those of `form`. Raises
+        `AdapterInvalid` if it is not a safetensors file."""
         tensors = cls(path, read_header(path, FLOAT_BYTES))
         spellings = peft_names(tensors.infos, spec.modules.keys() | spec.parameters.keys())
         again = repeated(spellings.names)
         tensors.notes += [*spellings.notes, *rounding_notes(tensors.infos)]
+        earlier, renamed = EarlierNames(spec), 0
         for name, own in spellings.names.items():
             if name in again:
                 found = f"another spelling of {shown(again[name], 200)}"
                 tensors.misnamed.append(problem(name, found, "each tensor once", "malformed_file"))
+            elif (lora := own if form is None else form.lora_name(own)) is not None:
+                current = earlier.current(lora)
+                renamed += current != lora
+                tensors._place(name, current, spec)
             else:
-                tensors._sort(name, own, spec)
+                tensors.misnamed.append(problem(name, "a tensor of another kind", "those of the config's type"))
+        if renamed:
+            tensors.notes.append(f"the names of {renamed} tensors are those of an earlier transformers")
         for module, parameter, name in list(tensors.copies):
             if tensors.saved.setdefault(module, {}).setdefault(parameter, name) == name:
                 tensors.copies.remove((module, parameter, name))  # not a duplicate: the only tensor of the parameter
@@ -81,12 +93,12 @@ class LoraTensors:
 
     def touched(self) -> set[str]:
         """Return every module that the adapter changes."""
-        kinds = (self.modules, self.embeddings, self.stacked, self.saved, self.biases, self.tokens)
+        kinds = (self.modules, self.embeddings, self.stacked, self.experts, self.saved, self.biases, self.tokens)
         return set().union(*kinds)
 
     def adapted(self) -> set[str]:
         """Return the modules that PEFT wraps, a subset of `touched`."""
-        return self.modules.keys() | self.embeddings.keys() | self.stacked.keys()
+        return self.modules.keys() | self.embeddings.keys() | self.stacked.keys() | self.experts.keys()
 
     def vocab_size(self, spec: ModelSpec) -> int | None:
         """Return the number of rows of the adapter's own embedding or head where it differs from the base's, else
@@ -94,6 +106,14 @@ class LoraTensors:
         names = [self.saved.get(module, {}).get("weight") for module in (spec.embedding, spec.head)]
         sizes = {self.infos[name].shape[0] for name in names if name} - {spec.vocab_size}
         return max(sizes) if sizes else None
+
+    def _place(self, name: str, current: str | ExpertTensor, spec: ModelSpec) -> None:
+        if isinstance(current, str):
+            self._sort(name, current, spec)
+            return
+        places = self.experts.setdefault(current.module, {}).setdefault(current.parameter, {})
+        if places.setdefault(current, name) != name:
+            self.misnamed.append(problem(name, "a second one of its expert", "one", "malformed_file"))
 
     def _sort(self, name: str, own: str, spec: ModelSpec) -> None:
         """Sort the tensor `name`, which PEFT would call `own`."""
@@ -157,6 +177,13 @@ def parameter_factors(
     for depth, own in names.items():
         if depth < len(targeted):
             yield targeted[-1 - depth], own
+
+
+def expert_ranks(tensors: LoraTensors, settings: LoraSettings) -> Iterator[int]:
+    """Yield the ranks of single experts' factors; the rank of their parameter is that of its parts together."""
+    for module, parameters in tensors.experts.items():
+        for parameter, names in parameters.items():
+            yield settings.rank(f"{module}.{parameter}") // next(iter(names)).parts
 
 
 def factor_shapes(

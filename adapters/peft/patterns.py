@@ -28,7 +28,7 @@ class ModulePatterns:
     def __init__(self, values: Mapping[str, float]):
         """Compile the patterns. Raises `BadPattern` for an expression that RE2 does not accept, or for too many
         expressions."""
-        self._values = values
+        self.values = values
         self._order = {pattern: position for position, pattern in enumerate(values)}
         expressions = [pattern for pattern in values if not _LITERAL.fullmatch(pattern)]
         if len(expressions) > MAX_EXPRESSIONS:
@@ -37,9 +37,9 @@ class ModulePatterns:
 
     def get(self, module: str, default: float) -> float:
         """Return the value of the first pattern that matches `module`, or `default`."""
-        matches = [name for name in (f"^{module}", *dotted_suffixes(module)) if name in self._values]
+        matches = [name for name in (f"^{module}", *dotted_suffixes(module)) if name in self.values]
         matches += [pattern for pattern, expression in self._expressions if expression.fullmatch(module)]
-        return self._values[min(matches, key=self._order.__getitem__)] if matches else default
+        return self.values[min(matches, key=self._order.__getitem__)] if matches else default
 
 
 class ModuleNames:

@@ -15,9 +15,9 @@ from typing import Any, BinaryIO, NoReturn
 from adapters.errors import AdapterInvalid, Problem
 from adapters.peft.foreign_files import GATHERED, PEEKED_BYTES, foreign
 
-MAX_HEADER_BYTES = 4 << 20
+MAX_HEADER_BYTES = 16 << 20
 MAX_METADATA_BYTES = 64 << 10
-MAX_TENSORS = 8192
+MAX_TENSORS = 1 << 16  # 48 layers of 128 experts with 3 projections have 36,864 factors
 MAX_NAME_LENGTH = 512
 MAX_DIMENSIONS = 4
 MAX_DIGITS = 15

@@ -13,7 +13,8 @@ _ALL_LINEAR = "all-linear"  # PEFT replaces it by names before it saves a config
 @dataclass(frozen=True, slots=True)
 class Targets:
     """The keys of a config that choose modules. `target_modules` is at most one of `names`, `expression` and
-    `all_linear`; `layers` are None where all layers are meant."""
+    `all_linear`; `layers` are None where all layers are meant. `moved` are last components of names that PEFT looks
+    for among the parameters, and among the modules no more."""
 
     names: frozenset[str] | None
     expression: ModuleNames | None
@@ -22,6 +23,7 @@ class Targets:
     saved: tuple[str, ...]
     layers: frozenset[int] | None
     layers_pattern: tuple[str, ...]
+    moved: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "Targets | None":
@@ -51,7 +53,11 @@ class Targets:
         leaves out."""
         found = set()
         for module in (*linears, embedding):
-            if module in self.excluded or any(f".{name}." in f".{module}." for name in self.saved):
+            if (
+                self.has_moved(module)
+                or module in self.excluded
+                or any(f".{name}." in f".{module}." for name in self.saved)
+            ):
                 continue
             if self.all_linear:
                 chosen = module not in (embedding, head)
@@ -62,6 +68,10 @@ class Targets:
             if chosen:
                 found.add(module)
         return found
+
+    def has_moved(self, module: str) -> bool:
+        """Return True for a module with the name of a target that has become a parameter."""
+        return module.rpartition(".")[2] in self.moved
 
     def _is_named(self, module: str, names: frozenset[str]) -> bool:
         if module in names:  # PEFT applies `layers_to_transform` to endings of names alone

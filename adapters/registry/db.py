@@ -163,6 +163,19 @@ def point(db: sqlite3.Connection, name: str, version: AdapterVersion, source: st
     )
 
 
+def delete_name(db: sqlite3.Connection, name: str) -> None:
+    """Delete a name and its history, durably."""
+    with transaction(db):
+        db.execute("DELETE FROM names WHERE name = ?", (name,))
+        db.execute("DELETE FROM history WHERE name = ?", (name,))
+
+
+def delete_pending(db: sqlite3.Connection, name: str) -> None:
+    """Delete a pending adapter, durably."""
+    with transaction(db):
+        db.execute("DELETE FROM pending WHERE name = ?", (name,))
+
+
 def update_report(db: sqlite3.Connection, digest: str, report: str) -> None:
     """Replace the report of a version. Call in a transaction."""
     db.execute("UPDATE versions SET report = ? WHERE digest = ?", (report, digest))
@@ -173,6 +186,11 @@ def read_entries(db: sqlite3.Connection, store: AdapterStore, name: str | None =
     query = _ROWS.format(where="WHERE names.name = ?" if name else "")
     with closing(db.execute(query, (name,) if name else ())) as cursor:
         return {key: _entry(list(rows), store) for key, rows in groupby(cursor, key=itemgetter("name"))}
+
+
+def stored_bytes(db: sqlite3.Connection) -> int:
+    """Return the bytes of the weights of all versions."""
+    return int(db.execute("SELECT COALESCE(SUM(nbytes), 0) FROM versions").fetchone()[0])
 
 
 def names_with(db: sqlite3.Connection, digest: str) -> list[str]:

@@ -17,6 +17,8 @@ from adapters.records import AdapterRecord, AdapterVersion, Entry, HistoryEntry,
 from adapters.registry.aliases import BASE_MEMBER, Alias, delete_alias, read_aliases, write_alias
 from adapters.registry.db import (
     connect,
+    delete_name,
+    delete_pending,
     mark_rebuilt,
     names_with,
     point,
@@ -25,6 +27,7 @@ from adapters.registry.db import (
     read_entries,
     read_pending,
     set_aside_files,
+    stored_bytes,
     transaction,
     update_report,
     write_check,
@@ -35,6 +38,7 @@ from adapters.registry.index import RegistryIndex
 from adapters.registry.journal import Journal, Line, alias_line, name_line, no_alias_line
 from adapters.registry.packed_files import PACKED_FOLDER, remove_packed
 from adapters.registry.rebuild import Restored, restore
+from adapters.registry.spare_space import SpareSpace
 from adapters.registry.store import AdapterStore, Signature
 
 __all__ = [
@@ -85,6 +89,7 @@ class AdapterRegistry:
             self._db = undo.enter_context(closing(connect(data_dir, self.store)))
             self.set_aside = set_aside_files(data_dir)
             self._collector = GarbageCollector(self._db, self.store, keep_orphans=bool(self.set_aside))
+            self._spare = SpareSpace(data_dir)
             self.collect_garbage()
             entries = read_entries(self._db, self.store)
             self._index = RegistryIndex(entries)
@@ -146,6 +151,11 @@ class AdapterRegistry:
     def digests(self) -> set[str]:
         """Return the digests of all versions that a name points to now."""
         return self._index.digests()
+
+    def stored_bytes(self) -> int:
+        """Return the bytes of the weights of all stored versions."""
+        with self._writing:
+            return stored_bytes(self._db)
 
     def publish(
         self,
@@ -261,9 +271,7 @@ class AdapterRegistry:
             record = self._entry(name).record
             if any(name in alias.weights for alias in self.aliases.values()):
                 raise AdapterConflict(f"An alias sends requests to the adapter '{name}'; change its split first.")
-            with transaction(self._db):
-                self._db.execute("DELETE FROM names WHERE name = ?", (name,))
-                self._db.execute("DELETE FROM history WHERE name = ?", (name,))
+            self._spare.spend_on(lambda: delete_name(self._db, name))
             self._note(name_line(self._db, name))
             self._refresh(name)
             return record
@@ -283,8 +291,7 @@ class AdapterRegistry:
     def forget(self, name: str) -> None:
         """Remove `name` from `pending`, if it is there."""
         with self._writing:
-            with transaction(self._db):
-                self._db.execute("DELETE FROM pending WHERE name = ?", (name,))
+            self._spare.spend_on(lambda: delete_pending(self._db, name))
             self.pending = {key: value for key, value in self.pending.items() if key != name}
 
     def split(self, name: str, weights: Mapping[str, float]) -> Alias:
@@ -313,8 +320,12 @@ class AdapterRegistry:
         with self._writing:
             if name not in self.aliases:
                 raise _not_found(name)
-            with transaction(self._db):
-                delete_alias(self._db, name)
+
+            def delete() -> None:
+                with transaction(self._db):
+                    delete_alias(self._db, name)
+
+            self._spare.spend_on(delete)
             self.aliases = {key: value for key, value in self.aliases.items() if key != name}
             self._note(no_alias_line(name))
 
@@ -322,9 +333,10 @@ class AdapterRegistry:
         """Delete the stored versions that are in no name's history and not `in_use`; returns their digests. Raises
         `NoSpace`."""
         with self._writing:
-            deleted = self._collector.collect(in_use)
+            deleted = self._spare.spend_on(lambda: self._collector.collect(in_use))
             for digest in deleted:
                 remove_packed(self._packed, digest)
+            self._spare.fill()
             return deleted
 
     def _commit(self, folder: Path, digest: str) -> Stored:

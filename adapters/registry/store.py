@@ -12,16 +12,19 @@ import re
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from adapters.errors import AdapterInvalid, NoSpace
 from adapters.peft.digest import digest_of
-from adapters.peft.files import FILES, TOKENIZER_FILES, WEIGHTS_FILE
+from adapters.peft.files import CONFIG_FILE, FILES, TOKENIZER_FILES, WEIGHTS_FILE
+from adapters.registry.spare_space import check_free_space
 
 Signature = tuple[tuple[str, int, int, int], ...]  # per file: name, inode, size in bytes, modification time in ns
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -42,6 +45,7 @@ class AdapterStore:
         Raises `NoSpace` when the disk is full, also for writes in the body of the `with`.
         """
         with _no_space():
+            check_free_space(self._staging)
             folder = Path(tempfile.mkdtemp(dir=self._staging))
             try:
                 yield folder
@@ -67,6 +71,7 @@ class AdapterStore:
         with _no_space():
             for path in (*(folder / name for name in names), folder):
                 _fsync(path)
+            check_free_space(folder)
             with self._places:
                 if all((place / name).is_file() for name in names):
                     return place
@@ -133,11 +138,17 @@ class AdapterStore:
 
     def delete(self, digest: str) -> None:
         """Remove `digest`, if it is there."""
-        place = self.path(digest)
-        doomed = Path(tempfile.mkdtemp(dir=self._staging))
+        place, doomed = self.path(digest), self._staging / f"{digest}-{time.monotonic_ns()}"
         with self._places, suppress(FileNotFoundError):
-            # Renamed before removal, so that a partly removed folder is never at an adapter's place.
-            place.rename(doomed / digest)
+            # Renamed before removal, so that a partly removed folder is never at an adapter's place. A full disk may
+            # have no room for the new name; a folder without its config is absent as well.
+            try:
+                place.rename(doomed)
+            except OSError as error:
+                if error.errno not in _FULL:
+                    raise
+                (place / CONFIG_FILE).unlink(missing_ok=True)
+                doomed = place
         shutil.rmtree(doomed, ignore_errors=True)
 
     def digests(self) -> list[str]:
@@ -160,7 +171,7 @@ def _no_space() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in _FULL:
             raise NoSpace("The server has no space left for adapters.") from error
         raise
 

@@ -190,8 +190,9 @@ class Residency(Generic[P]):
             self._copier.submit(self._write_job, slot, packed)
 
     def bring(self, digest: str, tier: Tier) -> None:
-        """Carry out an explicit load; call on every step until it is done. Raises `MoveRefused`."""
-        failed = self._failed.pop(digest, None)
+        """Carry out an explicit load; call on every step until it is done. Raises `MoveRefused`. A failure stays in the
+        version's record until another attempt succeeds."""
+        failed = self._failed.get(digest)
         if failed is not None:
             raise MoveRefused("invalid", failed[0])
         if tier == "host":

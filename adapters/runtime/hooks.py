@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from adapters.kernels.segments import SlotRows
+from adapters.runtime.experts import ExpertFactors, GatheredExperts, is_gathered
 from adapters.runtime.module_overrides import Output
 from adapters.runtime.pool import AdapterPool
 from adapters.runtime.step import Current
@@ -24,7 +26,13 @@ class ModuleOverrideHook:
         self._inputs: tuple[Any, ...] | None = None
         if isinstance(module, nn.Embedding):
             module.register_forward_pre_hook(self._before)
+        if is_gathered(module):
+            GatheredExperts(module, self._expert_factors)
         module.register_forward_hook(self._after)
+
+    def _expert_factors(self) -> list[tuple[SlotRows, ExpertFactors]]:
+        overrides = self._current.plan.module_overrides
+        return [] if overrides is None else overrides.expert_factors(self._name)
 
     def _before(self, module: nn.Embedding, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
         self._inputs = inputs

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
 from adapters.kernels.segments import SlotRows
+from adapters.runtime.experts import ExpertFactors
 
 Output = Tensor | tuple[Tensor, ...]
 
@@ -134,6 +135,11 @@ def _tensors(module_overrides: Iterable[nn.Module]) -> list[Tensor]:
     return [*found.values()]
 
 
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    moved = tensor.to(device)
+    return nn.Parameter(moved, requires_grad=False) if isinstance(tensor, nn.Parameter) else moved
+
+
 @dataclass(frozen=True, slots=True)
 class ModuleOverridePlan:
     """The adapters of a step that have overrides: their rows, and their overrides by module. `num_rows` is the
@@ -145,13 +151,18 @@ class ModuleOverridePlan:
     def apply(self, name: str, inputs: tuple[Any, ...], output: Output) -> Output:
         """Return the output of module `name` with the owners' rows replaced by the results of their overrides."""
         for rows, module_overrides in self.owners:
-            if name in module_overrides:
+            if name in module_overrides and not isinstance(module_overrides[name][0], ExpertFactors):
                 own = self._rows(output, rows)
                 given = [self._rows(x, rows) for x in inputs]
                 for override in module_overrides[name]:
                     own = override(own, *given)
                 output = self._put(output, rows, own)
         return output
+
+    def expert_factors(self, name: str) -> list[tuple[SlotRows, ExpertFactors]]:
+        """Return the owners that have factors of the experts `name`; their rows are complete after its forward."""
+        stacks = [(rows, own.get(name, ())) for rows, own in self.owners]
+        return [(rows, stack[0]) for rows, stack in stacks if stack and isinstance(stack[0], ExpertFactors)]
 
     def _rows(self, x: Any, rows: SlotRows) -> Any:
         if isinstance(x, tuple):
@@ -206,9 +217,11 @@ class ModuleOverrideTable:
         return set(self._by_slot)
 
     def _on_device(self, override: nn.Module) -> nn.Module:
-        """Return the override on the device. The host's copy stays in host memory, because `Module.to` moves in
-        place."""
-        return override if self._device.type == "cpu" else copy.deepcopy(override).to(self._device)
+        """Return the override on the device. The host's copy stays in host memory, and what is on the device already,
+        such as parameters shared with the base, is shared and not copied."""
+        if self._device.type == "cpu":
+            return override
+        return copy.deepcopy(override, {id(t): _moved(t, self._device) for t in _tensors([override])})
 
     def plan_rows(self, rows: Iterable[SlotRows], num_rows: int) -> ModuleOverridePlan | None:
         """Return the plan of a step's rows; None when no adapter of the step has overrides."""

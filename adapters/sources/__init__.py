@@ -25,7 +25,10 @@ def check_source(source: str, allowed: Sequence[str]) -> None:
 
 def check_allow_source(entry: str) -> None:
     """Raise `SourceNotAllowed` unless `entry`, a value of `--allow-source`, allows a source that can be fetched."""
-    _module(entry).roots([entry])
+    if entry.startswith("https:"):
+        hub.redirect_hosts([entry])
+    else:
+        _module(entry).roots([entry])
 
 
 def copy_from(

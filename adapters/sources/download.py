@@ -15,6 +15,7 @@ import httpx
 
 from adapters.errors import AdapterTooLarge, SourceNotFound, SourceUnavailable
 from adapters.peft.files import FILES
+from adapters.sources.redirects import RedirectNotAllowed, Redirects
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -48,12 +49,16 @@ class Download:
     the request's credentials (httpx sees to that).
     """
 
-    def __init__(self, source: str, max_bytes: int, stop: threading.Event, *, follow_redirects: bool):
+    def __init__(self, source: str, max_bytes: int, stop: threading.Event, redirects: Redirects | None = None):
+        """`redirects` None: none is followed."""
         self._source = source
         self._left = max_bytes
         self._stop = stop
         self._client = httpx.Client(
-            timeout=_TIMEOUT, follow_redirects=follow_redirects, headers={"accept-encoding": "identity"}
+            timeout=_TIMEOUT,
+            follow_redirects=redirects is not None,
+            headers={"accept-encoding": "identity"},
+            event_hooks={"request": [redirects.check] if redirects else []},
         )
 
     def __enter__(self) -> "Download":
@@ -125,7 +130,7 @@ class Download:
 
     @contextmanager
     def _get(self, url: str, headers: Mapping[str, str]) -> Iterator[httpx.Response]:
-        with self._client.stream("GET", url, headers=headers) as answer:
+        with self._stream(url, headers) as answer:
             if answer.status_code in _NOTHING_THERE:
                 raise self.not_found()
             if answer.status_code in _WORTH_ANOTHER_TRY:
@@ -134,6 +139,15 @@ class Download:
                 log.warning("%s: status %d", self._source, answer.status_code)
                 raise self.unavailable("cannot be fetched: its server responded with an unexpected status")
             yield answer
+
+    @contextmanager
+    def _stream(self, url: str, headers: Mapping[str, str]) -> Iterator[httpx.Response]:
+        try:
+            with self._client.stream("GET", url, headers=headers) as answer:
+                yield answer
+        except RedirectNotAllowed as error:
+            log.warning("%s: %s", self._source, error)
+            raise self.unavailable("cannot be fetched: its server redirects to a host that is not allowed") from None
 
     def _chunks(self, answer: httpx.Response) -> Iterator[bytes]:
         for chunk in answer.iter_bytes(_CHUNK_BYTES):

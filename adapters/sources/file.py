@@ -36,7 +36,9 @@ def copy(source: str, allowed: Sequence[str], into: Path, max_bytes: int, stop: 
     for name in (*FILES, *TOKENIZER_FILES):
         path = _checked(folder / name, roots(allowed), source)
         if name in FILES or os.path.lexists(folder / name):
-            left -= _copy_file(path, into / name, min(left, TOKENIZER_FILES.get(name, left)), source)
+            with _open(path, source) as reader:
+                _check_file(reader, path, roots(allowed), min(left, TOKENIZER_FILES.get(name, left)), source)
+                left -= _copy_file(reader, into / name, min(left, TOKENIZER_FILES.get(name, left)))
     return source
 
 
@@ -82,18 +84,37 @@ def _not_found(source: str) -> SourceNotFound:
     return SourceNotFound(f"The source {source[:200]!r} does not have {' and '.join(FILES)} to be read.")
 
 
-def _copy_file(path: Path, target: Path, max_bytes: int, source: str) -> int:
-    """Copy one regular file; returns its size in bytes."""
+def _check_file(reader: BinaryIO, path: Path, roots: Sequence[Path], max_bytes: int, source: str) -> None:
+    """Check the opened file before anything is copied. Whoever may write into a folder that clients name could link a
+    file of another user there; so such a file has one link, and belongs to the server's user, root or the folder's
+    owner."""
+    status = os.fstat(reader.fileno())
+    if not stat.S_ISREG(status.st_mode):
+        raise _not_found(source)
+    if status.st_size > max_bytes:
+        raise _too_large()
+    own = {root.stat().st_uid for root in roots if path.is_relative_to(root)} | {os.geteuid(), 0}
+    named_by_operator = Path("/") in roots
+    if not named_by_operator and (status.st_nlink > 1 or status.st_uid not in own):
+        raise SourceNotAllowed(
+            f"The source {source[:200]!r} has a file with several hard links or of another user; copy it there."
+        )
+
+
+def _copy_file(reader: BinaryIO, target: Path, max_bytes: int) -> int:
+    """Copy one file; returns its size in bytes, which may have grown meanwhile."""
     copied = 0
-    with _open(path, source) as reader, target.open("wb") as writer:
-        if not stat.S_ISREG(os.fstat(reader.fileno()).st_mode):
-            raise _not_found(source)
+    with target.open("wb") as writer:
         while chunk := reader.read(_CHUNK_BYTES):
             copied += len(chunk)
             if copied > max_bytes:
-                raise AdapterTooLarge("The adapter's files are larger than this server accepts.")
+                raise _too_large()
             writer.write(chunk)
     return copied
+
+
+def _too_large() -> AdapterTooLarge:
+    return AdapterTooLarge("The adapter's files are larger than this server accepts.")
 
 
 def _open(path: Path, source: str) -> BinaryIO:

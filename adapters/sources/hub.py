@@ -18,9 +18,14 @@ from adapters.errors import SourceNotAllowed, SourceNotFound
 from adapters.peft.files import FILES, TOKENIZER_FILES
 from adapters.peft.foreign_files import foreign_weights, weights_instead
 from adapters.sources.download import Digest, Download
+from adapters.sources.redirects import Redirects
 from adapters.sources.urls import check_under, parts
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")  # an organisation, a repository, or one component of a revision
+
+
+_PULL_REQUEST = re.compile(r"(refs/)?pr/[0-9]+", re.IGNORECASE)
+_HOST = re.compile(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?")
 
 
 class _LargeFile(msgspec.Struct):
@@ -61,6 +66,11 @@ class _Place:
             raise SourceNotAllowed("A hub's source must be hf://org/repo@revision or hf://org/repo@revision/folder.")
         return cls(f"{org}/{repo}", revision, tuple(rest[1:]))
 
+    @property
+    def number(self) -> str:
+        """The number of a pull request."""
+        return self.revision.rpartition("/")[2]
+
     def at(self, commit: str) -> str:
         return "/".join((f"hf://{self.repo}@{commit}", *self.subfolder))
 
@@ -76,15 +86,49 @@ class _Place:
 def roots(allowed: Sequence[str]) -> list[tuple[str, ...]]:
     """Return the components of the hub's entries, `hf://org` or `hf://org/repo`. Raises `SourceNotAllowed` for any
     other form."""
-    found = [parts(entry, "hf") for entry in allowed if entry.startswith("hf:")]
-    if any(len(root) > 2 or "@" in "".join(root) for root in found):
+    found = [parts(entry, "hf") for entry in _repositories(allowed)]
+    if any(len(root) > 2 for root in found):
         raise SourceNotAllowed("An --allow-source entry for a hub must be hf://org or hf://org/repo.")
     return found
 
 
+def _repositories(allowed: Sequence[str]) -> list[str]:
+    """Return the hub's entries without those for a pull request, `hf://org/repo@refs%2Fpr%2F1`."""
+    found = []
+    for entry in allowed:
+        if entry.startswith("hf:") and "@" not in entry:
+            found.append(entry)
+        elif entry.startswith("hf:") and not _is_of_anyone(_Place.parse(entry).revision):
+            raise SourceNotAllowed(
+                "An --allow-source entry may name a revision only if it is refs%2Fpr%2F and a number."
+            )
+    return found
+
+
+def _is_of_anyone(revision: str) -> bool:
+    """Return whether a revision is a pull request, whose content anyone may write."""
+    return _PULL_REQUEST.fullmatch(revision) is not None
+
+
+def redirect_hosts(allowed: Sequence[str]) -> list[str]:
+    """Return the hosts of the `https://host` entries. Raises `SourceNotAllowed` for any other form."""
+    hosts = [entry.removeprefix("https://") for entry in allowed if entry.startswith("https:")]
+    if not all(_HOST.fullmatch(host) for host in hosts):
+        raise SourceNotAllowed("An --allow-source entry for redirects must be https://host.")
+    return hosts
+
+
 def check_source(source: str, allowed: Sequence[str]) -> None:
-    """Raise `SourceNotAllowed` unless the repository of `source` is one of `allowed`."""
-    check_under(source, tuple(_Place.parse(source).repo.split("/")), roots(allowed))
+    """Raise `SourceNotAllowed` unless the repository of `source` is one of `allowed`; a pull request needs an entry of
+    its own."""
+    place = _Place.parse(source)
+    if not _is_of_anyone(place.revision):
+        return check_under(source, tuple(place.repo.split("/")), roots(allowed))
+    requests = [_Place.parse(entry) for entry in allowed if entry.startswith("hf:") and "@" in entry]
+    if not any((place.repo, place.number) == (known.repo, known.number) for known in requests):
+        raise SourceNotAllowed(
+            f"The source {source[:200]!r} is a pull request, which anyone may write; an --allow-source must name it."
+        )
 
 
 def copy(source: str, allowed: Sequence[str], into: Path, max_bytes: int, stop: threading.Event) -> str:
@@ -93,7 +137,7 @@ def copy(source: str, allowed: Sequence[str], into: Path, max_bytes: int, stop: 
 
     place, token = _Place.parse(source), get_token()
     headers = {"authorization": f"Bearer {token}"} if token else {}
-    with Download(source, max_bytes, stop, follow_redirects=True) as download:
+    with Download(source, max_bytes, stop, Redirects(constants.ENDPOINT, redirect_hosts(allowed))) as download:
         if constants.HF_HUB_OFFLINE:
             raise download.unavailable("cannot be fetched: this server has HF_HUB_OFFLINE set")
         revision = quote(place.revision, safe="")

@@ -52,7 +52,7 @@ def _parts(source: str) -> tuple[str, ...]:
 def copy(source: str, allowed: Sequence[str], into: Path, max_bytes: int, stop: threading.Event) -> str:
     """Fetch the adapter's files and return `source`."""
     bucket, *prefix = _parts(source)
-    with Download(source, max_bytes, stop, follow_redirects=False) as download:
+    with Download(source, max_bytes, stop) as download:
         for name in (*FILES, *TOKENIZER_FILES):
             try:
                 url = _signed(download, bucket, "/".join((*prefix, name)))

@@ -10,11 +10,13 @@ from adapters.errors import AdapterInvalid, Problem
 from adapters.model_spec import ModelSpec
 from adapters.peft.config_reader import MAX_CONFIG_BYTES, read_json
 from adapters.peft.digest import Scan, scan
+from adapters.peft.earlier_names import with_current_targets
 from adapters.peft.files import CONFIG_FILE, FILES, WEIGHTS_FILE
 from adapters.peft.foreign_files import foreign_weights
 from adapters.peft.lora_config import LoraSettings, parse_config
 from adapters.peft.lora_tensors import (
     LoraTensors,
+    expert_ranks,
     parameter_factors,
     rank_of,
 )
@@ -83,8 +85,11 @@ def _inspect_converted(adapter: Converted, spec: ModelSpec, check: _TokenizerChe
     report: dict[str, Any] = {"applied": applied, "features": list(adapter.type_config.features)}
     if notes := [*adapter.notes(), *check.notes]:
         report["notes"] = notes
-    if traits := adapter.type_config.traits().described():
-        report["traits"] = traits
+    traits = adapter.type_config.traits()
+    if not traits.additive:
+        traits = replace(traits, owned=_last_parts(adapter.layers), scalable=False)
+    if described := traits.described():
+        report["traits"] = described
     return Inspected(adapter.digest, adapter.rank, _last_parts(adapter.layers), adapter.nbytes(), report)
 
 
@@ -159,7 +164,8 @@ class CheckedLora:
             for module, depths in tensors.stacked.items()
             for parameter, _ in parameter_factors(module, depths, settings, spec)
         ]
-        return max([*linears, *embeddings, *parameters], default=1)
+        experts = expert_ranks(tensors, settings)
+        return max([*linears, *embeddings, *parameters, *experts], default=1)
 
 
 def check_lora(
@@ -177,8 +183,11 @@ def check_lora(
     _require_files(folder)
     with (folder / CONFIG_FILE).open("rb") as file:
         settings, problems = parse_config(file.read(MAX_CONFIG_BYTES + 1))
+    if settings is not None:
+        settings, more = with_current_targets(settings, spec)
+        problems += more
     try:
-        tensors = LoraTensors.read(folder / WEIGHTS_FILE, spec)
+        tensors = LoraTensors.read(folder / WEIGHTS_FILE, spec, settings.form if settings else None)
     except AdapterInvalid as error:
         raise AdapterInvalid(problems + error.problems) from None
     scanned = (
@@ -197,6 +206,7 @@ def check_lora(
 
 def _features(tensors: LoraTensors, settings: LoraSettings, spec: ModelSpec) -> list[str]:
     found = {
+        "target_parameters": bool(tensors.experts) and "target_parameters" not in settings.features,
         "embedding": bool(tensors.embeddings),
         "saved_weights": bool(tensors.saved) and not settings.modules_to_save,
         "vocabulary": tensors.vocab_size(spec) is not None,
@@ -206,9 +216,27 @@ def _features(tensors: LoraTensors, settings: LoraSettings, spec: ModelSpec) -> 
 
 def _traits(tensors: LoraTensors, settings: LoraSettings, spec: ModelSpec) -> Traits:
     """Return the config's traits, completed by those that show only in the tensors."""
-    more = bool(tensors.embeddings or tensors.stacked or tensors.saved or tensors.tokens)
+    more = bool(tensors.embeddings or tensors.stacked or tensors.experts or tensors.saved or tensors.tokens)
     traits = settings.traits()
     vocab_size = tensors.vocab_size(spec)
     if more:
         traits = replace(traits, additive=False, mergeable=False)
+    if not traits.additive:
+        traits = replace(traits, owned=_owned(tensors, spec), scalable=_is_scalable(tensors))
     return replace(traits, vocab_size=vocab_size)
+
+
+def _owned(tensors: LoraTensors, spec: ModelSpec) -> tuple[str, ...]:
+    """Return the last parts of the names of modules in which the adapter does more than add `s·B A x`."""
+    owned = {module for module, kinds in tensors.modules.items() if kinds.keys() - {"A", "B"}}
+    owned.update(tensors.embeddings, tensors.stacked, tensors.saved, tensors.biases, tensors.tokens)
+    if spec.tied and not owned.isdisjoint((spec.embedding, spec.head)):
+        owned |= {spec.embedding, spec.head}
+    return _last_parts(owned)
+
+
+def _is_scalable(tensors: LoraTensors) -> bool:
+    """Return True if PEFT scales nothing but A and B of linears: saved modules, tokens and trained biases have no
+    scale. DoRA's norm depends on it."""
+    scaled = {kind for kinds in tensors.modules.values() for kind in kinds} - {"A", "B", "base_bias"}
+    return not (scaled or tensors.embeddings or tensors.stacked)

@@ -27,7 +27,8 @@ from adapters.peft.patterns import dotted_suffixes
 from adapters.peft.targets import unmatched
 from adapters.peft.tensor_bytes import largest_finite
 from adapters.peft.tensor_names import TensorKind
-from adapters.validation.saved_checks import copy_problems, token_problems
+from adapters.validation.expert_checks import ExpertChecks
+from adapters.validation.saved_checks import copy_problems, token_problems, whole_problems
 
 MAX_STACKED_BYTES = 1 << 30  # size in float32 of all parameters of which the adapter needs a changed copy
 _FACTORS: tuple[TensorKind, ...] = ("A", "B")
@@ -51,9 +52,12 @@ class LoraChecks:
             found += [*self._vectors(settings), *self._biases(settings), *self._embedding(settings)]
             found += [
                 *self._stacked(settings),
+                *ExpertChecks(self.tensors, self.spec, settings).problems(),
                 *token_problems(self.tensors, self.spec, settings),
                 *self._invocation(settings),
             ]
+            if settings.whole_targets is not None:
+                found += whole_problems(self.tensors, self.spec, settings.whole_targets)
         found += [*self._saved(), *self._vocabulary(settings)]
         if magnitudes is not None:
             found += [*copy_problems(self.tensors), *self._numbers(settings, magnitudes)]
@@ -79,6 +83,7 @@ class LoraChecks:
         """Yield every declared target without a tensor, and every tensor that PEFT would drop because its module is
         no target."""
         if settings.target_modules is None:
+            yield from self._moved(settings)
             yield from self._lost(settings, set())
             return
         declared = set(settings.target_modules)
@@ -94,9 +99,17 @@ class LoraChecks:
             yield _missing_target("target_modules", target)
         yield from self._lost(settings, declared - reached)
 
+    def _moved(self, settings: LoraSettings) -> Iterator[Problem]:
+        """Yield every tensor of a linear with the name of a target that PEFT looks for among the parameters."""
+        for module, names in self.tensors.modules.items():
+            if settings.targets is not None and settings.targets.has_moved(module):
+                yield problem(next(iter(names.values())), "a module beyond them", "only targeted modules", "no_target")
+
     def unmatched(self, settings: LoraSettings) -> list[str]:
         """Return the targets that no module of the base model has, which PEFT ignores beside others that match."""
-        return unmatched(settings.target_modules or (), self.spec.names)
+        whole = settings.whole_targets
+        names = settings.target_modules if whole is None else whole.names
+        return unmatched(names or (), self.spec.names)
 
     def _lost(self, settings: LoraSettings, unreached: set[str]) -> Iterator[Problem]:
         """Yield one problem for the modules that PEFT wraps and the file has no tensors for. Modules of the targets
@@ -128,10 +141,10 @@ class LoraChecks:
     def _saved_targets(self, settings: LoraSettings) -> Iterator[Problem]:
         """Check that the file has the targets of `modules_to_save` and `target_parameters`."""
         saved = [f".{module}." for module in self.tensors.saved]
-        for target in settings.modules_to_save:
+        for target in settings.modules_to_save if settings.whole_targets is None else ():
             if not any(f".{target}." in module for module in saved):
                 yield _missing_target("modules_to_save", target)
-        adapted = self.tensors.stacked.keys() | self.tensors.modules.keys()
+        adapted = self.tensors.stacked.keys() | self.tensors.modules.keys() | self.tensors.experts.keys()
         parameters = [f".{module}.{name}" for module in adapted for name in parameter_names(module, self.spec)]
         for target in settings.target_parameters:
             if not any(name.endswith(f".{target}") for name in parameters):
@@ -287,11 +300,18 @@ class LoraChecks:
                 where = next(iter(depths[0].values()))
                 yield problem(where, "DoRA or lora_bias on a parameter", "plain factors, as in PEFT")
             for parameter, names in parameter_factors(module, depths, settings, self.spec):
-                nbytes += 4 * math.prod(self.spec.parameters[module][parameter])
+                nbytes += self._copied(module, parameter)
                 yield from self._parameter(module, parameter, names, settings)
         if nbytes > MAX_STACKED_BYTES:
             expected = f"parameters of at most {MAX_STACKED_BYTES} bytes in float32"
             yield problem(f"{CONFIG_FILE}: target_parameters", f"{nbytes} bytes of parameters", expected)
+
+    def _copied(self, module: str, parameter: str) -> int:
+        """Return the size in float32 of a parameter of which the adapter needs a changed copy; 0 for gathered experts
+        and for matrices, whose factors are applied as they are."""
+        shape = self.spec.parameters[module][parameter]
+        is_copied = len(shape) == 3 and module not in self.spec.gathered
+        return 4 * math.prod(shape) if is_copied else 0
 
     def _parameter(
         self, module: str, parameter: str, names: dict[TensorKind, str], settings: LoraSettings

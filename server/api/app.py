@@ -13,9 +13,11 @@ from server.api.adapters import aliases, merge, routes, vllm_compat
 from server.api.context import AppContext
 from server.api.errors import install_error_handlers
 from server.api.inference import chat, completions, tokenization
+from server.api.middleware.audit import AuditMiddleware
 from server.api.middleware.auth import AuthMiddleware
 from server.api.middleware.body_limits import BodyLimitsMiddleware
 from server.api.middleware.browser_guard import BrowserGuard
+from server.api.middleware.refused_requests import RefusedRequestsMiddleware
 from server.api.middleware.request_scope import IGNORED_HEADER, RequestMiddleware
 from server.api.schemas import ChatCompletionChunk, CompletionChunk
 
@@ -27,8 +29,13 @@ def create_app(context: AppContext) -> FastAPI:
     for module in (health, models, chat, completions, tokenization, routes, aliases, merge, vllm_compat):
         app.include_router(module.router)
     install_error_handlers(app)
-    # The middleware added last runs first: request id, then host and origin, CORS, authorization, and body limits.
-    app.add_middleware(BodyLimitsMiddleware, max_upload_bytes=context.config.max_upload_bytes)
+    # The middleware added last runs first: request id, audit log, host and origin, CORS, authorization, rate, body.
+    app.add_middleware(
+        BodyLimitsMiddleware,
+        max_upload_bytes=context.config.max_upload_bytes,
+        context_length=lambda: context.info.max_model_len if context.ready else 0,
+    )
+    app.add_middleware(RefusedRequestsMiddleware, rate_limits=lambda: context.rate_limits)
     app.add_middleware(AuthMiddleware, keys=context.keys, routes=app.router.routes)
     if context.config.cors_origin:  # before the authorization: a browser's preflight request has no key
         app.add_middleware(
@@ -39,6 +46,7 @@ def create_app(context: AppContext) -> FastAPI:
             expose_headers=["x-request-id", IGNORED_HEADER],
         )
     app.add_middleware(BrowserGuard, hosts=_hosts(context), origins=context.config.cors_origin)
+    app.add_middleware(AuditMiddleware, audit=context.audit)
     app.add_middleware(RequestMiddleware, metrics=context.metrics)
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
     context.watch()

@@ -20,6 +20,7 @@ from server.api.text.adapter_tokenizers import AdapterTokenizers
 from server.api.text.grammar_compiler import GrammarCompiler
 from server.api.text.template_sandbox import TemplateSandbox
 from server.api.text.tokenizer import Tokenizer
+from server.audit import AuditLog
 from server.config import ServeConfig
 from server.ipc.client import EngineClient
 from server.ipc.messages import EngineInfo, ResidencyReport
@@ -142,6 +143,7 @@ class AppContext:
     metrics: Metrics
     base_model: str
     base_tokenizer: Tokenizer | None = None  # until the engine is ready
+    audit: AuditLog | None = None
     started: float = field(default_factory=time.time)
     startup: Startup = field(default_factory=lambda: Startup(done=True))
     draining: bool = False  # unready but still serving, because load balancers need time to notice
@@ -168,7 +170,11 @@ class AppContext:
         config = self.config
         per_adapter = Limits(config.adapter_max_concurrent, config.adapter_rpm, config.adapter_tpm)
         self.rate_limits = RateLimits(per_adapter)
-        shared = len(self.keys.tenants) > 1
+        self.follow_keys()
+
+    def follow_keys(self) -> None:
+        """Derive again what follows from the API keys, which may have changed."""
+        config, shared = self.config, len(self.keys.tenants) > 1
         self.queue_limits = QueueLimits(config.max_queue, config.max_queue_tokens, shared, self.engine.waiting)
 
     @property

@@ -119,8 +119,9 @@ def validation_error(errors: Any) -> ApiError:
     """Return a 400 that names the invalid fields and the reasons. Never echoes the input: NaN and lone surrogates
     cannot be serialized."""
     if errors[0]["type"] == "json_invalid":
-        reason, at = errors[0].get("ctx", {}).get("error", "it cannot be decoded"), errors[0]["loc"][-1]
-        return bad_request(f"The body is not valid JSON: {reason} at character {at}.")
+        reason = errors[0].get("ctx", {}).get("error", "it cannot be decoded")
+        at = "".join(f" at character {place}" for place in errors[0]["loc"][-1:])  # pydantic's own reason has the place
+        return bad_request(f"The body is not valid JSON: {reason}{at}.")
     found = [e for e in errors if e["type"] == "unsupported"] or list(errors[:_MAX_VALIDATION_ERRORS])
     sentences = [f"{_field(e['loc']) or 'body'}: {e['msg']}" for e in found]
     more = len(errors) - len(found)

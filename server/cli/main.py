@@ -9,6 +9,7 @@ import typer
 from server import config as settings
 from server.cli import adapters as adapter_commands
 from server.cli import convert as folder_commands
+from server.cli import keys as key_commands
 from server.cli import registry as registry_commands
 from server.cli import sync as sync_commands
 from server.cli.doctor import doctor
@@ -75,6 +76,7 @@ app.command()(sync_commands.sync)
 app.command()(doctor)
 app.command()(plan)
 app.add_typer(adapter_commands.app, name="adapters")
+app.add_typer(key_commands.app, name="keys")
 app.add_typer(registry_commands.app, name="registry")
 
 

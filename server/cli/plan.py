@@ -9,7 +9,15 @@ from rich.console import Console
 from rich.table import Table
 
 from server.config import GIB, ServeConfig
-from server.engine.memory_plan import DRIVER_BYTES, DeviceMemory, MemoryPlan, PlanRefused, make_plan, with_adapters
+from server.engine.memory_plan import (
+    DEFAULT_RANK,
+    DRIVER_BYTES,
+    DeviceMemory,
+    MemoryPlan,
+    PlanRefused,
+    make_plan,
+    with_adapters,
+)
 
 _SERVE_FLAGS = (
     "quantization",
@@ -72,7 +80,11 @@ def plan_offline(config: ServeConfig, gpu_bytes: int, adapters: int = 0) -> tupl
 
     try:
         facts = facts_from_config(
-            config.model, config.dtype, config.quantization, config.max_model_len, config.max_adapter_rank
+            config.model,
+            config.dtype,
+            config.quantization,
+            config.max_model_len,
+            config.max_adapter_rank or DEFAULT_RANK,
         )
     except ModelRefused as refused:
         raise ValueError(str(refused)) from refused

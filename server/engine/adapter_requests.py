@@ -32,7 +32,7 @@ class AdapterMoves:
     def add(self, request: MoveAdapter | PinAdapter) -> None:
         if isinstance(request, PinAdapter) and not request.pinned:
             self._withdraw(request.digest, "the adapter was unpinned meanwhile", with_moves=False)
-        self._residency.expect(request.digest)
+        self._residency.forget_failure(request.digest)
         self._pending.append(request)
 
     def retire(self, digest: str) -> None:

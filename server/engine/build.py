@@ -2,6 +2,7 @@
 
 import logging
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 
 import msgspec
 
@@ -29,7 +30,7 @@ from server.engine.block_manager import BlockManager
 from server.engine.constraints import Constraints
 from server.engine.engine import Engine
 from server.engine.grammars import Grammars
-from server.engine.memory_plan import BLOCK_SIZE, MemoryPlan
+from server.engine.memory_plan import BLOCK_SIZE, DEFAULT_RANK, MemoryPlan
 from server.engine.merging import Merged, MergePolicy, Merging
 from server.engine.packed_reads import PackedReads
 from server.engine.policies import FairShare, FirstCome
@@ -49,6 +50,7 @@ from server.model.loading.probe import probe
 from server.model.loading.tokenizer import load_tokenizer
 from server.model.packed_linear import packed
 from server.model.runner import ModelRunner
+from server.model.warm_up import warm_up
 
 log = logging.getLogger(__name__)
 
@@ -69,11 +71,13 @@ def build_engine(config: ServeConfig, tokenizer: BaseTokenizer | None = None) ->
     loaded = load_model(
         config.model, config.dtype, config.quantization, config.device, config.max_model_len, config.nf4_policy
     )
-    shape, spec = probe(loaded, config.max_adapter_rank)
+    shape, spec = probe(loaded, config.max_adapter_rank or DEFAULT_RANK)
     plan = plan_memory(config, loaded, shape, spec)
+    spec = replace(spec, max_rank=plan.max_rank)
     num_blocks, max_model_len = plan.num_blocks, plan.max_model_len
     runner = ModelRunner(loaded, shape, spec, num_blocks=num_blocks, block_size=BLOCK_SIZE, num_pages=plan.num_pages)
     runner.check_and_fuse(loaded)
+    warm_up(runner.run, BLOCK_SIZE, runner.device)
     graphs = "none: --eager" if config.eager else runner.capture_graphs(config.max_num_seqs, max_model_len)
     reader = _weights_reader(config, spec)
     residency = _residency(config, loaded, spec, runner, plan, reader)
@@ -135,7 +139,7 @@ def _residency(
         HostCache(host_cache_bytes(config, runner, runner.pool.nbytes())),
         read=reads.read,
         write=writer(runner.pool, runner.device),
-        max_pages=pages_of(config.max_adapter_rank),
+        max_pages=pages_of(plan.max_rank),
         threads=1 if runner.device.type == "cpu" else 2,
         on_thread_start=step_aside if runner.device.type == "cpu" else stay_single_threaded,
         keep=reads.keep,

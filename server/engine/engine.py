@@ -238,8 +238,9 @@ class Engine:
             if seq.admitted is None:
                 seq.admitted = now
                 seq.num_cached_tokens = max(scheduled.copied_from - seq.num_virtual_tokens, 0)
-                problem = seq.adapters and input_problem(
-                    seq.token_ids, seq.sampling, self._runner.vocab_size(seq.slots)
+                problem = seq.adapters and (
+                    self._runner.pool.virtual.problem(seq.slots, seq.num_virtual_tokens)
+                    or input_problem(seq.token_ids, seq.sampling, self._runner.vocab_size(seq.slots))
                 )
                 if problem:
                     refused = True

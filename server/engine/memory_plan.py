@@ -17,7 +17,8 @@ from server.config import GIB, ServeConfig
 
 MIB = 1 << 20
 BLOCK_SIZE = 16  # tokens of a KV block
-FULL_SLOTS = 16  # adapters of the largest rank that fit by default; most adapters are smaller (docs/simulation.md)
+FULL_SLOTS = 16  # adapters of USUAL_RANK that fit by default; most adapters are smaller (docs/simulation.md)
+DEFAULT_RANK, USUAL_RANK = 128, 64  # the limit by default, and the rank that the default pool is sized by
 DRIVER_BYTES = 600 * MIB  # CUDA context and libraries, when planning without the device
 POOL_SHARE, OVERRIDE_SHARE = 4, 8  # by default, the pool gets at most a quarter and the overrides an eighth of the rest
 USEFUL_TOKENS = 2048  # the KV cache has room for a sequence of this length, or the plan is refused
@@ -49,6 +50,7 @@ class ModelFacts:
     itemsize: int
     layers: int
     max_model_len: int  # the model's limit, or the one requested
+    experts: int = 0  # the factors of all experts of one adapter of rank 16
     nf4_weights: int = 0  # weights after quantization to NF4; 0 if that is not possible
     nf4_scratch: int = 0
 
@@ -75,6 +77,7 @@ class MemoryPlan:
     total: int
     parts: dict[str, int]
     num_pages: int
+    max_rank: int
     num_blocks: int
     override_bytes: int
     max_model_len: int
@@ -112,8 +115,8 @@ def make_plan(
 
 
 def with_adapters(facts: ModelFacts, config: ServeConfig, adapters: int) -> ServeConfig:
-    """Return `config` with room for `adapters` adapters of the largest rank on the device."""
-    size = adapters * pages_of(config.max_adapter_rank) * facts.page
+    """Return `config` with room for `adapters` adapters of the largest rank, if it is given, or of 64."""
+    size = adapters * pages_of(config.max_adapter_rank or USUAL_RANK) * facts.page
     slots = max(adapters, config.adapter_slots)
     return dataclasses.replace(config, adapter_slots=slots, adapter_device_bytes=size)
 
@@ -138,7 +141,8 @@ class _Planner:
     def make(self) -> MemoryPlan:
         parts = self._fixed()
         left = self.device.total - sum(parts.values())
-        num_pages = self._num_pages(left)
+        max_rank = self.config.max_adapter_rank or self._default_rank(left)
+        num_pages = self._num_pages(left, max_rank)
         pool = num_pages * self.facts.page
         overrides = self._override_bytes(left - pool)
         parts |= {"adapter pool": pool, "module overrides": overrides}
@@ -147,7 +151,9 @@ class _Planner:
         num_blocks, max_model_len = self._kv_cache(left - pool - overrides - reference)
         parts["KV cache"] = num_blocks * BLOCK_SIZE * self.facts.kv_token
         workspace = "estimated, not yet measured on a GPU" if self.measured is None else "measured"
-        return MemoryPlan(self.device.total, parts, num_pages, num_blocks, overrides, max_model_len, workspace)
+        return MemoryPlan(
+            self.device.total, parts, num_pages, max_rank, num_blocks, overrides, max_model_len, workspace
+        )
 
     def _fixed(self) -> dict[str, int]:
         found = {
@@ -170,19 +176,26 @@ class _Planner:
         launches = 2 * len(self.graph_rows) * facts.layers * _LAYER_GRAPH_BYTES
         return logits + layouts + launches + max(self.graph_rows) * facts.token
 
-    def _num_pages(self, left: int) -> int:
+    def _default_rank(self, left: int) -> int:
+        """Return the largest rank where the operator gave none: the default if two such adapters fit into the pool."""
+        pool = self.config.adapter_device_bytes or (math.inf if self.device.lazy else left // POOL_SHARE)
+        return DEFAULT_RANK if 2 * pages_of(DEFAULT_RANK) * self.facts.page <= pool else USUAL_RANK
+
+    def _num_pages(self, left: int, max_rank: int) -> int:
         """Return the number of pages of the adapter pool."""
         config, page = self.config, self.facts.page
-        largest = pages_of(config.max_adapter_rank)
+        largest = pages_of(max_rank)
         if config.adapter_device_bytes:
             num_pages = min(config.adapter_device_bytes // page, config.adapter_slots * largest)
             if num_pages < largest:
                 raise PlanRefused(
-                    f"an adapter of rank {config.max_adapter_rank} does not fit into --adapter-device-bytes "
+                    f"an adapter of rank {max_rank} does not fit into --adapter-device-bytes "
                     f"{config.adapter_device_bytes}; raise it to {largest * page} or lower --max-adapter-rank"
                 )
             return num_pages
-        default = min(config.adapter_slots, FULL_SLOTS) * largest
+        usual = largest if config.max_adapter_rank else pages_of(USUAL_RANK)
+        # One of the largest rank always finds room beside pinned ones of the usual rank.
+        default = (min(config.adapter_slots, FULL_SLOTS) - 1) * usual + largest
         share = default if self.device.lazy or not page else left // POOL_SHARE // page
         return max(min(default, share), largest)
 
@@ -191,6 +204,7 @@ class _Planner:
         if self.config.adapter_override_bytes:
             return self.config.adapter_override_bytes
         wanted = self.facts.whole + min(self.config.adapter_slots, FULL_SLOTS) * self.facts.vectors
+        wanted += self.facts.experts * pages_of(self.config.max_adapter_rank)  # of one adapter; most are smaller
         if self.device.lazy:
             return min(max(wanted, CPU_OVERRIDE_BYTES), self.device.total // OVERRIDE_SHARE)
         return max(min(wanted, left // OVERRIDE_SHARE), self.facts.vectors)
@@ -263,7 +277,7 @@ def _changes(plan: _Planner) -> Iterator[tuple[str, dict[str, object]]]:
         yield "--adapter-override-bytes 0", {"adapter_override_bytes": 0}
     if config.max_model_len > USEFUL_TOKENS:
         yield f"--max-model-len {USEFUL_TOKENS}", {"max_model_len": USEFUL_TOKENS}
-    if config.max_adapter_rank > 16:
+    if (config.max_adapter_rank or DEFAULT_RANK) > 16:
         yield "--max-adapter-rank 16", {"max_adapter_rank": 16}
     if config.max_batch_tokens > 256:
         yield "--max-batch-tokens 256", {"max_batch_tokens": 256}

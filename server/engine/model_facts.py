@@ -9,6 +9,7 @@ import transformers
 from torch import nn
 
 from adapters.model_spec import ModelSpec
+from adapters.residency.slots import PAGE_COLUMNS
 from adapters.runtime.pool import page_bytes
 from server.engine.memory_plan import REFERENCE_ROWS, ModelFacts
 from server.model.kv_cache import CacheShape
@@ -40,6 +41,7 @@ def facts_of(loaded: LoadedModel, shape: CacheShape, spec: ModelSpec, weights: i
         itemsize=itemsize,
         layers=len(shape.layers),
         max_model_len=loaded.max_model_len,
+        experts=_expert_elements(spec) * itemsize,
         nf4_weights=nf4_weights,
         nf4_scratch=scratch,
     )
@@ -60,6 +62,13 @@ _EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk")
 def _whole_bytes(spec: ModelSpec, itemsize: int) -> int:
     names = [name for name in (spec.embedding, spec.head) if name]
     return sum(_elements(spec.parameters.get(name, {})) for name in names) * itemsize
+
+
+def _expert_elements(spec: ModelSpec) -> int:
+    """Return the elements of the factors of all gathered experts for rank 16 in each of their linears: two lie side by
+    side in `gate_up_proj`, whose rank is twice as large."""
+    shapes = [(name, s) for module in spec.gathered for name, s in spec.parameters[module].items() if len(s) == 3]
+    return sum(PAGE_COLUMNS * (1 + (name == "gate_up_proj")) * s[0] * (s[1] + s[2]) for name, s in shapes)
 
 
 def _largest_module(spec: ModelSpec) -> int:

@@ -9,7 +9,7 @@ from adapters.model_spec import ModelSpec
 from adapters.runtime.weight_merge import FreeMemory
 from server.config import ServeConfig
 from server.engine.machine import available_memory, memory_limit, total_memory
-from server.engine.memory_plan import DeviceMemory, MemoryPlan, ModelFacts, PlanRefused, make_plan
+from server.engine.memory_plan import DEFAULT_RANK, DeviceMemory, MemoryPlan, ModelFacts, PlanRefused, make_plan
 from server.engine.model_facts import facts_from_config, facts_of, loaded_weights
 from server.model.graphs import bucket_sizes
 from server.model.kv_cache import CacheShape
@@ -49,7 +49,11 @@ def refuse_early(config: ServeConfig) -> None:
         return
     try:
         facts = facts_from_config(
-            config.model, config.dtype, config.quantization, config.max_model_len, config.max_adapter_rank
+            config.model,
+            config.dtype,
+            config.quantization,
+            config.max_model_len,
+            config.max_adapter_rank or DEFAULT_RANK,
         )
     except Exception as error:  # such a model can perhaps be probed once it is loaded
         log.info("no memory plan before the load: %s", error)

@@ -7,10 +7,8 @@ parent: it carries the config, and its end tells the child that the parent has e
 import asyncio
 import json
 import logging
-import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +26,7 @@ from server.ipc.messages import (
     decode_from_engine,
     encode,
 )
+from server.ipc.socket_folder import SocketFolder
 from server.ipc.sockets import address
 
 log = logging.getLogger(__name__)
@@ -43,7 +42,7 @@ class ProcessTransport:
         """Prepare the transport. `child` is the module to run; it calls `worker.main`."""
         self._config = config
         self._child = child
-        self._folder: Path | None = None
+        self._sockets: SocketFolder | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._received = 0  # messages, of all children
         self._is_ahead = False  # the child was spawned and awaits `start`
@@ -54,10 +53,15 @@ class ProcessTransport:
     def pid(self) -> int | None:
         return self._process.pid if self._process is not None else None
 
+    @property
+    def folder(self) -> Path | None:
+        """The folder of the sockets, if there is a child."""
+        return self._sockets.path if self._sockets is not None else None
+
     def spawn(self) -> None:
         """Start the child ahead of `start`, so that it loads the model; its messages are queued."""
-        self._folder = Path(tempfile.mkdtemp(prefix="loraplex-"))  # mode 0700: other users cannot connect
-        self._process = _spawn(self._child, self._config, self._folder)
+        self._sockets = SocketFolder()
+        self._process = _spawn(self._child, self._config, self._sockets.path)
         self._is_ahead = True
 
     def abandon(self) -> None:
@@ -67,21 +71,22 @@ class ProcessTransport:
             self._process.stdin.close()
             self._process.kill()
             self._process.wait()
-            shutil.rmtree(self._folder or "", ignore_errors=True)
+            if self._sockets is not None:
+                self._sockets.remove()
 
     async def start(self, on_message: Callable[[FromEngine], None], on_exit: Callable[[str], None]) -> None:
         if not self._is_ahead:
             await self._clean_up()
             self.spawn()
-        assert self._process is not None and self._folder is not None
+        assert self._process is not None and self.folder is not None
         self._is_ahead = False
         self._outbox = zmq.Context.instance().socket(zmq.PUSH)
         self._outbox.set_hwm(0)
         # Connected, not bound: a bound socket drops what is sent before its peer has connected.
-        self._outbox.connect(address(self._folder, "to-engine"))
+        self._outbox.connect(address(self.folder, "to-engine"))
         inbox = zmq.asyncio.Context.instance().socket(zmq.PULL)
         inbox.set_hwm(0)
-        inbox.bind(address(self._folder, "from-engine"))
+        inbox.bind(address(self.folder, "from-engine"))
         self._tasks = [
             asyncio.create_task(self._receive(inbox, on_message)),
             asyncio.create_task(self._watch(self._process, on_exit)),
@@ -141,9 +146,9 @@ class ProcessTransport:
         if self._outbox is not None:
             self._outbox.close(linger=0)
             self._outbox = None
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._folder = None
+        if self._sockets is not None:
+            self._sockets.remove()
+            self._sockets = None
 
 
 def _report_exit(process: "subprocess.Popen[bytes]", loop: asyncio.AbstractEventLoop, died: Any) -> None:

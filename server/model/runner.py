@@ -45,6 +45,7 @@ class ModelRunner:
         self.fused = 0  # modules that compute through fused operations
         self.graphs: DecodeGraphs | None = None
         self._vocab_size = spec.vocab_size or 0
+        self.is_routed = bool(spec.gathered)
 
     def check_and_fuse(self, loaded: LoadedModel) -> None:
         """Compare the model as it now computes with the stock one, then fuse its blocks where that changes nothing.

@@ -11,7 +11,7 @@ from pathlib import Path
 from adapters.errors import AdapterConflict, AdapterError
 from adapters.records import PendingAdapter
 from adapters.sources import check_source, copy_from
-from server.api.adapters.publishing import Publication, Published, publish_from
+from server.api.adapters.publishing import Publication, Published, audit_publication, publish_from
 from server.api.adapters.schemas import RegisterRequest
 from server.api.adapters.threads import finish_in_thread
 from server.api.context import AppContext
@@ -75,7 +75,7 @@ async def _fetch(context: AppContext, pending: PendingAdapter) -> None:
         while True:
             try:
                 async with context.fetches:
-                    await register(context, body)
+                    audit_publication(context, "fetch", await register(context, body))
                 return
             except EngineUnavailable:  # not a failure of the adapter
                 await asyncio.sleep(_ENGINE_POLL_SECONDS)

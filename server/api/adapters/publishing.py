@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from adapters.errors import AdapterInvalid, AdapterNotFound, Problem
+from adapters.errors import AdapterInvalid, AdapterNotFound, NoSpace, Problem
 from adapters.model_spec import ModelSpec
 from adapters.names import check_name
 from adapters.peft.config_reader import MAX_CONFIG_BYTES, read_json
@@ -106,12 +106,30 @@ async def publish_from(
         decided = decide(publication, inspected)
         if decided is None:
             return Published(publication.name, inspected)
+        await _check_quota(context, inspected)
         async with _tested(context, decided, inspected, folder):
             if decided.dry_run:
                 return Published(publication.name, inspected)
             published = await _publish(context, decided, inspected, folder)
         await _forget_failure(context, inspected.digest)
         return published
+
+
+async def _check_quota(context: AppContext, inspected: Inspected) -> None:
+    """Raise `NoSpace` if the store may not take a new version. Publications at the same time may exceed the quota by
+    theirs."""
+    quota = context.config.adapter_store_bytes
+    if not quota or inspected.digest in context.registry.store:
+        return
+    if await asyncio.to_thread(context.registry.stored_bytes) + inspected.nbytes > quota:
+        raise NoSpace("The adapters on this server have reached their limit of disk space; delete some first.")
+
+
+def audit_publication(context: AppContext, who: str, published: Published) -> None:
+    """Write a publication that no request made to the audit log; the middleware writes those of requests."""
+    if context.audit is not None and published.created:
+        version = f"sha256:{published.inspected.digest}"
+        context.audit.changed(who, "publish", adapter=published.name, version=version)
 
 
 async def _forget_failure(context: AppContext, digest: str) -> None:

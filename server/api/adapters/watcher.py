@@ -19,7 +19,7 @@ from adapters.peft.files import FILES, TOKENIZER_FILES
 from adapters.peft.foreign_files import foreign_weights
 from adapters.records import Inspected, PendingAdapter
 from adapters.sources import NAMED_BY_OPERATOR, copy_from
-from server.api.adapters.publishing import Publication, publish_from
+from server.api.adapters.publishing import Publication, audit_publication, publish_from
 from server.api.context import AppContext
 from server.ipc.client import AdapterMoveRefused
 from server.ipc.supervisor import EngineUnavailable
@@ -102,6 +102,7 @@ class FolderWatcher:
         published = await publish_from(self._context, fill, self._decide)
         if published.record is not None:
             log.info("adapter %s is published from the watched folder", name)
+            audit_publication(self._context, "watched folder", published)
 
     def _decide(self, publication: Publication, inspected: Inspected) -> Publication | None:
         name, digest = publication.name, inspected.digest

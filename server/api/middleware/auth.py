@@ -1,15 +1,14 @@
 """Authorization: API keys, scopes, and the middleware that checks them before the body is read."""
 
-import hashlib
 import hmac
 import ipaddress
-import tomllib
+import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Literal
 
-import msgspec
 from fastapi import Request
 from starlette.datastructures import Headers
 from starlette.routing import BaseRoute, Match
@@ -18,13 +17,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from server.api.errors import ApiError, error_response
 from server.api.middleware.rate_limits import Limits
 from server.config import ConfigError, ServeConfig
+from server.keys_file import ALL_SCOPES, LEAST_BITS, KeyEntry, KeyScope, bits_of, digest_of, read_keys_file
 
-KeyScope = Literal["infer", "admin"]
 Need = Literal["open", "known", "observe", "infer", "admin", "operate"]
 
-ALL_SCOPES: frozenset[KeyScope] = frozenset(get_args(KeyScope))
-_NonEmpty = Annotated[str, msgspec.Meta(min_length=1)]
-_Limit = Annotated[int, msgspec.Meta(ge=1, lt=1 << 53)] | None
+log = logging.getLogger(__name__)
 
 # Exact paths. Routes that are not listed need `admin`, so that a new route is closed until it is added here. What is no
 # route needs a key of any kind, and then gets 404.
@@ -33,7 +30,7 @@ _NEEDS: dict[str, Need] = {
     "/readyz": "open",
     "/health": "open",
     "/metrics": "observe",
-    "/version": "observe",
+    "/version": "open",
     "/v1/stats": "observe",
     "/openapi.json": "observe",
     "/v1/models": "infer",
@@ -58,70 +55,78 @@ class Key:
     adapters: frozenset[str] | None = None
     weight: float = 1.0
     limits: Limits = Limits()
+    expires: float | None = None  # Unix seconds
 
     def sees(self, adapter: str) -> bool:
         return self.adapters is None or adapter in self.adapters
 
     def allows(self, need: Need) -> bool:
-        """Return whether the key meets `need`. Keys with an allow-list never meet `observe` and `operate`: metrics name
-        all adapters, and a merge affects all requests."""
+        """Return whether the key meets `need`. A key with an allow-list never meets `operate`: a merge affects all
+        requests."""
         if need == "known":
             return True
-        if need == "observe":
-            return self.adapters is None
         if need == "operate":
             return self.adapters is None and "admin" in self.scopes
         return need == "open" or need in self.scopes
 
-
-class _KeyEntry(msgspec.Struct, forbid_unknown_fields=True):
-    """One `[[keys]]` table of `--keys-file`."""
-
-    name: _NonEmpty
-    key: _NonEmpty | None = None
-    sha256: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")] | None = None
-    scopes: frozenset[KeyScope] = frozenset({"infer"})
-    tenant: str | None = None
-    adapters: frozenset[str] | None = None
-    weight: Annotated[float, msgspec.Meta(ge=0.01, le=100)] = 1.0
-    max_concurrent: _Limit = None
-    requests_per_minute: _Limit = None
-    tokens_per_minute: _Limit = None
-
-    def as_key(self) -> Key:
-        if (self.key is None) == (self.sha256 is None):
-            raise ValueError(f"the key '{self.name}' must have either 'key' or 'sha256'")
-        digest = self.sha256 or _digest(self.key or "")
-        tenant = self.name if self.tenant is None else self.tenant
-        limits = Limits(self.max_concurrent or 0, self.requests_per_minute or 0, self.tokens_per_minute or 0)
-        return Key(self.name, digest, self.scopes, tenant, self.adapters, self.weight, limits)
-
-
-class _KeysFile(msgspec.Struct, forbid_unknown_fields=True):
-    keys: Annotated[list[_KeyEntry], msgspec.Meta(min_length=1)]
+    @property
+    def is_expired(self) -> bool:
+        return self.expires is not None and time.time() >= self.expires
 
 
 ANYONE = Key("", "", ALL_SCOPES)
 
 
 class KeyRing:
-    """The configured API keys. An empty ring requires no key, which is only allowed on loopback."""
+    """The configured API keys. A ring without a source requires no key, which is only allowed on loopback."""
 
-    def __init__(self, keys: Sequence[Key] = ()):
-        self._keys = tuple(keys)
+    def __init__(self, keys: Sequence[Key] = (), file: Path | None = None):
+        """`keys` stay as they are; those of `file` are read by `reload`."""
+        self._fixed = tuple(keys)
+        self._keys = self._fixed
+        self._file = file
+        self._seen: tuple[int, ...] | None = None
 
     @classmethod
     def load(cls, config: ServeConfig) -> "KeyRing":
         """Load the keys of `--api-key` and `--keys-file`. Raises `ConfigError` that names the unusable entry."""
-        keys = []
+        fixed = []
         if config.api_key:
-            keys.append(Key("api-key", _digest(config.api_key), ALL_SCOPES, tenant="api-key"))
-        if config.keys_file != Path():
-            keys += _read_keys_file(config.keys_file)
-        return cls(keys)
+            if bits_of(config.api_key) < LEAST_BITS:
+                raise ConfigError(
+                    f"--api-key has less than {LEAST_BITS} bits and could be guessed; `openssl rand -hex 32` makes one"
+                )
+            fixed.append(Key("api-key", digest_of(config.api_key), ALL_SCOPES, tenant="api-key"))
+        ring = cls(fixed, config.keys_file if config.keys_file != Path() else None)
+        ring.reload()
+        return ring
+
+    def reload(self) -> None:
+        """Read the file again. Raises `ConfigError` and keeps the keys as they are if it is not usable."""
+        if self._file is None:
+            return
+        self._seen = _signature(self._file)
+        entries = read_keys_file(self._file)
+        plain = [entry.name for entry in entries if entry.key is not None]
+        if plain:
+            log.warning(
+                "%s has the secrets of %d keys in the clear; `loraplex keys hash %s` replaces them by digests",
+                *(self._file, len(plain), self._file),
+            )
+        self._keys = (*self._fixed, *map(_as_key, entries))
+
+    @property
+    def has_file(self) -> bool:
+        return self._file is not None
+
+    @property
+    def is_outdated(self) -> bool:
+        """Return whether the file has changed since it was read."""
+        return self._file is not None and _signature(self._file) != self._seen
 
     def __bool__(self) -> bool:
-        return bool(self._keys)
+        """Return whether requests need a key."""
+        return bool(self._fixed) or self._file is not None
 
     @property
     def tenants(self) -> set[str]:
@@ -129,12 +134,26 @@ class KeyRing:
 
     def find(self, secret: str) -> Key | None:
         """Return the key with this secret. Compares with every key in constant time, so that timing reveals nothing."""
-        digest = _digest(secret)
+        digest = digest_of(secret)
         found = None
         for key in self._keys:
             if hmac.compare_digest(key.sha256, digest):
                 found = key
         return found
+
+
+def _as_key(entry: KeyEntry) -> Key:
+    limits = Limits(entry.max_concurrent or 0, entry.requests_per_minute or 0, entry.tokens_per_minute or 0)
+    expires = entry.expires.timestamp() if entry.expires else None
+    return Key(entry.name, entry.digest, entry.scopes, entry.its_tenant, entry.adapters, entry.weight, limits, expires)
+
+
+def _signature(path: Path) -> tuple[int, ...] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_ino, status.st_size
 
 
 def check_bind(config: ServeConfig, keys: KeyRing) -> None:
@@ -148,27 +167,6 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def _digest(secret: str) -> str:
-    return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def _read_keys_file(path: Path) -> list[Key]:
-    try:
-        found = msgspec.convert(tomllib.loads(path.read_text()), _KeysFile)
-        keys = [entry.as_key() for entry in found.keys]
-        _check_weights(keys)
-        return keys
-    except (OSError, ValueError) as error:  # msgspec's and tomllib's errors are ValueErrors that name the place
-        raise ConfigError(f"--keys-file {path} is not usable: {error}") from error
-
-
-def _check_weights(keys: Sequence[Key]) -> None:
-    weights = {key.tenant: key.weight for key in keys}
-    for key in keys:
-        if key.weight != weights[key.tenant]:
-            raise ValueError(f"the keys of tenant '{key.tenant}' have different weights; give all the same weight")
 
 
 def need_of(path: str) -> Need:
@@ -190,7 +188,7 @@ class AuthMiddleware:
             await send({"type": "websocket.close", "code": 1008})
         else:
             try:
-                scope["state"]["key"] = self._authorize(scope)
+                self._authorize(scope)
             except ApiError as error:
                 await error_response(error)(scope, receive, send)
             else:
@@ -202,22 +200,29 @@ class AuthMiddleware:
             return need
         return "known"
 
-    def _authorize(self, scope: Scope) -> Key:
+    def _authorize(self, scope: Scope) -> None:
+        """Put the caller's key into the request's state. Raises 401 or 403."""
         need = self._need(scope)
         if not self._keys or need == "open":
-            return ANYONE
+            scope["state"]["key"] = ANYONE
+            return
         scheme, _, secret = Headers(scope=scope).get("authorization", "").partition(" ")
         key = self._keys.find(secret.strip()) if scheme.lower() == "bearer" else None
-        if key is None:
-            raise ApiError(
-                401,
-                "A valid API key is required; send the header 'Authorization: Bearer <key>'.",
-                code="invalid_api_key",
-                headers={"www-authenticate": "Bearer"},
-            )
+        if key is None or key.is_expired:
+            raise _no_valid_key("This API key has expired" if key else "A valid API key is required")
+        scope["state"]["key"] = key  # also if it is refused: the audit log has its name
         if not key.allows(need):
-            raise ApiError(403, "This API key lacks the scope for this route.", code="insufficient_scope")
-        return key
+            lacking = "admin, for all adapters" if need == "operate" else need
+            raise ApiError(403, f"This API key lacks the scope for this route ({lacking}).", code="insufficient_scope")
+
+
+def _no_valid_key(why: str) -> ApiError:
+    return ApiError(
+        401,
+        f"{why}; send the header 'Authorization: Bearer <key>'.",
+        code="invalid_api_key",
+        headers={"www-authenticate": "Bearer"},
+    )
 
 
 async def key_of(request: Request) -> Key:

@@ -72,6 +72,15 @@ class Meter:
             found.append(Refusal(wait, f"{limits.tokens_per_minute} tokens per minute"))
         return max(found, default=None)
 
+    def refusal_by_rate(self) -> Refusal | None:
+        """Return the limit of requests per minute if it delays a request now."""
+        wait = self._requests.wait(1) if self._requests is not None else 0.0
+        return Refusal(wait, f"{self._limits.requests_per_minute} requests per minute") if wait else None
+
+    def count_refused(self) -> None:
+        if self._requests is not None:
+            self._requests.take(1)
+
     def begin(self, tokens: int) -> None:
         self._running += 1
         if self._requests is not None:
@@ -114,7 +123,7 @@ class RateLimits:
     def __init__(self, adapters: Limits, clock: Clock = time.monotonic):
         self._adapter_limits = adapters
         self._clock = clock
-        self._keys: dict[str, Meter] = {}
+        self._keys: dict[tuple[str, Limits], Meter] = {}  # a key whose limits change starts anew
         self._adapters: dict[str, Meter] = {}
 
     def check_request(
@@ -135,13 +144,24 @@ class RateLimits:
             meter.begin(prompt_tokens)
         return Lease(meters)
 
+    def check_rate(self, key_id: str, limits: Limits) -> None:
+        """Raise 429 if the key has made its requests of this minute, before anything of the request is read."""
+        for meter in self._meters(key_id, limits, ()):
+            if (refusal := meter.refusal_by_rate()) is not None:
+                raise _too_many(meter.owner, refusal)
+
+    def count_refused(self, key_id: str, limits: Limits) -> None:
+        """Charge the key for a request that was refused before it began."""
+        for meter in self._meters(key_id, limits, ()):
+            meter.count_refused()
+
     def forget(self, adapter: str) -> None:
         self._adapters.pop(adapter, None)
 
     def _meters(self, key_id: str, limits: Limits, adapters: Iterable[str]) -> list[Meter]:
         meters = []
         if limits != Limits():
-            meters.append(self._keys.setdefault(key_id, Meter("this key", limits, self._clock)))
+            meters.append(self._keys.setdefault((key_id, limits), Meter("this key", limits, self._clock)))
         if self._adapter_limits != Limits():
             for name in adapters:
                 # Without its name: an alias may have members that the key must not know.
