@@ -30,6 +30,7 @@ from server.engine.block_manager import BlockManager
 from server.engine.constraints import Constraints
 from server.engine.engine import Engine
 from server.engine.grammars import Grammars
+from server.engine.machine import schedulable_cores
 from server.engine.memory_plan import BLOCK_SIZE, DEFAULT_RANK, MemoryPlan
 from server.engine.merging import Merged, MergePolicy, Merging
 from server.engine.packed_reads import PackedReads
@@ -98,7 +99,7 @@ def build_engine(config: ServeConfig, tokenizer: BaseTokenizer | None = None) ->
         residency,
         selftests,
         merging,
-        _constraints(config, tokenizer, loaded.eos_token_ids),
+        _constraints(config, tokenizer, loaded.eos_token_ids, runner.device.type),
         loaded.eos_token_ids,
         max_model_len,
         overlap=runner.device.type == "cuda",  # launches are synchronous on a CPU
@@ -167,7 +168,9 @@ def _packed_reads(
     return PackedReads(reader, fresh, kept, layout, pinned=on_gpu)
 
 
-def _constraints(config: ServeConfig, base: BaseTokenizer | None, eos_token_ids: frozenset[int]) -> Constraints:
+def _constraints(
+    config: ServeConfig, base: BaseTokenizer | None, eos_token_ids: frozenset[int], device: str
+) -> Constraints:
     store = AdapterStore(config.data_dir / "store")
 
     def backend(version: str) -> str:
@@ -177,7 +180,8 @@ def _constraints(config: ServeConfig, base: BaseTokenizer | None, eos_token_ids:
             raise LookupError("the engine has no tokenizer")
         return base.backend
 
-    return Constraints(Grammars(backend, eos_token_ids), stay_single_threaded)
+    mask_threads = 1 if device == "cpu" else schedulable_cores()
+    return Constraints(Grammars(backend, eos_token_ids), mask_threads, stay_single_threaded)
 
 
 def _merging(config: ServeConfig, spec: ModelSpec, runner: ModelRunner, scheduler: Scheduler) -> Merging:

@@ -1,6 +1,7 @@
 """Constraints of sequences: their parsers, from the request to the end of the output, and the masks of a step."""
 
 import logging
+import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,8 +17,6 @@ from server.model.sampling.categorical import Array
 from server.sequence import Sequence
 
 log = logging.getLogger(__name__)
-
-MANY_ROWS = 4  # from this number on, the masks of a step are computed in threads
 
 
 @dataclass(slots=True)
@@ -50,12 +49,16 @@ class Parser:
 class Constraints:
     """The parsers of running sequences, and the requests whose parsers are being built in a thread."""
 
-    def __init__(self, grammars: Grammars, on_thread_start: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, grammars: Grammars, mask_threads: int = 1, on_thread_start: Callable[[], None] = lambda: None
+    ) -> None:
+        """Masks take `mask_threads` threads; more than one pays off where the cores do not compute the model."""
         self._grammars = grammars
         self._parsers: WeakKeyDictionary[Sequence, Parser] = WeakKeyDictionary()
         self._preparing: dict[str, tuple[Submit, Future[Parser]]] = {}
         self._builder = ThreadPoolExecutor(1, "grammars", on_thread_start)
-        self._maskers = ThreadPoolExecutor(None, "masks", on_thread_start)
+        self._maskers = ThreadPoolExecutor(mask_threads, "masks", on_thread_start)
+        self._many = 2 if mask_threads > 1 else math.inf  # rows whose masks are computed in threads
 
     def __bool__(self) -> bool:
         return bool(self._preparing)
@@ -96,7 +99,7 @@ class Constraints:
         """Compute the masks of those of a step's rows that have a constraint and have not ended."""
         rows = [row for row, seq in enumerate(seqs) if self._reads(seq)]
         ask = [seqs[row] for row in rows]
-        masks = list(self._maskers.map(self._mask, ask) if len(rows) >= MANY_ROWS else map(self._mask, ask))
+        masks = list(self._maskers.map(self._mask, ask) if len(rows) >= self._many else map(self._mask, ask))
         table = np.zeros((len(rows), max(map(len, masks), default=0)), np.uint8)
         for line, mask in zip(table, masks, strict=True):
             line[: len(mask)] = mask

@@ -53,9 +53,8 @@ def plan_sampling(
     scored = [row for row, seq in enumerate(seqs) if seq.sampling.logprobs is not None]
     categorical, num_plain, num_few, in_order = plan_categorical(seqs, vocab, device.type == "cpu")
     own = [np.array(rows, dtype=np.int64) for rows in (scored, sizes)]
-    allowed_arrays = [allowed.rows, allowed.masks]
     adjustments = [*adjustment_tables(seqs, eos_token_ids, vocab), *penalty_tables(seqs, vocab, counts)]
-    uploaded = upload_all([*own, *categorical, *allowed_arrays, *adjustments], device)
+    uploaded = upload_all([*own, *categorical, *allowed.tables(vocab), *adjustments], device)
     bias_at, bias, forbidden_at, forbidden = uploaded[7:11]
     return SamplingPlan(
         categorical_params(uploaded[2:5], num_plain, num_few, in_order),
