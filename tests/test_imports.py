@@ -81,6 +81,7 @@ ARROWS: dict[str, set[str]] = {
         "adapters.device",
         "adapters.kernels",
         "adapters.load",
+        "adapters.peft",
         "adapters.registry",
         "adapters.residency",
         "adapters.runtime",
@@ -267,10 +268,12 @@ WITHOUT_TORCH = [
     "adapters.validation",
     "server.api",
     "server.base_tokenizer",
+    "server.grammar_limits",
     "server.cli",
     "server.config",
     "server.engine.aging",
     "server.engine.block_manager",
+    "server.engine.grammars",
     "server.engine.sliding_blocks",
     "server.engine.machine",
     "server.engine.merge_gate",
@@ -307,6 +310,7 @@ ONLY_IN = {
     ],
     "obstore": ["adapters.sources.s3"],
     "typer": ["server.cli"],
+    "llguidance": ["server.engine.grammars", "server.engine.constraints", "server.api.text.grammar_worker"],
 }
 
 
