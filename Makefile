@@ -6,7 +6,7 @@ PIP := $(BIN)/pip --disable-pip-version-check install --quiet --progress-bar on 
 # Tests run in two processes; all tests of a file in one, because they share its models.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: serve test test-all test-arm test-gpu check format docs bench-peers bench-gpu load-test simulate clean
+.PHONY: serve test test-all test-arm test-gpu test-gpu-offline check format docs bench-peers bench-gpu load-test simulate clean
 
 serve: .venv/.installed ## set everything up and serve the embedded model on 127.0.0.1:8000
 	$(BIN)/loraplex serve --demo $(ARGS)
@@ -22,6 +22,9 @@ test-arm: ## the native code's checks for 64-bit Arm, cross-compiled and emulate
 
 test-gpu: ## run the Triton tests on a GPU, with the packages of $(PYTHON), which needs a CUDA build of torch
 	TRITON_INTERPRET=0 $(PYTHON) -m pytest -c /dev/null --rootdir . --noconftest -q -rs tests/test_triton_*.py tests/test_copies.py $(ARGS) || test $$? -eq 5  # all skipped
+
+test-gpu-offline: .venv/.installed-dev ## what a CPU can prove of the GPU path: fake CUDA tensors, the order of streams, machine code of real models
+	$(PYTEST) tests/test_fake_cuda.py tests/test_stream_order.py tests/test_graphs.py tests/test_first_contact.py tests/test_triton_*.py $(ARGS)
 
 check: .venv/.installed-dev ## what pre-commit and CI check besides the tests
 	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy

@@ -17,11 +17,18 @@ from adapters.peft.lora_config import LoraSettings
 from adapters.peft.lora_tensors import LoraTensors, parameter_factors, scaling_of, shares_weight, token_target
 from adapters.peft.tensor_names import TensorKind
 from adapters.validation.inspect import check_lora
-from adapters.validation.peft_types.base import AddedBias, ChannelScale, Factors, Part, Projection, Reflections
+from adapters.validation.peft_types import base as parts
 from adapters.validation.peft_types.convert import Converted, read_converted
 from adapters.validation.virtual_tokens import Virtual, read_virtual
-from adapters.weights import AdapterWeights, LoraFactors, TokenRows, VirtualTokens
-from adapters.weights import Projection as ProjectionTensors
+from adapters.weights import (
+    AdapterWeights,
+    LoraFactors,
+    PairRotation,
+    Projection,
+    SparseDelta,
+    TokenRows,
+    VirtualTokens,
+)
 
 
 def load(folder: Path, spec: ModelSpec, digest: str | None = None, *, verify: bool = True) -> AdapterWeights:
@@ -74,24 +81,35 @@ def _converted(adapter: Converted, digest: str) -> AdapterWeights:
     return weights
 
 
-def _add(weights: AdapterWeights, module: str, part: Part) -> None:
+def _add(weights: AdapterWeights, module: str, part: parts.Part) -> None:
     of = torch.from_numpy
     match part:
-        case Factors(a, b, scaling):
+        case parts.Factors(a, b, scaling):
             weights.factors[module] = LoraFactors(of(a), of(b), scaling)
-        case ChannelScale(vector, of_input):
+        case parts.ChannelScale(vector, of_input):
             (weights.input_scales if of_input else weights.output_scales)[module] = of(vector)
-        case AddedBias(vector):
+        case parts.AddedBias(vector):
             weights.added_biases[module] = of(vector)
-        case Reflections(vectors):
+        case parts.Reflections(vectors):
             weights.reflections[module] = of(vectors)
-        case Projection(left, right, filled):
-            weights.projections[module] = ProjectionTensors(of(left), of(right), of(filled))
+        case parts.Projection(left, right, filled):
+            weights.projections[module] = Projection(of(left), of(right), of(filled))
+        case parts.BlockRotation(blocks, scale):
+            weights.block_rotations[module] = of(blocks)
+            if scale is not None:
+                weights.weight_scales[module] = of(scale)
+        case parts.PairRotation(first, second, half):
+            weights.pair_rotations[module] = PairRotation(of(first), of(second), half)
+        case parts.SparseDelta(indices, values, shape):
+            weights.sparse[module] = SparseDelta(of(indices), of(values), shape)
+        case parts.Circulant(kernel):
+            weights.circulant[module] = of(kernel)
 
 
 def _virtual(adapter: Virtual, digest: str) -> AdapterWeights:
     """Return the weights of an adapter of virtual tokens, which has no factors."""
-    tokens = VirtualTokens(torch.from_numpy(adapter.values()), adapter.config.type.is_prefix)
+    config = adapter.config
+    tokens = VirtualTokens(torch.from_numpy(adapter.values()), config.type.is_prefix, config.num_tokens)
     return AdapterWeights(digest, 1, {}, adapter.nbytes(), virtual=tokens)
 
 

@@ -52,7 +52,8 @@ class ModelSpec:
     `gathered` has the modules of `parameters` whose stacked experts are computed with each row's own factors.
     `siblings` lists groups of `modules` that read the same input, in call order. `names` has every module of the base
     model, adaptable or not; it is empty if the base model is unknown. `conversion` is None where no names changed. `kv`
-    has the key/value heads and the head dimension of each layer.
+    has the key/value heads and the head dimension of each layer. `rereads_tokens` is true when other modules than the
+    embedding read the tokens as well.
     """
 
     modules: dict[str, tuple[int, int]]
@@ -68,6 +69,7 @@ class ModelSpec:
     gathered: frozenset[str] = frozenset()
     conversion: NameConversion | None = None
     kv: tuple[tuple[int, int], ...] = ()
+    rereads_tokens: bool = False
 
     def groups(self) -> Iterator[tuple[str, ...]]:
         """Yield every module exactly once: siblings together, all others alone."""

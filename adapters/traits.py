@@ -9,15 +9,20 @@ from typing import Any
 class Traits:
     """Properties that follow from an adapter's content and are kept in its report.
 
-    `additive`: its only effect is to add `s·B A x` to outputs, so that it can be scaled and composed. `mergeable`: it
+    `additive`: its only effect is to add `s·B A x`, or another scaled product, to outputs. `owned`: the last parts
+    of the names of modules in which it does more; in a composition, a module has at most one owner. `scalable`: its
+    scale is that of its factors, because nothing else in it has one in PEFT, as saved modules. `mergeable`: it
     changes linear layers only, and every token in the same way. `invocation_tokens`: it is active from the last
-    occurrence of these tokens in the prompt; empty for always active. `vocab_size`: the size of its vocabulary where it
-    differs from the base model's, else None. `virtual_tokens`: their number in front of every prompt; `has_prefix`: the
-    adapter has their keys and values, not their embeddings. `tokenizer`, `chat_template`: it includes a tokenizer or a
-    chat template of its own. `eos_token`: it has neither, and a token of the base's tokenizer that ends its outputs.
+    occurrence of these tokens in the prompt; empty for always active. `vocab_size`: the size of its vocabulary
+    where it differs from the base model's, else None. `virtual_tokens`: their number in front of every prompt;
+    `has_prefix`: the adapter has their keys and values, not their embeddings. `tokenizer`, `chat_template`: it
+    includes a tokenizer or a chat template of its own. `eos_token`: it has neither, and a token of the base's
+    tokenizer that ends its outputs.
     """
 
     additive: bool = True
+    owned: tuple[str, ...] = ()
+    scalable: bool = True
     mergeable: bool = True
     invocation_tokens: tuple[int, ...] = ()
     vocab_size: int | None = None
@@ -36,4 +41,4 @@ class Traits:
     def of(cls, report: Mapping[str, Any]) -> "Traits":
         """Build the traits from a report that holds the output of `described` under "traits"."""
         given = dict(report.get("traits", {}))
-        return cls(**given | {"invocation_tokens": tuple(given.get("invocation_tokens", ()))})
+        return cls(**given | {key: tuple(given.get(key, ())) for key in ("owned", "invocation_tokens")})

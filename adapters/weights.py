@@ -27,6 +27,26 @@ class Projection:
 
 
 @dataclass(frozen=True, slots=True)
+class PairRotation:
+    """A linear's outputs y become `first ⊙ y + second ⊙ (−y₂, y₁)`, where y₁ and y₂ are the halves of every
+    `2 * half` of them."""
+
+    first: Tensor
+    second: Tensor
+    half: int
+
+
+@dataclass(frozen=True, slots=True)
+class SparseDelta:
+    """The delta, of `shape` (out, in), has the `values [n]` at `indices [2, n]`, rows and columns; those at one place
+    are summed."""
+
+    indices: Tensor
+    values: Tensor
+    shape: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
 class TokenRows:
     """Rows `values [n, hidden]` that replace the rows of the tokens `ids` in an embedding's weight."""
 
@@ -36,11 +56,12 @@ class TokenRows:
 
 @dataclass(frozen=True, slots=True)
 class VirtualTokens:
-    """Tokens in front of every prompt: their embeddings `[n, hidden]` or, with `is_prefix`, their keys and values,
-    `[n, layers, 2, kv heads, head_dim]` as stored and `[layers, 2, n, kv heads, head_dim]` once packed."""
+    """`number` (n) tokens in front of every prompt: their embeddings `[n, hidden]` or, with `is_prefix`, their keys and
+    values, `[n, layers, 2, kv heads, head_dim]` as stored and `[layers, 2, n, kv heads, head_dim]` once packed."""
 
     values: Tensor
     is_prefix: bool
+    number: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +73,10 @@ class AdapterWeights:
     r·experts]`. `replaced` has whole parameters, and `tokens` rows of the embedding or the head. `input_scales`
     multiply a linear's inputs, `output_scales` its outputs with their bias, and `added_biases` are added to its
     outputs. `reflections` are unit vectors `[r, in]`, along each of which its inputs are reflected, last to first;
-    these and `projections` become factors where the base's weight is known. `virtual` are tokens in front of every
-    prompt.
+    these and `projections` become factors where the base's weight is known. `block_rotations [n, b, b]`, or one block
+    for all, multiply a linear's inputs, `weight_scales` its weight's rows, and `pair_rotations` change its outputs.
+    `sparse` and `circulant` (kernels `[out / b, in / b, b]`) are deltas of a linear's weight. `virtual` are tokens in
+    front of every prompt.
     """
 
     digest: str
@@ -70,5 +93,10 @@ class AdapterWeights:
     added_biases: dict[str, Tensor] = field(default_factory=dict)
     reflections: dict[str, Tensor] = field(default_factory=dict)
     projections: dict[str, Projection] = field(default_factory=dict)
+    block_rotations: dict[str, Tensor] = field(default_factory=dict)
+    weight_scales: dict[str, Tensor] = field(default_factory=dict)
+    pair_rotations: dict[str, PairRotation] = field(default_factory=dict)
+    sparse: dict[str, SparseDelta] = field(default_factory=dict)
+    circulant: dict[str, Tensor] = field(default_factory=dict)
     virtual: VirtualTokens | None = None
     vocab_size: int | None = None  # where it is not the base's

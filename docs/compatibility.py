@@ -9,7 +9,8 @@ from typing import Any
 from peft import PeftConfig, PeftType
 
 from adapters.peft.config_keys import REFUSED_KEYS
-from adapters.peft.lora_config import SERVED_TYPES
+from adapters.peft.lora_config import REFUSED_TYPES, SERVED_TYPES
+from adapters.peft.lora_forms import LORA_FORMS
 from adapters.validation.peft_types.convert import PEFT_TYPES
 from adapters.validation.virtual_tokens import VIRTUAL_TYPES
 from docs.tables import REFERENCE, Rows, render, table
@@ -72,7 +73,7 @@ FEATURES: dict[str, Callable[[Settings], bool]] = {
     "experts and routers under the names of transformers 4": uses("earlier"),
     "Conv1D (`fan_in_fan_out`)": lambda s: s["base"] == "gpt2",
     "stored in fp16 or bf16": uses("stored"),
-    **{name: is_type(name) for name in sorted({*PEFT_TYPES, *VIRTUAL_TYPES})},
+    **{name: is_type(name) for name in sorted({*SERVED_TYPES} - {"LORA"})},
 }
 REASONS = {
     "arrow_config": "routes every token among several adapters",
@@ -126,16 +127,24 @@ def refused_keys() -> str:
     for key, values in REFUSED_KEYS.items():
         allowed = ", ".join(f"`{json.dumps(value)}`" for value in values) or "none"
         rows.append((f"`{key}`", allowed, REASONS[key], str(entries_naming(key))))
-    types = ", ".join(sorted(f"`{kind.value}`" for kind in PeftType if kind.value not in SERVED_TYPES))
-    allowed = ", ".join(f"`{kind}`" for kind in SERVED_TYPES)
-    rows.append(("`peft_type`", allowed, f"not made into LoRA: {types}", str(entries_naming("peft_type"))))
     return table(("key", "values that are served", "why no other", "in the corpus"), rows)
 
 
+def types() -> str:
+    served = ", ".join(f"`{name}`" for name in sorted(SERVED_TYPES))
+    rows: Rows = [(f"{len(SERVED_TYPES)} of {len(PeftType)} are served", served)]
+    rows += [(f"`{name}` is refused", f"It {reason}.") for name, reason in REFUSED_TYPES.items()]
+    return table(("types of PEFT 0.21", ""), rows)
+
+
 def refused_keys_of_types() -> str:
+    tables = {name: config_class.keys for name, config_class in PEFT_TYPES.items()}
+    tables |= {name: form.keys for name, form in LORA_FORMS.items()}
+    tables |= {name: kind.keys for name, kind in VIRTUAL_TYPES.items()}
     rows: Rows = [
-        (f"`{name}`", ", ".join(f"`{key}`" for key in sorted(kind.keys.refused)))
-        for name, kind in (*PEFT_TYPES.items(), *VIRTUAL_TYPES.items())
+        (f"`{name}`", ", ".join(f"`{key}`" for key in sorted(keys.refused)))
+        for name, keys in sorted(tables.items())
+        if keys.refused
     ]
     return table(("type", "refused unless empty or without effect"), rows)
 
@@ -172,6 +181,7 @@ def trainer_folders() -> str:
 TABLES = {
     "trainer-folders": trainer_folders,
     "matrix": matrix,
+    "types": types,
     "refused-keys": refused_keys,
     "refused-keys-of-types": refused_keys_of_types,
     "refused-entries": refused_entries,

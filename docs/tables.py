@@ -41,6 +41,7 @@ CODES = {
     "aborted": "The server stopped while the request ran.",
     "adapter_failed": "The adapter exists and cannot be served: its stored files are damaged or could not be loaded.",
     "adapter_loading": "The adapter is still being fetched from its source, or registered at the start of the server.",
+    "adapters_conflict": "Two adapters of the request replace or change the same module, so that they have no sum.",
     "conflict": "The state of the adapter, alias or merge does not allow the operation.",
     "context_length_exceeded": "The prompt and the requested tokens do not fit into the context.",
     "cross_site": "A web page of another site sent a request that changes something or reads weights.",

@@ -10,6 +10,7 @@ from torch import nn
 
 from adapters.peft.files import CONFIG_FILE, WEIGHTS_FILE
 from adapters.registry.store import AdapterStore
+from adapters.traits import Traits
 from adapters.validation.inspect import inspect
 from server.config import ServeConfig
 from server.engine.build import build_engine
@@ -44,15 +45,17 @@ class EngineBench:
         self._new_tokens = new_tokens
         self._store = AdapterStore(data_dir / "store")
         self._runs = 0
+        self._traits: dict[str | None, Traits] = {None: Traits()}
 
     def add(self, folder: Path) -> str:
         """Put a PEFT folder into the engine's store; returns its digest."""
         with self._store.stage() as staged:
             for name in (CONFIG_FILE, WEIGHTS_FILE):
                 (staged / name).write_bytes((folder / name).read_bytes())
-            digest = inspect(staged, self.info.spec).digest
-            self._store.commit(staged, digest)
-        return digest
+            inspected = inspect(staged, self.info.spec)
+            self._store.commit(staged, inspected.digest)
+        self._traits[inspected.digest] = Traits.of(inspected.report)
+        return inspected.digest
 
     def bring(self, folder: Path) -> str:
         """The same, and load it to the device."""
@@ -67,10 +70,22 @@ class EngineBench:
         params = SamplingParams(max_tokens=self._new_tokens, temperature=0.0, ignore_eos=True)
         started = time.perf_counter()
         for i, (prompt, digest) in enumerate(zip(prompts, adapters, strict=True)):
-            uses = () if digest is None else (ScaledAdapter(digest),)
-            self.engine.handle(Submit(f"{self._runs}-{i}", prompt, params, uses))
+            self._submit(i, prompt, params, digest)
         self.settle()
         return len(adapters) * self._new_tokens / (time.perf_counter() - started)
+
+    def _submit(self, number: int, prompt: list[int], params: SamplingParams, digest: str | None) -> None:
+        uses, traits = () if digest is None else (ScaledAdapter(digest),), self._traits[digest]
+        self.engine.handle(
+            Submit(
+                f"{self._runs}-{number}",
+                prompt,
+                params,
+                uses,
+                virtual_tokens=traits.virtual_tokens,
+                has_prefix=traits.has_prefix,
+            )
+        )
 
     def _new_prompts(self, count: int) -> list[list[int]]:
         generator = torch.Generator().manual_seed(self._runs)
@@ -81,8 +96,7 @@ class EngineBench:
         self._runs += 1
         params = SamplingParams(max_tokens=steps + 1, temperature=0.0, ignore_eos=True)
         for i, (prompt, digest) in enumerate(zip(prompts, adapters, strict=True)):
-            uses = () if digest is None else (ScaledAdapter(digest),)
-            self.engine.handle(Submit(f"{self._runs}-{i}", prompt, params, uses))
+            self._submit(i, prompt, params, digest)
         seconds = []
         while self.engine.has_work():
             stats = self.engine.step()[0].stats  # type: ignore[union-attr]

@@ -66,7 +66,10 @@ class ServeConfig:
         0, "Device memory for adapter weights; 0 reserves room for 16 adapters of the largest rank", ge=0
     )
     adapter_override_bytes: int = _setting(
-        0, "Device memory for adapters' own copies of whole weights, and their vectors; 0 chooses it by the model", ge=0
+        0,
+        "Device memory for adapters' own copies of whole weights, their vectors and virtual tokens; 0 chooses it by "
+        "the model",
+        ge=0,
     )
     adapter_max_concurrent: int = _setting(
         0, "Maximum number of concurrent requests per adapter; 0 means no limit", ge=0

@@ -15,7 +15,7 @@ from adapters.traits import Traits
 from server.api.middleware.auth import KeyRing
 from server.config import ServeConfig
 from server.sequence import ScaledAdapter
-from tests.fixtures.api_server import BASE, Api, assert_error, events, secret, serving
+from tests.fixtures.api_server import BASE, Api, assert_error, events, made_files, secret, serving
 from tests.fixtures.timing import eventually
 from tests.test_metrics import samples
 
@@ -151,7 +151,7 @@ async def test_ranks_that_do_not_fit_together(tmp_path: Path) -> None:
         await api.http.post("/v1/adapters/three/pin")
         info = api.engine.info
         for pages, status, code in ((1, 400, "invalid_value"), (2, 503, "no_room"), (3, 200, None)):
-            api.context.engine.info = msgspec.structs.replace(info, adapter_pages=pages)
+            api.context.engine._supervisor.info = msgspec.structs.replace(info, adapter_pages=pages)
             answer = await api.chat(adapters=HALF_AND_HALF)
             assert answer.status_code == status
             if code is not None:
@@ -210,6 +210,30 @@ async def test_what_does_more_than_add_is_not_scaled_or_composed(
             assert "'one'" in error["message"] and why in error["message"]
         for fields in ({"model": "one"}, {"model": "one", "adapter_scale": 1.0}, {"adapters": [{"name": "one"}]}):
             assert (await api.chat(**fields)).status_code == 200
+
+
+async def test_a_module_has_one_owner_in_a_composition(tmp_path: Path) -> None:
+    """An adapter with a saved head composes with a plain one, and its factors can be scaled; not with another head."""
+    heads: dict[str, Any] = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
+    async with serving(tmp_path) as api:
+        await upload_two(api)
+        configs = {"head": heads, "other": heads, "norm": {"modules_to_save": ["norm"]}, "dora": {"use_dora": True}}
+        configs["dora2"] = {"use_dora": True, "target_modules": ["v_proj"]}
+        for seed, (name, config) in enumerate(configs.items()):
+            files = {file: (file, data) for file, data in made_files(seed + 3, **config).items()}
+            assert (await api.http.post("/v1/adapters", data={"name": name}, files=files)).status_code == 201
+        for fields in (
+            {"adapters": [{"name": "head", "scale": 0.5}, {"name": "two", "scale": -2}]},
+            {"adapters": [{"name": "head"}, {"name": "norm"}, {"name": "dora"}]},
+            {"model": "head", "adapter_scale": 2},
+        ):
+            assert (await api.chat(**fields)).status_code == 200
+        for pair, module in ((("head", "other"), "lm_head"), (("dora", "dora2"), "v_proj")):
+            answer = await api.chat(adapters=[{"name": name} for name in pair])
+            message = assert_error(answer, 422, "adapters_conflict")["message"]
+            assert all(f"'{word}'" in message for word in (*pair, module))
+        for fields in ({"model": "dora", "adapter_scale": 0.5}, {"model": "head", "adapter_scale": 0}):
+            assert_error(await api.chat(**fields), 400, "invalid_value")
 
 
 async def test_an_activated_adapter_begins_at_its_last_invocation(

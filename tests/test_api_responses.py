@@ -119,7 +119,7 @@ async def test_what_is_not_applied_is_named(api: Api) -> None:
         ({"tools": [TOOL], "tool_choice": {"type": "function", "name": "weather"}}, "tool_choice"),
         ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, None),
         ({"input": [{"type": "item_reference", "id": "msg_1"}]}, None),
-        ({"guided_json": {}}, "guided_json"),
+        ({"best_of": 2}, "best_of"),
     ):
         error = assert_error(await send(api, **fields), 400)
         assert param in (None, error["param"]), error

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from server.model.loading.loader import ModelRefused
 from tests.fixtures.adapter_factory import greedy, with_peft, write_adapter
@@ -49,14 +49,18 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def build(kind: str) -> PreTrainedModel:
+def config_of(kind: str) -> PreTrainedConfig:
     name, sizes = ARCHITECTURES[kind]
     drop = {"intermediate_size", "num_key_value_heads"} if name == "GPT2" else set()
     config_name = "Gemma3TextConfig" if name == "Gemma3" else f"{name}Config"
-    config = getattr(transformers, config_name)(**{k: v for k, v in sizes.items() if k not in drop})
+    return getattr(transformers, config_name)(**{k: v for k, v in sizes.items() if k not in drop})
+
+
+def build(kind: str) -> PreTrainedModel:
+    name = ARCHITECTURES[kind][0]
     class_name = {"GPT2": "GPT2LMHeadModel"}.get(name, f"{name}ForCausalLM")
     torch.manual_seed(0)
-    return getattr(transformers, class_name)(config).eval()
+    return getattr(transformers, class_name)(config_of(kind)).eval()
 
 
 PROMPTS = [

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from peft import HRAConfig, OFTConfig, PeftConfig, RoadConfig, ShiraConfig
 
 from server.ipc.messages import RetireAdapter
 from server.sequence import ScaledAdapter
-from tests.fixtures.adapter_factory import greedy, tiny_llama, with_peft, write_adapter
+from tests.fixtures.adapter_factory import greedy, tiny_llama, with_peft, write_adapter, write_peft_adapter
 from tests.fixtures.engine_driver import Driver, make_driver
 
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -101,6 +102,69 @@ def test_compositions_in_a_mixed_batch_are_those_of_peft(driver: Driver, folders
         if weights:
             assert (expected - expected_logprobs(tiny_llama(), prompt, tokens)).abs().max() > 0.01
     assert max(step.stats.batch_adapters for step in driver.steps) == 3
+
+
+OVERLAYS: dict[str, PeftConfig | dict[str, Any]] = {
+    "saved head": {"r": 4, "modules_to_save": ["lm_head"]},
+    "saved norm": {"r": 4, "target_modules": ["k_proj"], "modules_to_save": ["model.norm"]},
+    "tokens": {"r": 4, "trainable_token_indices": [20, 30, 40]},
+    "dora": {"r": 4, "target_modules": ["o_proj", "down_proj"], "use_dora": True},
+    "oft": OFTConfig(oft_block_size=8, target_modules=["q_proj", "up_proj"]),
+    "road": RoadConfig(group_size=8, target_modules=["q_proj", "down_proj"]),
+    "shira": ShiraConfig(r=2, target_modules=["q_proj", "down_proj"]),
+    "hra": HRAConfig(r=4, target_modules=["v_proj", "gate_proj"]),
+}
+
+
+def summed_by_hand(root: Path, weights: Weights) -> Any:
+    """The base with the differences of all adapters, each merged by PEFT alone, times their scales; saved modules and
+    tokens have none."""
+    base, summed = tiny_llama(), tiny_llama()
+    for name, scale in weights.items():
+        own = with_peft(base, root / name).merge_and_unload()
+        for key, parameter in own.named_parameters():
+            is_whole = "norm" in key or key in ("lm_head.weight", "model.embed_tokens.weight")
+            delta = parameter.data - base.get_parameter(key).data
+            summed.get_parameter(key).data += delta * (1 if is_whole else scale)
+    return summed
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        {"saved head": 1.0, "saved norm": 1.0, "all": 0.5},
+        {"saved head": 0.7, "tokens": -0.6, "attention": 1.0},
+        {"tokens": 1.0, "dora": 1.0, "all": -0.5},
+        {"oft": 1.0, "all": 0.5, "hra": 1.0, "shira": 2.0},
+        {"road": 1.0, "shira": -1.5, "attention": 1.0},
+        {"shira": 0.5},
+        {"saved head": 2.0},
+    ],
+    ids=" + ".join,
+)
+def test_adapters_with_overlays_compose_with_others(
+    driver: Driver, tmp_path: Path, folders: dict[str, Path], weights: Weights
+) -> None:
+    root, base = tmp_path / "overlays", tiny_llama()
+    for seed, (name, config) in enumerate(OVERLAYS.items()):
+        if isinstance(config, PeftConfig):
+            write_peft_adapter(base, root / name, config, seed=seed)
+        else:
+            write_adapter(base, root / name, seed=seed, scale=0.2, **config)
+    for name in ADAPTERS:
+        (root / name).symlink_to(folders[name])
+    digests = {name: driver.add_adapter(root / name) for name in weights}
+    prompt = prompt_of(30)
+    driver.submit("sum", prompt, take(digests, weights), logprobs=0)
+    driver.submit("base", prompt)
+    driver.submit("one", prompt, next(iter(digests.values())))
+    driver.run()
+    tokens, model = driver.tokens("sum"), summed_by_hand(root, weights)
+    expected = expected_logprobs(model, prompt, tokens)
+    torch.testing.assert_close(logprobs_of(driver, "sum"), expected, atol=1e-4, rtol=0)
+    assert tokens == greedy(model, prompt, 8) and driver.tokens("base") == greedy(base, prompt, 8)
+    assert (expected - expected_logprobs(base, prompt, tokens)).abs().max() > 0.01
+    driver.engine.check_integrity()
 
 
 def test_rows_beside_a_composition_keep_their_bits(driver: Driver, folders: dict[str, Path]) -> None:

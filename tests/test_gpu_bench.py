@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from load_tests.gpu.setting import TINY, smoke
 from tests.fixtures.triton_device import require_triton
 
 require_triton()
@@ -37,13 +38,12 @@ def test_it_measures_every_section_and_writes_what_it_found(tmp_path: Path) -> N
     assert all(f"kernels of {name} are left out" in str(written["notes"]) for name in ("vllm", "sglang"))
 
 
-def test_it_needs_no_web_server_and_no_bitsandbytes() -> None:
-    """The machine with the GPU may have nothing but torch, Triton, transformers and msgspec."""
-    absent = ["bitsandbytes", "fastapi", "uvicorn", "zmq", "peft", "prometheus_client", "pydantic_settings"]
-    modules = [f"load_tests.gpu.{path.stem}" for path in (ROOT / "load_tests" / "gpu").glob("[!_]*.py")]
-    code = f"import sys; sys.modules.update(dict.fromkeys({absent!r})); import {', '.join(modules)}"
-    done = python("-c", code)
-    assert done.returncode == 0, done.stderr
+def test_the_model_is_the_one_that_the_server_runs() -> None:
+    """Siblings are stacked: five groups with the head, and not eight linears."""
+    from load_tests.gpu.models import build_runner
+
+    runner = build_runner(TINY, smoke())
+    assert [len(group.names) for group in runner.groups()] == [3, 1, 2, 1, 1]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it would run for minutes")

@@ -2,8 +2,10 @@
 here a replay is the forward, called again over the same buffers."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,8 +18,11 @@ from adapters.runtime.columns import RankColumns
 from adapters.runtime.layers import LoRAGroup
 from adapters.runtime.pack import PackedAdapter
 from adapters.runtime.pool import AdapterPool
+from adapters.runtime.row_maps import RowMaps
+from server.model import graphs
+from server.model.attention import launch_errors, triton_layout
 from server.model.batch import ForwardBatch, SequenceRows
-from server.model.graphs import DecodeGraphs, StaticKernel, bucket_sizes, capture_decode_graphs
+from server.model.graphs import CudaCapture, DecodeGraphs, StaticKernel, bucket_sizes, capture_decode_graphs
 from server.model.virtual_tokens import VirtualRows, VirtualSpan
 
 CPU = torch.device("cpu")
@@ -138,27 +143,53 @@ def test_other_steps_are_left_to_eager_execution_and_counted(
     assert recorded.seen is None
 
 
-def test_weights_that_were_put_in_the_base_s_place_are_not_in_the_graphs() -> None:
-    """A merged adapter's modules, and the base's own in new memory."""
+def test_a_merge_is_recorded_as_steps_need_it_and_the_base_s_graphs_stay() -> None:
+    recorded = Recorded([1, 2])
+    own, merged = recorded.group.base, torch.nn.Linear(4, 4)
+    del recorded.captured[:]
+    recorded.group.replace_base(merged)
+    for _ in range(2):
+        assert recorded.run(decode(2)) is not None
+    assert recorded.captured == [(2, False)]
+    recorded.group.replace_base(own)
+    assert recorded.run(decode(2)) is not None and recorded.run(decode(2), adapters(0, 1)) is not None
+    assert recorded.captured == [(2, False)] and not recorded.graphs.skipped
+
+
+def test_graphs_over_weights_that_left_the_device_are_forgotten_and_recorded_again() -> None:
+    """A merge without room for both moves the base's weights to the host and back, into other memory."""
     recorded = Recorded([2])
-    own, weight = recorded.group.base, recorded.group.base.weight
+    own = recorded.group.base
+    del recorded.captured[:]
     recorded.group.replace_base(torch.nn.Linear(4, 4))
-    assert recorded.run(decode(2)) is None
-    recorded.group.replace_base(own)
-    assert recorded.run(decode(2)) is not None
     own.weight = torch.nn.Parameter(torch.zeros(4, 4))
+    recorded.run(decode(2))
     recorded.group.replace_base(own)
-    assert recorded.run(decode(2)) is None
-    own.weight = weight
+    recorded.run(decode(2), adapters(0, 1))
+    assert recorded.captured == [(2, False), (2, True)]
+    assert len(recorded.graphs._recordings) == 1  # neither the merged weights' nor the old memory's
+
+
+def test_a_recording_that_fails_under_traffic_leaves_its_steps_to_eager_execution() -> None:
+    recorded = Recorded([2])
+    own = recorded.group.base
+
+    def capture(_: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        raise torch.OutOfMemoryError("the device is full")
+
+    recorded.graphs._record = capture
+    recorded.group.replace_base(torch.nn.Linear(4, 4))
+    assert recorded.run(decode(2)) is None and recorded.run(decode(2)) is None
+    assert recorded.graphs.skipped == {"not recorded": 2}
     recorded.group.replace_base(own)
     assert recorded.run(decode(2)) is not None
-    assert recorded.graphs.skipped == {"other base weights": 2}
 
 
 EXTRAS: dict[str, dict[str, Any]] = {
     "output vectors": {"vectors": {"m": torch.ones(2, 4)}},
     "input vectors": {"input_vectors": {"m": torch.ones(2, 4)}},
     "module overrides": {"module_overrides": {"m": (torch.nn.Identity(),)}},
+    "row maps": {"row_maps": {"m": RowMaps(before=torch.nn.Identity())}},
 }
 
 
@@ -175,3 +206,71 @@ def test_there_are_no_graphs_without_cuda() -> None:
     pool = AdapterPool(ModelSpec({"m": (4, 4)}, 16), 1, torch.float32, CPU, Kernel())
     graphs, done = capture_decode_graphs(lambda batch: torch.zeros(1), pool, [], 4, 64, 16, CPU)
     assert graphs is None and "CUDA" in done
+
+
+class _Graph:
+    """Stands in for `torch.cuda` in `CudaCapture`: notes in which order the forward is called."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.sync_mode, self.calls, self.recording = 0, [], False
+        self.stream = nullcontext()
+        replacements: dict[str, Any] = {
+            "graph_pool_handle": lambda: 1,
+            "Stream": lambda: SimpleNamespace(wait_stream=lambda _: None),
+            "current_stream": lambda: SimpleNamespace(wait_stream=lambda _: None),
+            "stream": lambda _: nullcontext(),
+            "CUDAGraph": lambda: SimpleNamespace(replay=lambda: None),
+            "graph": lambda *_, **__: self._recorded(),
+            "get_sync_debug_mode": lambda: self.sync_mode,
+            "set_sync_debug_mode": self._set,
+        }
+        for name, replacement in replacements.items():
+            monkeypatch.setattr(torch.cuda, name, replacement)
+
+    def _set(self, mode: str | int) -> None:
+        self.sync_mode = mode  # type: ignore[assignment]
+
+    @contextmanager
+    def _recorded(self) -> Iterator[None]:
+        self.recording = True
+        yield
+        self.recording = False
+
+    def forward(self) -> torch.Tensor:
+        self.calls.append("recorded" if self.recording else self.sync_mode)
+        return torch.zeros(1)
+
+
+def test_a_forward_is_recorded_after_one_in_which_every_wait_for_the_device_is_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A failed recording would leave torch's allocator in a state in which it releases no memory."""
+    fake = _Graph(monkeypatch)
+    CudaCapture()(fake.forward)()
+    assert fake.calls == [0, "error", "recorded"] and fake.sync_mode == 0
+
+    def waits() -> torch.Tensor:
+        if fake.sync_mode == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+        return fake.forward()
+
+    with pytest.raises(RuntimeError, match="synchronizing"):
+        CudaCapture()(waits)
+    assert fake.calls[-1] == 0 and fake.sync_mode == 0
+
+
+@pytest.mark.parametrize("error", launch_errors())
+def test_a_model_whose_kernels_do_not_fit_is_served_without_graphs(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _Graph(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (0, 0))
+    monkeypatch.setattr(triton_layout, "static_layout", lambda *_: None)
+    monkeypatch.setattr(graphs, "_static_batch", lambda *_: decode(1))
+    pool = AdapterPool(ModelSpec({"m": (4, 4)}, 16), 1, torch.float32, CPU, Kernel())
+
+    def forward(_: ForwardBatch) -> torch.Tensor:
+        raise error("out of resource: shared memory")
+
+    made, done = capture_decode_graphs(forward, pool, [], 4, 64, 16, torch.device("cuda"))
+    assert made is None and "out of resource" in done

@@ -81,6 +81,7 @@ ARROWS: dict[str, set[str]] = {
         "adapters.device",
         "adapters.kernels",
         "adapters.load",
+        "adapters.peft",
         "adapters.registry",
         "adapters.residency",
         "adapters.runtime",
@@ -98,6 +99,7 @@ ARROWS: dict[str, set[str]] = {
         "server.model.runner",
         "server.model.sampling",
         "server.model.selftest",
+        "server.model.warm_up",
     },
     "server.model": set(),
     "server.model.loading": {
@@ -121,7 +123,14 @@ ARROWS: dict[str, set[str]] = {
         "server.model.kv_cache",
         "server.model.llama_layer",
     },
-    "server.model.fused": {"adapters.kernels"},
+    "server.model.fused": {
+        "adapters.kernels",
+        "adapters.runtime",
+        "server.model.attention",
+        "server.model.batch",
+        "server.model.kv_cache",
+        "server.model.llama_layer",
+    },
     "server.model.adapter_rows": {"adapters.kernels", "server"},
     "server.model.batch": {
         "adapters.device",
@@ -150,9 +159,11 @@ ARROWS: dict[str, set[str]] = {
         "adapters.runtime",
         "server.model.batch",
         "server.model.cpu",
+        "server.model.fused",
         "server.model.kv_cache",
         "server.model.llama_layer",
     },
+    "server.model.warm_up": {"adapters.kernels", "adapters.residency", "server.model.batch"},
     "server.model.packed_linear": {"adapters.device", "server.model.cpu"},
     "server.model.virtual_tokens": {"adapters.device", "adapters.runtime", "server", "server.model.kv_cache"},
     "server.model.selftest": {
@@ -270,10 +281,12 @@ WITHOUT_TORCH = [
     "adapters.validation",
     "server.api",
     "server.base_tokenizer",
+    "server.grammar_limits",
     "server.cli",
     "server.config",
     "server.engine.aging",
     "server.engine.block_manager",
+    "server.engine.grammars",
     "server.engine.sliding_blocks",
     "server.engine.machine",
     "server.engine.merge_gate",
@@ -310,6 +323,7 @@ ONLY_IN = {
     ],
     "obstore": ["adapters.sources.s3"],
     "typer": ["server.cli"],
+    "llguidance": ["server.engine.grammars", "server.engine.constraints", "server.api.text.grammar_worker"],
 }
 
 

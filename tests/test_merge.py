@@ -30,6 +30,7 @@ CASES = [(kind, case) for kind, cases in (("llama", LLAMA_CASES), ("gpt2", GPT2_
 CASES = [(kind, case) for kind, case in CASES if case in (*LINEAR, *DORA)]
 TYPES = "llama PEFT types"
 CASES += [(TYPES, case) for case in ("beft", "deft", "deft, qr", "gralora, hybrid", "hra", "hra, gs")]
+CASES += [(TYPES, case) for case in ("boft", "c3a", "oft", "oft, shared", "road", "road, 4", "shira")]
 Make = Callable[..., tuple[Driver, AdapterWeights, nn.Module]]
 
 

@@ -101,7 +101,10 @@ def test_a_stream_that_the_client_closes_is_aborted(server: LiveServer, client: 
 
 
 TOOLS: list[Any] = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
-HERMES = "{% for tool in tools or [] %}<tool_call>{% endfor %}{% for m in messages %}{{ m.content }}{{ m.tool_calls }}{% endfor %}"
+HERMES = (
+    "{% for tool in tools or [] %}<tool_call>{% endfor %}"
+    "{% for m in messages %}{{ m.content }}{{ m.tool_calls }}{% endfor %}"
+)
 
 
 def test_tools(tmp_path: Path) -> None:

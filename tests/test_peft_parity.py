@@ -322,6 +322,11 @@ def test_the_self_test_sees_a_wrong_number(world: Callable[[str, str], World]) -
         ("llama", "lora_bias"),
         ("llama PEFT types", "ia3"),
         ("llama PEFT types", "ia3, feedforward"),
+        ("llama PEFT types", "oft"),
+        ("llama PEFT types", "boft"),
+        ("llama PEFT types", "road"),
+        ("llama PEFT types", "shira"),
+        ("llama PEFT types", "c3a"),
         ("llama", "embedding"),
         ("llama", "saved head and norms"),
         ("llama", "tokens at both ends"),
@@ -386,11 +391,14 @@ def test_a_slot_keeps_nothing_of_scales_either(world: Callable[[str, str], World
     digests = {case: driver.add_adapter(folder / case) for case in LLAMA_PEFT_TYPES}
     here = World("llama PEFT types", "fp32", folder, driver, digests, recorded(driver))
     pool = driver.engine._runner.pool
-    for case in ["ia3", "plain", "ia3, feedforward", "loha", "ia3, inputs by a pattern", "ia3, feedforward", "plain"]:
+    inputs = ["ia3, feedforward", "loha", "ia3, inputs by a pattern", "ia3, feedforward"]
+    for case in ["ia3", "plain", "oft", *inputs, "road", "shira", "boft", "plain"]:
         (result,) = here.run(case, seed=4)
         assert_peft_agrees(here, case, *result)
         assert bool(pool.input_scale_shift._tables) == (case in ("ia3, feedforward", "ia3, inputs by a pattern"))
-    assert not pool.scale_shift._tables
+        assert bool(pool.row_maps._by_slot) == (case in ("oft", "road", "shira", "boft"))
+        driver.engine.check_integrity()
+    assert not pool.scale_shift._tables and not pool.extra_bytes()
     driver.engine.residency.close()
 
 

@@ -13,21 +13,30 @@ import torch
 from peft import (
     AdaLoraConfig,
     BeftConfig,
+    BOFTConfig,
+    C3AConfig,
     DeftConfig,
     DeloraConfig,
     GraloraConfig,
     HRAConfig,
     IA3Config,
+    LNTuningConfig,
     LoHaConfig,
     LoKrConfig,
     MissConfig,
+    OFTConfig,
     PeftConfig,
+    PeftType,
     PveraConfig,
+    RoadConfig,
+    ShiraConfig,
+    TrainableTokensConfig,
     UniLoraConfig,
     VBLoRAConfig,
     VeraConfig,
 )
 from peft.tuners.lokr.layer import factorization
+from peft.tuners.oft.layer import OFTLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
@@ -35,12 +44,15 @@ from transformers import LlamaForCausalLM
 from adapters.errors import AdapterInvalid, Problem
 from adapters.load import load
 from adapters.model_spec import ModelSpec
-from adapters.peft.lora_config import SERVED_TYPES
+from adapters.peft.lora_config import REFUSED_TYPES, SERVED_TYPES
+from adapters.peft.lora_forms import LORA_FORMS
 from adapters.runtime.base_factors import with_base
+from adapters.runtime.row_maps import row_maps_of
 from adapters.traits import Traits
 from adapters.validation.inspect import inspect
 from adapters.validation.peft_types.convert import PEFT_TYPES
 from adapters.validation.peft_types.lycoris import _factorised
+from adapters.validation.peft_types.oft import _divisor_near
 from adapters.validation.virtual_tokens import VIRTUAL_TYPES
 from adapters.weights import AdapterWeights
 from tests.fixtures.adapter_factory import spec_of, tiny_llama, with_peft, write_peft_adapter
@@ -52,6 +64,8 @@ TARGETS: dict[str, Any] = {"target_modules": ["q_proj", "v_proj"]}
 CONFIGS: dict[str, PeftConfig] = {
     "ADALORA": AdaLoraConfig(init_r=6, lora_alpha=9, total_step=10, **TARGETS),
     "BEFT": BeftConfig(**TARGETS),
+    "BOFT": BOFTConfig(boft_block_size=8, **TARGETS),
+    "C3A": C3AConfig(block_size=16, block_size_pattern={"v_proj": 8}, **TARGETS),
     "DEFT": DeftConfig(r=5, **TARGETS),
     "DEFT, qr": DeftConfig(r=5, alpha=3, decomposition_method="qr", **TARGETS),
     "DELORA": DeloraConfig(r=5, rank_pattern={"v_proj": 3}, **TARGETS),
@@ -63,7 +77,11 @@ CONFIGS: dict[str, PeftConfig] = {
     "LOKR": LoKrConfig(r=3, alpha=5, decompose_factor=4, **TARGETS),
     "MISS": MissConfig(r=7, **TARGETS),
     "MISS, mini": MissConfig(r=8, mini_r=4, init_weights="mini", **TARGETS),
+    "OFT": OFTConfig(oft_block_size=8, **TARGETS),
     "PVERA": PveraConfig(r=12, **TARGETS),
+    "ROAD": RoadConfig(group_size=16, **TARGETS),
+    "ROAD, 4": RoadConfig(variant="road_4", group_size=8, **TARGETS),
+    "SHIRA": ShiraConfig(r=2, **TARGETS),
     "UNILORA": UniLoraConfig(r=4, save_indices=True, **TARGETS),
     "VBLORA": VBLoRAConfig(r=4, num_vectors=20, vector_length=16, topk=3, **TARGETS),
     "VBLORA, weights": VBLoRAConfig(
@@ -115,8 +133,20 @@ def refused(folder: Path, spec: ModelSpec) -> list[Problem]:
 
 
 def test_the_types_that_are_served() -> None:
-    assert {"LORA", *PEFT_TYPES, *VIRTUAL_TYPES} == set(SERVED_TYPES)
+    assert {"LORA", *PEFT_TYPES, *LORA_FORMS, *VIRTUAL_TYPES} == set(SERVED_TYPES)
     assert {config.peft_type.value for config in CONFIGS.values()} == set(PEFT_TYPES)
+
+
+def test_every_type_of_peft_is_served_or_refused_by_name() -> None:
+    assert sorted([*SERVED_TYPES, *REFUSED_TYPES]) == sorted(kind.value for kind in PeftType)
+
+
+@pytest.mark.parametrize("config_class", [LNTuningConfig, TrainableTokensConfig])
+def test_every_key_of_a_form_of_lora_is_in_exactly_one_table(config_class: type[PeftConfig]) -> None:
+    table = LORA_FORMS[config_class().peft_type].keys
+    known = [*table.served, *table.harmless, *table.refused]
+    assert len(known) == len(set(known))
+    assert set(known) == {field.name for field in dataclasses.fields(config_class)}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -136,6 +166,7 @@ def test_another_type_is_refused_with_those_that_are_served(
     (problem,) = [p for p in refused(folder, spec) if p.where == f"{CONFIG}: peft_type"]
     assert problem.code == "unsupported_feature" and problem.found == peft_type
     assert all(served in problem.expected for served in SERVED_TYPES)
+    assert peft_type not in REFUSED_TYPES or problem.expected.endswith(REFUSED_TYPES[peft_type])
 
 
 # --- what PEFT writes is served as PEFT serves it ---
@@ -178,7 +209,10 @@ def assert_deltas_are_pefts(model: nn.Module, folder: Path, max_rank: int = 10_0
         assert len(factors.a) == factors.b.shape[1] <= weights.rank == inspect(folder, spec).rank
 
 
-@pytest.mark.parametrize("name", [name for name in CONFIGS if name not in ("BEFT", "IA3")])
+MAPPED = {"BEFT", "BOFT", "C3A", "IA3", "OFT", "ROAD", "ROAD, 4", "SHIRA"}  # without factors
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name not in MAPPED])
 def test_deltas_are_pefts(name: str, model: LlamaForCausalLM, good: dict[str, Path]) -> None:
     assert_deltas_are_pefts(model, good[name])
 
@@ -190,6 +224,43 @@ def test_lokr_of_odd_sizes(r: int, factor: int, both: bool, tmp_path: Path) -> N
     model = nn.Sequential(nn.Linear(13, 64), nn.Linear(64, 96), nn.Linear(96, 60))
     config = LoKrConfig(r=r, alpha=3, decompose_both=both, decompose_factor=factor, target_modules=["0", "1", "2"])
     assert_deltas_are_pefts(model, write_peft_adapter(model, tmp_path, config, scale=0.8))
+
+
+@pytest.mark.parametrize("name", sorted(MAPPED - {"BEFT", "IA3"}))
+def test_row_maps_give_what_pefts_layers_give(name: str, model: LlamaForCausalLM, good: dict[str, Path]) -> None:
+    weights = load(good[name], spec_of(model))
+    linears = {key: module for key, module in model.named_modules() if isinstance(module, nn.Linear)}
+    maps = row_maps_of(weights)
+    assert len(maps) == 4 and not weights.factors
+    layers = dict(with_peft(model, good[name]).base_model.model.named_modules())
+    for module, own in maps.items():
+        x, base = torch.randn(7, linears[module].in_features), linears[module]
+        with torch.inference_mode():
+            expected, plain = layers[module](x), base(x)
+            y = base(x if own.before is None else own.before(x)) * weights.weight_scales.get(module, torch.ones(1))
+            y = y if own.after is None else own.after(y)
+            y = y if own.added is None else y + own.added(x)
+        assert (expected - plain).abs().max() > 1e-2
+        torch.testing.assert_close(y, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_block_sizes_are_adjusted_as_peft_does() -> None:
+    layer = OFTLayer.__new__(OFTLayer)
+    for inputs in (1, 7, 60, 64, 112, 576, 4096):
+        for wanted in (1, 2, 3, 5, 8, 24, 31, 32, 60, 100, 5000):
+            assert _divisor_near(inputs, wanted) == layer.adjust_oft_parameters(inputs, wanted) or inputs % wanted == 0
+
+
+@pytest.mark.parametrize("terms", [1, 2, 3, 4, 5, 6, 9])
+@pytest.mark.parametrize("more", [{}, {"coft": True, "eps": 0.3}, {"block_share": True}])
+def test_oft_rotates_as_peft_does(terms: int, more: dict[str, Any], tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(24, 10))
+    config = OFTConfig(oft_block_size=6, num_cayley_neumann_terms=terms, target_modules=["0"], **more)
+    folder = write_peft_adapter(model, tmp_path, config)
+    (blocks,) = load(folder, spec_of(model)).block_rotations.values()
+    rotation = with_peft(model, folder).base_model.model.get_submodule("0").oft_R["default"]
+    expected = torch.block_diag(*blocks.expand(4, 6, 6))
+    torch.testing.assert_close(rotation.get_weight(), expected, atol=1e-6, rtol=1e-5)
 
 
 def test_sizes_are_factorised_as_peft_does() -> None:
@@ -204,6 +275,11 @@ def test_sizes_are_factorised_as_peft_does() -> None:
         ("ADALORA", 6, 12),
         ("MISS", 7, 4),
         ("BEFT", 1, 4),
+        ("BOFT", 1, 8),
+        ("C3A", 1, 4),
+        ("OFT", 1, 4),
+        ("ROAD", 1, 8),
+        ("SHIRA", 1, 8),
         ("DEFT", 5, 8),
         ("GRALORA", 15, 16),
         ("HRA", 6, 4),
@@ -222,8 +298,13 @@ def test_reports_what_it_is(name: str, rank: int, tensors: int, good: dict[str, 
     modules = 6 if name == "IA3" else 4
     assert inspected.rank == rank and report["applied"] == {"modules": modules, "tensors": tensors}
     assert report["features"] == [name.lower()]
-    additive, mergeable = name not in ("BEFT", "DEFT", "HRA", "IA3"), name != "IA3"
-    assert Traits.of(report) == Traits(additive=additive, mergeable=mergeable)
+    additive = name not in ("BEFT", "BOFT", "DEFT", "HRA", "IA3", "OFT", "ROAD")
+    mergeable = name != "IA3"
+    traits = Traits.of(report)
+    assert (traits.additive, traits.scalable, traits.mergeable) == (additive, additive, mergeable)
+    assert traits.owned == (
+        () if additive else ("down_proj", "q_proj", "v_proj") if name == "IA3" else ("q_proj", "v_proj")
+    )
     assert inspected.nbytes == sum(t.nbytes for t in load_file(good[name] / WEIGHTS).values())
     assert load(good[name], spec, inspected.digest).digest == inspected.digest
     with pytest.raises(AdapterInvalid, match="content"):
@@ -319,6 +400,17 @@ BAD_TENSORS: list[tuple[str, Callable[[dict[str, Tensor]], object], str, str]] =
     ("ADALORA", both(fill(f"{Q0}.lora_E", 3e30), fill(f"{Q0}.lora_A", 3e30, slice(None))), Q0, "nonfinite"),
     ("BEFT", replace(f"{Q0}.beft_bias", 64), f"{Q0}.beft_bias", "shape_mismatch"),
     ("BEFT", fill(f"{Q0}.beft_bias", float("nan")), f"{Q0}.beft_bias", "nonfinite"),
+    ("BOFT", replace(f"{Q0}.boft_R", 2, 8, 8, 8), f"{Q0}.boft_R", "shape_mismatch"),
+    ("BOFT", lambda tensors: tensors[f"{Q0}.boft_R"].fill_(float("nan")), f"{Q0}.boft_R", "nonfinite"),
+    ("C3A", replace(f"{Q0}.c3a_kernel", 4, 4, 8), f"{Q0}.c3a_kernel", "shape_mismatch"),
+    ("OFT", replace(f"{Q0}.oft_R.weight", 8, 8, 8), f"{Q0}.oft_R.weight", "shape_mismatch"),
+    ("OFT", replace(f"{Q0}.oft_R", 8, 28), f"{Q0}.oft_R", "unsupported_feature"),
+    ("OFT", fill(f"{Q0}.oft_R.weight", 1e30), Q0, "nonfinite"),
+    ("ROAD", drop(f"{Q0}.road_alpha"), f"{Q0}.road_alpha", "shape_mismatch"),
+    ("SHIRA", fill(f"{Q0}.shira_indices", 64), f"{Q0}.shira_indices", "malformed_file"),
+    ("SHIRA", fill(f"{Q0}.shira_indices", -1), f"{Q0}.shira_indices", "malformed_file"),
+    ("SHIRA", retype(f"{Q0}.shira_indices", torch.float32), f"{Q0}.shira_indices", "malformed_file"),
+    ("SHIRA", drop(f"{Q0}.shira_indices"), f"{Q0}.shira_indices", "shape_mismatch"),
     ("DEFT", drop(f"{Q0}.deft_R"), f"{Q0}.deft_R", "shape_mismatch"),
     ("DEFT", replace(f"{Q0}.deft_P", 64, 4), f"{Q0}.deft_P", "shape_mismatch"),
     ("GRALORA", drop(f"{Q0}.gralora_A_general.weight"), f"{Q0}.gralora_A_general.weight", "shape_mismatch"),
@@ -414,6 +506,18 @@ BAD_CONFIGS: list[tuple[str, dict[str, Any], str, str]] = [
     ("ADALORA", {"rank_pattern": {"x.lora_E": [True] * 5}}, "rank_pattern.x.lora_E", "malformed_file"),
     ("ADALORA", {"rank_pattern": {"x.lora_E": [1] * 6}}, "rank_pattern.x.lora_E", "malformed_file"),
     ("ADALORA", {"rank_pattern": {"x.lora_E": [True] * 6}}, "rank_pattern", "no_target"),
+    ("BOFT", {"boft_block_num": 4}, "boft_block_size", "malformed_file"),
+    ("BOFT", {"boft_block_size": 5}, "model.layers.0.self_attn.q_proj", "shape_mismatch"),
+    ("C3A", {"block_size": 24}, "model.layers.0.self_attn.q_proj", "shape_mismatch"),
+    ("OFT", {"oft_block_size": None}, "oft_block_size", "malformed_file"),
+    ("OFT", {"r": 4}, "oft_block_size", "malformed_file"),
+    ("OFT", {"eps": -1, "coft": True}, "eps", "malformed_file"),
+    ("OFT", {"num_cayley_neumann_terms": 1000}, "num_cayley_neumann_terms", "unsupported_feature"),
+    ("OFT", {"oft_block_size": 16}, f"{Q0}.oft_R.weight", "shape_mismatch"),
+    ("ROAD", {"variant": "road_3"}, "variant", "unsupported_feature"),
+    ("ROAD", {"group_size": 7}, "group_size", "malformed_file"),
+    ("ROAD", {"group_size": 24}, "model.layers.0.self_attn.q_proj", "shape_mismatch"),
+    ("SHIRA", {"r": 3}, f"{Q0}.shira_weight", "shape_mismatch"),
     ("DEFT", {"decomposition_method": "svd"}, "decomposition_method", "unsupported_feature"),
     ("DEFT", {"para": True}, f"{Q0}.deft_R", "unsupported_feature"),
     ("GRALORA", {"gralora_k": 4}, "r", "malformed_file"),
@@ -545,3 +649,95 @@ def test_a_layer_that_lost_every_rank(model: LlamaForCausalLM, spec: ModelSpec, 
     assert delta(folder, spec, names[0]).count_nonzero() == 0
     reference = with_peft(model, folder).base_model.model.get_submodule(names[1])
     torch.testing.assert_close(delta(folder, spec, names[1]), peft_delta(reference), atol=1e-6, rtol=1e-5)
+
+
+# --- forms of a LORA ---
+
+LN0, NORM, TOKENS = (
+    f"{PREFIX}model.layers.0.input_layernorm.ln_tuning_layers.weight",
+    f"{PREFIX}model.norm.ln_tuning_layers.weight",
+    f"{PREFIX}model.embed_tokens.trainable_tokens_delta",
+)
+FORMS: dict[str, PeftConfig] = {
+    "LN_TUNING": LNTuningConfig(target_modules=["input_layernorm", "norm"]),
+    "TRAINABLE_TOKENS": TrainableTokensConfig(token_indices=[3, 40], task_type="CAUSAL_LM"),
+}
+
+
+@pytest.fixture(scope="module")
+def forms(model: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("forms")
+    return {name: write_peft_adapter(model, root / name, config) for name, config in FORMS.items()}
+
+
+def test_ln_tuning_has_whole_norms(forms: dict[str, Path], spec: ModelSpec) -> None:
+    inspected, weights = inspect(forms["LN_TUNING"], spec), load(forms["LN_TUNING"], spec)
+    stored = load_file(forms["LN_TUNING"] / WEIGHTS)
+    assert len(weights.replaced) == len(stored) == 3 and not weights.factors
+    assert torch.equal(weights.replaced["model.norm"]["weight"], stored[NORM])
+    assert inspected.report["features"] == ["ln_tuning"] and inspected.report["applied"]["modules"] == 3
+    owned = ("input_layernorm", "norm")
+    assert Traits.of(inspected.report) == Traits(additive=False, owned=owned, mergeable=False)
+    assert load(forms["LN_TUNING"], spec, inspected.digest).digest == inspected.digest
+
+
+def test_trainable_tokens_have_rows(forms: dict[str, Path], spec: ModelSpec) -> None:
+    inspected, weights = inspect(forms["TRAINABLE_TOKENS"], spec), load(forms["TRAINABLE_TOKENS"], spec)
+    (rows,) = weights.tokens.values()
+    assert rows.ids == (3, 40) and torch.equal(rows.values, load_file(forms["TRAINABLE_TOKENS"] / WEIGHTS)[TOKENS])
+    assert inspected.report["features"] == ["trainable_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "where", "code"),
+    [
+        ("LN_TUNING", drop(LN0), f"{CONFIG}: target_modules", "no_target"),
+        ("LN_TUNING", replace(NORM, 63), NORM, "shape_mismatch"),
+        ("LN_TUNING", fill(NORM, float("nan")), NORM, "nonfinite"),
+        ("LN_TUNING", replace(f"{PREFIX}model.norm.weight", 64), f"{PREFIX}model.norm.weight", "unsupported_feature"),
+        ("LN_TUNING", replace(f"{Q0}.ln_tuning_layers.weight", 64, 64), f"{Q0}.ln_tuning_layers.weight", "no_target"),
+        ("TRAINABLE_TOKENS", replace(TOKENS, 3, 64), TOKENS, "shape_mismatch"),
+        ("TRAINABLE_TOKENS", replace(f"{Q0}.lora_A.weight", 4, 64), f"{Q0}.lora_A.weight", "no_target"),
+    ],
+)
+def test_forms_refuse_bad_tensors(
+    name: str,
+    change: Callable[[dict[str, Tensor]], object],
+    where: str,
+    code: str,
+    forms: dict[str, Path],
+    spec: ModelSpec,
+    tmp_path: Path,
+) -> None:
+    folder = Path(shutil.copytree(forms[name], tmp_path / "adapter"))
+    change_tensors(folder, change)
+    assert (where, code) in [(problem.where, problem.code) for problem in refused(folder, spec)]
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "where", "code"),
+    [
+        ("LN_TUNING", {"target_modules": None}, "target_modules", "unsupported_feature"),
+        ("LN_TUNING", {"target_modules": ["norm"]}, LN0, "no_target"),
+        ("LN_TUNING", {"modules_to_save": ["lm_head"]}, "modules_to_save", "unsupported_feature"),
+        ("LN_TUNING", {"peft_type": "LORA"}, LN0, "unsupported_feature"),
+        ("TRAINABLE_TOKENS", {"token_indices": [3]}, TOKENS, "shape_mismatch"),
+        ("TRAINABLE_TOKENS", {"token_indices": [3, 97]}, TOKENS, "shape_mismatch"),
+        ("TRAINABLE_TOKENS", {"token_indices": "3"}, "trainable_token_indices", "malformed_file"),
+        ("TRAINABLE_TOKENS", {"target_modules": ["lm_head"]}, TOKENS, "unsupported_feature"),
+        ("TRAINABLE_TOKENS", {"brand_new": 1}, "brand_new", "unknown_key"),
+    ],
+)
+def test_forms_refuse_bad_configs(
+    name: str,
+    changes: dict[str, Any],
+    where: str,
+    code: str,
+    forms: dict[str, Path],
+    spec: ModelSpec,
+    tmp_path: Path,
+) -> None:
+    folder = Path(shutil.copytree(forms[name], tmp_path / "adapter"))
+    change_config(folder, **changes)
+    found = [(problem.where.removeprefix(f"{CONFIG}: "), problem.code) for problem in refused(folder, spec)]
+    assert (where, code) in found, found

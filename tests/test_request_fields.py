@@ -73,6 +73,15 @@ CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "priority": ({}, {"priority": 3}),
     "timeout": ({}, {"timeout": 60}),
     "user": USERS,
+    "response_format": ({}, {"response_format": {"type": "json_object"}}),
+    "structured_outputs": ({}, {"structured_outputs": {"choice": ["a", "b"]}}),
+    "guided_json": ({}, {"guided_json": {"type": "integer"}}),
+    "guided_regex": ({}, {"guided_regex": "a+"}),
+    "guided_choice": ({}, {"guided_choice": ["a", "b"]}),
+    "guided_grammar": ({}, {"guided_grammar": 'root ::= "a"'}),
+    "json_schema": ({}, {"json_schema": '{"type": "integer"}'}),
+    "regex": ({}, {"regex": "a+"}),
+    "ebnf": ({}, {"ebnf": 'root ::= "a"'}),
 }
 OUTPUT = "H<|start|>ello"
 CALLS = '{"name":"f","arguments":{}};{"name":"f","arguments":{}}'

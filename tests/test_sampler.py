@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from adapters.device import transfers as upload
 from server.model.sampling import adjustments, categorical, sampler
@@ -229,6 +230,25 @@ def test_draws_beyond_the_last_kept_token_are_impossible() -> None:
 
 
 LARGE = [{}, {"top_k": 7}, {"top_k": 2000}, {"top_p": 0.3}, {"top_p": 0.999}, {"min_p": 0.5}, {"min_p": 1e-4}]
+
+
+def test_probabilities_are_added_as_integers() -> None:
+    """On a GPU, the order of a float sum depends on the number of rows, and for one row on chance."""
+
+    class Sums(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func._schema.name in ("aten::cumsum", "aten::sum"):
+                summed.append(args[0].dtype)
+            return func(*args, **(kwargs or {}))
+
+    summed: list[torch.dtype] = []
+    seqs = [
+        make_seq(temperature=1.0, **params)
+        for params in ({}, {"top_k": 3}, {"top_p": 0.5}, {"top_k": 2000, "min_p": 0.1})
+    ]
+    with Sums():
+        sample(random_logits(len(seqs)), seqs, EOS)
+    assert summed and set(summed) <= {torch.int64, torch.bool}
 
 
 def test_each_way_of_drawing_gives_the_token_that_sorting_the_vocabulary_gives() -> None:

@@ -20,9 +20,10 @@ from transformers import AutoModelForCausalLM
 
 from adapters.records import PendingAdapter
 from adapters.registry.registry import AdapterRegistry
-from tests.fixtures.adapter_factory import write_adapter
+from tests.fixtures.adapter_factory import with_peft, write_adapter
 from tests.fixtures.timing import HANG_SECONDS, wait_for
 from tests.fixtures.tiny_server import RunningServer, running_server, sse_events, write_tiny_model
+from tests.fixtures.virtual_tokens import generated, write_virtual
 
 VERSIONS = 8
 STREAMS = 8
@@ -111,7 +112,7 @@ def test_replacing_a_name_changes_new_requests_and_not_running_ones(server: Runn
         text = ""
         with client.stream("POST", "/v1/completions", json=body) as stream:
             for number, event in enumerate(sse_events(stream.iter_lines())):
-                if number == 2:
+                if number == 0:
                     server.upload(other, "moving", tiny / "version-2", replace="true").raise_for_status()
                     after = server.complete(other, "moving", "abc")
                 if event is not None:
@@ -121,6 +122,31 @@ def test_replacing_a_name_changes_new_requests_and_not_running_ones(server: Runn
         assert after["system_fingerprint"] != solo["system_fingerprint"]
         assert after["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
         client.delete("/v1/adapters/moving").raise_for_status()
+
+
+def test_a_cartridge_is_replaced_by_another_while_a_stream_runs(
+    server: RunningServer, tiny: Path, tmp_path: Path
+) -> None:
+    """Both give the tokens of PEFT's `generate`, and pass the self-test of uploads."""
+    model = AutoModelForCausalLM.from_pretrained(tiny / "model")
+    folders = [write_virtual(model, tmp_path / str(seed), "CARTRIDGE", 20 + seed, seed) for seed in range(2)]
+    prompt, options = [5, 17, 42], {"max_tokens": 60, "return_token_ids": True}
+    first, second = (generated(with_peft(model, folder), prompt, 60)[0] for folder in folders)
+    with server.client() as client, server.client() as other:
+        upload = server.upload(client, "notes", folders[0]).json()
+        assert upload["report"]["selftest"]["max_abs_logit_diff"] < 1e-3, upload
+        body = {"model": "notes", "prompt": prompt, "temperature": 0, "stream": True, **options}
+        tokens: list[int] = []
+        with client.stream("POST", "/v1/completions", json=body) as stream:
+            for number, event in enumerate(sse_events(stream.iter_lines())):
+                if number == 0:
+                    server.upload(other, "notes", folders[1], replace="true").raise_for_status()
+                    after = other.post("/v1/completions", json={**body, "stream": False}).json()
+                if event is not None:
+                    tokens += event["choices"][0].get("token_ids") or []
+        assert tokens == first and after["choices"][0]["token_ids"] == second
+        assert after["usage"]["prompt_tokens"] == 3
+        client.delete("/v1/adapters/notes").raise_for_status()
 
 
 def test_adapters_are_scaled_and_composed(server: RunningServer, tiny: Path) -> None:

@@ -16,6 +16,7 @@ from adapters.runtime.hooks import ModuleOverrideHooks
 from adapters.runtime.layers import LoRAGroup
 from adapters.runtime.pack import PackedAdapter
 from adapters.runtime.pool import AdapterPool
+from adapters.runtime.row_maps import RowMaps
 from adapters.runtime.step import NO_ADAPTERS
 from tests.fixtures.adapter_factory import tiny_llama, write_adapter
 from tests.fixtures.engine_driver import Driver, make_driver
@@ -77,6 +78,7 @@ def test_the_pool_knows_which_adapters_have_more_than_a_and_b(pool: AdapterPool)
         "vectors": {"m": torch.ones(2, 4)},
         "input_vectors": {"m": torch.ones(2, 4)},
         "module_overrides": {"m": (torch.nn.Identity(),)},
+        "row_maps": {"m": RowMaps(after=torch.nn.Identity())},
     }
     for kind, own in kinds.items():
         pool.write(Slot(1, "", [1]), packed(**{kind: own}))

@@ -11,6 +11,8 @@ def test_default_traits_are_not_described() -> None:
 
 
 def test_what_is_described_comes_back_from_the_report_as_json() -> None:
-    traits = Traits(additive=False, mergeable=False, invocation_tokens=(5, 7), vocab_size=131, tokenizer=True)
+    traits = Traits(
+        additive=False, mergeable=False, invocation_tokens=(5, 7), owned=("norm",), vocab_size=131, tokenizer=True
+    )
     report = json.loads(json.dumps({"traits": traits.described()}))
     assert Traits.of(report) == traits

@@ -98,7 +98,7 @@ class Step:
 
 
 MIXED = [(5, 5), (40, 1), (33, 17), (1, 1), (90, 3), (65, 1)]
-SHAPES = [(4, 4, 16), (8, 2, 80), (7, 1, 128), (4, 2, 8)]
+SHAPES = [(4, 4, 16), (8, 2, 80), (7, 1, 128), (4, 2, 8), (19, 1, 16)]
 CASES = [((9, 3, 64), dtype) for dtype in DTYPES] + [(shape, torch.bfloat16) for shape in SHAPES]
 
 
@@ -109,6 +109,17 @@ def test_prefill_and_decode_in_one_call(shape: tuple[int, int, int], dtype: torc
     tolerance = EPSILON[dtype]
     torch.testing.assert_close(step.triton(None, None).double(), expected, atol=tolerance, rtol=tolerance)
     torch.testing.assert_close(step.plain(None, None).double(), expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("group", [1, 3, 5, 7, 8, 9, 12, 48, 71])
+@pytest.mark.parametrize("tokens", [1, triton_layout.TILE_TOKENS])
+def test_a_tile_has_a_bounded_number_of_rows_for_any_number_of_heads(group: int, tokens: int) -> None:
+    """A model with one key head (StarCoder) had tiles of 1,024 rows, which no GPU has the shared memory for."""
+    for head_dim in (64, 128, 256):
+        parts, tile = triton_paged.tile_shape(tokens, group, head_dim, 2)
+        assert tile["ROWS"] <= triton_paged.MAX_ROWS and tile["ROWS"] * head_dim <= triton_paged.MAX_ROWS * 128
+        assert tile["ROWS"] >= tokens * tile["SHARE"] and (parts - 1) * tile["SHARE"] < group <= parts * tile["SHARE"]
+        assert tile["num_warps"] == 8 or tile["ROWS"] < 128
 
 
 @pytest.mark.parametrize(("window", "softcap"), [(None, 3.0), (1, None), (7, 3.0), (16, None), (50, 3.0)])

@@ -4,6 +4,7 @@ implementations. CPU only, in Triton's interpreter."""
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.fixtures.triton_device import DEVICE, INTERPRETED, require_triton
 
@@ -15,13 +16,22 @@ from adapters.kernels.contract import LoRAKernel
 from adapters.kernels.triton_lora import TritonKernel
 from server.model import attention, runner
 from server.model.attention import triton_paged
-from server.model.graphs import DecodeGraphs, bucket_sizes
+from server.model.batch import ForwardBatch
+from server.model.fused.block_ops import TritonBlockOps
+from server.model.graphs import DecodeGraphs, Replay, bucket_sizes
 from tests.fixtures.adapter_factory import tiny_llama, write_adapter
 from tests.fixtures.engine_driver import Driver, make_driver
+from tests.fixtures.virtual_tokens import write_virtual
 
 # Rows of a tile beyond its tokens see no key; numpy, in the interpreter, warns of their 0 / 0.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered in divide:RuntimeWarning")
-PROMPTS = {"base": [5, 17, 42], "one": [9, 8, 7, 6, 5] * 4, "other": [3, 1, 4, 1, 5, 9]}
+PROMPTS = {
+    "base": [5, 17, 42],
+    "one": [9, 8, 7, 6, 5] * 4,
+    "other": [3, 1, 4, 1, 5, 9],
+    "P_TUNING": [4, 4, 8],
+    "CARTRIDGE": [6, 7],
+}
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +41,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(folder / "model")
     write_adapter(model, folder / "one", r=8, scale=0.3, target_modules="all-linear")
     write_adapter(model, folder / "other", r=24, scale=0.3, seed=1, target_modules=["q_proj", "down_proj"])
+    for name in ("P_TUNING", "CARTRIDGE"):
+        write_virtual(model, folder / name, name, 19)
     return folder
 
 
@@ -39,12 +51,12 @@ def on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
         return TritonKernel(DEVICE), "the test's"
 
     monkeypatch.setattr(runner, "choose_kernel", kernel)
-    monkeypatch.setattr(runner, "block_ops", lambda *_: None)
+    monkeypatch.setattr(runner, "block_ops", lambda *_: TritonBlockOps())
     monkeypatch.setattr(attention, "choose", lambda *_: (triton_paged.paged_attention, "the test's"))
 
 
 def answers(driver: Driver, models: Path) -> dict[str, list[int]]:
-    digests = {name: driver.add_adapter(models / name) for name in ("one", "other")}
+    digests = {name: driver.add_adapter(models / name) for name in PROMPTS if name != "base"}
     for name, prompt in PROMPTS.items():
         driver.submit(name, prompt, digests.get(name), max_tokens=4)
     driver.run()
@@ -71,11 +83,28 @@ def test_the_engine_answers_as_on_the_plain_implementations(
 
 
 def with_graphs(driver: Driver) -> DecodeGraphs:
-    """Graphs whose replay is the forward itself."""
+    """Graphs whose replay is the forward itself, after everything that the step brought along was overwritten: a graph
+    reads its own buffers and nothing else."""
     made = driver.engine._runner
     kernel = made.pool.kernel
     assert isinstance(kernel, TritonKernel)
-    made.graphs = DecodeGraphs(
-        made._forward, made.pool, made.groups(), kernel, bucket_sizes(4), 4, 16, DEVICE, lambda forward: forward
-    )
+    step: list[ForwardBatch] = []
+
+    class Watched(DecodeGraphs):
+        def run(self, batch: ForwardBatch) -> torch.Tensor | None:
+            step[:] = [batch]
+            return super().run(batch)
+
+    def capture(forward: Replay) -> Replay:
+        def replay() -> torch.Tensor:
+            (own,) = step
+            for tensor in (own.input_ids, own.positions, own.slot_mapping):
+                tensor.fill_(1)
+            own.attention_plan = "not the graph's"
+            return forward()
+
+        forward()
+        return replay
+
+    made.graphs = Watched(made._forward, made.pool, made.groups(), kernel, bucket_sizes(8), 4, 16, DEVICE, capture)
     return made.graphs

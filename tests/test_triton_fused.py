@@ -169,10 +169,3 @@ def test_a_row_s_bits_do_not_depend_on_its_batch(function: str) -> None:
     alone = call(triton_fused, adapters.delta())
     assert all(torch.equal(own[kept], beside[kept]) for own, beside in zip(alone, together, strict=True))
     assert not torch.equal(alone[0], together[0])
-
-
-def test_the_choice_says_what_it_took_and_why() -> None:
-    from server.model import fused
-
-    assert fused.choose("cpu") == (reference, "plain torch: there is no faster implementation for cpu")
-    assert fused.choose("cuda") == (triton_fused, "Triton kernels")

@@ -174,6 +174,13 @@ def test_a_prefix_needs_layers_of_one_shape(
     inspect(written["P_TUNING"], dataclasses.replace(spec, kv=kv))
 
 
+def test_embeddings_need_a_base_that_reads_its_tokens_once(written: dict[str, Path], spec: ModelSpec) -> None:
+    rereading = dataclasses.replace(spec, rereads_tokens=True)
+    (problem,) = refused(written["CPT"], rereading)
+    assert problem.where == f"{CONFIG}: peft_type" and "input embedding alone" in problem.expected
+    inspect(written["CARTRIDGE"], rereading)
+
+
 def test_float64_is_rounded_and_said(written: dict[str, Path], spec: ModelSpec, tmp_path: Path) -> None:
     folder = changed(written["CPT"], tmp_path / "adapter")
     save_file({name: t.double() for name, t in load_file(folder / WEIGHTS).items()}, folder / WEIGHTS)

@@ -30,11 +30,12 @@ Rows = tuple[tuple[SlotUse, ...], int]  # the adapters of that many adjacent row
 
 @dataclass(frozen=True, slots=True)
 class SlotRows:
-    """Rows `[start, end)` of the batch belong to `slot`."""
+    """Rows `[start, end)` of the batch belong to `slot`, whose adapter is multiplied by `scale`."""
 
     slot: int
     start: int
     end: int
+    scale: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,6 @@ def build_segments(rows: Iterable[Rows], columns_of_slot: dict[int, list[tuple[i
         start, end = end, end + sum(count for _, count in group)
         for slot, scale in uses:
             if scale:
-                owned.append(SlotRows(slot, start, end))
+                owned.append(SlotRows(slot, start, end, scale))
                 items += (Segment(start, end, lo, hi, scale) for lo, hi in columns_of_slot[slot])
     return Segments(tuple(items), tuple(owned))

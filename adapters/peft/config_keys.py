@@ -2,6 +2,17 @@
 
 from typing import Any
 
+# Keys that all types have, and that change nothing.
+COMMON_HARMLESS_KEYS = frozenset(
+    {
+        "auto_mapping",
+        "base_model_name_or_path",
+        "inference_mode",
+        "peft_version",
+        "revision",
+        "task_type",
+    }
+)
 SERVED_KEYS = frozenset(
     {
         "peft_type",
@@ -27,20 +38,7 @@ SERVED_KEYS = frozenset(
     }
 )
 # Keys that record how an adapter was trained or where it came from; no value changes the meaning of the tensors.
-HARMLESS_KEYS = frozenset(
-    {
-        "auto_mapping",
-        "base_model_name_or_path",
-        "eva_config",
-        "fan_in_fan_out",
-        "inference_mode",
-        "lora_dropout",
-        "peft_version",
-        "revision",
-        "runtime_config",
-        "task_type",
-    }
-)
+HARMLESS_KEYS = COMMON_HARMLESS_KEYS | {"eva_config", "fan_in_fan_out", "lora_dropout", "runtime_config"}
 # Keys that change the base model or the arithmetic: only the listed values, or an empty one, leave plain LoRA.
 REFUSED_KEYS: dict[str, tuple[Any, ...]] = {
     "arrow_config": (),

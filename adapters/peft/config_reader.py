@@ -136,6 +136,10 @@ class ConfigReader:
         values = {key: self._config.get(key) for key in features}
         return tuple(features[key] for key, value in values.items() if not _is_empty(value) and value != "none")
 
+    def refuse(self, key: str, found: Any, expected: str, code: ProblemCode) -> None:
+        """Record a problem because of which the config cannot be used."""
+        self._refuse(key, found, expected, code)
+
     def _refuse(self, key: str, found: Any, expected: str, code: ProblemCode) -> None:
         self.usable = False
         self.problems.append(config_problem(key, found, expected, code))

@@ -3,12 +3,13 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from adapters.errors import Problem
 from adapters.peft.config_keys import FEATURES, HARMLESS_KEYS, REFUSED_KEYS, SERVED_KEYS, WAYS_OUT
 from adapters.peft.config_reader import ConfigReader, KeyTable, canonical, read_json
+from adapters.peft.lora_forms import LN_TUNING, LoraForm, form_of
 from adapters.peft.patterns import BadPattern, ModuleNames, ModulePatterns, is_literal, layer_of
 from adapters.peft.targets import Targets
 from adapters.traits import Traits
@@ -17,9 +18,29 @@ from adapters.traits import Traits
 VIRTUAL_TOKEN_TYPES = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING", "CPT", "CARTRIDGE")
 # LORA, and the types that `adapters.validation.peft_types` converts.
 SERVED_TYPES = (
-    "LORA", "ADALORA", "BEFT", "DEFT", "DELORA", "GRALORA", "HRA", "IA3", "LOHA", "LOKR", "MISS", "PVERA", "UNILORA",
-    "VBLORA", "VERA", *VIRTUAL_TOKEN_TYPES,
+    "LORA", "ADALORA", "BEFT", "BOFT", "C3A", "DEFT", "DELORA", "GRALORA", "HRA", "IA3", "LN_TUNING", "LOHA", "LOKR",
+    "MISS", "OFT", "PVERA", "ROAD", "SHIRA", "TRAINABLE_TOKENS", "UNILORA", "VBLORA", "VERA", *VIRTUAL_TOKEN_TYPES,
 )  # fmt: skip
+# Every other type of PEFT's, and why its effect is not served.
+REFUSED_TYPES = {
+    "ADAMSS": "clusters the base's weights anew wherever it is loaded",
+    "ADAPTION_PROMPT": "adds attention over trained prompts inside the layers",
+    "FOURIERFT": "draws the places of its frequencies from a random generator, and does not save them",
+    "FROD": "decomposes the base's weights anew wherever it is loaded",
+    "GLORA": "multiplies the entries of the base's weights",
+    "HIRA": "multiplies the entries of the base's weights",
+    "LILY": "mixes its factors by the mean over all tokens of a batch, so that rows change each other",
+    "OSF": "replaces the base's weights by their decomposition",
+    "PEANUT": "passes the base's weights through a network of its own",
+    "POLY": "needs the id of a task with every prompt",
+    "PSOFT": "decomposes the base's weights anew wherever it is loaded",
+    "RANDLORA": "sums random factors to a delta of full rank",
+    "SHADOW": "runs a second model beside the base",
+    "SUPERTUNING": "has sparse entries and factors in one layer",
+    "TINYLORA": "decomposes the base's weights anew wherever it is loaded",
+    "WAVEFT": "draws the places of its coefficients from a random generator, and does not save them",
+    "XLORA": "weights several adapters by a classifier, which reads a first run of the whole model",
+}
 LORA_KEYS = KeyTable(SERVED_KEYS, HARMLESS_KEYS, REFUSED_KEYS, WAYS_OUT)
 MAX_NAMES = 4096  # maximum length of a list of modules, parameters or tokens
 BIASES = ("none", "lora_only", "all")
@@ -34,7 +55,8 @@ class LoraSettings:
     `bias` is one of `BIASES`; with `ensures_tying`, settings for one end of a tied vocabulary apply to both;
     `token_indices` maps the ending of a module's name to the trained tokens, with "" for the input embedding;
     `qalora_group_size` is None without QA-LoRA; `invocation_tokens` activate an aLoRA. `features` are the names for the
-    report; `canonical` is the canonical config that the digest covers.
+    report; `canonical` is the canonical config that the digest covers. `form` is the type, where it is not LORA itself,
+    and `whole_targets` choose the modules of LN_TUNING.
     """
 
     r: int
@@ -58,10 +80,14 @@ class LoraSettings:
     invocation_tokens: tuple[int, ...]
     features: tuple[str, ...]
     canonical: str
+    form: LoraForm | None = None
+    whole_targets: Targets | None = None
 
     def traits(self) -> Traits:
         """Return the traits that follow from the config alone; the tensors may add to them."""
-        elsewhere = self.modules_to_save or self.token_indices or self.target_parameters or self.invocation_tokens
+        elsewhere = (
+            self.form or self.modules_to_save or self.token_indices or self.target_parameters or self.invocation_tokens
+        )
         changed = self.use_dora or self.lora_bias or self.bias != "none"
         return Traits(
             additive=not (elsewhere or changed),
@@ -99,9 +125,25 @@ def parse_config(data: bytes) -> tuple[LoraSettings | None, list[Problem]]:
     config, problems = read_json(data)
     if config is None:
         return None, problems
-    reader = _Reader(config)
+    form = form_of(config)
+    reader = _Reader(config if form is None else form.lora_config(config))
     settings = reader.settings(canonical(config))
-    return (settings if reader.usable else None), reader.problems + LORA_KEYS.problems(config)
+    if form is not None:
+        settings = _with_form(settings, form, config, reader)
+    keys = LORA_KEYS if form is None else form.keys
+    return (settings if reader.usable else None), reader.problems + keys.problems(config)
+
+
+def _with_form(settings: LoraSettings, form: LoraForm, config: Mapping[str, Any], reader: ConfigReader) -> LoraSettings:
+    """Return the settings of a type that is another form of a LORA."""
+    settings = replace(settings, form=form, features=(form.peft_type.lower(),))
+    if form is not LN_TUNING:
+        return settings
+    targets = Targets.of(config)
+    if targets is None or (targets.names is None and targets.expression is None):
+        found, expected = config.get("target_modules"), "a list of modules, or an expression that RE2 accepts"
+        reader.refuse("target_modules", found, expected, "unsupported_feature")
+    return replace(settings, whole_targets=targets)
 
 
 class _Reader(ConfigReader):
@@ -109,6 +151,8 @@ class _Reader(ConfigReader):
         peft_type = self._config.get("peft_type")
         if peft_type != "LORA":
             expected = '"LORA" here' if peft_type in SERVED_TYPES else f"one of {', '.join(SERVED_TYPES)}"
+            if isinstance(peft_type, str) and peft_type in REFUSED_TYPES:
+                expected += f"; {peft_type} {REFUSED_TYPES[peft_type]}"
             self._refuse("peft_type", peft_type, expected, "unsupported_feature")
         return LoraSettings(
             r=self._rank("r", self._config.get("r", 8)),

@@ -10,6 +10,7 @@ from adapters.peft.config_reader import shown
 from adapters.peft.earlier_names import EarlierNames, ExpertTensor
 from adapters.peft.files import CONFIG_FILE
 from adapters.peft.lora_config import LoraSettings
+from adapters.peft.lora_forms import LoraForm
 from adapters.peft.patterns import dotted_suffixes
 from adapters.peft.safetensors_header import FLOAT_BYTES, TensorInfo, read_header, stored_bytes
 from adapters.peft.spellings import peft_names, repeated
@@ -59,22 +60,24 @@ class LoraTensors:
     notes: list[str] = field(default_factory=list)
 
     @classmethod
-    def read(cls, path: Path, spec: ModelSpec) -> "LoraTensors":
-        """Read the header of the file at `path` and sort its tensors. Raises `AdapterInvalid` if it is not a
-        safetensors file."""
+    def read(cls, path: Path, spec: ModelSpec, form: LoraForm | None = None) -> "LoraTensors":
+        """Read the header of the file at `path` and sort its tensors, whose names are those of `form`. Raises
+        `AdapterInvalid` if it is not a safetensors file."""
         tensors = cls(path, read_header(path, FLOAT_BYTES))
         spellings = peft_names(tensors.infos, spec.modules.keys() | spec.parameters.keys())
         again = repeated(spellings.names)
         tensors.notes += [*spellings.notes, *rounding_notes(tensors.infos)]
         earlier, renamed = EarlierNames(spec), 0
         for name, own in spellings.names.items():
-            current = earlier.current(own)
-            renamed += current != own
             if name in again:
                 found = f"another spelling of {shown(again[name], 200)}"
                 tensors.misnamed.append(problem(name, found, "each tensor once", "malformed_file"))
-            else:
+            elif (lora := own if form is None else form.lora_name(own)) is not None:
+                current = earlier.current(lora)
+                renamed += current != lora
                 tensors._place(name, current, spec)
+            else:
+                tensors.misnamed.append(problem(name, "a tensor of another kind", "those of the config's type"))
         if renamed:
             tensors.notes.append(f"the names of {renamed} tensors are those of an earlier transformers")
         for module, parameter, name in list(tensors.copies):

@@ -14,8 +14,8 @@ from adapters.runtime.step import Current, StepPlan
 
 
 class LoRAGroup(nn.Module):
-    """Linears over one input: usually a single one, or a stack of siblings. The forward scales the input for the base,
-    runs the base, applies scale and shift to its output, and adds the adapters' segmented delta.
+    """Linears over one input: usually a single one, or a stack of siblings. The forward scales or maps the input for
+    the base, runs the base, applies scale and shift and row maps to its output, and adds the adapters' segmented delta.
 
     The base runs on all rows with its own weights and kernel, so base rows are bit-identical to those of a model
     without adapters. `base` is the current module: the model's own, or that of a merged adapter. `columns` are the
@@ -61,7 +61,7 @@ class LoRAGroup(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the outputs of all linears side by side, `[..., sum of sizes]`, for `x [..., in_features]`."""
         plan = self.current.plan
-        y = self._base_output(x, plan)
+        y = self._mapped_output(x, plan)
         if plan.active:
             rows, sizes = y.view(-1, y.shape[-1]), self.columns.sizes
             if len(sizes) == 1 and rows.shape[1] > sizes[0]:  # another row's adapter has a larger vocabulary
@@ -69,6 +69,9 @@ class LoRAGroup(nn.Module):
             if plan.scale_shift is not None:
                 for name, (lo, hi) in zip(self.names, self._spans, strict=True):
                     self._scale_shift.apply(rows[:, lo:hi], name, plan.scale_shift)
+            if plan.row_maps is not None:
+                for name, (lo, hi) in zip(self.names, self._spans, strict=True):
+                    plan.row_maps.apply(rows[:, lo:hi], x.reshape(-1, x.shape[-1]), name)
             if plan.touches(self.names):
                 self.kernel.add_lora(rows, x.reshape(-1, x.shape[-1]), *self.columns, plan.kernel_plan)
         return y
@@ -77,6 +80,25 @@ class LoRAGroup(nn.Module):
         """Compute with another base module, or one whose parameters were replaced, from the next step on."""
         self.base = module
         self.state.replaced_base()
+
+    def _mapped_output(self, x: torch.Tensor, plan: StepPlan) -> torch.Tensor:
+        """Return the base's output for an input whose rows may have maps before the base. In a stack, every sibling has
+        a map of its own: mapped rows are computed as further rows, so that the base still runs once."""
+        rows = x.reshape(-1, x.shape[-1])
+        mapped = [] if plan.row_maps is None else plan.row_maps.inputs(rows, self.names)
+        if not mapped:
+            return self._base_output(x, plan)
+        if len(self.names) == 1:
+            rows = rows.clone()
+            for _, place, own in mapped:
+                rows[place.start : place.end] = own
+            return self._base_output(rows.view_as(x), plan)
+        y = self._base_output(torch.cat([rows, *(own for _, _, own in mapped)]), plan)
+        found, *others = torch.split(y, [len(rows), *(len(own) for _, _, own in mapped)])
+        for (index, place, _), own in zip(mapped, others, strict=True):
+            lo, hi = self._spans[index]
+            found[place.start : place.end, lo:hi] = own[:, lo:hi]
+        return found.view(*x.shape[:-1], -1)
 
     def _base_output(self, x: torch.Tensor, plan: StepPlan) -> torch.Tensor:
         scales = plan.input_scale_shift

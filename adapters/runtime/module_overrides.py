@@ -135,6 +135,11 @@ def _tensors(module_overrides: Iterable[nn.Module]) -> list[Tensor]:
     return [*found.values()]
 
 
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    moved = tensor.to(device)
+    return nn.Parameter(moved, requires_grad=False) if isinstance(tensor, nn.Parameter) else moved
+
+
 @dataclass(frozen=True, slots=True)
 class ModuleOverridePlan:
     """The adapters of a step that have overrides: their rows, and their overrides by module. `num_rows` is the
@@ -212,9 +217,11 @@ class ModuleOverrideTable:
         return set(self._by_slot)
 
     def _on_device(self, override: nn.Module) -> nn.Module:
-        """Return the override on the device. The host's copy stays in host memory, because `Module.to` moves in
-        place."""
-        return override if self._device.type == "cpu" else copy.deepcopy(override).to(self._device)
+        """Return the override on the device. The host's copy stays in host memory, and what is on the device already,
+        such as parameters shared with the base, is shared and not copied."""
+        if self._device.type == "cpu":
+            return override
+        return copy.deepcopy(override, {id(t): _moved(t, self._device) for t in _tensors([override])})
 
     def plan_rows(self, rows: Iterable[SlotRows], num_rows: int) -> ModuleOverridePlan | None:
         """Return the plan of a step's rows; None when no adapter of the step has overrides."""

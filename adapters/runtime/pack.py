@@ -22,6 +22,7 @@ from adapters.runtime.module_overrides import (
     nbytes,
     replaced,
 )
+from adapters.runtime.row_maps import RowMaps, row_maps_of
 from adapters.runtime.virtual_tokens import pack_virtual
 from adapters.weights import AdapterWeights, LoraFactors, VirtualTokens
 
@@ -30,10 +31,11 @@ from adapters.weights import AdapterWeights, LoraFactors, VirtualTokens
 class PackedAdapter:
     """A version in the pool's layout and dtype: the scaling (and DoRA's) is folded into the B of `columns` before
     rounding, and the columns are zero-padded to whole pages. `vectors` are output vectors by module, `input_vectors`
-    the same for inputs, `module_overrides` all other changes to a module, in order of application, and `virtual` the
-    tokens in front of every prompt. `nbytes` is the size in bytes, `extra_bytes` the part of it that is not in
-    `columns`. `follows_from_shapes` tells that all of it was computed from the adapter and the shapes of the base model
-    alone, not from the base's weights."""
+    the same for inputs, `row_maps` other functions of its rows, `module_overrides` all other changes to a module, in
+    order of application, and `virtual` the tokens in front of every prompt. `nbytes` is the size in bytes,
+    `extra_bytes` the part of it that is not in `columns`. `follows_from_shapes` tells that all of it was computed from
+    the adapter and the shapes of the base model alone, not from the base's weights, and that it has a packed form
+    (packed_format.py)."""
 
     num_pages: int
     columns: RankColumns
@@ -44,6 +46,7 @@ class PackedAdapter:
     vocab_size: int | None = None
     extra_bytes: int = 0
     follows_from_shapes: bool = False
+    row_maps: dict[str, RowMaps] = field(default_factory=dict)
     virtual: VirtualTokens | None = None
 
 
@@ -65,12 +68,12 @@ def pack(
         if (own := [*_module_overrides(name, weights, dtype, bases)])
     }
     vectors = {}
-    for name in weights.factors.keys() | weights.biases.keys():
+    for name in weights.factors.keys() | weights.biases.keys() | weights.weight_scales.keys():
         factors = weights.factors.get(name)
         if _is_resized(factors, bases[name]):
             continue  # applied as a module override
         base = _effective(bases[name], module_overrides.get(name, ()))
-        scale = None if factors is None else dora_scale(base, factors)
+        scale = weights.weight_scales.get(name) if factors is None else dora_scale(base, factors)
         if factors is not None:
             _fill(*modules[name], factors, scale)
         scale_shift = output_vectors(base, scale, factors, weights.biases.get(name))
@@ -84,10 +87,12 @@ def pack(
         _check_finite(name, dtype, [t for override in stack for t in (*override.parameters(), *override.buffers())])
     vectors |= _scaling_vectors(weights.output_scales)
     input_vectors = _scaling_vectors(weights.input_scales)
+    row_maps = row_maps_of(weights)
+    of_maps = [tensor for maps in row_maps.values() for tensor in maps.tensors()]
     virtual = None if weights.virtual is None else pack_virtual(weights.virtual, dtype)
     if virtual is not None:
         _check_finite("prompt_embeddings", dtype, [virtual.values])
-    extra = sum(own.nbytes for own in (*vectors.values(), *input_vectors.values()))
+    extra = sum(own.nbytes for own in (*vectors.values(), *input_vectors.values(), *of_maps))
     extra += nbytes(o for stack in module_overrides.values() for o in stack)
     extra += 0 if virtual is None else virtual.values.nbytes
     size = columns.flat.nbytes + extra
@@ -100,7 +105,8 @@ def pack(
         module_overrides,
         weights.vocab_size,
         extra,
-        follows_from_shapes=_follows_from_shapes(given, module_overrides),
+        follows_from_shapes=not row_maps and _follows_from_shapes(given, module_overrides),
+        row_maps=row_maps,
         virtual=virtual,
     )
 
@@ -198,8 +204,9 @@ def _embedding_delta(factors: LoraFactors, weight: Tensor, base: nn.Module, dtyp
 
 
 def _embedding_scale(base: nn.Module, dtype: torch.dtype) -> Tensor | None:
+    """Return the factor of the base's rows, on the host like the adapter's own tensors; None for 1."""
     scale = getattr(base, "embed_scale", None)
-    return None if scale is None else torch.as_tensor(scale).to(dtype)
+    return None if scale is None else torch.as_tensor(scale).to("cpu", dtype)
 
 
 def _widths(weights: AdapterWeights, bases: Mapping[str, nn.Module]) -> dict[str, tuple[int, int]]:

@@ -12,6 +12,7 @@ from adapters.model_spec import ModelSpec
 from adapters.residency.slots import PAGE_COLUMNS, Slot
 from adapters.runtime.module_overrides import ModuleOverrideTable
 from adapters.runtime.pack import PackedAdapter
+from adapters.runtime.row_maps import RowMapTable
 from adapters.runtime.scale_shift import ScaleShiftTables
 from adapters.runtime.step import NO_ADAPTERS, StepPlan, StepPlanner, StepState
 from adapters.runtime.virtual_tokens import VirtualTable
@@ -50,8 +51,11 @@ class AdapterPool:
         self.scale_shift = ScaleShiftTables(device)
         self.input_scale_shift = ScaleShiftTables(device)
         self.module_overrides = ModuleOverrideTable(device)
+        self.row_maps = RowMapTable(device)
         self.virtual = VirtualTable(device)
-        self.planner = StepPlanner(kernel, self.scale_shift, self.input_scale_shift, self.module_overrides)
+        self.planner = StepPlanner(
+            kernel, self.scale_shift, self.input_scale_shift, self.module_overrides, self.row_maps
+        )
         self.state = StepState()
         self._vocab_sizes: dict[int, int] = {}  # by slot, where the vocabulary differs from the base's
         self.buffers: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -84,6 +88,7 @@ class AdapterPool:
         self.scale_shift.write(slot.index, packed.vectors)
         self.input_scale_shift.write(slot.index, packed.input_vectors)
         self.module_overrides.write(slot.index, packed.module_overrides)
+        self.row_maps.write(slot.index, packed.row_maps)
         self.virtual.write(slot.index, packed.virtual)
         self.planner.modules[slot.index] = frozenset(packed.columns.widths)
         self._vocab_sizes.pop(slot.index, None)
@@ -108,8 +113,8 @@ class AdapterPool:
         self._vocab_sizes.pop(slot, None)
         self.planner.modules.pop(slot, None)
 
-    def _tables(self) -> tuple[ScaleShiftTables | ModuleOverrideTable | VirtualTable, ...]:
-        return self.scale_shift, self.input_scale_shift, self.module_overrides, self.virtual
+    def _tables(self) -> tuple[ScaleShiftTables | ModuleOverrideTable | RowMapTable | VirtualTable, ...]:
+        return self.scale_shift, self.input_scale_shift, self.module_overrides, self.row_maps, self.virtual
 
     def extra_tensors(self, slot: int) -> list[torch.Tensor]:
         """Return the tensors that the slot's adapter keeps on the device beside its pages."""

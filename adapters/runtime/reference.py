@@ -83,7 +83,8 @@ class ReferenceAdapter:
     def _touched(self) -> set[str]:
         w = self.weights
         scales = (w.input_scales, w.output_scales, w.added_biases, w.reflections, w.projections)
-        return set().union(w.factors, w.biases, w.embeddings, w.parameters, w.replaced, w.tokens, *scales)
+        maps = (w.block_rotations, w.pair_rotations, w.sparse, w.circulant)
+        return set().union(w.factors, w.biases, w.embeddings, w.parameters, w.replaced, w.tokens, *scales, *maps)
 
     def _hook(self, name: str) -> Any:
         base = self.bases[name]
@@ -111,11 +112,14 @@ class ReferenceAdapter:
             output = base.forward((x * of(scale)).to(x.dtype))  # not a call, which would run this hook again
         if (vectors := self.weights.reflections.get(name)) is not None:
             output = base.forward(_reflected(x.float(), of(vectors)).to(x.dtype))
+        if (blocks := self.weights.block_rotations.get(name)) is not None:
+            output = base.forward(_rotated(x.float(), of(blocks)).to(x.dtype))
         if weight is None:
             y = output.float() - own_bias
         else:
             whole = weight.T if isinstance(base, Conv1D) else weight
             y = torch.cat([linear(x.float(), of(rows)) for rows in torch.split(whole, REFERENCE_ROWS)], -1)
+        y = y * of(self.weights.weight_scales.get(name, _ONE)) + self._delta(name, x, y.shape[-1])
         bias = self.weights.biases.get(name, self.weights.replaced.get(name, {}).get("bias"))
         if factors := self.weights.factors.get(name):
             delta = linear(linear(x.float(), of(factors.a)), of(factors.b))
@@ -127,9 +131,26 @@ class ReferenceAdapter:
             y = y + linear(linear(x.float(), of(projection.filled)) - removed, of(projection.left))
         y = y + (own_bias if bias is None else of(bias))
         y = y + of(self.weights.added_biases.get(name, _ZERO))
+        if rotation := self.weights.pair_rotations.get(name):
+            y = of(rotation.first) * y + of(rotation.second) * _turned(y, rotation.half)
         if rows := self.weights.tokens.get(name):
             y[..., list(rows.ids)] = linear(x.float(), of(rows.values))
         return (y * of(self.weights.output_scales.get(name, _ONE))).to(output.dtype)
+
+    def _delta(self, name: str, x: Tensor, outputs: int) -> Tensor:
+        """Return what deltas that are no factors add, with the delta written out, or block by block."""
+        if sparse := self.weights.sparse.get(name):
+            whole = torch.zeros(outputs, x.shape[-1])
+            whole.index_put_((sparse.indices[0], sparse.indices[1]), sparse.values.float(), accumulate=True)
+            return linear(x.float(), _on(x)(whole))
+        if (kernel := self.weights.circulant.get(name)) is not None:
+            size = kernel.shape[2]
+            shifts = (torch.arange(size)[None] - torch.arange(size)[:, None]) % size
+            rows = [
+                linear(x.float(), _on(x)(row[:, shifts].transpose(0, 1).reshape(size, -1))) for row in kernel.float()
+            ]
+            return torch.cat(rows, -1) / x.shape[-1]
+        return _on(x)(_ZERO)
 
     def _embedding(self, name: str, base: nn.Embedding, ids: Tensor) -> Tensor:
         of = _on(ids)
@@ -203,6 +224,20 @@ def _reflected(x: Tensor, vectors: Tensor) -> Tensor:
     for vector in vectors.flip(0):
         x = x - 2 * (x @ vector)[..., None] * vector
     return x
+
+
+def _rotated(x: Tensor, blocks: Tensor) -> Tensor:
+    """Return x with every block of channels multiplied by its matrix, or by the one that there is."""
+    parts = torch.split(x, blocks.shape[-1], -1)
+    return torch.cat([part @ blocks[index % len(blocks)] for index, part in enumerate(parts)], -1)
+
+
+def _turned(y: Tensor, half: int) -> Tensor:
+    """Return `(−y₂, y₁)` for the halves y₁ and y₂ of every `2 * half` channels."""
+    parts = torch.split(y, half, -1)
+    return torch.cat(
+        [turned for first, second in zip(parts[::2], parts[1::2], strict=True) for turned in (-second, first)], -1
+    )
 
 
 def _with_parameters(base: nn.Module, parameters: dict[str, Tensor]) -> nn.Module:

@@ -4,9 +4,11 @@ vectors, where `y` is a linear's output or (IA³) its input."""
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from adapters.device.transfers import upload
 from adapters.kernels.segments import SlotRows
 
 # A range of rows reads its slot's vectors by broadcasting. Many short ranges (decode) are gathered instead, which costs
@@ -67,7 +69,7 @@ class ScaleShiftTables:
         short = [r for r in owned if r.end - r.start <= SHORT]
         gathered = short if len(short) > FEW else []
         pairs = [(row, owner) for owner, r in enumerate(gathered) for row in range(r.start, r.end)]
-        rows, owners = torch.tensor(pairs, dtype=torch.int64, device=self._device).reshape(-1, 2).T.contiguous()
+        rows, owners = upload(np.ascontiguousarray(np.array(pairs, dtype=np.int64).reshape(-1, 2).T), self._device)
         slots = tuple(r.slot for r in gathered)
         return ScaleShiftPlan(rows, owners, slots, tuple(r for r in owned if r not in gathered))
 
@@ -96,7 +98,8 @@ class ScaleShiftTables:
 
 def _identity(y: Tensor) -> Tensor:
     """Return scale 1 and shift -0.0, which is neutral for -0.0 as well, for the channels of `y`."""
-    return torch.tensor([[1.0], [-0.0]], device=y.device).expand(2, y.shape[-1])
+    ones = torch.ones(y.shape[-1], device=y.device)
+    return torch.stack([ones, torch.full_like(ones, -0.0)])
 
 
 def _scale_shift(y: Tensor, vectors: Tensor) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from adapters.kernels.contract import LoRAKernel
 from adapters.kernels.segments import Segments, SlotRows
 from adapters.runtime.module_overrides import ModuleOverridePlan, ModuleOverrideTable
+from adapters.runtime.row_maps import RowMapPlan, RowMapTable
 from adapters.runtime.scale_shift import ScaleShiftPlan, ScaleShiftTables
 
 
@@ -25,10 +26,12 @@ class StepPlan:
     scale_shift: ScaleShiftPlan | None = None  # None unless an adapter of the step has output vectors
     input_scale_shift: ScaleShiftPlan | None = None  # the same for input vectors
     module_overrides: ModuleOverridePlan | None = None  # None unless an adapter of the step has overrides
+    row_maps: RowMapPlan | None = None  # None unless an adapter of the step has row maps
 
     def is_lora_alone(self) -> bool:
         """Return True if the step's adapters have nothing but A and B."""
-        return self.scale_shift is None and self.input_scale_shift is None and self.module_overrides is None
+        extras = self.scale_shift, self.input_scale_shift, self.module_overrides, self.row_maps
+        return all(extra is None for extra in extras)
 
     def touches(self, names: Iterable[str]) -> bool:
         """Return True if A and B have to be added in any of `names`."""
@@ -46,6 +49,7 @@ class StepPlanner:
     scale_shift: ScaleShiftTables
     input_scale_shift: ScaleShiftTables
     module_overrides: ModuleOverrideTable
+    row_maps: RowMapTable
     modules: dict[int, frozenset[str]] = field(default_factory=dict)  # by slot, those with A and B
 
     def plan_step(self, segments: Segments, num_rows: int) -> StepPlan:
@@ -60,11 +64,12 @@ class StepPlanner:
             self.scale_shift.plan_rows(rows),
             self.input_scale_shift.plan_rows(rows),
             self.module_overrides.plan_rows(rows, num_rows),
+            self.row_maps.plan_rows(rows),
         )
 
     def have_only_lora(self, rows: Iterable[SlotRows]) -> bool:
         """Return True if the adapters of `rows` have nothing but A and B."""
-        tables = self.scale_shift, self.input_scale_shift, self.module_overrides
+        tables = self.scale_shift, self.input_scale_shift, self.module_overrides, self.row_maps
         return not any(owned.slot in table for table in tables for owned in rows)
 
     def _modules_of(self, rows: Iterable[SlotRows]) -> frozenset[str] | None:

@@ -1,6 +1,8 @@
 """Virtual tokens of adapters: the embeddings of rows at the head of a sequence, or the keys and values that are copied
 into its KV blocks."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,7 @@ from adapters.weights import VirtualTokens
 def pack_virtual(tokens: VirtualTokens, dtype: torch.dtype) -> VirtualTokens:
     """Return the tokens as the device keeps them: rounded once, and with the layers of a prefix outermost."""
     values = tokens.values.permute(1, 2, 0, 3, 4) if tokens.is_prefix else tokens.values
-    return VirtualTokens(values.to(dtype).contiguous(), tokens.is_prefix)
+    return replace(tokens, values=values.to(dtype).contiguous())
 
 
 class VirtualTable:
@@ -25,11 +27,16 @@ class VirtualTable:
         """Return the packed values of the slot's adapter."""
         return self._by_slot[slot].values
 
+    def problem(self, slots: tuple[int, ...], number: int) -> str | None:
+        """Return why a sequence with `number` virtual tokens cannot use the adapters in `slots`; None if it can."""
+        found = sum(self._by_slot[slot].number for slot in slots if slot in self._by_slot)
+        return None if found == number else f"the adapter has {found} virtual tokens, and the sequence {number}"
+
     def write(self, slot: int, tokens: VirtualTokens | None) -> None:
         if tokens is None:
             self.clear(slot)
         else:
-            self._by_slot[slot] = VirtualTokens(tokens.values.to(self._device), tokens.is_prefix)
+            self._by_slot[slot] = replace(tokens, values=tokens.values.to(self._device))
 
     def clear(self, slot: int) -> None:
         """Release the tokens of `slot`."""

@@ -18,6 +18,8 @@ from adapters.errors import AdapterInvalid, MoveRefused, Problem
 from adapters.runtime.base_factors import with_base
 from adapters.runtime.dora import dense_weight, dora_scale, output_vectors, quant_state, updated_rows
 from adapters.runtime.layers import LoRAGroup, LoRALinear
+from adapters.runtime.mapped_weight import mapped_bias, mapped_weight
+from adapters.runtime.row_maps import RowMaps, row_maps_of
 from adapters.runtime.stacked_linear import Finish, stack
 from adapters.weights import AdapterWeights, LoraFactors
 
@@ -102,11 +104,13 @@ def merge(
     Raises `MoveRefused` ("no_room"), and `AdapterInvalid` when a merged weight overflows the base's dtype.
     """
     weights = with_base(weights, {name: layer.base for name, layer in layers.items()})
-    groups = list(dict.fromkeys(layers[name].group for name in sorted(weights.factors | weights.biases)))
+    maps = row_maps_of(weights)
+    changed = sorted(weights.factors.keys() | weights.biases.keys() | maps.keys())
+    groups = list(dict.fromkeys(layers[name].group for name in changed))
     placement = _place([group.base for group in groups], free, allow_requantize)
     modules = {}
     for group in groups:
-        modules[group] = _merged_group(group, weights, finish, placement.requantized)
+        modules[group] = _merged_group(group, weights, maps, finish, placement.requantized)
         if placement.swapped:
             _move(modules[group], _HOST)
     return MergedModules(modules, placement)
@@ -129,24 +133,28 @@ def _place(bases: Collection[nn.Module], free: FreeMemory, allow_requantize: boo
     raise MoveRefused("no_room", f"the merged layers need {merged >> 20} MiB, which is more than is free{hint}")
 
 
-def _merged_group(group: LoRAGroup, weights: AdapterWeights, finish: Finish, requantized: bool) -> nn.Module:
+def _merged_group(
+    group: LoRAGroup, weights: AdapterWeights, maps: Mapping[str, RowMaps], finish: Finish, requantized: bool
+) -> nn.Module:
     """Return the merged module of a group. Siblings that the adapter does not change are copied, because a stack is
     one matrix."""
-    parts = [
-        (group.member(i), weights.factors.get(name), weights.biases.get(name)) for i, name in enumerate(group.names)
-    ]
-    if len(parts) > 1:
-        return stack([_merged_linear(*part) for part in parts], finish)
-    base, factors, bias = parts[0]
-    if factors is None:
-        return _with_bias(base, _merged_bias(base, output_vectors(base, None, None, bias)))
-    linear = _merged_linear(base, factors, bias)
+    if len(group.names) > 1:
+        members = [(group.member(index), name) for index, name in enumerate(group.names)]
+        return stack([_merged_linear(base, name, weights, maps) for base, name in members], finish)
+    base, (name,) = group.member(0), group.names
+    if name not in weights.factors and name not in maps:
+        return _with_bias(base, _merged_bias(base, output_vectors(base, None, None, weights.biases.get(name))))
+    linear = _merged_linear(base, name, weights, maps)
     if requantized and quant_state(base) is not None:
         return _quantized(linear, base)
     return finish(linear)
 
 
-def _merged_linear(base: nn.Module, factors: LoraFactors | None, bias: Tensor | None) -> nn.Linear:
+def _merged_linear(base: nn.Module, name: str, weights: AdapterWeights, maps: Mapping[str, RowMaps]) -> nn.Linear:
+    if name in maps:
+        mapped = mapped_weight(dense_weight(base), maps[name], weights.weight_scales.get(name))
+        return _linear(_finite(mapped), mapped_bias(base.bias, maps[name]))  # type: ignore[arg-type]
+    factors, bias = weights.factors.get(name), weights.biases.get(name)
     scale = None if factors is None else dora_scale(base, factors)
     new_bias = _merged_bias(base, output_vectors(base, scale, factors, bias))
     weight = dense_weight(base)
@@ -164,8 +172,12 @@ def _merged_weight(weight: Tensor, factors: LoraFactors, scale: Tensor | None) -
             rows *= scale[start:end, None].to(rows.device)
         merged[start:end] = rows
         start = end
+    return _finite(merged)
+
+
+def _finite(merged: Tensor) -> Tensor:
     if not merged.isfinite().all():
-        raise AdapterInvalid([Problem("weights", f"beyond {weight.dtype} once merged", "finite numbers", "nonfinite")])
+        raise AdapterInvalid([Problem("weights", f"beyond {merged.dtype} once merged", "finite numbers", "nonfinite")])
     return merged
 
 

@@ -85,8 +85,11 @@ def _inspect_converted(adapter: Converted, spec: ModelSpec, check: _TokenizerChe
     report: dict[str, Any] = {"applied": applied, "features": list(adapter.type_config.features)}
     if notes := [*adapter.notes(), *check.notes]:
         report["notes"] = notes
-    if traits := adapter.type_config.traits().described():
-        report["traits"] = traits
+    traits = adapter.type_config.traits()
+    if not traits.additive:
+        traits = replace(traits, owned=_last_parts(adapter.layers), scalable=False)
+    if described := traits.described():
+        report["traits"] = described
     return Inspected(adapter.digest, adapter.rank, _last_parts(adapter.layers), adapter.nbytes(), report)
 
 
@@ -184,7 +187,7 @@ def check_lora(
         settings, more = with_current_targets(settings, spec)
         problems += more
     try:
-        tensors = LoraTensors.read(folder / WEIGHTS_FILE, spec)
+        tensors = LoraTensors.read(folder / WEIGHTS_FILE, spec, settings.form if settings else None)
     except AdapterInvalid as error:
         raise AdapterInvalid(problems + error.problems) from None
     scanned = (
@@ -218,4 +221,22 @@ def _traits(tensors: LoraTensors, settings: LoraSettings, spec: ModelSpec) -> Tr
     vocab_size = tensors.vocab_size(spec)
     if more:
         traits = replace(traits, additive=False, mergeable=False)
+    if not traits.additive:
+        traits = replace(traits, owned=_owned(tensors, spec), scalable=_is_scalable(tensors))
     return replace(traits, vocab_size=vocab_size)
+
+
+def _owned(tensors: LoraTensors, spec: ModelSpec) -> tuple[str, ...]:
+    """Return the last parts of the names of modules in which the adapter does more than add `s·B A x`."""
+    owned = {module for module, kinds in tensors.modules.items() if kinds.keys() - {"A", "B"}}
+    owned.update(tensors.embeddings, tensors.stacked, tensors.saved, tensors.biases, tensors.tokens)
+    if spec.tied and not owned.isdisjoint((spec.embedding, spec.head)):
+        owned |= {spec.embedding, spec.head}
+    return _last_parts(owned)
+
+
+def _is_scalable(tensors: LoraTensors) -> bool:
+    """Return True if PEFT scales nothing but A and B of linears: saved modules, tokens and trained biases have no
+    scale. DoRA's norm depends on it."""
+    scaled = {kind for kinds in tensors.modules.values() for kind in kinds} - {"A", "B", "base_bias"}
+    return not (scaled or tensors.embeddings or tensors.stacked)

@@ -28,7 +28,7 @@ from adapters.peft.targets import unmatched
 from adapters.peft.tensor_bytes import largest_finite
 from adapters.peft.tensor_names import TensorKind
 from adapters.validation.expert_checks import ExpertChecks
-from adapters.validation.saved_checks import copy_problems, token_problems
+from adapters.validation.saved_checks import copy_problems, token_problems, whole_problems
 
 MAX_STACKED_BYTES = 1 << 30  # size in float32 of all parameters of which the adapter needs a changed copy
 _FACTORS: tuple[TensorKind, ...] = ("A", "B")
@@ -56,6 +56,8 @@ class LoraChecks:
                 *token_problems(self.tensors, self.spec, settings),
                 *self._invocation(settings),
             ]
+            if settings.whole_targets is not None:
+                found += whole_problems(self.tensors, self.spec, settings.whole_targets)
         found += [*self._saved(), *self._vocabulary(settings)]
         if magnitudes is not None:
             found += [*copy_problems(self.tensors), *self._numbers(settings, magnitudes)]
@@ -105,7 +107,9 @@ class LoraChecks:
 
     def unmatched(self, settings: LoraSettings) -> list[str]:
         """Return the targets that no module of the base model has, which PEFT ignores beside others that match."""
-        return unmatched(settings.target_modules or (), self.spec.names)
+        whole = settings.whole_targets
+        names = settings.target_modules if whole is None else whole.names
+        return unmatched(names or (), self.spec.names)
 
     def _lost(self, settings: LoraSettings, unreached: set[str]) -> Iterator[Problem]:
         """Yield one problem for the modules that PEFT wraps and the file has no tensors for. Modules of the targets
@@ -137,7 +141,7 @@ class LoraChecks:
     def _saved_targets(self, settings: LoraSettings) -> Iterator[Problem]:
         """Check that the file has the targets of `modules_to_save` and `target_parameters`."""
         saved = [f".{module}." for module in self.tensors.saved]
-        for target in settings.modules_to_save:
+        for target in settings.modules_to_save if settings.whole_targets is None else ():
             if not any(f".{target}." in module for module in saved):
                 yield _missing_target("modules_to_save", target)
         adapted = self.tensors.stacked.keys() | self.tensors.modules.keys() | self.tensors.experts.keys()

@@ -6,7 +6,8 @@ from adapters.errors import Problem
 from adapters.model_spec import ModelSpec
 from adapters.peft.files import CONFIG_FILE
 from adapters.peft.lora_config import LoraSettings
-from adapters.peft.lora_tensors import LoraTensors, names_module, problem, token_target
+from adapters.peft.lora_tensors import LoraTensors, lost_modules, names_module, problem, token_target
+from adapters.peft.targets import Targets
 from adapters.peft.tensor_bytes import read_chunks
 
 _KEY = f"{CONFIG_FILE}: trainable_token_indices"
@@ -45,6 +46,24 @@ def _is_tied_away(target: str, spec: ModelSpec, settings: LoraSettings) -> bool:
     ids = settings.token_indices
     same = any(ids[target] == ids[other] for other in ids if names_module(other, spec.embedding))
     return spec.tied and same and names_module(target, spec.head)
+
+
+def whole_problems(tensors: LoraTensors, spec: ModelSpec, targets: Targets) -> Iterator[Problem]:
+    """Yield the problems of modules that are targeted as a whole, by LN_TUNING: PEFT wraps every module whose name
+    matches. The ends of the vocabulary are refused: nothing says whether a tied weight would be that of both."""
+    wrapped = targets.wrapped(spec.parameters, "", "")
+    if lost := wrapped - tensors.saved.keys():
+        yield lost_modules(lost)
+    for module, names in tensors.saved.items():
+        if module not in wrapped or module in (spec.embedding, spec.head):
+            found = "a module beyond them" if module not in wrapped else "an embedding or a head"
+            yield problem(
+                next(iter(names.values())), found, "only norms and other modules of target_modules", "no_target"
+            )
+        for parameter in spec.parameters[module].keys() - names.keys():
+            yield problem(
+                next(iter(names.values())), f"no {parameter} beside it", "all of the module", "shape_mismatch"
+            )
 
 
 def copy_problems(tensors: LoraTensors) -> Iterator[Problem]:

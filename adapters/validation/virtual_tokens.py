@@ -123,6 +123,9 @@ class VirtualConfig(ConfigReader):
                 return
             heads, size = spec.kv[0]
             expected = {"token_dim": heads * size, "num_attention_heads": heads, "num_layers": len(spec.kv)}
+        elif spec.rereads_tokens:  # and not from the embeddings that stand for them
+            expects = "a base model that reads its tokens in the input embedding alone"
+            yield config_problem("peft_type", self.peft_type, expects, "unsupported_feature")
         for key, number in expected.items():
             found = self._config.get(key)
             if found is not None and found != number:

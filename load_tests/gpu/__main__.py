@@ -3,6 +3,8 @@
 --smoke            tiny sizes on a CPU, in Triton's interpreter: shows that it runs to its end, measures nothing
 --out FOLDER       where the JSON (and, with matplotlib, the PNG) go; default load_tests/results
 --minutes N        sections that would begin later than this are left out; default 8
+--only PART        one part by itself: of the sections, or correctness, profile, launches (see first_contact.sh)
+--lines FILE       where its rows go, one line of JSON for each as soon as it is there
 --vllm FOLDER      an unpacked wheel of vLLM, whose LoRA kernels then run beside ours
 --sglang FOLDER    the same of SGLang
 """
@@ -13,7 +15,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -30,14 +32,19 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--vllm", type=Path, help="folder of an unpacked vLLM wheel")
     parser.add_argument("--sglang", type=Path, help="folder of an unpacked SGLang wheel")
+    parser.add_argument("--only", help="one part by itself")
+    parser.add_argument("--lines", type=Path, help="file that the rows of --only are appended to, as lines of JSON")
     options = parser.parse_args()
     if not options.smoke and not torch.cuda.is_available():
         raise SystemExit("there is no CUDA device; --smoke shows on a CPU that the benchmark runs to its end")
     wheels = {name: path for name in ("vllm", "sglang") if (path := getattr(options, name)) is not None}
     with ExitStack() as stack, torch.no_grad():
-        if options.smoke:
+        if options.smoke and options.only != "correctness":  # which compares with engines that are not interpreted
             stack.enter_context(interpreted())
-        run(options.smoke, options.minutes * 60, wheels, options.out)
+        if options.only:
+            run_only(options.only, options.smoke, wheels, options.lines)
+        else:
+            run(options.smoke, options.minutes * 60, wheels, options.out)
 
 
 @contextmanager
@@ -50,34 +57,40 @@ def interpreted() -> Iterator[None]:
     from adapters.kernels.triton_lora import TritonKernel
     from server.model import attention, runner
     from server.model.attention import triton_paged
+    from server.model.fused.block_ops import TritonBlockOps
 
     chosen = lambda *_: (TritonKernel(DEVICE), "interpreted")  # noqa: E731
     attend = lambda *_: (triton_paged.paged_attention, "interpreted")  # noqa: E731
-    with mock.patch.object(runner, "choose_kernel", chosen), mock.patch.object(attention, "choose", attend):
+    patches = {
+        (runner, "choose_kernel"): chosen,
+        (attention, "choose"): attend,
+        (runner, "block_ops"): lambda *_: TritonBlockOps(),
+    }
+    with ExitStack() as stack:
+        for (module, name), replacement in patches.items():
+            stack.enter_context(mock.patch.object(module, name, replacement))
         yield
 
 
 def run(smoke: bool, seconds: float, wheels: dict[str, Path], out: Path) -> None:
-    from load_tests.gpu import ceilings, fused, kernels, nf4, setting, writing
+    from load_tests.gpu import ceilings, fused, kernels, nf4, writing
 
-    own = setting.smoke() if smoke else setting.full()
-    report = setting.Report(own, time.monotonic() + seconds)
-    report.note(f"{versions()}, {own.dtype}, rank {own.rank} on all linears, context {own.context}")
-    main_shape = own.shapes[0]
-    sections: list[tuple[str, float, Callable[[], None]]] = [  # with the seconds that there must be for it
+    report = new_report(smoke, seconds)
+    own, main_shape = report.setting, report.setting.shapes[0]
+    parts: list[tuple[str, float, Callable[[], None]]] = [  # with the seconds that there must be for it
         ("ceilings", 0, partial(ceilings.run, report)),
-        (f"steps of {main_shape.name}", 120, partial(whole_model, report, main_shape)),
+        (f"steps of {main_shape.name}", 120, partial(whole_model, report, main_shape, MODEL_PARTS)),
         ("kernels", 60, partial(kernels.run, report, main_shape, wheels)),
         ("fused", 60, partial(fused.run, report, main_shape)),
         ("nf4", 30, partial(nf4.run, report, main_shape)),
-        *((f"steps of {shape.name}", 60, partial(whole_model, report, shape)) for shape in own.shapes[1:]),
+        *((f"steps of {s.name}", 60, partial(whole_model, report, s, MODEL_PARTS)) for s in own.shapes[1:]),
     ]
-    for name, needed, section in sections:
+    for name, needed, part in parts:
         if report.left < needed and not smoke:
             report.note(f"{name} left out: {report.left:.0f} s are left of the time there is")
             continue
         started = time.monotonic()
-        section()
+        part()
         gc.collect()
         if own.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -85,16 +98,53 @@ def run(smoke: bool, seconds: float, wheels: dict[str, Path], out: Path) -> None
     writing.write(report, out)
 
 
-def whole_model(report: Report, shape: Shape) -> None:
-    from load_tests.gpu import loading, steps, streams
+def run_only(name: str, smoke: bool, wheels: dict[str, Path], lines: Path | None) -> None:
+    """One part by itself, whose rows go to `lines` as they come."""
+    from load_tests.gpu import ceilings, correctness, fused, kernels, launches, nf4
+
+    report = new_report(smoke, float("inf"))
+    report.lines = lines
+    report.resume()
+    shape = report.setting.shapes[0]
+    parts: dict[str, Callable[[], None]] = {
+        "ceilings": partial(ceilings.run, report),
+        "correctness": partial(correctness.run, report, interpreted if smoke else nullcontext),
+        "kernels": partial(kernels.run, report, shape, wheels),
+        "fused": partial(fused.run, report, shape),
+        "nf4": partial(nf4.run, report, shape),
+        "launches": partial(launches.run, report.setting.device),
+        **{part: partial(whole_model, report, shape, [part]) for part in [*MODEL_PARTS, "profile"]},
+    }
+    parts[name]()
+
+
+MODEL_PARTS = ["decode", "prefill", "loading", "streams"]
+
+
+def new_report(smoke: bool, seconds: float) -> Report:
+    from load_tests.gpu import setting
+
+    own = setting.smoke() if smoke else setting.full()
+    report = setting.Report(own, time.monotonic() + seconds)
+    report.note(f"{versions()}, {own.dtype}, rank {own.rank} on all linears, context {own.context}")
+    return report
+
+
+def whole_model(report: Report, shape: Shape, wanted: list[str]) -> None:
+    from load_tests.gpu import loading, profiling, steps, streams
     from load_tests.gpu.models import build_runner, record
 
     runner = build_runner(shape, report.setting)
     graphs = record(runner, report.setting)
-    steps.decode(report, shape, runner, graphs)
-    steps.prefill(report, shape, runner)
-    loading.run(report, shape, runner, graphs)
-    streams.run(report, shape, runner, graphs)
+    parts: dict[str, Callable[[], None]] = {
+        "decode": partial(steps.decode, report, shape, runner, graphs),
+        "prefill": partial(steps.prefill, report, shape, runner),
+        "loading": partial(loading.run, report, shape, runner, graphs),
+        "streams": partial(streams.run, report, shape, runner, graphs),
+        "profile": partial(profiling.run, report, shape, graphs),
+    }
+    for name in wanted:
+        parts[name]()
 
 
 def versions() -> str:

@@ -113,6 +113,8 @@ def _consumers(module: Any, shape: Shape, rows: int, setting: Setting) -> list[C
         return delta if module is triton_fused else 0
 
     def rope(y: torch.Tensor, delta: Any) -> Any:
+        if module is reference:
+            return _plain_rope(y, cos, sin, keys, values, slots)
         return module.rope_kv_write(y, cos, sin, keys, values, slots, given(delta))
 
     def norm(y: torch.Tensor, delta: Any) -> Any:
@@ -122,3 +124,16 @@ def _consumers(module: Any, shape: Shape, rows: int, setting: Setting) -> list[C
         return module.silu_mul(y, given(delta))
 
     return [rope, norm, silu, norm]
+
+
+def _plain_rope(
+    y: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor
+) -> torch.Tensor:
+    """What `reference.rope_kv_write` computes where every row is stored. The reference selects rows by a mask, whose
+    size the host would have to know; a graph cannot record that."""
+    kv_heads, head_dim = keys.shape[2:]
+    heads = y.view(len(y), -1, head_dim)
+    turned = reference.rotated(heads[:, :-kv_heads].float(), cos, sin).to(y.dtype)
+    keys.flatten(0, 1).index_copy_(0, slots, turned[:, -kv_heads:])
+    values.flatten(0, 1).index_copy_(0, slots, heads[:, -kv_heads:])
+    return turned[:, :-kv_heads]

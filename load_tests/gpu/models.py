@@ -3,19 +3,17 @@
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from adapters.kernels.segments import Segments, SlotUse, build_segments
-from adapters.model_spec import ModelSpec
 from adapters.residency.slots import PAGE_COLUMNS
 from load_tests.gpu.setting import Setting, Shape
-from server.model import attention
 from server.model.batch import ForwardBatch, SequenceRows
 from server.model.graphs import CudaCapture, DecodeGraphs, StaticKernel
-from server.model.kv_cache import CacheShape
-from server.model.loading.loader import LoadedModel
+from server.model.loading.loader import described
+from server.model.loading.probe import probe
 from server.model.runner import ModelRunner
+from server.model.warm_up import warm_up
 
 PAGE = 16  # tokens of a KV block
 
@@ -29,28 +27,21 @@ def config(shape: Shape) -> LlamaConfig:
 
 
 def build_runner(shape: Shape, setting: Setting) -> ModelRunner:
-    """Every adapter slot holds random columns; there is one for each row of the largest batch."""
+    """As the server builds it: probed, siblings stacked, fused. Every adapter slot holds random columns; there is one
+    for each row of the largest batch."""
     with torch.device(setting.device):
         model: Any = AutoModelForCausalLM.from_config(config(shape), dtype=setting.dtype)
-    model.eval().requires_grad_(False)
-    attention.register()
-    model.set_attn_implementation(attention.IMPLEMENTATION)
-    linears = {
-        name: (module.in_features, module.out_features)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-    }
-    loaded = LoadedModel(
-        model, model.config, setting.dtype, setting.device, 131072, "lm_head", linears, frozenset(), shape.name
-    )
-    adaptable = {name: sizes for name, sizes in linears.items() if name != "lm_head"}
-    cache = CacheShape(((shape.kv_heads, shape.head_dim),) * shape.layers, setting.dtype)
+    return runner_of(model.eval().requires_grad_(False), shape.name, setting)
+
+
+def runner_of(model: Any, name: str, setting: Setting) -> ModelRunner:
+    loaded = described(model, setting.device, max_model_len=0)
+    cache, spec = probe(loaded, setting.rank)
     tokens = max(max(setting.rows) * setting.context, *setting.prefill_tokens)
     pages = max(setting.rows) * -(-setting.rank // PAGE_COLUMNS)
-    embedding = "model.embed_tokens"
-    parameters = {embedding: {"weight": (shape.vocab, shape.hidden)}}
-    spec = ModelSpec(adaptable, setting.rank, parameters=parameters, embedding=embedding)
     runner = ModelRunner(loaded, cache, spec, num_blocks=2 * tokens // PAGE + 64, block_size=PAGE, num_pages=pages)
+    runner.check_and_fuse(loaded)
+    warm_up(runner.run, PAGE, setting.device)
     for a, b in runner.pool.buffers.values():
         a.normal_(std=a.shape[1] ** -0.5)
         b.normal_(std=0.01)
@@ -113,7 +104,8 @@ def _batch(sequences: list[SequenceRows], positions: list[int], samples: list[in
 def step_bytes(runner: ModelRunner, shape: Shape, rows: int, adapters: int, setting: Setting) -> int:
     """What a decode step has to read at least: linears, head, the adapters in use, keys and values."""
     size = setting.dtype.itemsize
-    linears = sum(a.shape[1] * b.shape[1] for a, b in runner.pool.buffers.values())
-    columns = sum(a.shape[1] + b.shape[1] for a, b in runner.pool.buffers.values())
+    pairs = [pair for name, pair in runner.pool.buffers.items() if name != "lm_head"]
+    linears = sum(a.shape[1] * b.shape[1] for a, b in pairs)
+    columns = sum(a.shape[1] + b.shape[1] for a, b in pairs)
     keys = 2 * shape.kv_heads * shape.head_dim * shape.layers * rows * setting.context
     return size * (linears + shape.hidden * shape.vocab + adapters * setting.rank * columns + keys)

@@ -15,7 +15,7 @@ def write(report: Report, out: Path) -> None:
     settings = {key: str(value) for key, value in vars(report.setting).items()}
     content = {"setting": settings, "notes": report.notes, "results": report.rows}
     (out / f"{name}.json").write_text(json.dumps(content, indent=1))
-    print(table(report))
+    print(table(report.rows))
     print(f"written to {out / name}.json")
     if importlib.util.find_spec("matplotlib") is None:
         print("there is no picture: matplotlib is not installed")
@@ -23,11 +23,11 @@ def write(report: Report, out: Path) -> None:
         draw(report, out / f"{name}.png")
 
 
-def table(report: Report) -> str:
+def table(results: list[dict[str, Any]]) -> str:
     """One Markdown table per section."""
     lines: list[str] = []
-    for section in dict.fromkeys(row["section"] for row in report.rows):
-        rows = [row for row in report.rows if row["section"] == section]
+    for section in dict.fromkeys(row["section"] for row in results):
+        rows = [row for row in results if row["section"] == section]
         columns = [key for key in dict.fromkeys(key for row in rows for key in row) if key != "section"]
         lines += [f"\n{section}\n", _line(columns), _line(["---"] * len(columns))]
         lines += [_line([_shown(row.get(column, "")) for column in columns]) for row in rows]

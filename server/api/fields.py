@@ -73,6 +73,15 @@ APPLIED: dict[str, str] = {
     "return_tokens_as_token_ids": "vLLM: log-probabilities name tokens as `token_id:N`",
     "cache_salt": "vLLM: shares the prefix cache only with requests of the same salt",
     "priority": "Order within the tenant; lower is more urgent",
+    "response_format": "The output is JSON, or JSON of a schema, which is followed as with `strict`",
+    "structured_outputs": "vLLM: the output follows a `json` schema, `regex`, `choice` or `grammar`",
+    "guided_json": "vLLM's older name of `json` in `structured_outputs`",
+    "guided_regex": "The same for `regex`",
+    "guided_choice": "The same for `choice`",
+    "guided_grammar": "The same for `grammar`",
+    "json_schema": "SGLang: the output is JSON of a schema",
+    "regex": "SGLang: the output matches a regular expression",
+    "ebnf": "SGLang: the output follows a grammar",
     "timeout": "Seconds after which the request is ended with 504",
 }
 
@@ -90,17 +99,8 @@ REFUSED: dict[str, Refusal] = {
     "tool_choice": Refusal("whether the model calls a function, without a chat", ("none", "auto"), _IN_A_CHAT),
     "functions": Refusal("`tools`, as they were called", ([],), "; use 'tools'"),
     "function_call": Refusal("`tool_choice`, as it was called", ("none", "auto"), "; use 'tool_choice'"),
-    "response_format": Refusal("JSON, or JSON of a schema", ({"type": "text"},)),
-    "structured_outputs": Refusal("vLLM: a schema, grammar, regular expression or list of choices"),
-    "guided_json": Refusal("vLLM: a JSON schema"),
-    "guided_regex": Refusal("vLLM: a regular expression"),
-    "guided_choice": Refusal("vLLM: a list of choices"),
-    "guided_grammar": Refusal("vLLM: a grammar"),
     "guided_whitespace_pattern": Refusal("vLLM: white space in JSON"),
     "structural_tag": Refusal("vLLM: structures between tags"),
-    "json_schema": Refusal("SGLang: a JSON schema"),
-    "regex": Refusal("SGLang: a regular expression"),
-    "ebnf": Refusal("SGLang: a grammar"),
     "modalities": Refusal("kinds of output", (["text"],)),
     "audio": Refusal("spoken output"),
     "verbosity": Refusal("how long the output is", ("medium",)),
@@ -200,7 +200,7 @@ HARMLESS_IN_RESPONSES: dict[str, str] = {
     "stream_options": "OpenAI: padding of events",
 }
 
-# The same for a message of a chat, and for `stream_options`.
+# The same for a message of a chat, for `structured_outputs` and for `stream_options`.
 REFUSED_IN_MESSAGES: dict[str, Refusal] = {
     "function_call": Refusal("`tool_calls`, as it was called", (), "; use 'tool_calls'"),
     "tools": Refusal("SGLang: functions that the model may call", ([],)),
@@ -209,6 +209,15 @@ REFUSED_IN_MESSAGES: dict[str, Refusal] = {
 HARMLESS_IN_MESSAGES: dict[str, str] = {
     "refusal": "OpenAI: the model's refusal in an earlier response",
     "annotations": "OpenAI: web addresses in an earlier response",
+}
+REFUSED_IN_STRUCTURED_OUTPUTS: dict[str, Refusal] = {
+    "structural_tag": Refusal("vLLM: structures between tags"),
+    "whitespace_pattern": Refusal("vLLM: white space in JSON"),
+    "disable_additional_properties": Refusal("vLLM: changes the schema", (False,), "; write it in the schema"),
+}
+HARMLESS_IN_STRUCTURED_OUTPUTS: dict[str, str] = {
+    "disable_any_whitespace": "vLLM: optional white space in JSON, which is never written here",
+    "disable_fallback": "vLLM: another implementation, of which there is none here",
 }
 HARMLESS_IN_STREAM_OPTIONS: dict[str, str] = {
     "include_obfuscation": "OpenAI: padding of events",

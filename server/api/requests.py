@@ -11,8 +11,10 @@ from server.api.fields import (
     HARMLESS,
     HARMLESS_IN_MESSAGES,
     HARMLESS_IN_STREAM_OPTIONS,
+    HARMLESS_IN_STRUCTURED_OUTPUTS,
     REFUSED,
     REFUSED_IN_MESSAGES,
+    REFUSED_IN_STRUCTURED_OUTPUTS,
     SELECTORS,
     Refusal,
 )
@@ -32,6 +34,9 @@ REST_OF_CONTEXT = -1
 TokenCount = Annotated[int, Field(ge=REST_OF_CONTEXT, lt=1 << 31)]
 NumTop = Annotated[int, Field(ge=0, le=20)]
 AdapterScale = Annotated[float, Field(ge=-100, le=100)]
+Grammar = Annotated[str, Field(min_length=1, max_length=1 << 16)]
+Schema = Grammar | dict[str, Any]  # as text or as JSON
+Choices = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=1000, fail_fast=True)]
 LogitBias = dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Annotated[float, Field(ge=-100, le=100)]]
 
 
@@ -86,6 +91,47 @@ class StreamOptions(OpenWire):
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None  # in every event; needs `include_usage`
+
+
+class JsonSchemaFormat(OpenWire):
+    """A schema with OpenAI's names around it, which the model does not see."""
+
+    harmless: ClassVar[Mapping[str, str]] = {"strict": "the schema is followed either way"}
+
+    name: str | None = Field(None, max_length=256)
+    description: str | None = Field(None, max_length=65536)
+    schema_: Schema = Field(alias="schema")
+
+
+class ResponseFormat(OpenWire):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "ResponseFormat":
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise PydanticCustomError("value_error", "json_schema belongs to the type json_schema, which needs it")
+        return self
+
+
+class StructuredOutputs(OpenWire):
+    """A constraint in vLLM's format, of which one is given."""
+
+    refused = REFUSED_IN_STRUCTURED_OUTPUTS
+    harmless = HARMLESS_IN_STRUCTURED_OUTPUTS
+
+    json_: Schema | None = Field(None, alias="json")
+    json_object: bool | None = None
+    regex: Grammar | None = None
+    choice: Choices | None = None
+    grammar: Grammar | None = None
+
+    @model_validator(mode="after")
+    def _has_one(self) -> "StructuredOutputs":
+        given = (self.json_, self.json_object or None, self.regex, self.choice, self.grammar)
+        if all(value is None for value in given):
+            raise PydanticCustomError("value_error", "one of json, json_object, regex, choice and grammar is required")
+        return self
 
 
 class AdapterPart(OpenWire):
@@ -143,6 +189,15 @@ class GenerationRequest(OpenWire):
     return_tokens_as_token_ids: bool | None = None
     cache_salt: str | None = Field(None, min_length=1, max_length=1024)
     priority: int | None = Field(None, ge=-(1 << 31), lt=1 << 31)  # within the tenant; lower is more urgent
+    response_format: ResponseFormat | None = None  # this and the next ones: at most one constraint
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Schema | None = None
+    guided_regex: Grammar | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: Grammar | None = None
+    json_schema: Schema | None = None
+    regex: Grammar | None = None
+    ebnf: Grammar | None = None
     timeout: Annotated[float, Field(gt=0, le=MAX_TIMEOUT_SECONDS)] | None = None  # seconds from the request's arrival
 
     @model_validator(mode="after")

@@ -2,14 +2,18 @@
 
 A graph repeats launches on the same memory, so a step is copied into the buffers that its graph reads. Whatever differs
 from plain decoding runs eagerly instead, and is counted by its reason. A step without adapters replays a graph that
-has no LoRA launches at all. Not yet run on a GPU: tests replay by calling the forward again over the same buffers.
+has no LoRA launches at all. A graph also reads the weights that it was recorded with: after a merge, or after its end
+where the base's weights have moved, graphs are recorded again as steps need them. Not yet run on a GPU: tests replay by
+calling the forward again over the same buffers.
 """
 
 import logging
 import time
+import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
@@ -22,6 +26,7 @@ from adapters.kernels.segments import Segments
 from adapters.runtime.layers import LoRAGroup
 from adapters.runtime.pool import AdapterPool
 from adapters.runtime.stacked_linear import StackedLinear
+from server.model import attention
 from server.model.attention import triton_layout
 from server.model.batch import ForwardBatch
 
@@ -43,12 +48,28 @@ class StaticKernel(LoRAKernel, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """The buffers of the graphs for up to `rows` rows, and the graphs by whether they have adapters."""
+    """The buffers of the graphs for up to `rows` rows."""
 
     rows: int
     batch: ForwardBatch
     plan: Any
-    replays: dict[bool, Replay]
+
+
+@dataclass(slots=True)
+class Recording:
+    """The graphs over one set of weights, by rows and whether they have adapters. The weights may leave the device:
+    their memory is then used otherwise, and the graphs must not be replayed. `failed`: over these weights, no more
+    graphs are recorded."""
+
+    weights: list["weakref.ref[Any]"]
+    replays: dict[tuple[int, bool], Replay] = field(default_factory=dict)
+    failed: bool = False
+
+    def is_over(self, weights: list[Any]) -> bool:
+        return all(own() is weight for own, weight in zip(self.weights, weights, strict=True))
+
+    def is_alive(self) -> bool:
+        return all(own() is not None for own in self.weights)
 
 
 def bucket_sizes(max_rows: int) -> list[int]:
@@ -75,23 +96,40 @@ class DecodeGraphs:
     ) -> None:
         self.replayed = 0
         self.skipped: Counter[str] = Counter()
+        self._forward, self._record = forward, capture
         self._pool = pool
         self._kernel = kernel
-        # A graph reads the weights that it was recorded with, which a merge replaces.
-        self._weights = [(group, _weight(group)) for group in groups]
-        self._base_epoch, self._has_recorded_weights = pool.state.base_epoch, True
+        self._groups = list(groups)
+        self._recordings: list[Recording] = []
+        self._base_epoch, self._recording = pool.state.base_epoch, self._recording_of_weights()
         self._buckets = [
-            Bucket(rows, _static_batch(rows, rows * blocks_per_row, block_size, device), kernel.static_plan(rows), {})
+            Bucket(rows, _static_batch(rows, rows * blocks_per_row, block_size, device), kernel.static_plan(rows))
             for rows in sizes
         ]
-        self._capture(forward, capture)
-
-    def _capture(self, forward: Forward, capture: Capture) -> None:
-        """Capture the largest bucket first: the smaller graphs then fit into the memory of the larger ones."""
+        # The largest bucket first: the smaller graphs then fit into the memory of the larger ones.
         for bucket in track(self._buckets[::-1], "Capturing CUDA graphs", console=Console(stderr=True)):
             for with_adapters in (False, True):
-                with self._pool.recorded_step(bucket.plan if with_adapters else None):
-                    bucket.replays[with_adapters] = capture(partial(forward, bucket.batch))
+                self._replay(bucket, with_adapters)
+
+    def _replay(self, bucket: Bucket, with_adapters: bool) -> Replay:
+        """Return the bucket's graph over the present weights, recorded now if there is none."""
+        replays, key = self._recording.replays, (bucket.rows, with_adapters)
+        if key not in replays:
+            with self._pool.recorded_step(bucket.plan if with_adapters else None):
+                replays[key] = self._record(partial(self._forward, bucket.batch))
+        return replays[key]
+
+    def _replay_or_none(self, bucket: Bucket, with_adapters: bool) -> Replay | None:
+        """Return the bucket's graph; None if it is missing and cannot be recorded, for lack of memory for example."""
+        recording = self._recording
+        if recording.failed:
+            return recording.replays.get((bucket.rows, with_adapters))
+        try:
+            return self._replay(bucket, with_adapters)
+        except attention.launch_errors() as error:
+            log.warning("decode steps run without new CUDA graphs until the weights change", exc_info=error)
+            recording.failed = True
+            return None
 
     def run(self, batch: ForwardBatch) -> torch.Tensor | None:
         """Return the logits `[rows, vocab]` of a decode step, valid until the next step; None if no captured graph can
@@ -102,9 +140,14 @@ class DecodeGraphs:
         if unusual or bucket is None or not self._fill(bucket, batch):
             self.skipped[unusual or "size"] += 1
             return None
+        self._follow_weights()
+        replay = self._replay_or_none(bucket, bool(tokens))
+        if replay is None:
+            self.skipped["not recorded"] += 1
+            return None
         self.replayed += 1
         with self._pool.recorded_step(bucket.plan if tokens else None):
-            return bucket.replays[bool(tokens)]()[:rows]
+            return replay()[:rows]
 
     def _unusual(self, batch: ForwardBatch) -> str:
         """Return the reason why the step is not plain decoding; empty if it is."""
@@ -114,17 +157,22 @@ class DecodeGraphs:
             return "virtual tokens"
         if len(batch.sample_rows) < len(batch.input_ids) or batch.head_segments.items != batch.token_segments.items:
             return "rows without a sample"
-        if not self._pool.planner.have_only_lora(batch.token_segments.rows):
-            return "more than A and B"
-        return "" if self._are_recorded_weights() else "other base weights"
+        return "" if self._pool.planner.have_only_lora(batch.token_segments.rows) else "more than A and B"
 
-    def _are_recorded_weights(self) -> bool:
-        """Return whether the base's weights are those that were recorded; they are compared once per epoch."""
-        epoch = self._pool.state.base_epoch
-        if epoch != self._base_epoch:
-            self._has_recorded_weights = all(_weight(group) is recorded for group, recorded in self._weights)
-            self._base_epoch = epoch
-        return self._has_recorded_weights
+    def _follow_weights(self) -> None:
+        """Use the graphs over the base's present weights; weights are compared once per epoch."""
+        if self._base_epoch != self._pool.state.base_epoch:
+            self._recordings = [recording for recording in self._recordings if recording.is_alive()]
+            self._recording = self._recording_of_weights()
+            self._base_epoch = self._pool.state.base_epoch
+
+    def _recording_of_weights(self) -> Recording:
+        weights = [_weight(group) for group in self._groups]
+        known = next((recording for recording in self._recordings if recording.is_over(weights)), None)
+        if known is None:
+            known = Recording([weakref.ref(weight) for weight in weights])
+            self._recordings.append(known)
+        return known
 
     def _fill(self, bucket: Bucket, batch: ForwardBatch) -> bool:
         """Copy the step into the bucket's buffers; return False when its rank columns or its context do not fit."""
@@ -140,7 +188,7 @@ class DecodeGraphs:
         return True
 
 
-def _weight(group: LoRAGroup) -> object:
+def _weight(group: LoRAGroup) -> Any:
     """Return the tensor that the group's base computes with, or the module that has one in another form."""
     base = group.base.inner if isinstance(group.base, StackedLinear) else group.base
     return base._parameters.get("weight", base)
@@ -166,6 +214,8 @@ class CudaCapture:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             forward()  # compiles kernels and makes the libraries' workspaces, which must not happen while recording
+            with _syncs_refused():
+                forward()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         # Adapters may be on their way in other threads: only this thread's calls are held to the rules of recording.
@@ -177,6 +227,18 @@ class CudaCapture:
             return logits
 
         return replay
+
+
+@contextmanager
+def _syncs_refused() -> Iterator[None]:
+    """Raise RuntimeError where torch waits for the device. Recording such a forward fails as well, but only after its
+    end, and leaves torch's allocator in the state of a recording."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 def capture_decode_graphs(
@@ -198,7 +260,7 @@ def capture_decode_graphs(
     sizes = bucket_sizes(max_rows)
     try:
         graphs = DecodeGraphs(forward, pool, groups, kernel, sizes, blocks_per_row, block_size, device, CudaCapture())
-    except RuntimeError as error:  # torch's for everything that cannot be recorded
+    except attention.launch_errors() as error:  # torch's for all that cannot be recorded, and Triton's
         log.warning("decode steps run without CUDA graphs: this model cannot be recorded", exc_info=error)
         return None, f"none: this model cannot be recorded ({error})"
     taken = (free - torch.cuda.mem_get_info(device)[0]) / (1 << 20)

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adapters.errors import Problem
+from adapters.peft.config_keys import COMMON_HARMLESS_KEYS
 from adapters.peft.config_reader import ConfigReader, KeyTable
 from adapters.peft.targets import Targets
 from adapters.traits import Traits
@@ -16,16 +17,6 @@ from adapters.traits import Traits
 PREFIX = "base_model.model."
 # Keys common to all types. `target_modules` may be an expression: the tensors show which layers it matched.
 _SERVED = frozenset({"peft_type", "target_modules"})
-_HARMLESS = frozenset(
-    {
-        "auto_mapping",
-        "base_model_name_or_path",
-        "inference_mode",
-        "peft_version",
-        "revision",
-        "task_type",
-    }
-)
 _FEATURES = {key: key for key in ("rank_pattern", "alpha_pattern", "layers_to_transform")}
 
 
@@ -87,7 +78,52 @@ class Projection:
     filled: Array
 
 
-Part = Factors | ChannelScale | AddedBias | Reflections | Projection
+@dataclass(frozen=True, slots=True)
+class BlockRotation:
+    """Blocks of a linear's inputs become `x @ block`, with `blocks [n, b, b]`, or one for all; `scale [out]` multiplies
+    the products with the weight, without the bias."""
+
+    blocks: Array
+    scale: Array | None
+
+
+@dataclass(frozen=True, slots=True)
+class PairRotation:
+    """The outputs y become `first ⊙ y + second ⊙ (−y₂, y₁)`, where y₁ and y₂ are the halves of every `2 * half`."""
+
+    first: Array
+    second: Array
+    half: int
+
+
+@dataclass(frozen=True, slots=True)
+class SparseDelta:
+    """The delta, of `shape` (out, in), has these `values [n]` at `indices [2, n]`, rows and columns; those at one place
+    are summed."""
+
+    indices: NDArray[np.int64]
+    values: Array
+    shape: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Circulant:
+    """The delta's blocks are circulant: `kernel [out / b, in / b, b]`, divided by the number of inputs."""
+
+    kernel: Array
+
+
+Part = (
+    Factors
+    | ChannelScale
+    | AddedBias
+    | Reflections
+    | Projection
+    | BlockRotation
+    | PairRotation
+    | SparseDelta
+    | Circulant
+)
 
 
 def arrays_of(part: Part) -> tuple[Array, ...]:
@@ -147,4 +183,4 @@ class PeftTypeConfig(ConfigReader, ABC):
 
 def key_table(served: set[str], harmless: set[str], **refused: tuple[Any, ...]) -> KeyTable:
     """Build the table of a type's own keys and of those that all types have."""
-    return KeyTable(_SERVED | served, _HARMLESS | harmless, {"modules_to_save": (), **refused})
+    return KeyTable(_SERVED | served, COMMON_HARMLESS_KEYS | harmless, {"modules_to_save": (), **refused})

@@ -21,6 +21,7 @@ from adapters.peft.tensor_bytes import largest_finite, read_array
 from adapters.validation.peft_types.adalora import AdaLora
 from adapters.validation.peft_types.base import PREFIX, Layer, Part, PeftTypeConfig, arrays_of
 from adapters.validation.peft_types.beft import Beft
+from adapters.validation.peft_types.c3a import C3A
 from adapters.validation.peft_types.deft import Deft
 from adapters.validation.peft_types.delora import DeLora
 from adapters.validation.peft_types.gralora import GraLora
@@ -28,12 +29,16 @@ from adapters.validation.peft_types.hra import Hra
 from adapters.validation.peft_types.ia3 import IA3
 from adapters.validation.peft_types.lycoris import LoHa, LoKr
 from adapters.validation.peft_types.miss import Miss
+from adapters.validation.peft_types.oft import Boft, Oft
+from adapters.validation.peft_types.road import Road
+from adapters.validation.peft_types.shira import Shira
 from adapters.validation.peft_types.unilora import UniLora
 from adapters.validation.peft_types.vblora import VBLora
 from adapters.validation.peft_types.vera import PVera, Vera
 
 _TYPES: tuple[type[PeftTypeConfig], ...] = (
-    AdaLora, Beft, Deft, DeLora, GraLora, Hra, IA3, LoHa, LoKr, Miss, PVera, UniLora, VBLora, Vera,
+    AdaLora, Beft, Boft, C3A, Deft, DeLora, GraLora, Hra, IA3, LoHa, LoKr, Miss, Oft, PVera, Road, Shira, UniLora,
+    VBLora, Vera,
 )  # fmt: skip
 PEFT_TYPES = {config_class.peft_type: config_class for config_class in _TYPES}
 

@@ -9,6 +9,7 @@ from fastapi import Request
 from adapters.errors import AdapterNotFound
 from server.api.context import AppContext
 from server.api.errors import ApiError, bad_request, model_not_found, unavailable
+from server.api.inference.constraints import constraint_of
 from server.api.inference.plan import AdmittedRequest, GenerationPlan, plan_generation
 from server.api.inference.targets import Target, refuse_if_merged, resolve_target
 from server.api.message_formats.parser import MessageFormat
@@ -22,8 +23,9 @@ TIMEOUT_HEADER = "x-request-timeout"  # in seconds
 async def admit_request(
     request: Request, context: AppContext, key: Key, body: GenerationRequest, sent: OpenWire | None = None
 ) -> AdmittedRequest:
-    """Fix the adapter versions of a request and the tokenizer, which may be the adapter's own. `sent` is the client's
-    request if it was translated to `body`. Raises `ApiError` if the request cannot begin now."""
+    """Fix the adapter versions of a request, the tokenizer, which may be the adapter's own, and the constraint on its
+    outputs. `sent` is the client's request if it was translated to `body`. Raises `ApiError` if the request cannot
+    begin now."""
     note_unknown_fields(request, context, sent or body)
     _check_capacity(context)
     target = resolve_target(context, key, body)
@@ -34,8 +36,9 @@ async def admit_request(
         tokenizer = await context.tokenizers.of(digest, target.traits)
     except FileNotFoundError:  # the adapter was deleted just now
         raise model_not_found(target.requested_model) from None
+    constraint = await constraint_of(context, target, body)
     received = request.state.started
-    return AdmittedRequest(target, tokenizer, key, received, _deadline(context, request, body, received))
+    return AdmittedRequest(target, tokenizer, key, received, _deadline(context, request, body, received), constraint)
 
 
 def note_unknown_fields(request: Request, context: AppContext, body: OpenWire) -> None:

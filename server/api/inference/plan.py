@@ -10,7 +10,7 @@ from server.api.message_formats.parser import MessageFormat
 from server.api.middleware.auth import Key
 from server.api.requests import REST_OF_CONTEXT, GenerationRequest
 from server.api.text.tokenizer import Tokenizer, context_exceeded
-from server.sequence import SamplingParams
+from server.sequence import Constraint, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +22,7 @@ class AdmittedRequest:
     key: Key
     received: float  # of time.monotonic()
     deadline: float | None = None  # of time.monotonic()
+    constraint: Constraint | None = None  # on the outputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +84,7 @@ def plan_generation(
         received=admitted.received,
         id_prefix=body.id_prefix,
         prompts=tuple(prompts),
-        sampling=_sampling_params(vocab_size, body, max_tokens, admitted.tokenizer.end_ids),
+        sampling=_sampling_params(vocab_size, body, max_tokens, admitted),
         stop=tuple(body.stop_strings),
         n=body.n or 1,
         priority=_priority(context, body),
@@ -148,9 +149,9 @@ def _priority(context: AppContext, body: GenerationRequest) -> int:
 
 
 def _sampling_params(
-    vocab_size: int, body: GenerationRequest, max_tokens: int, end_ids: tuple[int, ...]
+    vocab_size: int, body: GenerationRequest, max_tokens: int, admitted: AdmittedRequest
 ) -> SamplingParams:
-    """Build the sampling parameters. `end_ids` end an output unless the request sets `ignore_eos`."""
+    """Build the sampling parameters. The tokenizer's end tokens end an output unless the request sets `ignore_eos`."""
     bias = {int(token): value for token, value in (body.logit_bias or {}).items()}
     stop_token_ids = tuple(body.stop_token_ids or ())
     for token in (*bias, *stop_token_ids):
@@ -158,7 +159,7 @@ def _sampling_params(
             raise bad_request(f"Token {token} is not in the vocabulary of {vocab_size}.")
     if (body.min_tokens or 0) > max_tokens:
         raise bad_request(f"min_tokens is larger than the {max_tokens} tokens that may be generated.", "min_tokens")
-    ends = () if body.ignore_eos else tuple(token for token in end_ids if token < vocab_size)
+    ends = () if body.ignore_eos else tuple(token for token in admitted.tokenizer.end_ids if token < vocab_size)
     return SamplingParams(
         max_tokens=max_tokens,
         min_tokens=body.min_tokens or 0,
@@ -175,6 +176,7 @@ def _sampling_params(
         ignore_eos=bool(body.ignore_eos),
         logprobs=body.num_logprobs,
         prompt_logprobs=_prompt_logprobs(body),
+        constraint=admitted.constraint,
     )
 
 

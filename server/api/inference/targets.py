@@ -71,7 +71,8 @@ def resolve_target(context: AppContext, key: Key, body: GenerationRequest) -> Ta
     refuse_if_merged(context, adapters)
     if not records:
         return Target(model, BASE_NAME, (), (), f"{base}-base")
-    _check_additive(parts, records)
+    _check_scales(parts, records)
+    _check_owners(records)
     pages = _pages(records)
     no_room = room_error(context, pages)
     if no_room is not None:
@@ -111,20 +112,45 @@ def _parts(context: AppContext, body: GenerationRequest, model: str) -> list[Ada
     return [AdapterPart(name=model, scale=body.adapter_scale)]
 
 
-def _check_additive(parts: list[AdapterPart], records: list[AdapterRecord]) -> None:
+def _check_scales(parts: list[AdapterPart], records: list[AdapterRecord]) -> None:
+    """Raise a 400 for an adapter with a scale that PEFT would not apply to all of it: the scale of an adapter that
+    saves modules is that of its factors, and with 0 the engine would leave out all of it."""
     for part, record in zip(parts, records, strict=True):
         traits = record.version.traits
-        if not traits.additive and (len(parts) > 1 or part.factor != 1):
+        if part.factor == 1 or traits.additive:
+            continue
+        if traits.invocation_tokens or not (traits.scalable and traits.owned) or part.factor == 0:
             raise bad_request(
-                f"The adapter '{part.name}' cannot be scaled or combined with others because it {_why_alone(traits)}."
+                f"The adapter '{part.name}' cannot be scaled by {part.factor:g} because it {_why(traits)}."
             )
 
 
-def _why_alone(traits: Traits) -> str:
+def _check_owners(records: list[AdapterRecord]) -> None:
+    """Raise unless the sum of the adapters is defined: every module has at most one adapter that does more in it than
+    add to its output."""
+    owners: dict[str, str] = {}
+    for record in records if len(records) > 1 else ():
+        traits = record.version.traits
+        if traits.invocation_tokens or traits.vocab_size is not None or not (traits.additive or traits.owned):
+            raise bad_request(f"The adapter '{record.name}' cannot be combined with others because it {_why(traits)}.")
+        for module in traits.owned:
+            if (owner := owners.setdefault(module, record.name)) != record.name:
+                raise ApiError(
+                    422,
+                    f"The adapters '{owner}' and '{record.name}' cannot be combined: both replace or change "
+                    f"'{module}', and their sum is not defined.",
+                    code="adapters_conflict",
+                    param="adapters",
+                )
+
+
+def _why(traits: Traits) -> str:
     if traits.virtual_tokens:
         return "puts virtual tokens in front of the prompt"
     if traits.invocation_tokens:
         return "applies to a part of the prompt only"
+    if traits.vocab_size is not None:
+        return "has a vocabulary of its own"
     return "does more than add B A x to outputs"
 
 

@@ -22,6 +22,8 @@ EXTENSIONS = (
     *("adapters", "adapter_scale", *SELECTORS, "user", "priority", "timeout", "cache_salt"),
     *("top_k", "min_p", "seed", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias"),
     *("min_tokens", "ignore_eos", "stop_token_ids", "skip_special_tokens"),
+    *("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"),
+    *("json_schema", "regex", "ebnf"),
     *("chat_template_kwargs", "reasoning_effort", "separate_reasoning", "include_reasoning"),
 )
 

@@ -68,6 +68,17 @@ def choose(device_type: str, dtype: torch.dtype) -> tuple[PagedAttention, str]:
     return triton_paged.paged_attention, "Triton kernels"
 
 
+@cache
+def launch_errors() -> tuple[type[Exception], ...]:
+    """Return what a forward raises that this device cannot run: Triton has its own errors for a kernel that cannot be
+    compiled, or that needs more than the device has."""
+    try:
+        from triton.runtime.errors import TritonError
+    except ImportError:
+        return (RuntimeError,)
+    return (RuntimeError, TritonError)
+
+
 class UnsupportedAttention(ValueError):
     """The model uses an attention feature that the paged implementation does not compute."""
 

@@ -14,6 +14,8 @@ from server.model.llama_layer import LayerParts
 class NativeBlockOps:
     """Block operations for one dtype. Tensors are contiguous except for the strides that are passed."""
 
+    exact = True
+
     def __init__(self, dtype: torch.dtype) -> None:
         self._dtype = dtype
         self._silu_mul = function("silu_mul", dtype)

@@ -14,26 +14,10 @@
     keys, values [blocks, block_size, kv_heads, head_dim], changed in place
     slots        [rows] int64; -1: the row's key and value are not stored
 
-Rows may be strided, but are dense in themselves. Everything is computed in float32 and rounded once, h before it is
-normalized. `delta` is the contribution of the step's adapters to the input: a `Delta` after the LoRA kernel's shrink,
-expanded here and never written. A row without adapters is bit-identical to one computed without a delta.
+Rows may be strided, but are dense in themselves. Everything is computed in float32 and rounded once; a norm is rounded
+once more before it is multiplied with its weight, as in the models, and h before it is normalized. `delta` is the
+contribution of the step's adapters to the input: a `Delta` after the LoRA kernel's shrink, expanded here and never
+written. A row without adapters is bit-identical to one computed without a delta.
+
+reference.py specifies these functions, triton_fused.py implements them, and block_ops.py brings them into the model.
 """
-
-from types import ModuleType
-
-
-def choose(device_type: str) -> tuple[ModuleType, str]:
-    """Return the module of these functions for a device, and the reason as text for the log.
-
-    cuda    Triton
-    others  plain torch (the specification)
-    """
-    from server.model.fused import reference
-
-    if device_type != "cuda":
-        return reference, f"plain torch: there is no faster implementation for {device_type}"
-    try:
-        from server.model.fused import triton_fused
-    except ImportError as error:
-        return reference, f"plain torch: Triton cannot be imported ({error})"
-    return triton_fused, "Triton kernels"

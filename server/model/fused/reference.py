@@ -6,7 +6,8 @@ from torch import Tensor
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = x.float()
-    return (wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt() * weight.float()).to(x.dtype)
+    normed = (wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt()).to(x.dtype)
+    return (normed.float() * weight.float()).to(x.dtype)
 
 
 def add_rms_norm(
@@ -28,12 +29,12 @@ def rope_kv_write(
     heads = (qkv.float() + delta).view(len(qkv), -1, head_dim)
     query, key, value = torch.split(heads, [heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads], 1)
     kept = slots >= 0
-    keys.flatten(0, 1)[slots[kept]] = _rotated(key, cos, sin)[kept].to(keys.dtype)
+    keys.flatten(0, 1)[slots[kept]] = rotated(key, cos, sin)[kept].to(keys.dtype)
     values.flatten(0, 1)[slots[kept]] = value[kept].to(values.dtype)
-    return _rotated(query, cos, sin).to(qkv.dtype)
+    return rotated(query, cos, sin).to(qkv.dtype)
 
 
-def _rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     turned, rest = heads[..., : cos.shape[-1]], heads[..., cos.shape[-1] :]
     low, high = turned.chunk(2, -1)
     rotated = turned * cos.float()[:, None] + torch.cat([-high, low], -1) * sin.float()[:, None]

@@ -4,8 +4,8 @@ One program computes a row (norms), a piece of a row (SiLU), or a head of a row 
 LoRA product happens where its consumer reads the linear's output: the row's `v` is loaded, each of its rank columns
 reads a piece of B, and the sum is never written. This is designed for decode, where B is read for few rows.
 
-Piece sizes are calculated and not yet measured on a GPU. The server does not use the variants with a delta: each must
-first measure faster than the expand kernel (load_tests/gpu).
+Piece sizes are calculated and not yet measured on a GPU. The server uses the functions without a delta (block_ops.py);
+those with one must first measure faster than the expand kernel (load_tests/gpu).
 """
 
 from typing import Any
@@ -71,7 +71,8 @@ def _rms_norm(
         values = rounded.to(tl.float32)
     scale = 1 / tl.sqrt(tl.sum(values * values, 0) / N + eps)
     weights = tl.load(weight + n, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + row.to(tl.int64) * N + n, (values * scale * weights).to(out.dtype.element_ty), mask=mask)
+    normed = (values * scale).to(out.dtype.element_ty).to(tl.float32)  # rounded before the weight, as in the models
+    tl.store(out + row.to(tl.int64) * N + n, (normed * weights).to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_blocks"])

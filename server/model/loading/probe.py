@@ -93,7 +93,17 @@ def _spec(loaded: LoadedModel, seen: Observation, kv: tuple[tuple[int, int], ...
         gathered=frozenset(name for name, module in by_rows.items() if is_gathered(module)),
         conversion=conversion_of(model),
         kv=kv,
+        rereads_tokens=_rereads_tokens(loaded, seen, embedding),
     )
+
+
+def _rereads_tokens(loaded: LoadedModel, seen: Observation, embedding: str) -> bool:
+    """Return True if a module other than the input embedding was given the tokens."""
+    tokens = _tokens(loaded)
+    if tokens.is_meta:  # planned without weights, for no adapter
+        return False
+    others = (calls for name, calls in seen.inputs.items() if name != embedding)
+    return any(torch.equal(call, tokens) for calls in others for call in calls if call.dtype == tokens.dtype)
 
 
 def _siblings(seen: Observation, linears: Collection[str]) -> tuple[tuple[str, ...], ...]:
@@ -182,7 +192,10 @@ def check_paged_attention(loaded: LoadedModel, shape: CacheShape, block_size: in
 
     Call it after the linears are wrapped and packed, so that the comparison covers them."""
     expected = _forward(loaded, "eager").float()
-    paged = _paged_logits(loaded, shape, block_size).float()
+    try:
+        paged = _paged_logits(loaded, shape, block_size).float()
+    except attention.launch_errors() as failed:
+        raise ModelRefused(f"{loaded.config.model_type} cannot be served on this device: {failed}") from failed
     rows = [sum(PROBE_CHUNKS[: n + 1]) - 1 for n in range(len(PROBE_CHUNKS))]
     error = relative_error(paged, expected[rows])
     if not error < TOLERANCE[loaded.dtype]:
@@ -206,10 +219,11 @@ def fuse_if_equal(
     number of fused modules."""
     if ops is None:
         return 0
+    unexpected: tuple[type[Exception], ...] = (AssertionError, TypeError, *attention.launch_errors())
     fused, undo = fuse(loaded.model, ops, shape.windows)
     try:
         error = relative_error(_paged_logits(loaded, shape, block_size).float(), before)
-    except (AssertionError, RuntimeError, TypeError):  # such a block is called in an unexpected way
+    except unexpected:  # such a block is called in an unexpected way
         log.exception("the fused blocks cannot run")
         error = math.nan
     if error < TOLERANCE[loaded.dtype]:

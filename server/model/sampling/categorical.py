@@ -7,6 +7,9 @@ other rows:
   few    top-k of at most `FEW` tokens: these are selected and sorted
   many   anything else: the whole vocabulary is sorted
 
+Probabilities are summed as integers, which no order of additions changes: parallel float sums on a GPU depend on the
+number of rows, and for a single row they differ from run to run.
+
 Sorting is by far the most expensive: on a CPU, rows with top-p or min-p are sampled from their `FEW` most probable
 tokens first, and only rows that keep more are sorted. This inspects the logits, for which a GPU would have to
 synchronize.
@@ -26,6 +29,7 @@ from server.sequence import SamplingParams
 from server.sequence import Sequence as TokenSequence
 
 FEW = 1024
+_UNIT = float(1 << 60)  # of an integer probability; the sum of a row stays below 2^63
 
 Array = npt.NDArray[Any]
 
@@ -107,7 +111,7 @@ def sample_categorical(logits: torch.Tensor, params: CategoricalParams) -> torch
     few = plain + params.num_few
     parts = []
     if plain:
-        parts.append(_invert(probs[:plain].cumsum(-1), params.uniform[:plain]))
+        parts.append(_invert(probs[:plain], params.uniform[:plain]))
     if few > plain:
         parts.append(_sample_few(probs[plain:few], params.part(slice(plain, few))))
     if few < len(probs):
@@ -115,14 +119,16 @@ def sample_categorical(logits: torch.Tensor, params: CategoricalParams) -> torch
     return torch.cat(parts)
 
 
-def _invert(cumulative: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """Return the first index of each row whose cumulative probability exceeds `uniform` times the total.
+def _integers(probs: torch.Tensor) -> torch.Tensor:
+    """Return `probs` in units of 2^-60; the product is exact, and what is lost below the unit is never sampled."""
+    return (probs * _UNIT).long()
 
-    Rounding must not select an index with probability 0: the target stays below the total, which is first reached at
-    the last index with a nonzero probability.
-    """
+
+def _invert(probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """Return the first index of each row whose cumulative probability exceeds `uniform` times the total."""
+    cumulative = _integers(probs).cumsum(-1)
     total = cumulative[:, -1:]
-    target = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
+    target = torch.minimum((uniform.double() * total).long(), total - 1)
     picked = torch.searchsorted(cumulative, target, right=True)
     return picked.clamp_(max=cumulative.shape[-1] - 1).squeeze(-1)  # a row of NaN gives an index past the end
 
@@ -130,7 +136,7 @@ def _invert(cumulative: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
 def _sample_few(probs: torch.Tensor, params: CategoricalParams) -> torch.Tensor:
     best, order = probs.topk(min(FEW, probs.shape[-1]), -1)
     kept = _truncated(best, params)
-    tokens = order.gather(-1, _invert(kept.cumsum(-1), params.uniform)[:, None]).squeeze(-1)
+    tokens = order.gather(-1, _invert(kept, params.uniform)[:, None]).squeeze(-1)
     if probs.device.type == "cpu" and best.shape[-1] < probs.shape[-1]:
         beyond = (kept[:, -1] > 0) & (params.top_k[:, 0] > FEW)  # more tokens than these may be kept
         if beyond.any():
@@ -140,7 +146,7 @@ def _sample_few(probs: torch.Tensor, params: CategoricalParams) -> torch.Tensor:
 
 def _sample_sorted(probs: torch.Tensor, params: CategoricalParams) -> torch.Tensor:
     probs, order = probs.sort(-1, descending=True)
-    picked = _invert(_truncated(probs, params).cumsum(-1), params.uniform)
+    picked = _invert(_truncated(probs, params), params.uniform)
     return order.gather(-1, picked[:, None]).squeeze(-1)
 
 
@@ -149,11 +155,12 @@ def _truncated(probs: torch.Tensor, params: CategoricalParams) -> torch.Tensor:
     always stays."""
     keep = torch.arange(probs.shape[-1], device=probs.device) < params.top_k
     kept = probs * keep
-    before = kept.cumsum(-1) - kept  # mass of the more probable tokens
-    mass = torch.where(
-        params.top_k > probs.shape[-1], 1.0, kept.sum(-1, keepdim=True)
-    )  # top-k is off: the mass of all tokens
-    keep &= (before < params.top_p * mass) | (params.top_p >= 1)
+    own = _integers(kept)
+    cumulative = own.cumsum(-1)
+    is_off = params.top_k > probs.shape[-1]
+    mass = torch.where(is_off, _UNIT, cumulative[:, -1:].double())  # top-k is off: the mass of all tokens
+    more_probable = (cumulative - own).double()  # the mass of more probable tokens
+    keep &= (more_probable < params.top_p.double() * mass) | (params.top_p >= 1)
     keep &= probs >= params.min_p * probs[:, :1]
     keep[:, 0] = True
     return probs * keep
