@@ -27,7 +27,7 @@ from server.api.fields import (
 )
 from server.api.inference import chat, completions, tokenization
 from server.api.middleware.auth import need_of
-from server.api.protocols import anthropic, openai_responses
+from server.api.protocols import anthropic, lorax, openai_responses
 from server.api.requests import ChatCompletionRequest, CompletionRequest, GenerationRequest
 from server.config import ServeConfig
 from server.metrics import METRICS
@@ -106,6 +106,7 @@ def endpoints() -> str:
         tokenization,
         anthropic,
         openai_responses,
+        lorax,
         models,
         routes,
         aliases,

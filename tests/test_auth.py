@@ -40,6 +40,8 @@ INFER = {
     "/v1/chat/completions",
     "/v1/completions",
     "/v1/messages",
+    "/generate",
+    "/generate_stream",
     "/v1/responses",
     "/v1/models",
     "/v1/models/{model:path}",

@@ -38,6 +38,8 @@ _NEEDS: dict[str, Need] = {
     "/v1/completions": "infer",
     "/v1/messages": "infer",
     "/v1/responses": "infer",
+    "/generate": "infer",
+    "/generate_stream": "infer",
     "/tokenize": "infer",
     "/detokenize": "infer",
     "/tokenizer_info": "infer",
