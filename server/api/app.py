@@ -12,7 +12,7 @@ from server.api import health, models
 from server.api.adapters import aliases, merge, routes, vllm_compat
 from server.api.context import AppContext
 from server.api.errors import install_error_handlers
-from server.api.inference import chat, completions, tokenization
+from server.api.inference import chat, completions, embeddings, scoring, tokenization
 from server.api.middleware.audit import AuditMiddleware
 from server.api.middleware.auth import AuthMiddleware
 from server.api.middleware.body_limits import BodyLimitsMiddleware
@@ -26,7 +26,19 @@ def create_app(context: AppContext) -> FastAPI:
     """Create the HTTP application over the parts in `context`. The caller starts and stops the engine."""
     app = FastAPI(title="Loraplex", version=server.__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.context = context
-    for module in (health, models, chat, completions, tokenization, routes, aliases, merge, vllm_compat):
+    for module in (
+        health,
+        models,
+        chat,
+        completions,
+        embeddings,
+        scoring,
+        tokenization,
+        routes,
+        aliases,
+        merge,
+        vllm_compat,
+    ):
         app.include_router(module.router)
     install_error_handlers(app)
     # The middleware added last runs first: request id, audit log, host and origin, CORS, authorization, rate, body.

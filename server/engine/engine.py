@@ -37,6 +37,7 @@ from server.ipc.messages import (
     Unmerge,
 )
 from server.model.batch import ForwardBatch, LateTokens, build_batch
+from server.model.pooling import embedding_of, has_finite_pool, start_collecting
 from server.model.runner import ModelRunner
 from server.model.sampling.prompt_logprobs import is_finite, start_scoring_prompts
 from server.model.sampling.sampler import Sample, start_sampling
@@ -267,7 +268,8 @@ class Engine:
         vocab_sizes = [self._runner.vocab_size(seq.slots) for seq in sampled]
         logits, after_prompts = start_scoring_prompts(logits, batch.sequences, self._runner.vocab_size)
         started = start_sampling(logits, sampled, self._eos_token_ids, self._token_counts, vocab_sizes)
-        return InFlightStep(batch, started.tokens, after_prompts(started.collect))
+        after_pooled = start_collecting(forward.pooled, batch.sequences)
+        return InFlightStep(batch, started.tokens, after_pooled(after_prompts(started.collect)))
 
     def _advance(self, step: InFlightStep) -> None:
         """Bring the step's sequences to where they are after it, whatever its tokens turn out to be. A sequence that
@@ -309,7 +311,7 @@ class Engine:
 
     def _take(self, scheduled: ScheduledSequence, sampled: Sample) -> None:
         seq, end = scheduled.seq, scheduled.end
-        if sampled.token_id < 0 or not is_finite(seq.prompt_logprobs):
+        if sampled.token_id < 0 or not is_finite(seq.prompt_logprobs) or not has_finite_pool(seq):
             self._abandon(seq, "the model produced numbers that are not finite")
             return
         if seq.num_computed_tokens >= end:  # not if it was preempted meanwhile: those blocks are no longer its own
@@ -351,6 +353,7 @@ class Engine:
                 (seq.admitted or time.monotonic()) - seq.arrival,
                 error,
                 of_first_output(seq),
+                embedding_of(seq) if reason is FinishReason.LENGTH else None,
             )
         )
         if reason is not None:

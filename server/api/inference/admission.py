@@ -13,12 +13,12 @@ from server.api.inference.plan import AdmittedRequest, GenerationPlan, plan_gene
 from server.api.inference.targets import Target, refuse_if_merged, resolve_target
 from server.api.middleware.auth import Key
 from server.api.middleware.request_scope import ignored_names
-from server.api.requests import MAX_TIMEOUT_SECONDS, GenerationRequest, OpenWire
+from server.api.requests import MAX_CHOICES, MAX_TIMEOUT_SECONDS, GenerationRequest, InferenceRequest, OpenWire
 
 TIMEOUT_HEADER = "x-request-timeout"  # in seconds
 
 
-async def admit_request(request: Request, context: AppContext, key: Key, body: GenerationRequest) -> AdmittedRequest:
+async def admit_request(request: Request, context: AppContext, key: Key, body: InferenceRequest) -> AdmittedRequest:
     """Fix the adapter versions of a request and the tokenizer, which may be the adapter's own. Raises `ApiError` if the
     request cannot begin now."""
     note_unknown_fields(request, context, body)
@@ -43,7 +43,7 @@ def note_unknown_fields(request: Request, context: AppContext, body: OpenWire) -
         raise bad_request(message, names[0], "unknown_field")
 
 
-def _deadline(context: AppContext, request: Request, body: GenerationRequest, received: float) -> float | None:
+def _deadline(context: AppContext, request: Request, body: InferenceRequest, received: float) -> float | None:
     """Return the earliest time at which the request must end: by its field, its header, or the server's limit."""
     given = (body.timeout, _header_timeout(request), context.config.request_timeout or None)
     limits = [seconds for seconds in given if seconds is not None]
@@ -73,8 +73,13 @@ def admit_prompts(
     """Check the request and its prompts, encoded by the request's tokenizer, and return the plan. `texts` are the
     prompts as they were sent, None for token ids. Raises `ApiError` if they do not fit the model or if an adapter was
     deleted meanwhile."""
-    _check_still_there(context, admitted.target)
-    plan = plan_generation(context, admitted, body, prompts, texts)
+    return admit_plan(context, plan_generation(context, admitted, body, prompts, texts))
+
+
+def admit_plan(context: AppContext, plan: GenerationPlan) -> GenerationPlan:
+    """Return the plan if it may still begin. Raises `ApiError` if an adapter was deleted since `admit_request`, or if
+    the queue is full."""
+    _check_still_there(context, plan.target)
     _check_queue(context, plan)
     return plan
 
@@ -101,7 +106,8 @@ def _check_still_there(context: AppContext, target: Target) -> None:
 
 def _check_queue(context: AppContext, plan: GenerationPlan) -> None:
     """Raise 429 if the key's tenant holds its share of the queue, 503 if the queue has no room for the request."""
-    key, sequences, tokens = plan.key, len(plan.prompts) * plan.n, plan.prompt_tokens * plan.n
+    key, sequences = plan.key, min(len(plan.prompts) * plan.n, MAX_CHOICES)  # at once
+    tokens = plan.prompt_tokens * plan.n
     refusal = context.queue_limits.refusal(key.tenant, key.weight, sequences, tokens)
     if refusal is None:
         return
