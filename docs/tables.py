@@ -27,6 +27,7 @@ from server.api.fields import (
 )
 from server.api.inference import chat, completions, embeddings, scoring, tokenization
 from server.api.middleware.auth import need_of
+from server.api.protocols import anthropic
 from server.api.requests import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -113,6 +114,7 @@ def endpoints() -> str:
         embeddings,
         scoring,
         tokenization,
+        anthropic,
         models,
         routes,
         aliases,

@@ -18,6 +18,14 @@ class ScaledAdapter(NamedTuple):
     scale: float = 1.0
 
 
+class Constraint(msgspec.Struct, frozen=True):
+    """A grammar that an output follows, in llguidance's description. Its tokens are those of the tokenizer that the
+    adapter version `tokenizer` brings; without a version, those of the base model's."""
+
+    grammar: str
+    tokenizer: str = ""
+
+
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     """Sampling parameters of a request. The API validates them; the engine does not check them again."""
 
@@ -37,6 +45,7 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     logprobs: int | None = None  # None: off; n: of the sampled token and the n most probable ones
     prompt_logprobs: int | None = None  # the same for the tokens of the prompt, of which the first has none
     pooling: Pooling | None = None  # of the prompt's final hidden states, which the last output then has
+    constraint: Constraint | None = None
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -54,6 +63,7 @@ class FinishReason(StrEnum):
     TIMEOUT = "timeout"
     MERGED = "merged"  # refused, because another adapter is merged into the base model
     ERROR = "error"
+    REFUSED = "refused"  # the request asks for what this model cannot do
 
 
 class SequenceStatus(Enum):

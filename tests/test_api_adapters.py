@@ -483,7 +483,7 @@ async def test_names_with_slashes_have_every_route(tmp_path: Path) -> None:
             assert (await api.http.get(f"{at}/files/adapter_config.json")).status_code == 200
         assert_error(await api.http.get("/v1/adapters/Acme/Support:v2/load"), 405)
         assert_error(await api.http.get("/v1/adapters/acme/support:v2"), 404, "model_not_found")
-        for wrong in ("Acme//Support:v2", "Acme/Support:v2/", "Acme/../Acme"):
+        for wrong in ("Acme//Support:v2", "Acme/../Acme"):
             assert (await api.http.get(f"/v1/adapters/{wrong.replace('..', '%2e%2e')}")).status_code == 404
         assert (await api.chat(model=name)).json()["model"] == name
         assert (await api.chat(model=f"{name}@{version}")).status_code == 200

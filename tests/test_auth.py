@@ -40,6 +40,7 @@ INFER = {
     "/v1/chat/completions",
     "/v1/completions",
     *("/v1/embeddings", "/score", "/v1/score", "/rerank", "/v1/rerank"),
+    "/v1/messages",
     "/v1/models",
     "/v1/models/{model:path}",
     "/tokenize",

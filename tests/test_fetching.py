@@ -152,11 +152,11 @@ async def test_an_engine_that_is_away_fails_no_lazy_adapter(tmp_path: Path, monk
     monkeypatch.setattr(fetching, "_ENGINE_POLL_SECONDS", 0.01)
     source = _folder(tmp_path / "allowed" / "acme")
     async with serving(tmp_path / "server", allow_source=(f"file://{tmp_path}/allowed",)) as api:
-        info, api.context.engine.info = api.context.engine.info, None
+        info, api.context.engine._supervisor.info = api.context.engine.info, None
         await api.http.post("/v1/adapters", json={"name": "acme", "source": f"file://{source}", "lazy": True})
         await eventually(lambda: len(attempts) == 3)
         assert api.context.fetching and api.context.registry.pending["acme"].error is None
-        api.context.engine.info = info
+        api.context.engine._supervisor.info = info
         await asyncio.gather(*api.context.fetching.values())
         assert (await api.http.get("/v1/adapters/acme")).json()["state"] == "ready"
 

@@ -81,6 +81,7 @@ ARROWS: dict[str, set[str]] = {
         "adapters.device",
         "adapters.kernels",
         "adapters.load",
+        "adapters.peft",
         "adapters.registry",
         "adapters.residency",
         "adapters.runtime",
@@ -221,6 +222,7 @@ ARROWS: dict[str, set[str]] = {
         "server.api.errors",
         "server.api.inference",
         "server.api.middleware",
+        "server.api.protocols",
         "server.api.schemas",
     },
     "server.api.context": {
@@ -232,6 +234,17 @@ ARROWS: dict[str, set[str]] = {
         "server.ipc",
         "server.metrics",
     },
+    "server.api.message_formats": set(),
+    "server.api.protocols": {
+        "server.api.context",
+        "server.api.errors",
+        "server.api.fields",
+        "server.api.inference",
+        "server.api.message_formats",
+        "server.api.middleware",
+        "server.api.requests",
+        "server.api.schemas",
+    },
     "server.api.middleware": {"server", "server.api.errors", "server.metrics"},
     "server.api.text": {"adapters", "adapters.peft", "adapters.registry", "server", "server.api.errors"},
     "server.api.inference": {
@@ -241,6 +254,7 @@ ARROWS: dict[str, set[str]] = {
         "server",
         "server.api.context",
         "server.api.errors",
+        "server.api.message_formats",
         "server.api.middleware",
         "server.api.requests",
         "server.api.schemas",
@@ -278,10 +292,12 @@ WITHOUT_TORCH = [
     "adapters.validation",
     "server.api",
     "server.base_tokenizer",
+    "server.grammar_limits",
     "server.cli",
     "server.config",
     "server.engine.aging",
     "server.engine.block_manager",
+    "server.engine.grammars",
     "server.engine.sliding_blocks",
     "server.engine.machine",
     "server.engine.merge_gate",
@@ -318,6 +334,7 @@ ONLY_IN = {
     ],
     "obstore": ["adapters.sources.s3"],
     "typer": ["server.cli"],
+    "llguidance": ["server.engine.grammars", "server.engine.constraints", "server.api.text.grammar_worker"],
 }
 
 

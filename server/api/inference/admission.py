@@ -9,8 +9,10 @@ from fastapi import Request
 from adapters.errors import AdapterNotFound
 from server.api.context import AppContext
 from server.api.errors import ApiError, bad_request, model_not_found, unavailable
+from server.api.inference.constraints import constraint_of
 from server.api.inference.plan import AdmittedRequest, GenerationPlan, plan_generation
 from server.api.inference.targets import Target, refuse_if_merged, resolve_target
+from server.api.message_formats.parser import MessageFormat
 from server.api.middleware.auth import Key
 from server.api.middleware.request_scope import ignored_names
 from server.api.requests import MAX_CHOICES, MAX_TIMEOUT_SECONDS, GenerationRequest, InferenceRequest, OpenWire
@@ -18,10 +20,13 @@ from server.api.requests import MAX_CHOICES, MAX_TIMEOUT_SECONDS, GenerationRequ
 TIMEOUT_HEADER = "x-request-timeout"  # in seconds
 
 
-async def admit_request(request: Request, context: AppContext, key: Key, body: InferenceRequest) -> AdmittedRequest:
-    """Fix the adapter versions of a request and the tokenizer, which may be the adapter's own. Raises `ApiError` if the
-    request cannot begin now."""
-    note_unknown_fields(request, context, body)
+async def admit_request(
+    request: Request, context: AppContext, key: Key, body: InferenceRequest, sent: OpenWire | None = None
+) -> AdmittedRequest:
+    """Fix the adapter versions of a request, the tokenizer, which may be the adapter's own, and the constraint on its
+    outputs. `sent` is the client's request if it was translated to `body`. Raises `ApiError` if the request cannot
+    begin now."""
+    note_unknown_fields(request, context, sent or body)
     _check_capacity(context)
     target = resolve_target(context, key, body)
     request.state.adapter = target.label
@@ -31,8 +36,9 @@ async def admit_request(request: Request, context: AppContext, key: Key, body: I
         tokenizer = await context.tokenizers.of(digest, target.traits)
     except FileNotFoundError:  # the adapter was deleted just now
         raise model_not_found(target.requested_model) from None
+    constraint = await constraint_of(context, target, body) if isinstance(body, GenerationRequest) else None
     received = request.state.started
-    return AdmittedRequest(target, tokenizer, key, received, _deadline(context, request, body, received))
+    return AdmittedRequest(target, tokenizer, key, received, _deadline(context, request, body, received), constraint)
 
 
 def note_unknown_fields(request: Request, context: AppContext, body: OpenWire) -> None:
@@ -69,11 +75,12 @@ def admit_prompts(
     body: GenerationRequest,
     prompts: Sequence[list[int]],
     texts: Sequence[str | None] = (),
+    message_format: MessageFormat | None = None,
 ) -> GenerationPlan:
     """Check the request and its prompts, encoded by the request's tokenizer, and return the plan. `texts` are the
-    prompts as they were sent, None for token ids. Raises `ApiError` if they do not fit the model or if an adapter was
-    deleted meanwhile."""
-    return admit_plan(context, plan_generation(context, admitted, body, prompts, texts))
+    prompts as they were sent, None for token ids; `message_format` is that of a chat's text. Raises `ApiError` if they
+    do not fit the model or if an adapter was deleted meanwhile."""
+    return admit_plan(context, plan_generation(context, admitted, body, prompts, texts, message_format))
 
 
 def admit_plan(context: AppContext, plan: GenerationPlan) -> GenerationPlan:

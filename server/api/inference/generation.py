@@ -9,7 +9,7 @@ import msgspec
 from starlette.requests import Request
 
 from server.api.context import AdapterUse, AppContext
-from server.api.errors import ApiError, engine_unavailable, server_error, unavailable
+from server.api.errors import ApiError, bad_request, engine_unavailable, server_error, unavailable
 from server.api.inference.choices import Choice, Delta, EchoedPrompt, EngineFailure
 from server.api.inference.plan import GenerationPlan
 from server.api.inference.targets import adapter_failed, merged_error, room_error
@@ -84,6 +84,7 @@ class Generation:
                 plan.sampling.min_tokens,
                 include_stop=output.include_stop,
                 skip_special=output.skip_special_tokens,
+                shown=output.message_format.marks if output.message_format else (),
             )
             choice = Choice(
                 index,
@@ -169,6 +170,8 @@ class Generation:
             return self._abort_error()
         if failure.reason == "merged":
             return merged_error()
+        if failure.reason == "refused":
+            return bad_request(failure.message or "The request cannot be computed.", None, "unsupported")
         if failure.reason == "timeout":
             return ApiError(504, failure.message or "The request took too long.", code="deadline_exceeded")
         if self._context.engine.state is not EngineState.READY:

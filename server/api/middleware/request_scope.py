@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 _REQUEST_ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
 _COUNTED_ROUTES = (
-    *("/v1/chat/completions", "/v1/completions", "/v1/embeddings"),
+    *("/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/embeddings"),
     *("/score", "/v1/score", "/rerank", "/v1/rerank"),
 )
 IGNORED_HEADER = "x-loraplex-ignored"  # fields of the request's body that have no effect
