@@ -100,6 +100,19 @@ def test_a_stream_that_the_client_closes_is_aborted(server: LiveServer, client: 
     assert len(server.engine.aborted) == 2
 
 
+def test_embeddings(client: openai.OpenAI) -> None:
+    """The client asks for base64 unless it is told otherwise."""
+    packed = client.embeddings.create(model=BASE, input=["a", "bc"])
+    plain = client.embeddings.create(model=BASE, input=["a", "bc"], encoding_format="float")
+    assert [item.embedding for item in packed.data] == [item.embedding for item in plain.data]
+    assert sum(value * value for value in packed.data[1].embedding) == pytest.approx(1)
+    short = client.embeddings.create(model=BASE, input=[5, 6], dimensions=3, extra_body={"pooling": "mean"}, user="me")
+    assert len(short.data[0].embedding) == 3 and short.usage.prompt_tokens == 2
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.embeddings.create(model=BASE, input="a", dimensions=99)
+    assert refused.value.param == "dimensions"
+
+
 TOOLS: list[Any] = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
 HERMES = (
     "{% for tool in tools or [] %}<tool_call>{% endfor %}"

@@ -12,7 +12,7 @@ from server.api import health, models
 from server.api.adapters import aliases, merge, routes, vllm_compat
 from server.api.context import AppContext
 from server.api.errors import install_error_handlers
-from server.api.inference import chat, completions, tokenization
+from server.api.inference import chat, completions, embeddings, scoring, tokenization
 from server.api.middleware.audit import AuditMiddleware
 from server.api.middleware.auth import AuthMiddleware
 from server.api.middleware.body_limits import BodyLimitsMiddleware
@@ -32,6 +32,8 @@ def create_app(context: AppContext) -> FastAPI:
         models,
         chat,
         completions,
+        embeddings,
+        scoring,
         tokenization,
         anthropic,
         openai_responses,
