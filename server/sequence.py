@@ -51,6 +51,7 @@ class FinishReason(StrEnum):
     ABORT = "abort"
     TIMEOUT = "timeout"
     MERGED = "merged"  # refused, because another adapter is merged into the base model
+    NONFINITE = "nonfinite"  # its logits were not finite
     ERROR = "error"
 
 

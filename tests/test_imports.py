@@ -221,7 +221,7 @@ ARROWS: dict[str, set[str]] = {
         "server.ipc",
         "server.metrics",
     },
-    "server.api.middleware": {"server", "server.api.errors", "server.metrics"},
+    "server.api.middleware": {"adapters", "server", "server.api.errors", "server.metrics"},
     "server.api.text": {"adapters", "adapters.peft", "adapters.registry", "server", "server.api.errors"},
     "server.api.inference": {
         "adapters",

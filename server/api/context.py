@@ -25,6 +25,7 @@ from server.ipc.client import EngineClient
 from server.ipc.messages import EngineInfo, ResidencyReport
 from server.ipc.supervisor import EngineState, EngineUnavailable
 from server.metrics import Metrics
+from server.quarantine import Quarantine
 from server.queue_limits import QueueLimits
 
 BASE_NAME = ""  # the base model in usage accounting; not a valid adapter name
@@ -156,6 +157,7 @@ class AppContext:
     selftests: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_SELFTESTS))
     sandbox: TemplateSandbox = field(default_factory=TemplateSandbox)
     tokenizers: AdapterTokenizers = field(init=False)
+    quarantine: Quarantine = field(default_factory=Quarantine)
     rate_limits: RateLimits = field(init=False)
     queue_limits: QueueLimits = field(init=False)
     _tiers: tuple[ResidencyReport, dict[str, Tier]] = field(
