@@ -16,16 +16,29 @@ from server.api import health, models
 from server.api.adapters import aliases, merge, routes, vllm_compat
 from server.api.fields import (
     APPLIED,
+    APPLIED_IN_EMBEDDINGS,
     HARMLESS,
     HARMLESS_IN_MESSAGES,
+    HARMLESS_IN_RESPONSES,
     HARMLESS_IN_STREAM_OPTIONS,
     REFUSED,
+    REFUSED_IN_EMBEDDINGS,
     REFUSED_IN_MESSAGES,
+    REFUSED_IN_RESPONSES,
     Refusal,
 )
-from server.api.inference import chat, completions, tokenization
+from server.api.inference import chat, completions, embeddings, scoring, tokenization
 from server.api.middleware.auth import need_of
-from server.api.requests import ChatCompletionRequest, CompletionRequest, GenerationRequest
+from server.api.protocols import anthropic, openai_responses
+from server.api.requests import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    EmbeddingRequest,
+    GenerationRequest,
+    PooledRequest,
+    RerankRequest,
+    ScoreRequest,
+)
 from server.config import ServeConfig
 from server.metrics import METRICS
 
@@ -98,7 +111,21 @@ def flags() -> str:
 
 def endpoints() -> str:
     app = FastAPI()
-    for module in (chat, completions, tokenization, models, routes, aliases, merge, vllm_compat, health):
+    for module in (
+        chat,
+        completions,
+        embeddings,
+        scoring,
+        tokenization,
+        anthropic,
+        openai_responses,
+        models,
+        routes,
+        aliases,
+        merge,
+        vllm_compat,
+        health,
+    ):
         app.include_router(module.router)
     rows = []
     for path, operations in app.openapi()["paths"].items():
@@ -123,6 +150,28 @@ def _routes_of(name: str) -> str:
 def refused_fields() -> str:
     rows = [(f"`{name}`", refusal.what, _neutral(refusal)) for name, refusal in REFUSED.items()]
     rows += [(f"`messages.N.{name}`", refusal.what, _neutral(refusal)) for name, refusal in REFUSED_IN_MESSAGES.items()]
+    in_responses = REFUSED_IN_RESPONSES.items()
+    rows += [(f"`{name}` (/v1/responses)", refusal.what, _neutral(refusal)) for name, refusal in in_responses]
+    return table(("field", "what it is", "accepted values"), rows)
+
+
+def embedding_fields() -> str:
+    schemas: dict[str, type[PooledRequest]]
+    schemas = {"embeddings": EmbeddingRequest, "score": ScoreRequest, "rerank": RerankRequest}
+    names = {name: None for schema in schemas.values() for name in schema.model_fields}
+    rows = [
+        (
+            f"`{name}`",
+            ", ".join(route for route, schema in schemas.items() if name in schema.model_fields),
+            {**APPLIED, **APPLIED_IN_EMBEDDINGS}[name],
+        )
+        for name in names
+    ]
+    return table(("field", "applied on", "what it does"), rows)
+
+
+def refused_in_embeddings() -> str:
+    rows = [(f"`{name}`", refusal.what, _neutral(refusal)) for name, refusal in REFUSED_IN_EMBEDDINGS.items()]
     return table(("field", "what it is", "accepted values"), rows)
 
 
@@ -134,6 +183,7 @@ def harmless_fields() -> str:
     rows = [(f"`{name}`", what) for name, what in HARMLESS.items()]
     rows += [(f"`messages.N.{name}`", what) for name, what in HARMLESS_IN_MESSAGES.items()]
     rows += [(f"`stream_options.{name}`", what) for name, what in HARMLESS_IN_STREAM_OPTIONS.items()]
+    rows += [(f"`{name}` (/v1/responses)", what) for name, what in HARMLESS_IN_RESPONSES.items()]
     return table(("field", "what it is"), rows)
 
 
@@ -189,7 +239,13 @@ def _argument(call: ast.Call, place: int, default: str) -> ast.expr:
 PAGES: dict[Path, Mapping[str, Callable[[], str]]] = {
     REFERENCE / "flags.md": {"flags": flags},
     REFERENCE / "routes.md": {"endpoints": endpoints},
-    REFERENCE / "fields.md": {"applied": fields, "refused": refused_fields, "harmless": harmless_fields},
+    REFERENCE / "fields.md": {
+        "applied": fields,
+        "refused": refused_fields,
+        "harmless": harmless_fields,
+        "embeddings": embedding_fields,
+        "refused-in-embeddings": refused_in_embeddings,
+    },
     REFERENCE / "metrics.md": {"metrics": metrics},
     REFERENCE / "errors.md": {"api-errors": api_errors, "adapter-errors": adapter_errors, "problems": problems},
 }

@@ -78,6 +78,7 @@ async def _serve(config: ServeConfig, keys: KeyRing, registry: AdapterRegistry, 
                 task.cancel()
             await asyncio.gather(*background, return_exceptions=True)
             await context.sandbox.close()
+            await context.grammars.close()
             if context.audit is not None:
                 await asyncio.to_thread(context.audit.close)
     finally:

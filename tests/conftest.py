@@ -32,8 +32,9 @@ def own_nf4_weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def patient_templates(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beside other programs any rendering may take longer than a server allows."""
+    """Beside other programs any rendering or compiling may take longer than a server allows."""
     monkeypatch.setattr("server.api.text.template_sandbox.RENDER_SECONDS", HANG_SECONDS)
+    monkeypatch.setattr("server.api.text.grammar_compiler.COMPILE_SECONDS", HANG_SECONDS)
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from adapters.peft.files import FILES, TOKENIZER_FILES
 from adapters.peft.tokenizer_files import check_tokenizer
 from adapters.registry.store import AdapterStore
 from adapters.traits import Traits
-from server.api.text import template_sandbox
+from server.api.text import template_sandbox, worker_pool
 from server.api.text.adapter_tokenizers import AdapterTokenizers
 from server.api.text.chat_template import Conversation
 from server.api.text.template_sandbox import TemplateSandbox
@@ -232,16 +232,16 @@ async def test_a_template_fails_alone(tmp_path: Path) -> None:
 
 async def test_a_hostile_template_holds_up_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begun: list[str] = []
-    exchange = template_sandbox._exchange
+    exchange = worker_pool.exchange
 
-    async def noted(worker: Any, question: dict[str, Any]) -> dict[str, str]:
+    async def noted(worker: Any, question: dict[str, Any], seconds: float) -> dict[str, str]:
         begun.append(question["template"])
-        return await exchange(worker, question)
+        return await exchange(worker, question, seconds)
 
     async with serving(tmp_path) as api:
         await publish_template(api, "hostile", ENDLESS)
         await publish_template(api, "own", OWN_TEMPLATE)
-        monkeypatch.setattr(template_sandbox, "_exchange", noted)
+        monkeypatch.setattr(worker_pool, "exchange", noted)
         hostile = [asyncio.create_task(api.chat(model="hostile")) for _ in range(3)]
         await eventually(lambda: begun)
         for fields in ({"model": "own"}, {}):

@@ -142,7 +142,7 @@ async def test_a_worker_that_died_costs_one_request(sandbox: TemplateSandbox) ->
 
 async def test_a_caller_that_leaves_frees_its_worker(sandbox: TemplateSandbox) -> None:
     leaving = [asyncio.create_task(sandbox.render(ENDLESS, {})) for _ in range(WORKERS)]
-    await eventually(lambda: len(workers()) == WORKERS and not sandbox._idle)
+    await eventually(lambda: len(workers()) == WORKERS and not sandbox._workers._idle)
     for task in leaving:
         task.cancel()
     await asyncio.gather(*leaving, return_exceptions=True)

@@ -11,7 +11,9 @@ from adapters.runtime.pack import PackedAdapter
 from load_tests.gpu.models import PAGE
 from load_tests.gpu.setting import Report, Shape
 from server.engine.block_manager import BlockManager
+from server.engine.constraints import Constraints
 from server.engine.engine import Engine
+from server.engine.grammars import Grammars
 from server.engine.merging import Merging
 from server.engine.scheduler import Scheduler
 from server.engine.selftest import SelfTests
@@ -48,7 +50,8 @@ def _engine(runner: ModelRunner, report: Report) -> Engine:
     scheduler = Scheduler(blocks, residency, setting.streams, max_batch_tokens=2048, max_wait_steps=256)
     selftests = SelfTests(runner, residency, WeightsReader(_nobody_asks), scheduler.gate, lambda: None)
     merging = Merging(scheduler, _nobody_asks)
-    return Engine(runner, scheduler, residency, selftests, merging, frozenset(), setting.context + setting.new_tokens)
+    parts = runner, scheduler, residency, selftests, merging, Constraints(Grammars(_nobody_asks, frozenset()))
+    return Engine(*parts, frozenset(), setting.context + setting.new_tokens)
 
 
 def _nobody_asks(*_: object) -> NoReturn:

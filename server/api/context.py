@@ -17,6 +17,7 @@ from adapters.tiers import Tier
 from server.api.middleware.auth import KeyRing
 from server.api.middleware.rate_limits import Limits, RateLimits
 from server.api.text.adapter_tokenizers import AdapterTokenizers
+from server.api.text.grammar_compiler import GrammarCompiler
 from server.api.text.template_sandbox import TemplateSandbox
 from server.api.text.tokenizer import Tokenizer
 from server.audit import AuditLog
@@ -156,6 +157,7 @@ class AppContext:
     fetches: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_FETCHES))
     selftests: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_SELFTESTS))
     sandbox: TemplateSandbox = field(default_factory=TemplateSandbox)
+    grammars: GrammarCompiler = field(default_factory=GrammarCompiler)
     tokenizers: AdapterTokenizers = field(init=False)
     quarantine: Quarantine = field(default_factory=Quarantine)
     rate_limits: RateLimits = field(init=False)

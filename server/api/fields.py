@@ -18,6 +18,7 @@ class Refusal(NamedTuple):
     instead: str = ""
 
 
+_IN_A_CHAT = "; use /v1/chat/completions"
 _NAME_ADAPTERS = "; name the adapter in 'model', or several in 'adapters'"
 
 # What a schema declares in server/api/requests.py.
@@ -57,6 +58,11 @@ APPLIED: dict[str, str] = {
     "add_special_tokens": "Whether the tokenizer adds its special tokens to the prompt",
     "add_generation_prompt": "`false` ends the prompt with the last message",
     "continue_final_message": "Continues the last message, which is the assistant's",
+    "tools": "Functions that the model may call, for the chat template",
+    "tool_choice": "`none` offers no functions; `auto` is the default; a forced call is refused",
+    "parallel_tool_calls": "`false` returns the first call alone",
+    "separate_reasoning": "SGLang: `false` keeps reasoning in the content",
+    "include_reasoning": "vLLM: `false` leaves reasoning out",
     "chat_template_kwargs": "Variables of the chat template",
     "reasoning_effort": "One more variable of the chat template",
     "logprobs": "Log-probabilities of the output: a number of tokens, or for a chat true",
@@ -67,6 +73,15 @@ APPLIED: dict[str, str] = {
     "return_tokens_as_token_ids": "vLLM: log-probabilities name tokens as `token_id:N`",
     "cache_salt": "vLLM: shares the prefix cache only with requests of the same salt",
     "priority": "Order within the tenant; lower is more urgent",
+    "response_format": "The output is JSON, or JSON of a schema, which is followed as with `strict`",
+    "structured_outputs": "vLLM: the output follows a `json` schema, `regex`, `choice` or `grammar`",
+    "guided_json": "vLLM's older name of `json` in `structured_outputs`",
+    "guided_regex": "The same for `regex`",
+    "guided_choice": "The same for `choice`",
+    "guided_grammar": "The same for `grammar`",
+    "json_schema": "SGLang: the output is JSON of a schema",
+    "regex": "SGLang: the output matches a regular expression",
+    "ebnf": "SGLang: the output follows a grammar",
     "timeout": "Seconds after which the request is ended with 504",
 }
 
@@ -80,21 +95,12 @@ REFUSED: dict[str, Refusal] = {
     "lora_request": Refusal("vLLM: an adapter as an object", (), _NAME_ADAPTERS),
     "merged_adapters": Refusal("LoRAX: a combination of adapters", (), _NAME_ADAPTERS),
     # What the output must look like
-    "tools": Refusal("functions that the model may call", ([],)),
-    "tool_choice": Refusal("whether the model calls a function", ("none", "auto")),
-    "functions": Refusal("`tools`, as they were called", ([],)),
-    "function_call": Refusal("`tool_choice`, as it was called", ("none", "auto")),
-    "response_format": Refusal("JSON, or JSON of a schema", ({"type": "text"},)),
-    "structured_outputs": Refusal("vLLM: a schema, grammar, regular expression or list of choices"),
-    "guided_json": Refusal("vLLM: a JSON schema"),
-    "guided_regex": Refusal("vLLM: a regular expression"),
-    "guided_choice": Refusal("vLLM: a list of choices"),
-    "guided_grammar": Refusal("vLLM: a grammar"),
+    "tools": Refusal("functions that the model may call, without a chat", ([],), _IN_A_CHAT),
+    "tool_choice": Refusal("whether the model calls a function, without a chat", ("none", "auto"), _IN_A_CHAT),
+    "functions": Refusal("`tools`, as they were called", ([],), "; use 'tools'"),
+    "function_call": Refusal("`tool_choice`, as it was called", ("none", "auto"), "; use 'tool_choice'"),
     "guided_whitespace_pattern": Refusal("vLLM: white space in JSON"),
     "structural_tag": Refusal("vLLM: structures between tags"),
-    "json_schema": Refusal("SGLang: a JSON schema"),
-    "regex": Refusal("SGLang: a regular expression"),
-    "ebnf": Refusal("SGLang: a grammar"),
     "modalities": Refusal("kinds of output", (["text"],)),
     "audio": Refusal("spoken output"),
     "verbosity": Refusal("how long the output is", ("medium",)),
@@ -148,14 +154,11 @@ HARMLESS: dict[str, str] = {
     "prompt_cache_retention": "OpenAI: a hint for the prefix cache",
     "prompt_cache_options": "OpenAI: a hint for the prefix cache",
     "prediction": "OpenAI: text that the output may repeat, for speed",
-    "parallel_tool_calls": "OpenAI: applies to `tools`",
     "api_token": "LoRAX: for fetching an adapter from the hub",
     "length_penalty": "vLLM: applies to beam search",
     "early_stopping": "vLLM: applies to beam search",
     "spaces_between_special_tokens": "vLLM: applies to tokenizers without a Rust backend",
     "guided_decoding_backend": "vLLM: applies to `guided_json` and others",
-    "include_reasoning": "vLLM: applies to reasoning that is split off",
-    "separate_reasoning": "SGLang: applies to reasoning that is split off",
     "stream_reasoning": "SGLang: applies to reasoning that is split off",
     "request_id": "vLLM: use the header `x-request-id`",
     "rid": "SGLang: use the header `x-request-id`",
@@ -179,17 +182,75 @@ HARMLESS: dict[str, str] = {
     "data_parallel_rank": "SGLang: which of its workers computes",
 }
 
-# The same for a message of a chat, and for `stream_options`.
+# The same for OpenAI's Responses API, besides those above.
+_SEND_ALL = "; this server stores no responses, so send the whole conversation in 'input'"
+REFUSED_IN_RESPONSES: dict[str, Refusal] = {
+    "previous_response_id": Refusal("an earlier response that is continued", (), _SEND_ALL),
+    "conversation": Refusal("a stored conversation", (), _SEND_ALL),
+    "prompt": Refusal("a stored prompt", (), "; use 'instructions' and 'input'"),
+    "background": Refusal("whether the response is fetched later", (False,)),
+    "include": Refusal("more of the output", ([], ["reasoning.encrypted_content"])),
+    "top_logprobs": Refusal("log-probabilities of the output", (0,), "; use /v1/chat/completions"),
+    "truncation": Refusal("whether the conversation is cut to the context", ("disabled",)),
+    "context_management": Refusal("how the conversation is shortened", ([],)),
+    "moderation": Refusal("whether texts are checked"),
+}
+HARMLESS_IN_RESPONSES: dict[str, str] = {
+    "max_tool_calls": "OpenAI: applies to tools that its server runs",
+    "stream_options": "OpenAI: padding of events",
+}
+
+# The same for embeddings, scores and reranking; fields that are in `APPLIED` as well mean the same.
+APPLIED_IN_EMBEDDINGS: dict[str, str] = {
+    "input": "A text, token ids, or a list of either",
+    "pooling": "`last` (default) takes the hidden state of the last token, `mean` that of all tokens",
+    "encoding_format": "`float` (default), or `base64` of float32 numbers",
+    "dimensions": "Keeps so many numbers, at length 1 again",
+    "text_1": "vLLM: a text, or as many as `text_2` has",
+    "text_2": "vLLM: a text or several",
+    "query": "The text that documents are compared with",
+    "documents": "The texts to order",
+    "top_n": "Number of results; `0` (default) returns all",
+    "return_documents": "`false` leaves the texts out of the results",
+}
+REFUSED_IN_EMBEDDINGS: dict[str, Refusal] = {
+    **{name: REFUSED[name] for name in ("adapter_source", "lora", "lora_request", "merged_adapters")},
+    "messages": Refusal("vLLM: a conversation", (), "; render it with /tokenize and send the token ids"),
+    "truncate_prompt_tokens": Refusal("vLLM: cuts the prompt"),
+    "truncation_side": Refusal("vLLM: where the prompt is cut"),
+    "max_tokens_per_doc": Refusal("Cohere: cuts the documents"),
+    "normalize": Refusal("vLLM: embeddings of length 1", (True,)),
+    "use_activation": Refusal("vLLM: embeddings of length 1", (True,)),
+    "activation": Refusal("vLLM: embeddings of length 1", (True,)),
+    "softmax": Refusal("vLLM: a softmax over embeddings", (False,)),
+    "embed_dtype": Refusal("vLLM: the number format of base64", ("float32",)),
+    "endianness": Refusal("vLLM: the byte order of base64", ("native", "little")),
+    "input_type": Refusal("Cohere: what the text is used for"),
+    "instruction": Refusal("vLLM: an instruction for the template"),
+    "mm_processor_kwargs": REFUSED["mm_processor_kwargs"],
+}
+HARMLESS_IN_EMBEDDINGS: dict[str, str] = {
+    name: HARMLESS[name] for name in ("metadata", "safety_identifier", "api_token", "request_id", "rid")
+}
+
+# The same for a message of a chat, for `structured_outputs` and for `stream_options`.
 REFUSED_IN_MESSAGES: dict[str, Refusal] = {
-    "tool_calls": Refusal("functions that the model called", ([],)),
-    "function_call": Refusal("`tool_calls`, as it was called"),
-    "tool_call_id": Refusal("the call that a message answers"),
+    "function_call": Refusal("`tool_calls`, as it was called", (), "; use 'tool_calls'"),
     "tools": Refusal("SGLang: functions that the model may call", ([],)),
     "audio": Refusal("OpenAI: spoken output of an earlier response"),
 }
 HARMLESS_IN_MESSAGES: dict[str, str] = {
     "refusal": "OpenAI: the model's refusal in an earlier response",
     "annotations": "OpenAI: web addresses in an earlier response",
+}
+REFUSED_IN_STRUCTURED_OUTPUTS: dict[str, Refusal] = {
+    "structural_tag": Refusal("vLLM: structures between tags"),
+    "whitespace_pattern": Refusal("vLLM: white space in JSON"),
+    "disable_additional_properties": Refusal("vLLM: changes the schema", (False,), "; write it in the schema"),
+}
+HARMLESS_IN_STRUCTURED_OUTPUTS: dict[str, str] = {
+    "disable_any_whitespace": "vLLM: optional white space in JSON, which is never written here",
+    "disable_fallback": "vLLM: another implementation, of which there is none here",
 }
 HARMLESS_IN_STREAM_OPTIONS: dict[str, str] = {
     "include_obfuscation": "OpenAI: padding of events",

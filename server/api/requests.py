@@ -1,17 +1,22 @@
 """Bodies of inference requests with their bounds. `server/api/fields.py` has the fields that they may have besides."""
 
+import json
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from server.api.fields import (
     HARMLESS,
+    HARMLESS_IN_EMBEDDINGS,
     HARMLESS_IN_MESSAGES,
     HARMLESS_IN_STREAM_OPTIONS,
+    HARMLESS_IN_STRUCTURED_OUTPUTS,
     REFUSED,
+    REFUSED_IN_EMBEDDINGS,
     REFUSED_IN_MESSAGES,
+    REFUSED_IN_STRUCTURED_OUTPUTS,
     SELECTORS,
     Refusal,
 )
@@ -20,6 +25,7 @@ from server.api.schemas import Wire
 MAX_TEXT = 4 << 20
 INT64 = 1 << 63
 MAX_CHOICES = 128  # of one request: prompts times n
+MAX_INPUTS = 2048  # of one request for embeddings: OpenAI's
 
 Text = Annotated[str, Field(max_length=MAX_TEXT)]
 ModelName = Annotated[str, Field(min_length=1, max_length=256 + len("@sha256:") + 64)]  # a name, or name@version
@@ -31,6 +37,9 @@ REST_OF_CONTEXT = -1
 TokenCount = Annotated[int, Field(ge=REST_OF_CONTEXT, lt=1 << 31)]
 NumTop = Annotated[int, Field(ge=0, le=20)]
 AdapterScale = Annotated[float, Field(ge=-100, le=100)]
+Grammar = Annotated[str, Field(min_length=1, max_length=1 << 16)]
+Schema = Grammar | dict[str, Any]  # as text or as JSON
+Choices = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=1000, fail_fast=True)]
 LogitBias = dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Annotated[float, Field(ge=-100, le=100)]]
 
 
@@ -87,6 +96,47 @@ class StreamOptions(OpenWire):
     continuous_usage_stats: bool | None = None  # in every event; needs `include_usage`
 
 
+class JsonSchemaFormat(OpenWire):
+    """A schema with OpenAI's names around it, which the model does not see."""
+
+    harmless: ClassVar[Mapping[str, str]] = {"strict": "the schema is followed either way"}
+
+    name: str | None = Field(None, max_length=256)
+    description: str | None = Field(None, max_length=65536)
+    schema_: Schema = Field(alias="schema")
+
+
+class ResponseFormat(OpenWire):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "ResponseFormat":
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise PydanticCustomError("value_error", "json_schema belongs to the type json_schema, which needs it")
+        return self
+
+
+class StructuredOutputs(OpenWire):
+    """A constraint in vLLM's format, of which one is given."""
+
+    refused = REFUSED_IN_STRUCTURED_OUTPUTS
+    harmless = HARMLESS_IN_STRUCTURED_OUTPUTS
+
+    json_: Schema | None = Field(None, alias="json")
+    json_object: bool | None = None
+    regex: Grammar | None = None
+    choice: Choices | None = None
+    grammar: Grammar | None = None
+
+    @model_validator(mode="after")
+    def _has_one(self) -> "StructuredOutputs":
+        given = (self.json_, self.json_object or None, self.regex, self.choice, self.grammar)
+        if all(value is None for value in given):
+            raise PydanticCustomError("value_error", "one of json, json_object, regex, choice and grammar is required")
+        return self
+
+
 class AdapterPart(OpenWire):
     name: ModelName
     scale: AdapterScale | None = None
@@ -96,14 +146,12 @@ class AdapterPart(OpenWire):
         return 1.0 if self.scale is None else self.scale
 
 
-class GenerationRequest(OpenWire):
-    """Fields common to chat completions and completions. Null is the same as leaving a field out."""
+class InferenceRequest(OpenWire):
+    """Fields common to all requests that the model computes: its adapters, and its place among other requests. Null is
+    the same as leaving a field out."""
 
-    refused = REFUSED
-    harmless = HARMLESS
     id_prefix: ClassVar[str] = "gen"  # of the response's id
     prompt_field: ClassVar[str] = "prompt"  # that errors of the prompt name
-    default_max_tokens: ClassVar[int] = REST_OF_CONTEXT  # if the request names no number
 
     model: ModelName
     adapters: Annotated[list[AdapterPart], Field(max_length=8, fail_fast=True)] | None = (
@@ -115,6 +163,25 @@ class GenerationRequest(OpenWire):
     adapter_name: ModelName | None = None
     lora_name: ModelName | None = None
     lora_id: ModelName | None = None
+    user: str | None = Field(None, max_length=1024)
+    add_special_tokens: bool | None = None  # default: true for a prompt, false for a chat
+    cache_salt: str | None = Field(None, min_length=1, max_length=1024)
+    priority: int | None = Field(None, ge=-(1 << 31), lt=1 << 31)  # within the tenant; lower is more urgent
+    timeout: Annotated[float, Field(gt=0, le=MAX_TIMEOUT_SECONDS)] | None = None  # seconds from the request's arrival
+
+    @property
+    def selectors(self) -> dict[str, str]:
+        """The adapter names in fields of other servers, by field."""
+        return {field: name for field in SELECTORS if (name := getattr(self, field)) is not None}
+
+
+class GenerationRequest(InferenceRequest):
+    """Fields common to chat completions and completions."""
+
+    refused = REFUSED
+    harmless = HARMLESS
+    default_max_tokens: ClassVar[int] = REST_OF_CONTEXT  # if the request names no number
+
     max_tokens: TokenCount | None = None
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
@@ -126,7 +193,6 @@ class GenerationRequest(OpenWire):
     seed: int | None = Field(None, ge=-INT64, lt=INT64)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: str | None = Field(None, max_length=1024)
     top_k: int | None = Field(None, ge=-1, lt=1 << 31)
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, ge=0.01, le=10)
@@ -136,13 +202,18 @@ class GenerationRequest(OpenWire):
     include_stop_str_in_output: bool | None = None
     no_stop_trim: bool | None = None  # SGLang's name of the field above
     skip_special_tokens: bool | None = None  # default: true
-    add_special_tokens: bool | None = None  # default: true for a prompt, false for a chat
     prompt_logprobs: NumTop | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
-    cache_salt: str | None = Field(None, min_length=1, max_length=1024)
-    priority: int | None = Field(None, ge=-(1 << 31), lt=1 << 31)  # within the tenant; lower is more urgent
-    timeout: Annotated[float, Field(gt=0, le=MAX_TIMEOUT_SECONDS)] | None = None  # seconds from the request's arrival
+    response_format: ResponseFormat | None = None  # this and the next ones: at most one constraint
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Schema | None = None
+    guided_regex: Grammar | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: Grammar | None = None
+    json_schema: Schema | None = None
+    regex: Grammar | None = None
+    ebnf: Grammar | None = None
 
     @model_validator(mode="after")
     def _fits_streaming(self) -> "GenerationRequest":
@@ -151,11 +222,6 @@ class GenerationRequest(OpenWire):
         if self.prompt_logprobs is not None and self.stream:
             raise PydanticCustomError("value_error", "prompt_logprobs needs stream to be false")
         return self
-
-    @property
-    def selectors(self) -> dict[str, str]:
-        """The adapter names in fields of other servers, by field."""
-        return {field: name for field in SELECTORS if (name := getattr(self, field)) is not None}
 
     @property
     def include_usage(self) -> bool:
@@ -192,19 +258,76 @@ class TextPart(OpenWire):
     text: Text
 
 
+class Function(OpenWire):
+    """A function that the model may call. `strict` is not declared: arguments are not held to their schema."""
+
+    name: str = Field(min_length=1, max_length=256)
+    description: Text | None = None
+    parameters: dict[str, Any] | None = None
+
+    def as_schema(self) -> dict[str, Any]:
+        """Return the JSON schema of the function as chat templates read it."""
+        described = {} if self.description is None else {"description": self.description}
+        parameters = {"type": "object", "properties": {}} if self.parameters is None else self.parameters
+        return {"type": "function", "function": {"name": self.name, **described, "parameters": parameters}}
+
+
+class Tool(OpenWire):
+    type: Literal["function"]
+    function: Function
+
+
+class CalledFunction(OpenWire):
+    name: str = Field(min_length=1, max_length=256)
+    arguments: dict[str, Any]  # sent as JSON text
+
+    @field_validator("arguments", mode="before")
+    @classmethod
+    def _parsed(cls, value: Any) -> Any:
+        """Chat templates read arguments as an object."""
+        if not isinstance(value, str):
+            return value or {}
+        try:
+            return json.loads(value or "{}")
+        except (ValueError, RecursionError):
+            raise PydanticCustomError("value_error", "must be the text of a JSON object") from None
+
+
+class ToolCall(OpenWire):
+    id: str = Field(max_length=256)
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+def _not_forced(value: Any) -> Any:
+    """Refuse choices that need output of a grammar."""
+    if value == "required" or isinstance(value, dict):
+        raise PydanticCustomError("unsupported", "may be 'auto' or 'none'; this server cannot force a call yet")
+    return value
+
+
+ToolChoice = Annotated[Literal["none", "auto"], BeforeValidator(_not_forced)]
+
+
 class ChatMessage(OpenWire):
     refused = REFUSED_IN_MESSAGES
     harmless = HARMLESS_IN_MESSAGES
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Text | Annotated[list[TextPart], Field(min_length=1, max_length=1024, fail_fast=True)] | None = None
     name: str | None = Field(None, max_length=256)  # this and the next one: for the chat template
     reasoning_content: Text | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_CHOICES, fail_fast=True)] | None = None
+    tool_call_id: str | None = Field(None, max_length=256)  # the call that a tool's message is the result of
 
     @model_validator(mode="after")
-    def _has_content(self) -> "ChatMessage":
+    def _fits_role(self) -> "ChatMessage":
         if self.content is None and self.role != "assistant":
             raise PydanticCustomError("value_error", "content is required")
+        if self.tool_calls and self.role != "assistant":
+            raise PydanticCustomError("value_error", "only an assistant's message has tool_calls")
+        if (self.tool_call_id is not None) != (self.role == "tool"):
+            raise PydanticCustomError("value_error", "a tool's message, and no other, needs a tool_call_id")
         return self
 
     @property
@@ -218,11 +341,17 @@ class ChatPrompt(OpenWire):
     """A conversation, and how the chat template renders it."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096, fail_fast=True)]
+    tools: Annotated[list[Tool], Field(max_length=1024, fail_fast=True)] | None = None
     add_generation_prompt: bool | None = None  # default: true, unless `continue_final_message`
     continue_final_message: bool | None = None
     add_special_tokens: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None  # variables of the template
     reasoning_effort: str | None = Field(None, max_length=64)  # another one
+
+    @property
+    def offered_functions(self) -> list[Function]:
+        """The functions that the model may call."""
+        return [tool.function for tool in self.tools or ()]
 
     @model_validator(mode="after")
     def _consistent_end(self) -> "ChatPrompt":
@@ -240,6 +369,10 @@ class ChatCompletionRequest(GenerationRequest, ChatPrompt):
     max_completion_tokens: TokenCount | None = None
     logprobs: bool | None = None
     top_logprobs: NumTop | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None  # default: true
+    separate_reasoning: bool | None = None  # default: true
+    include_reasoning: bool | None = None  # default: true
 
     @model_validator(mode="after")
     def _consistent(self) -> "ChatCompletionRequest":
@@ -254,6 +387,10 @@ class ChatCompletionRequest(GenerationRequest, ChatPrompt):
     @property
     def num_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def offered_functions(self) -> list[Function]:
+        return [] if self.tool_choice == "none" else super().offered_functions
 
 
 class CompletionRequest(GenerationRequest):
@@ -276,3 +413,44 @@ class CompletionRequest(GenerationRequest):
     @property
     def echoes_prompt(self) -> bool:
         return bool(self.echo)
+
+
+class PooledRequest(InferenceRequest):
+    """Fields common to the routes that return embeddings, or compare them."""
+
+    refused = REFUSED_IN_EMBEDDINGS
+    harmless = HARMLESS_IN_EMBEDDINGS
+
+    pooling: Literal["last", "mean"] | None = None  # default: last
+
+
+Texts = Annotated[list[Text], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)]
+
+
+class EmbeddingRequest(PooledRequest):
+    id_prefix = "embd"
+    prompt_field = "input"
+
+    input: (
+        Text | TokenIds | Texts | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)]
+    )
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: int | None = Field(None, ge=1, lt=1 << 31)
+
+
+class ScoreRequest(PooledRequest):
+    id_prefix = "score"
+    prompt_field = "text_2"
+
+    text_1: Text | Texts
+    text_2: Text | Texts
+
+
+class RerankRequest(PooledRequest):
+    id_prefix = "rerank"
+    prompt_field = "documents"
+
+    query: Text
+    documents: Texts
+    top_n: int | None = Field(None, ge=0, lt=1 << 31)  # 0, and the default: all
+    return_documents: bool | None = None  # default: true

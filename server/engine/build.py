@@ -11,6 +11,7 @@ from adapters.device.forms import FormRefused, described_choice
 from adapters.errors import MoveRefused
 from adapters.load import load
 from adapters.model_spec import ModelSpec
+from adapters.peft.tokenizer_files import read_tokenizer_files
 from adapters.registry.packed_files import PACKED_FOLDER, PackedFiles
 from adapters.registry.store import AdapterStore
 from adapters.residency.host_cache import HostCache
@@ -23,9 +24,13 @@ from adapters.runtime.weight_merge import merge
 from adapters.traits import Traits
 from adapters.validation.inspect import inspect
 from adapters.weights import AdapterWeights
+from server.base_tokenizer import BaseTokenizer
 from server.config import ServeConfig
 from server.engine.block_manager import BlockManager
+from server.engine.constraints import Constraints
 from server.engine.engine import Engine
+from server.engine.grammars import Grammars
+from server.engine.machine import schedulable_cores
 from server.engine.memory_plan import BLOCK_SIZE, DEFAULT_RANK, MemoryPlan
 from server.engine.merging import Merged, MergePolicy, Merging
 from server.engine.packed_reads import PackedReads
@@ -54,12 +59,13 @@ log = logging.getLogger(__name__)
 def build_serving_engine(config: ServeConfig) -> tuple[Engine, EngineInfo]:
     """Build the engine, and load the tokenizer that the API needs to serve text. Raises `ModelRefused`."""
     tokenizer = load_tokenizer(config.model)
-    engine, info = build_engine(config)
+    engine, info = build_engine(config, tokenizer)
     return engine, msgspec.structs.replace(info, tokenizer=tokenizer)
 
 
-def build_engine(config: ServeConfig) -> tuple[Engine, EngineInfo]:
-    """Load the model and build the engine. Raises `ModelRefused` with the reason."""
+def build_engine(config: ServeConfig, tokenizer: BaseTokenizer | None = None) -> tuple[Engine, EngineInfo]:
+    """Load the model and build the engine, which needs the tokenizer for constraints alone. Raises `ModelRefused` with
+    the reason."""
     set_threads(config.threads)
     log.info("native code: %s", _native_code())
     refuse_early(config)
@@ -93,6 +99,7 @@ def build_engine(config: ServeConfig) -> tuple[Engine, EngineInfo]:
         residency,
         selftests,
         merging,
+        _constraints(config, tokenizer, loaded.eos_token_ids, runner.device.type),
         loaded.eos_token_ids,
         max_model_len,
         overlap=runner.device.type == "cuda",  # launches are synchronous on a CPU
@@ -159,6 +166,22 @@ def _packed_reads(
 
     kept = files if config.adapter_packed_bytes else None
     return PackedReads(reader, fresh, kept, layout, pinned=on_gpu)
+
+
+def _constraints(
+    config: ServeConfig, base: BaseTokenizer | None, eos_token_ids: frozenset[int], device: str
+) -> Constraints:
+    store = AdapterStore(config.data_dir / "store")
+
+    def backend(version: str) -> str:
+        if version:
+            return str(read_tokenizer_files(store.path(version)).build().to_str())
+        if base is None:
+            raise LookupError("the engine has no tokenizer")
+        return base.backend
+
+    mask_threads = 1 if device == "cpu" else schedulable_cores()
+    return Constraints(Grammars(backend, eos_token_ids), mask_threads, stay_single_threaded)
 
 
 def _merging(config: ServeConfig, spec: ModelSpec, runner: ModelRunner, scheduler: Scheduler) -> Merging:

@@ -1,7 +1,6 @@
 """The engine: token ids in, token ids out, one step at a time. Knows no HTTP and no text; owns no thread."""
 
 import logging
-import math
 import time
 from collections import deque
 
@@ -12,14 +11,16 @@ from adapters.residency.residency import Residency
 from adapters.residency.slots import PAGE_COLUMNS
 from adapters.runtime.pack import PackedAdapter
 from server.engine.adapter_requests import AdapterMoves
+from server.engine.constraints import Constraints, Parser
 from server.engine.faults import EngineBroken, failure_reply, input_problem
+from server.engine.grammars import ConstraintFailed
 from server.engine.isolation import Isolation
 from server.engine.merging import Merging
 from server.engine.pipeline import PLACEHOLDER, InFlightStep, failed_step
 from server.engine.progress import StepProgress
-from server.engine.prompt_scores import of_first_output
 from server.engine.scheduler import Scheduler
 from server.engine.selftest import SelfTests
+from server.engine.sequence_messages import output_of, sequence_of
 from server.engine.stats import describe, digests_of, measure
 from server.ipc.messages import (
     Abort,
@@ -37,9 +38,10 @@ from server.ipc.messages import (
     Unmerge,
 )
 from server.model.batch import ForwardBatch, LateTokens, build_batch
+from server.model.pooling import has_finite_pool, start_collecting
 from server.model.runner import ModelRunner
 from server.model.sampling.prompt_logprobs import is_finite, start_scoring_prompts
-from server.model.sampling.sampler import Sample, start_sampling
+from server.model.sampling.sampler import Sample, Started, start_sampling
 from server.model.sampling.token_counts import TokenCounts
 from server.sequence import FinishReason, ScheduledBatch, ScheduledSequence, Sequence, SequenceStatus
 
@@ -61,6 +63,7 @@ class Engine:
         residency: Residency[PackedAdapter],
         selftests: SelfTests,
         merging: Merging,
+        constraints: Constraints,
         eos_token_ids: frozenset[int],
         max_model_len: int,
         *,
@@ -74,6 +77,7 @@ class Engine:
         self.progress = progress or StepProgress(nn.Identity())
         self._runner = runner
         self._selftests = selftests
+        self._constraints = constraints
         self._moves = AdapterMoves(residency)
         self._eos_token_ids = eos_token_ids
         self._max_model_len = max_model_len
@@ -85,16 +89,17 @@ class Engine:
         self._steps = 0
         self._collected = 0.0  # when the last step was collected
         self.broken: str | None = None  # why the engine cannot continue; its process must end
-        ways = self._forward, self._advance, self._take_all, self._abandon, self._is_live
+        ways = self._compute, self._advance, self._take_all, self._abandon, self._is_live
         self._isolation = Isolation(runner.device, scheduler.blocks.block_size, *ways)
 
     def has_work(self) -> bool:
-        waiting = self._sequences or self._in_flight or self._moves or self._selftests
+        waiting = self._sequences or self._in_flight or self._moves or self._selftests or self._constraints
         untold = self._outputs or self._replies or self.broken
         return bool(waiting or untold) or self.residency.changed or self.merging.has_work()
 
     def close(self) -> None:
-        """End the threads that read adapters."""
+        """End the threads that read adapters and grammars."""
+        self._constraints.close()
         self._selftests.close()
         self.residency.close()
 
@@ -108,12 +113,16 @@ class Engine:
 
     def _handle(self, message: ToEngine) -> None:
         match message:
+            case Submit() if message.sampling.constraint is not None:
+                self._constraints.prepare(message)
             case Submit():
                 self._submit(message)
             case Abort(seq_ids=seq_ids):
                 for seq_id in seq_ids:
                     if seq_id in self._sequences:
                         self._finish(self._sequences[seq_id], [], FinishReason.ABORT)
+                    elif self._constraints.cancel(seq_id):
+                        self._outputs.append(SequenceOutput(seq_id, [], "abort"))
             case MoveAdapter() | PinAdapter():
                 self._moves.add(message)
             case RunSelfTest():
@@ -163,6 +172,8 @@ class Engine:
             step = self._launch(batch)
             self._in_flight.append(step)
             self._collect_down_to(1)
+            if self._in_flight:
+                step.sample()
             if self._in_flight and not step.failed:
                 self._advance(step)
             else:
@@ -171,8 +182,10 @@ class Engine:
         return batch
 
     def _between_steps(self) -> None:
-        """Let loads, self-tests and merges go on, and collect the replies that are due."""
+        """Let loads, self-tests, merges and grammars go on, and collect the replies that are due."""
         self._end_expired()
+        for request, parser in self._constraints.prepared():
+            self._submit(request, parser)
         self.residency.poll()
         self.merging.advance()
         self._replies += [*self._moves.poll(), *self._selftests.advance(), *self.merging.take_replies()]
@@ -192,22 +205,12 @@ class Engine:
 
     # -- sequences -----------------------------------------------------------------------------------------------
 
-    def _submit(self, request: Submit) -> None:
-        seq = Sequence(
-            request.seq_id,
-            [*[PLACEHOLDER] * request.virtual_tokens, *request.token_ids],
-            request.sampling,
-            request.adapters,
-            request.cache_salt,
-            time.monotonic(),
-            request.active_from,
-            request.priority,
-            request.weight,
-            math.inf if request.deadline is None else request.deadline,
-            num_virtual_tokens=request.virtual_tokens,
-            num_copied_tokens=request.virtual_tokens if request.has_prefix else 0,
-            request_salt=request.request_salt,
-        )
+    def _submit(self, request: Submit, parser: Parser | str | None = None) -> None:
+        """Queue a request, with the parser of its constraint or the reason why there is none."""
+        if isinstance(parser, str):
+            self._outputs.append(SequenceOutput(request.seq_id, [], "refused", error=parser))
+            return
+        seq = sequence_of(request)
         vocab_size = None if seq.adapters else self._runner.vocab_size(())
         problem = input_problem(seq.token_ids, seq.sampling, vocab_size)
         if problem is None and seq.num_tokens > self._max_model_len:
@@ -216,6 +219,8 @@ class Engine:
             self._outputs.append(SequenceOutput(seq.seq_id, [], "error", error=problem))
             return
         self._sequences[seq.seq_id] = seq
+        if parser is not None:
+            self._constraints.begin(seq, parser)
         for adapter in seq.adapters:
             self._moves.unretire(adapter.digest)
             self.residency.expect(adapter.digest)
@@ -252,6 +257,13 @@ class Engine:
         except Exception as error:
             return failed_step(batch, error)
         step.launched = launched
+        if not any(scheduled.seq.sampling.constraint for scheduled in batch.sequences):
+            step.sample()  # otherwise once the step before is collected: a mask follows from the row's last token
+        return step
+
+    def _compute(self, batch: ScheduledBatch) -> InFlightStep:
+        step = self._forward(batch)
+        step.sample()
         return step
 
     def _forward(self, batch: ScheduledBatch) -> InFlightStep:
@@ -266,8 +278,15 @@ class Engine:
             logits = self._runner.run(forward)
         vocab_sizes = [self._runner.vocab_size(seq.slots) for seq in sampled]
         logits, after_prompts = start_scoring_prompts(logits, batch.sequences, self._runner.vocab_size)
-        started = start_sampling(logits, sampled, self._eos_token_ids, self._token_counts, vocab_sizes)
-        return InFlightStep(batch, started.tokens, after_prompts(started.collect))
+        after_pooled = start_collecting(forward.pooled, batch.sequences)
+
+        def start() -> Started:
+            allowed = self._constraints.masks(sampled)
+            asked = logits, sampled, self._eos_token_ids, self._token_counts, vocab_sizes, allowed
+            started = start_sampling(*asked)
+            return Started(started.tokens, after_pooled(after_prompts(started.collect)))
+
+        return InFlightStep(batch, start)
 
     def _advance(self, step: InFlightStep) -> None:
         """Bring the step's sequences to where they are after it, whatever its tokens turn out to be. A sequence that
@@ -309,14 +328,22 @@ class Engine:
 
     def _take(self, scheduled: ScheduledSequence, sampled: Sample) -> None:
         seq, end = scheduled.seq, scheduled.end
-        if sampled.token_id < 0 or not is_finite(seq.prompt_logprobs):
+        if sampled.token_id < 0 or not is_finite(seq.prompt_logprobs) or not has_finite_pool(seq):
             self._abandon(seq, "the model produced numbers that are not finite", FinishReason.NONFINITE)
             return
         if seq.num_computed_tokens >= end:  # not if it was preempted meanwhile: those blocks are no longer its own
             self.scheduler.blocks.verify(seq, end)
         token_ids = [sampled.token_id][: seq.sampling.max_tokens]  # none if the prompt alone was wanted
         seq.token_ids[end:] = token_ids
-        self._finish(seq, token_ids, self._finish_reason(seq, sampled.token_id), sampled if token_ids else None)
+        reason = self._finish_reason(seq, sampled.token_id)
+        try:
+            is_last = reason is FinishReason.STOP
+            if token_ids and self._constraints.completes(seq, sampled.token_id, is_last=is_last):
+                reason = FinishReason.STOP
+        except ConstraintFailed as failed:
+            self._finish(seq, [], FinishReason.ERROR, error=str(failed))
+            return
+        self._finish(seq, token_ids, reason, sampled if token_ids else None)
 
     def _is_live(self, seq: Sequence) -> bool:
         """Return whether the sequence has not ended while a step with it was in flight."""
@@ -341,18 +368,7 @@ class Engine:
         error: str | None = None,
     ) -> None:
         """Report what happened to `seq`; with a reason, remove it as well."""
-        self._outputs.append(
-            SequenceOutput(
-                seq.seq_id,
-                token_ids,
-                None if reason is None else reason.value,
-                [sampled.logprobs] if sampled is not None and sampled.logprobs is not None else None,
-                seq.num_cached_tokens,
-                (seq.admitted or time.monotonic()) - seq.arrival,
-                error,
-                of_first_output(seq),
-            )
-        )
+        self._outputs.append(output_of(seq, token_ids, reason, sampled, error))
         if reason is not None:
             self.scheduler.finish(seq)
             del self._sequences[seq.seq_id]

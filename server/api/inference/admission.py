@@ -9,19 +9,24 @@ from fastapi import Request
 from adapters.errors import AdapterInvalid, AdapterNotFound
 from server.api.context import AppContext
 from server.api.errors import ApiError, bad_request, model_not_found, unavailable
+from server.api.inference.constraints import constraint_of
 from server.api.inference.plan import AdmittedRequest, GenerationPlan, plan_generation
 from server.api.inference.targets import Target, adapter_failed, refuse_if_merged, resolve_target
+from server.api.message_formats.parser import MessageFormat
 from server.api.middleware.auth import Key
 from server.api.middleware.request_scope import ignored_names
-from server.api.requests import MAX_TIMEOUT_SECONDS, GenerationRequest, OpenWire
+from server.api.requests import MAX_CHOICES, MAX_TIMEOUT_SECONDS, GenerationRequest, InferenceRequest, OpenWire
 
 TIMEOUT_HEADER = "x-request-timeout"  # in seconds
 
 
-async def admit_request(request: Request, context: AppContext, key: Key, body: GenerationRequest) -> AdmittedRequest:
-    """Fix the adapter versions of a request and the tokenizer, which may be the adapter's own. Raises `ApiError` if the
-    request cannot begin now."""
-    note_unknown_fields(request, context, body)
+async def admit_request(
+    request: Request, context: AppContext, key: Key, body: InferenceRequest, sent: OpenWire | None = None
+) -> AdmittedRequest:
+    """Fix the adapter versions of a request, the tokenizer, which may be the adapter's own, and the constraint on its
+    outputs. `sent` is the client's request if it was translated to `body`. Raises `ApiError` if the request cannot
+    begin now."""
+    note_unknown_fields(request, context, sent or body)
     _check_capacity(context)
     target = resolve_target(context, key, body)
     request.state.adapter = target.label
@@ -33,8 +38,9 @@ async def admit_request(request: Request, context: AppContext, key: Key, body: G
         raise model_not_found(target.requested_model) from None
     except AdapterInvalid as error:  # it was stored by an earlier version, which admitted it
         raise adapter_failed(target.requested_model, str(error)) from None
+    constraint = await constraint_of(context, target, body) if isinstance(body, GenerationRequest) else None
     received = request.state.started
-    return AdmittedRequest(target, tokenizer, key, received, _deadline(context, request, body, received))
+    return AdmittedRequest(target, tokenizer, key, received, _deadline(context, request, body, received), constraint)
 
 
 def note_unknown_fields(request: Request, context: AppContext, body: OpenWire) -> None:
@@ -45,7 +51,7 @@ def note_unknown_fields(request: Request, context: AppContext, body: OpenWire) -
         raise bad_request(message, names[0], "unknown_field")
 
 
-def _deadline(context: AppContext, request: Request, body: GenerationRequest, received: float) -> float | None:
+def _deadline(context: AppContext, request: Request, body: InferenceRequest, received: float) -> float | None:
     """Return the earliest time at which the request must end: by its field, its header, or the server's limit."""
     given = (body.timeout, _header_timeout(request), context.config.request_timeout or None)
     limits = [seconds for seconds in given if seconds is not None]
@@ -71,12 +77,18 @@ def admit_prompts(
     body: GenerationRequest,
     prompts: Sequence[list[int]],
     texts: Sequence[str | None] = (),
+    message_format: MessageFormat | None = None,
 ) -> GenerationPlan:
     """Check the request and its prompts, encoded by the request's tokenizer, and return the plan. `texts` are the
-    prompts as they were sent, None for token ids. Raises `ApiError` if they do not fit the model or if an adapter was
-    deleted meanwhile."""
-    _check_still_there(context, admitted.target)
-    plan = plan_generation(context, admitted, body, prompts, texts)
+    prompts as they were sent, None for token ids; `message_format` is that of a chat's text. Raises `ApiError` if they
+    do not fit the model or if an adapter was deleted meanwhile."""
+    return admit_plan(context, plan_generation(context, admitted, body, prompts, texts, message_format))
+
+
+def admit_plan(context: AppContext, plan: GenerationPlan) -> GenerationPlan:
+    """Return the plan if it may still begin. Raises `ApiError` if an adapter was deleted since `admit_request`, or if
+    the queue is full."""
+    _check_still_there(context, plan.target)
     _check_queue(context, plan)
     return plan
 
@@ -103,7 +115,8 @@ def _check_still_there(context: AppContext, target: Target) -> None:
 
 def _check_queue(context: AppContext, plan: GenerationPlan) -> None:
     """Raise 429 if the key's tenant holds its share of the queue, 503 if the queue has no room for the request."""
-    key, sequences, tokens = plan.key, len(plan.prompts) * plan.n, plan.prompt_tokens * plan.n
+    key, sequences = plan.key, min(len(plan.prompts) * plan.n, MAX_CHOICES)  # at once
+    tokens = plan.prompt_tokens * plan.n
     refusal = context.queue_limits.refusal(key.tenant, key.weight, sequences, tokens)
     if refusal is None:
         return

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from server.api.context import AppContext
 from server.api.errors import bad_request
 from server.api.inference.targets import Target
+from server.api.message_formats.parser import MessageFormat
 from server.api.middleware.auth import Key
-from server.api.requests import REST_OF_CONTEXT, GenerationRequest
+from server.api.requests import REST_OF_CONTEXT, GenerationRequest, InferenceRequest, PooledRequest
 from server.api.text.tokenizer import Tokenizer, context_exceeded
-from server.sequence import SamplingParams
+from server.sequence import Constraint, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +22,7 @@ class AdmittedRequest:
     key: Key
     received: float  # of time.monotonic()
     deadline: float | None = None  # of time.monotonic()
+    constraint: Constraint | None = None  # on the outputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,7 @@ class OutputOptions:
     prompt_logprobs: int | None = None
     continuous_usage: bool = False  # in every event of a stream
     echo: tuple[str | None, ...] | None = None  # the prompts as they were sent, None for token ids
+    message_format: MessageFormat | None = None  # of a chat's text, if it may be more than content
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +70,7 @@ def plan_generation(
     body: GenerationRequest,
     prompts: Sequence[list[int]],
     texts: Sequence[str | None] = (),
+    message_format: MessageFormat | None = None,
 ) -> GenerationPlan:
     """Plan the generation for `prompts`, which were sent as `texts`. Raises 400 for what the model or this server
     cannot do."""
@@ -80,7 +84,7 @@ def plan_generation(
         received=admitted.received,
         id_prefix=body.id_prefix,
         prompts=tuple(prompts),
-        sampling=_sampling_params(vocab_size, body, max_tokens, admitted.tokenizer.end_ids),
+        sampling=_sampling_params(vocab_size, body, max_tokens, admitted),
         stop=tuple(body.stop_strings),
         n=body.n or 1,
         priority=_priority(context, body),
@@ -88,11 +92,37 @@ def plan_generation(
         stream=bool(body.stream),
         include_usage=body.include_usage,
         request_salt=body.cache_salt or "",
-        output=_output_options(body, texts),
+        output=_output_options(body, texts, message_format),
     )
 
 
-def _output_options(body: GenerationRequest, texts: Sequence[str | None]) -> OutputOptions:
+def plan_embedding(
+    context: AppContext, admitted: AdmittedRequest, body: PooledRequest, prompts: Sequence[list[int]]
+) -> GenerationPlan:
+    """Plan the embeddings of `prompts`: generations without tokens. Raises 400 for what the model cannot do."""
+    traits = admitted.target.traits
+    _check_prompts(prompts, traits.vocab_size or context.info.vocab_size, body.prompt_field)
+    longest, context_length = max(map(len, prompts)), context.info.max_model_len
+    if longest + traits.virtual_tokens > context_length:
+        parts = f"{longest} tokens" + (f" beside {traits.virtual_tokens} virtual ones" if traits.virtual_tokens else "")
+        raise context_exceeded(context_length, f"an input has {parts}", body.prompt_field)
+    return GenerationPlan(
+        target=admitted.target,
+        tokenizer=admitted.tokenizer,
+        key=admitted.key,
+        received=admitted.received,
+        id_prefix=body.id_prefix,
+        prompts=tuple(prompts),
+        sampling=SamplingParams(max_tokens=0, temperature=0.0, pooling=body.pooling or "last"),
+        priority=_priority(context, body),
+        deadline=admitted.deadline,
+        request_salt=body.cache_salt or "",
+    )
+
+
+def _output_options(
+    body: GenerationRequest, texts: Sequence[str | None], message_format: MessageFormat | None
+) -> OutputOptions:
     return OutputOptions(
         include_stop=bool(body.include_stop_str_in_output or body.no_stop_trim),
         skip_special_tokens=body.skip_special_tokens is not False,
@@ -101,6 +131,7 @@ def _output_options(body: GenerationRequest, texts: Sequence[str | None]) -> Out
         prompt_logprobs=body.prompt_logprobs,
         continuous_usage=body.continuous_usage,
         echo=tuple(texts) if body.echoes_prompt else None,
+        message_format=message_format,
     )
 
 
@@ -132,7 +163,7 @@ def _token_budget(
     return left if wanted == REST_OF_CONTEXT else min(wanted, left)
 
 
-def _priority(context: AppContext, body: GenerationRequest) -> int:
+def _priority(context: AppContext, body: InferenceRequest) -> int:
     """Return the priority of the request. Raises 400 if it would have no effect."""
     if body.priority and context.config.scheduling_policy == "fcfs":
         raise bad_request(
@@ -142,9 +173,9 @@ def _priority(context: AppContext, body: GenerationRequest) -> int:
 
 
 def _sampling_params(
-    vocab_size: int, body: GenerationRequest, max_tokens: int, end_ids: tuple[int, ...]
+    vocab_size: int, body: GenerationRequest, max_tokens: int, admitted: AdmittedRequest
 ) -> SamplingParams:
-    """Build the sampling parameters. `end_ids` end an output unless the request sets `ignore_eos`."""
+    """Build the sampling parameters. The tokenizer's end tokens end an output unless the request sets `ignore_eos`."""
     bias = {int(token): value for token, value in (body.logit_bias or {}).items()}
     stop_token_ids = tuple(body.stop_token_ids or ())
     for token in (*bias, *stop_token_ids):
@@ -152,7 +183,7 @@ def _sampling_params(
             raise bad_request(f"Token {token} is not in the vocabulary of {vocab_size}.")
     if (body.min_tokens or 0) > max_tokens:
         raise bad_request(f"min_tokens is larger than the {max_tokens} tokens that may be generated.", "min_tokens")
-    ends = () if body.ignore_eos else tuple(token for token in end_ids if token < vocab_size)
+    ends = () if body.ignore_eos else tuple(token for token in admitted.tokenizer.end_ids if token < vocab_size)
     return SamplingParams(
         max_tokens=max_tokens,
         min_tokens=body.min_tokens or 0,
@@ -169,6 +200,7 @@ def _sampling_params(
         ignore_eos=bool(body.ignore_eos),
         logprobs=body.num_logprobs,
         prompt_logprobs=_prompt_logprobs(body),
+        constraint=admitted.constraint,
     )
 
 

@@ -1,4 +1,5 @@
-"""Adjustments of logits before a token is chosen: bias, penalties, and the tokens that `min_tokens` forbids."""
+"""Adjustments of logits before a token is chosen: bias, penalties, and the tokens that `min_tokens` or a grammar
+forbids."""
 
 from dataclasses import dataclass
 
@@ -7,6 +8,7 @@ import torch
 
 from server.model.cpu.library import why_unavailable
 from server.model.cpu.penalties import penalize
+from server.model.sampling.allowed import Allowed
 from server.model.sampling.categorical import Array
 from server.model.sampling.token_counts import OUTPUT, TokenCounts
 from server.sequence import SamplingParams, Sequence
@@ -28,17 +30,18 @@ class Penalties:
 @dataclass(frozen=True, slots=True)
 class Adjustments:
     """Tables of (row, token) `[2, entries]` int64 with numbers `[entries]` float32 to add before the penalties (`bias`)
-    and after them (`forbidden`)."""
+    and after them (`forbidden`). `allowed` has the tokens that grammars allow."""
 
     bias_at: torch.Tensor
     bias: torch.Tensor
     forbidden_at: torch.Tensor
     forbidden: torch.Tensor
     penalties: Penalties
+    allowed: Allowed
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         """Adjust a copy of `logits` `[rows, vocab]` float32; return the original if no row has an adjustment."""
-        if len(self.bias) + len(self.forbidden) + len(self.penalties.rows) == 0:
+        if len(self.bias) + len(self.forbidden) + len(self.penalties.rows) + len(self.allowed.rows) == 0:
             return logits
         logits = logits.clone()
         if len(self.bias):
@@ -47,6 +50,8 @@ class Adjustments:
             _penalize(logits, self.penalties)
         if len(self.forbidden):
             logits.index_put_((*self.forbidden_at,), self.forbidden, accumulate=True)
+        if len(self.allowed.rows):
+            self.allowed.keep(logits)
         return logits
 
     def count(self, tokens: torch.Tensor) -> None:
@@ -62,7 +67,7 @@ def has_penalties(params: SamplingParams) -> bool:
 def is_adjusted(seq: Sequence) -> bool:
     """Return whether the sequence's next logits have any adjustment."""
     p = seq.sampling
-    return bool(has_penalties(p) or p.logit_bias or seq.num_output_tokens < p.min_tokens)
+    return bool(has_penalties(p) or p.logit_bias or p.constraint or seq.num_output_tokens < p.min_tokens)
 
 
 def adjustment_tables(seqs: list[Sequence], eos_token_ids: frozenset[int], vocab_size: int) -> list[Array]:
@@ -74,7 +79,7 @@ def adjustment_tables(seqs: list[Sequence], eos_token_ids: frozenset[int], vocab
         params = seq.sampling
         if params.logit_bias:
             bias.append((row, [*params.logit_bias], [*params.logit_bias.values()]))
-        if seq.num_output_tokens < params.min_tokens:
+        if seq.num_output_tokens < params.min_tokens and params.constraint is None:  # its mask has the end tokens
             ends = eos_token_ids | set(params.stop_token_ids)
             forbidden.append((row, [token for token in ends if token < vocab_size], -np.inf))
     return [*_table(bias), *_table(forbidden)]

@@ -13,6 +13,7 @@ from server.model.sampling.adjustments import (
     penalties_on_device,
     penalty_tables,
 )
+from server.model.sampling.allowed import Allowed, AllowedTokens
 from server.model.sampling.categorical import (
     CategoricalParams,
     categorical_params,
@@ -42,6 +43,7 @@ def plan_sampling(
     eos_token_ids: frozenset[int],
     vocab_sizes: list[int] | None,
     counts: TokenCounts,
+    allowed: AllowedTokens,
 ) -> SamplingPlan | None:
     """Return the sampling plan; None if every row is plainly greedy over the whole vocabulary."""
     vocab, device = logits.shape[-1], logits.device
@@ -52,14 +54,21 @@ def plan_sampling(
     categorical, num_plain, num_few, in_order = plan_categorical(seqs, vocab, device.type == "cpu")
     own = [np.array(rows, dtype=np.int64) for rows in (scored, sizes)]
     adjustments = [*adjustment_tables(seqs, eos_token_ids, vocab), *penalty_tables(seqs, vocab, counts)]
-    uploaded = upload_all([*own, *categorical, *adjustments], device)
-    bias_at, bias, forbidden_at, forbidden = uploaded[5:9]
+    uploaded = upload_all([*own, *categorical, *allowed.tables(vocab), *adjustments], device)
+    bias_at, bias, forbidden_at, forbidden = uploaded[7:11]
     return SamplingPlan(
         categorical_params(uploaded[2:5], num_plain, num_few, in_order),
         uploaded[0],
         max((seqs[row].sampling.logprobs or 0 for row in scored), default=0),
         uploaded[1][:, None] if sizes else None,
-        Adjustments(bias_at, bias, forbidden_at, forbidden, penalties_on_device(uploaded[9:], counts)),
+        Adjustments(
+            bias_at,
+            bias,
+            forbidden_at,
+            forbidden,
+            penalties_on_device(uploaded[11:], counts),
+            Allowed(*uploaded[5:7]),
+        ),
     )
 
 

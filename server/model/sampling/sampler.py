@@ -1,8 +1,9 @@
 """Sampling of tokens from logits, for all rows of a step at once.
 
 The order of operations is that of OpenAI's and vLLM's servers: log-probabilities are computed from the unmodified
-distribution; then logit bias, penalties, temperature, top-k, top-p and min-p apply, and one uniform number per row
-selects a token. That number is a hash of the row's seed and position, so a seeded output does not depend on the batch.
+distribution; then logit bias, penalties, the grammar's mask, temperature, top-k, top-p and min-p apply, and one uniform
+number per row selects a token. That number is a hash of the row's seed and position, so a seeded output does not depend
+on the batch.
 
 The results of all rows come back from the device in one copy, like their parameters go there (plan.py). Nothing
 synchronizes in between. Plainly greedy rows have no parameters.
@@ -16,6 +17,7 @@ import torch
 from adapters.device.transfers import download
 from server.model.cpu.argmax import argmax
 from server.model.cpu.library import why_unavailable
+from server.model.sampling.allowed import AllowedTokens
 from server.model.sampling.logprobs import token_logprobs
 from server.model.sampling.plan import is_finite, plan_sampling, sample_by_plan
 from server.model.sampling.token_counts import TokenCounts
@@ -53,11 +55,13 @@ def start_sampling(
     eos_token_ids: frozenset[int],
     counts: TokenCounts,
     vocab_sizes: list[int] | None = None,
+    allowed: AllowedTokens | None = None,
 ) -> Started:
-    """Queue the work of `sample` on the device without waiting for it. `counts` are those of earlier steps."""
+    """Queue the work of `sample` on the device without waiting for it. `counts` are those of earlier steps; `allowed`
+    has the masks of the rows with a grammar."""
     if not seqs:
         return Started(torch.empty(0, dtype=torch.int64, device=logits.device), list)
-    plan = plan_sampling(logits, seqs, eos_token_ids, vocab_sizes, counts)
+    plan = plan_sampling(logits, seqs, eos_token_ids, vocab_sizes, counts, allowed or AllowedTokens.none())
     chosen, *scores = [_greedy(logits)] if plan is None else sample_by_plan(logits.float(), plan)
     found = download(torch.cat([chosen.double(), *scores]))
     return Started(chosen, lambda: _samples(found().tolist(), seqs, 0 if plan is None else plan.num_top))
