@@ -127,3 +127,10 @@ class MoveRefused(Exception):
     def __init__(self, code: RefusalCode, message: str):
         super().__init__(message)
         self.code: RefusalCode = code
+
+
+def reraise_unless_foreign(error: BaseException) -> None:
+    """Raise `error` again if it ends a task or the process. Else it is an `Exception`, or a panic of a library's Rust
+    code, which derives from `BaseException` alone, so that an `except Exception` around foreign content misses it."""
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        raise error

@@ -49,7 +49,7 @@ Rows = list[tuple[str, ...]]
 # What each code of an API error means. `api_errors` finds the codes in the sources; one that is missing here fails.
 CODES = {
     "aborted": "The server stopped while the request ran.",
-    "adapter_failed": "The adapter exists and cannot be served: its stored files are damaged or could not be loaded.",
+    "adapter_failed": "The adapter exists and cannot be served: damaged or refused files, or numbers not finite.",
     "adapter_loading": "The adapter is still being fetched from its source, or registered at the start of the server.",
     "adapters_conflict": "Two adapters of the request replace or change the same module, so that they have no sum.",
     "conflict": "The state of the adapter, alias or merge does not allow the operation.",
@@ -73,6 +73,7 @@ CODES = {
     "queue_full": "The queue (`--max-queue`, `--max-queue-tokens`) has no room for the sequences of the request.",
     "queue_share": "The key's tenant holds its share of the queue; other tenants may still be served.",
     "rate_limit_exceeded": "A limit of the API key or the adapter is reached; `Retry-After` says when to try again.",
+    "scales_overflow": "The numbers of the request's adapters are not finite with the requested scales.",
     "timeout": "No byte of the request's body arrived for too long.",
     "starting": "The server loads the model or registers its adapters; only the readiness probe reports this code.",
     "too_large": "The body or one of its files is too large.",

@@ -62,6 +62,7 @@ class FinishReason(StrEnum):
     ABORT = "abort"
     TIMEOUT = "timeout"
     MERGED = "merged"  # refused, because another adapter is merged into the base model
+    NONFINITE = "nonfinite"  # its logits were not finite
     ERROR = "error"
     REFUSED = "refused"  # the request asks for what this model cannot do
 

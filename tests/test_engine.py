@@ -329,7 +329,7 @@ def test_a_nan_ends_its_own_sequence_and_is_never_read_again(driver: Driver, vic
     driver.engine._runner.kv_cache.keys[0][table[0], 0] = float("nan")
     driver.run()
     reasons = {seq_id: driver.finish_reason(seq_id) for seq_id in prompts}
-    assert reasons == {seq_id: "error" if seq_id == victim else "length" for seq_id in prompts}
+    assert reasons == {seq_id: "nonfinite" if seq_id == victim else "length" for seq_id in prompts}
     assert "not finite" in str(driver.outputs[victim][-1].error)
     assert_the_cache_is_finite(driver)
     for seq_id in prompts:
@@ -349,7 +349,7 @@ def test_an_adapter_that_overflows_ends_its_own_requests_only(
     for name, adapter in (("bad", bad), ("good", good), ("base", None)):
         driver.submit(name, prompt_of(20), adapter)
     driver.run()
-    assert driver.finish_reason("bad") == "error"
+    assert driver.finish_reason("bad") == "nonfinite"
     assert driver.tokens("base") == greedy(tiny_llama(), prompt_of(20), 8)
     assert driver.tokens("good") == greedy(with_peft(tiny_llama(), adapters["r16"]), prompt_of(20), 8)
     assert_the_cache_is_finite(driver)

@@ -246,7 +246,7 @@ ARROWS: dict[str, set[str]] = {
         "server.api.schemas",
         "server.api.text",
     },
-    "server.api.middleware": {"server", "server.api.errors", "server.metrics"},
+    "server.api.middleware": {"adapters", "server", "server.api.errors", "server.metrics"},
     "server.api.text": {"adapters", "adapters.peft", "adapters.registry", "server", "server.api.errors"},
     "server.api.inference": {
         "adapters",

@@ -166,7 +166,7 @@ def test_numbers_that_are_not_finite_end_the_sequence(world: World, monkeypatch:
     monkeypatch.setattr(world.driver.engine._runner, "run", poisoned)
     world.submit("bad", None, PROMPT, prompt_logprobs=1, max_tokens=3)
     world.driver.run()
-    assert world.driver.finish_reason("bad") == "error"
+    assert world.driver.finish_reason("bad") == "nonfinite"
 
 
 def test_requests_share_cached_prefixes_only_within_a_salt(world: World) -> None:

@@ -203,7 +203,7 @@ def around(token_id: int, **changes: Any) -> dict[str, Any]:
     ("files", "found"),
     [
         ({"tokenizer.json": b"\xff"}, "tokenizer.json: bytes that are not UTF-8"),
-        ({"tokenizer.json": b"{}"}, "tokenizer.json: Model missing"),
+        ({"tokenizer.json": b"{}"}, "tokenizer.json: Object missing required field `model`"),
         ({"tokenizer.json": b"[" * 100_000}, "tokenizer.json: "),
         ({"tokenizer.json": {**JSON, "pre_tokenizer": {"type": "Nope"}}}, "tokenizer.json: "),
         ({"tokenizer.json": around(1 << 30)}, "tokenizer.json: token id 1073741824 around a text"),

@@ -14,10 +14,11 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from adapters.errors import AdapterInvalid, Problem
+from adapters.errors import AdapterInvalid, Problem, reraise_unless_foreign
 from adapters.peft.config_reader import shown
 from adapters.peft.safetensors_header import unique_keys
 from adapters.peft.targets import some_of
+from adapters.peft.tokenizer_json import admitted
 
 TOKENIZER, CONFIG, SPECIAL, ADDED, TEMPLATE = (
     "tokenizer.json",
@@ -50,9 +51,14 @@ class TokenizerFiles:
         return tuple(name for name, value in given.items() if value is not None)
 
     def build(self) -> Tokenizer:
-        """Build the tokenizer of tokenizer.json. Requires that the file exists and passed `check_tokenizer`."""
+        """Build the tokenizer of tokenizer.json, which must exist. Raises `AdapterInvalid` if it is not admitted."""
+        with _library_errors():
+            return self.complete(self.read())
+
+    def read(self) -> Tokenizer:
+        """Build what tokenizer.json alone says."""
         assert self.tokenizer is not None
-        return self.complete(Tokenizer.from_str(self.tokenizer))  # unlike `from_file`, this frees the interpreter lock
+        return Tokenizer.from_str(admitted(self.tokenizer))
 
     def complete(self, tokenizer: Tokenizer) -> Tokenizer:
         """Apply the configs' declarations to `tokenizer`, and disable truncation and padding; returns `tokenizer`."""
@@ -116,7 +122,7 @@ def examine_tokenizer(
             problems, unused = _stray_tokens(folder, bound, base)
             return problems, [*unused, *_unknown_end(files, base)]
         with _library_errors():
-            tokenizer = Tokenizer.from_str(files.tokenizer)
+            tokenizer = files.read()
         problems = list(_vocabulary_problems(files, tokenizer, bound))
         problems = problems or list(_usage_problems(files, tokenizer, bound))
         return problems, _unusable(TOKENIZER, _beyond(tokenizer, bound))
@@ -199,13 +205,13 @@ def _usage_problems(files: TokenizerFiles, tokenizer: Tokenizer, bound: int) -> 
 
 @contextmanager
 def _library_errors() -> Iterator[None]:
-    """Turn errors of the tokenizers library into `AdapterInvalid`. The library raises bare `Exception`s, and its
-    panics do not even derive from `Exception`."""
+    """Turn errors of the tokenizers library into `AdapterInvalid`. The library raises bare `Exception`s and panics."""
     try:
         yield
+    except AdapterInvalid:
+        raise
     except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
+        reraise_unless_foreign(error)
         raise _invalid(TOKENIZER, shown(str(error), 200), "a tokenizer that the tokenizers library can use") from None
 
 

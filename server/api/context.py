@@ -26,6 +26,7 @@ from server.ipc.client import EngineClient
 from server.ipc.messages import EngineInfo, ResidencyReport
 from server.ipc.supervisor import EngineState, EngineUnavailable
 from server.metrics import Metrics
+from server.quarantine import Quarantine
 from server.queue_limits import QueueLimits
 
 BASE_NAME = ""  # the base model in usage accounting; not a valid adapter name
@@ -158,6 +159,7 @@ class AppContext:
     sandbox: TemplateSandbox = field(default_factory=TemplateSandbox)
     grammars: GrammarCompiler = field(default_factory=GrammarCompiler)
     tokenizers: AdapterTokenizers = field(init=False)
+    quarantine: Quarantine = field(default_factory=Quarantine)
     rate_limits: RateLimits = field(init=False)
     queue_limits: QueueLimits = field(init=False)
     _tiers: tuple[ResidencyReport, dict[str, Tier]] = field(

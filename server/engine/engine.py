@@ -329,7 +329,7 @@ class Engine:
     def _take(self, scheduled: ScheduledSequence, sampled: Sample) -> None:
         seq, end = scheduled.seq, scheduled.end
         if sampled.token_id < 0 or not is_finite(seq.prompt_logprobs) or not has_finite_pool(seq):
-            self._abandon(seq, "the model produced numbers that are not finite")
+            self._abandon(seq, "the model produced numbers that are not finite", FinishReason.NONFINITE)
             return
         if seq.num_computed_tokens >= end:  # not if it was preempted meanwhile: those blocks are no longer its own
             self.scheduler.blocks.verify(seq, end)
@@ -373,10 +373,10 @@ class Engine:
             self.scheduler.finish(seq)
             del self._sequences[seq.seq_id]
 
-    def _abandon(self, seq: Sequence, error: str) -> None:
+    def _abandon(self, seq: Sequence, error: str, reason: FinishReason = FinishReason.ERROR) -> None:
         """End a sequence whose numbers went bad; nothing of what it computed can be trusted."""
         seq.num_verified_tokens = -1
-        self._finish(seq, [], FinishReason.ERROR, error=error)
+        self._finish(seq, [], reason, error=error)
 
     # -- adapters ------------------------------------------------------------------------------------------------
 

@@ -102,11 +102,13 @@ class SequenceOutput(msgspec.Struct, frozen=True, array_like=True):
 
     seq_id: str
     token_ids: list[int]
-    finish_reason: Literal["stop", "length", "abort", "timeout", "merged", "error", "refused"] | None = None
+    finish_reason: Literal["stop", "length", "abort", "timeout", "merged", "nonfinite", "error", "refused"] | None = (
+        None
+    )
     logprobs: list[TokenLogprobs] | None = None  # one per token id, if requested
     num_cached_tokens: int = 0
     queue_seconds: float = 0.0
-    error: str | None = None  # message for the client, with reasons "error", "refused" and "timeout"
+    error: str | None = None  # message for the client, with reasons "error", "nonfinite", "refused" and "timeout"
     prompt_logprobs: list[TokenLogprobs] | None = None  # with the first output: of all prompt tokens but the first
     embedding: bytes | None = None  # float32, with the last output, if `pooling` was asked for
 

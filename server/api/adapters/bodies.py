@@ -30,7 +30,8 @@ def record_body(context: AppContext, record: AdapterRecord) -> AdapterBody:
 def state_of(context: AppContext, record: AdapterRecord) -> tuple[State, str | None]:
     """Return the state of a published adapter and its error."""
     residency, digest = context.engine.residency, record.version.digest
-    error = context.registry.damaged.get(record.name) or residency.failed.get(digest)
+    damage, aside = context.registry.damaged.get(record.name), context.quarantine.reasons.get(digest)
+    error = damage or residency.failed.get(digest) or aside
     if error is not None:
         return "failed", error
     pending = context.registry.pending.get(record.name)

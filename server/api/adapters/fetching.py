@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from adapters.errors import AdapterConflict, AdapterError
+from adapters.errors import AdapterConflict, AdapterError, reraise_unless_foreign
 from adapters.records import PendingAdapter
 from adapters.sources import check_source, copy_from
 from server.api.adapters.publishing import Publication, Published, audit_publication, publish_from
@@ -81,7 +81,8 @@ async def _fetch(context: AppContext, pending: PendingAdapter) -> None:
                 await asyncio.sleep(_ENGINE_POLL_SECONDS)
     except (AdapterError, AdapterMoveRefused) as error:
         await _note_failure(context, pending, str(error))
-    except Exception:
+    except BaseException as error:
+        reraise_unless_foreign(error)
         log.exception("adapter %s could not be fetched", pending.name)
         await _note_failure(
             context,

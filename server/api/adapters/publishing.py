@@ -111,6 +111,7 @@ async def publish_from(
             if decided.dry_run:
                 return Published(publication.name, inspected)
             published = await _publish(context, decided, inspected, folder)
+        context.quarantine.forget(inspected.digest)
         await _forget_failure(context, inspected.digest)
         return published
 

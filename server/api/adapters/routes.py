@@ -196,9 +196,10 @@ async def delete_adapter(
 
 @router.post(f"{NAME}/load", responses=_MOVES)
 async def load_adapter(name: str, context: Context, key: Caller, body: LoadRequest | None = None) -> AdapterBody:
-    """Load an adapter to the device or to host memory."""
+    """Load an adapter to the device or to host memory, also one that was put aside."""
     record = publishing.find(context, key, name)
     await context.engine.move_adapter(record.version.digest, body.tier if body else "device")
+    context.quarantine.forget(record.version.digest)
     return record_body(context, record)
 
 

@@ -7,7 +7,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from adapters.errors import AdapterInvalid
+from adapters.errors import AdapterInvalid, reraise_unless_foreign
 from adapters.peft.digest import digest_of
 from server.api.context import AppContext
 
@@ -46,7 +46,8 @@ class Scrubber:
                 await asyncio.sleep(ROUND_SECONDS)
                 try:
                     await loop.run_in_executor(thread, self.check_due)
-                except Exception:
+                except BaseException as error:
+                    reraise_unless_foreign(error)
                     log.exception("the check of stored adapters failed and is tried again")
         finally:
             self._stop.set()

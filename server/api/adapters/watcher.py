@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from adapters.errors import AdapterConflict, AdapterError, InvalidName, NoSpace
+from adapters.errors import AdapterConflict, AdapterError, InvalidName, NoSpace, reraise_unless_foreign
 from adapters.names import check_name
 from adapters.peft.files import FILES, TOKENIZER_FILES
 from adapters.peft.foreign_files import foreign_weights
@@ -58,7 +58,8 @@ class FolderWatcher:
             while True:
                 await asyncio.sleep(POLL_SECONDS)
                 await self.poll()
-        except Exception:
+        except BaseException as error:
+            reraise_unless_foreign(error)
             log.exception("the folder %s is no longer watched", self._root)
             raise
 

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 from fastapi import Request
 
-from adapters.errors import AdapterNotFound
+from adapters.errors import AdapterInvalid, AdapterNotFound
 from server.api.context import AppContext
 from server.api.errors import ApiError, bad_request, model_not_found, unavailable
 from server.api.inference.constraints import constraint_of
 from server.api.inference.plan import AdmittedRequest, GenerationPlan, plan_generation
-from server.api.inference.targets import Target, refuse_if_merged, resolve_target
+from server.api.inference.targets import Target, adapter_failed, refuse_if_merged, resolve_target
 from server.api.message_formats.parser import MessageFormat
 from server.api.middleware.auth import Key
 from server.api.middleware.request_scope import ignored_names
@@ -36,6 +36,8 @@ async def admit_request(
         tokenizer = await context.tokenizers.of(digest, target.traits)
     except FileNotFoundError:  # the adapter was deleted just now
         raise model_not_found(target.requested_model) from None
+    except AdapterInvalid as error:  # it was stored by an earlier version, which admitted it
+        raise adapter_failed(target.requested_model, str(error)) from None
     constraint = await constraint_of(context, target, body) if isinstance(body, GenerationRequest) else None
     received = request.state.started
     return AdmittedRequest(target, tokenizer, key, received, _deadline(context, request, body, received), constraint)

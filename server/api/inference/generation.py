@@ -145,6 +145,7 @@ class Generation:
                 return failure
             deltas[output.seq_id] = delta
             if choice.finished:
+                self._note_finite()
                 self._end([output.seq_id], abort=output.finish_reason is None)
         return None
 
@@ -170,6 +171,8 @@ class Generation:
             return self._abort_error()
         if failure.reason == "merged":
             return merged_error()
+        if failure.reason == "nonfinite":
+            return self._nonfinite_error(failure)
         if failure.reason == "refused":
             return bad_request(failure.message or "The request cannot be computed.", None, "unsupported")
         if failure.reason == "timeout":
@@ -184,6 +187,27 @@ class Generation:
             if digest in failed:
                 return adapter_failed(name, failed[digest])
         return ApiError(500, failure.message, code="engine_error") if failure.message else server_error()
+
+    def _nonfinite_error(self, failure: EngineFailure) -> ApiError:
+        """Return a 422 if the request chose a scale or a sum; else count the failure of the adapter."""
+        target = self.plan.target
+        if len(target.adapters) == 1 and target.adapters[0].scale == 1:
+            self._context.quarantine.failed(target.adapters[0].digest)
+        elif target.adapters:
+            scales = ", ".join(f"{adapter.scale:g}" for adapter in target.adapters)
+            return ApiError(
+                422,
+                f"The numbers of '{target.requested_model}' are not finite with the scales {scales} of its adapters. "
+                "Request smaller scales or other adapters.",
+                code="scales_overflow",
+                param="adapters" if len(target.adapters) > 1 else "adapter_scale",
+            )
+        return ApiError(500, failure.message or str(failure), code="engine_error")
+
+    def _note_finite(self) -> None:
+        adapters = self.plan.target.adapters
+        if len(adapters) == 1 and adapters[0].scale == 1:
+            self._context.quarantine.succeeded(adapters[0].digest)
 
     def _abort_error(self) -> ApiError:
         """Return a 404 if an adapter of the request was deleted, which a retry would meet again."""

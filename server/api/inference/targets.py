@@ -212,16 +212,22 @@ def serving_record(context: AppContext, key: Key, name: str, user: str | None) -
     the base model. A key that may use an alias need not see its members, and errors do not reveal them."""
     alias = context.registry.aliases.get(name)
     if alias is None:
-        return resolve_record(context, key, name)
+        record = resolve_record(context, key, name)
+        if (reason := context.quarantine.reasons.get(record.version.digest)) is not None:
+            raise adapter_failed(name, reason)
+        return record
     if not key.sees(name):
         raise model_not_found(name)
     member = alias.pick(user)
     if member == BASE_MEMBER:
         return None
     try:
-        return context.registry.resolve(member)
+        record = context.registry.resolve(member)
     except AdapterNotFound:  # the member is damaged
         raise adapter_failed(name, "an adapter that the alias chose is damaged") from None
+    if record.version.digest in context.quarantine.reasons:
+        raise adapter_failed(name, "an adapter that the alias chose computes numbers that are not finite")
+    return record
 
 
 def adapter_failed(name: str, reason: str) -> ApiError:

@@ -5,11 +5,12 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Query, Request
 from pydantic import Field
 
+from adapters.errors import AdapterInvalid
 from server.api.context import AppContext, Context
-from server.api.errors import bad_request, error_responses
+from server.api.errors import bad_request, error_responses, model_not_found
 from server.api.inference.admission import note_unknown_fields
 from server.api.inference.chat import render_chat
-from server.api.inference.targets import serving_record
+from server.api.inference.targets import adapter_failed, serving_record
 from server.api.middleware.auth import Key, key_of
 from server.api.requests import ChatPrompt, ModelName, OpenWire, Text, TokenId
 from server.api.schemas import Wire
@@ -96,4 +97,9 @@ async def _tokenizer(context: AppContext, key: Key, model: str | None) -> Tokeni
         record = serving_record(context, key, model, None)
     if record is None:  # the base model, or an alias that assigns it
         return context.tokenizer
-    return await context.tokenizers.of(record.version.digest, record.version.traits)
+    try:
+        return await context.tokenizers.of(record.version.digest, record.version.traits)
+    except FileNotFoundError:  # the adapter was deleted just now
+        raise model_not_found(str(model)) from None
+    except AdapterInvalid as error:  # it was stored by an earlier version, which admitted it
+        raise adapter_failed(str(model), str(error)) from None

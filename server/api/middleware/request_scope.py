@@ -15,6 +15,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from adapters.errors import reraise_unless_foreign
 from server.api.errors import error_response, server_error
 from server.metrics import UNKNOWN_LABEL, Metrics
 
@@ -73,7 +74,8 @@ class RequestMiddleware:
             await self._app(scope, receive, send_with_id)
         except ClientDisconnect:
             status = _CLIENT_LEFT
-        except Exception:
+        except BaseException as error:
+            reraise_unless_foreign(error)
             log.exception("request %s failed", request_id)
             if status:
                 raise  # the response is partly sent, so only a closed connection tells the client

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from tokenizers.decoders import DecodeStream
 
+from adapters.errors import reraise_unless_foreign
 from server.api.text.tokenizer import Tokenizer
 
 _CONTEXT_TOKENS = 4  # of the prompt, which the detokenizer needs to keep the space of the first word
@@ -72,7 +73,8 @@ class Detokenizer:
     def _decode(self, token_id: int) -> str:
         try:
             text = self._stream.step(self._tokenizer.backend, token_id)
-        except Exception:  # the backend raises a bare Exception if a token changes the text before it
+        except BaseException as error:  # a bare Exception, or a panic, if a token changes the text before it
+            reraise_unless_foreign(error)
             self._stream = DecodeStream(skip_special_tokens=self._skips)
             text = self._stream.step(self._tokenizer.backend, token_id)
         if text is None:

@@ -6,6 +6,7 @@ from functools import cached_property
 
 from tokenizers import Tokenizer as Backend
 
+from adapters.errors import reraise_unless_foreign
 from adapters.peft.tokenizer_files import BaseTokens
 from server.api.errors import ApiError, bad_request
 from server.api.text.chat_template import ChatTemplate, Conversation, base_template
@@ -72,7 +73,13 @@ class Tokenizer:
         self, text: str, max_tokens: int, *, add_special_tokens: bool = True, param: str = "prompt"
     ) -> list[int]:
         _check_length(len(text), max_tokens, param)
-        encoding = await asyncio.to_thread(self.backend.encode, text, add_special_tokens=add_special_tokens)
+        try:
+            # Unlike `encode`, this frees the interpreter lock, so that a long text does not stall the streams.
+            encode = self.backend.encode_batch_fast
+            (encoding,) = await asyncio.to_thread(encode, [text], add_special_tokens=add_special_tokens)
+        except BaseException as error:
+            reraise_unless_foreign(error)
+            raise bad_request("The tokenizer of this model cannot encode this text.", param) from error
         ids: list[int] = encoding.ids
         return ids
 
