@@ -27,6 +27,7 @@ from server.api.fields import (
 )
 from server.api.inference import chat, completions, tokenization
 from server.api.middleware.auth import need_of
+from server.api.protocols import anthropic
 from server.api.requests import ChatCompletionRequest, CompletionRequest, GenerationRequest
 from server.config import ServeConfig
 from server.metrics import METRICS
@@ -99,7 +100,7 @@ def flags() -> str:
 
 def endpoints() -> str:
     app = FastAPI()
-    for module in (chat, completions, tokenization, models, routes, aliases, merge, vllm_compat, health):
+    for module in (chat, completions, tokenization, anthropic, models, routes, aliases, merge, vllm_compat, health):
         app.include_router(module.router)
     rows = []
     for path, operations in app.openapi()["paths"].items():

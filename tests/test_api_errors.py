@@ -101,7 +101,7 @@ async def test_values_out_of_bounds(tmp_path: Path, fields: dict[str, Any]) -> N
         {"modalities": ["text", "audio"]},
         {"chat_template": "{{ 1 }}"},
         {"best_of": 2},
-        {"messages": [{"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}]},
+        {"messages": [{"role": "assistant", "content": "x", "function_call": {"name": "f"}}]},
     ],
 )
 async def test_what_would_change_the_answer_is_refused(tmp_path: Path, fields: dict[str, Any]) -> None:

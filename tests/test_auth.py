@@ -39,6 +39,7 @@ OBSERVE = {"/metrics", "/v1/stats", "/openapi.json"}
 INFER = {
     "/v1/chat/completions",
     "/v1/completions",
+    "/v1/messages",
     "/v1/models",
     "/v1/models/{model:path}",
     "/tokenize",

@@ -13,7 +13,7 @@ from server.api.inference import streaming
 from server.api.middleware.body_limits import MAX_JSON_BYTES
 from tests.fixtures.api_server import BASE, Api, assert_error, byte_tokenizer, listening, serving
 from tests.fixtures.timing import HANG_SECONDS
-from tests.test_auth import bearer, ring
+from tests.test_auth import ADMIN_KEY, INFER_KEY, OBSERVE_KEY, TENANT_KEY, bearer, ring
 
 CHAT = "/v1/chat/completions"
 BODY = json.dumps({"model": BASE, "messages": [{"role": "user", "content": "hi"}]}).encode()
@@ -23,12 +23,12 @@ ORIGIN = {"origin": "https://chat.example.com"}
 
 async def test_a_key_for_inference_gets_404_for_what_is_no_route(tmp_path: Path) -> None:
     async with serving(tmp_path, keys=ring(tmp_path)) as api:
-        for secret in ("infer-secret", "tenant-secret", "scraper-secret", "admin-secret"):
-            api.http.headers.update(bearer(secret))
+        for key in (INFER_KEY, TENANT_KEY, OBSERVE_KEY, ADMIN_KEY):
+            api.http.headers.update(bearer(key))
             for path in ("/v1/embeddings", "/v1/responses", "/chat/completions", "/nope", "/v1", "/"):
                 for method in ("GET", "POST"):
                     assert_error(await api.http.request(method, path), 404, "not_found")
-        api.http.headers.update(bearer("infer-secret"))
+        api.http.headers.update(bearer(INFER_KEY))
         assert_error(await api.chat(model="nope"), 404, "model_not_found")
         for path in ("/v1/adapters", "/v1/adapters/nope", "/v1/adapters/nope/pin", "/v1/load_lora_adapter/"):
             assert_error(await api.http.post(path), 403, "insufficient_scope")
@@ -36,7 +36,7 @@ async def test_a_key_for_inference_gets_404_for_what_is_no_route(tmp_path: Path)
 
 async def test_slashes_at_the_end_of_a_path_do_not_count(tmp_path: Path) -> None:
     async with serving(tmp_path, keys=ring(tmp_path)) as api:
-        headers = {**bearer("infer-secret"), "content-type": "application/json"}
+        headers = {**bearer(INFER_KEY), "content-type": "application/json"}
         for path in (CHAT + "/", CHAT + "//", "/v1/completions/"):
             assert (await api.http.post(path, content=BODY, headers=headers)).status_code in (200, 400)
         assert (await api.http.get("/v1/models/", headers=headers)).json()["object"] == "list"
@@ -52,9 +52,9 @@ async def test_head_is_get_without_the_body(tmp_path: Path) -> None:
             assert (answer.status_code, answer.content) == (200, b"")
             assert int(answer.headers["content-length"]) > 0 and answer.headers["x-request-id"]
         assert (await api.http.head("/v1/models")).status_code == 401
-        assert (await api.http.head("/v1/models", headers=bearer("infer-secret"))).status_code == 200
-        assert (await api.http.head("/v1/adapters", headers=bearer("infer-secret"))).status_code == 403
-        assert (await api.http.head(CHAT, headers=bearer("infer-secret"))).status_code == 405
+        assert (await api.http.head("/v1/models", headers=bearer(INFER_KEY))).status_code == 200
+        assert (await api.http.head("/v1/adapters", headers=bearer(INFER_KEY))).status_code == 403
+        assert (await api.http.head(CHAT, headers=bearer(INFER_KEY))).status_code == 405
 
 
 def test_head_over_a_connection(tmp_path: Path) -> None:

@@ -211,6 +211,7 @@ ARROWS: dict[str, set[str]] = {
         "server.api.errors",
         "server.api.inference",
         "server.api.middleware",
+        "server.api.protocols",
         "server.api.schemas",
     },
     "server.api.context": {
@@ -222,6 +223,17 @@ ARROWS: dict[str, set[str]] = {
         "server.ipc",
         "server.metrics",
     },
+    "server.api.message_formats": set(),
+    "server.api.protocols": {
+        "server.api.context",
+        "server.api.errors",
+        "server.api.fields",
+        "server.api.inference",
+        "server.api.message_formats",
+        "server.api.middleware",
+        "server.api.requests",
+        "server.api.schemas",
+    },
     "server.api.middleware": {"server", "server.api.errors", "server.metrics"},
     "server.api.text": {"adapters", "adapters.peft", "adapters.registry", "server", "server.api.errors"},
     "server.api.inference": {
@@ -231,6 +243,7 @@ ARROWS: dict[str, set[str]] = {
         "server",
         "server.api.context",
         "server.api.errors",
+        "server.api.message_formats",
         "server.api.middleware",
         "server.api.requests",
         "server.api.schemas",

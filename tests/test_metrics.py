@@ -43,7 +43,7 @@ async def test_requests_are_counted_by_adapter_route_and_status(tmp_path: Path) 
         await api.chat(model="acme")
         await api.complete()
         await api.chat(model="nope")
-        await api.chat(n=99)
+        await api.chat(n=129)
         api.engine.fail_after = 2
         await api.chat(stream=True)
         found = await samples(api)

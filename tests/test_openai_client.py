@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
 import pytest
 
-from tests.fixtures.api_server import BASE, LiveServer, form, listening
+from tests.fixtures.api_server import BASE, LiveServer, byte_tokenizer, form, ids, listening
 from tests.fixtures.timing import HANG_SECONDS
 
 
@@ -19,8 +20,12 @@ def server(tmp_path: Path) -> Iterator[LiveServer]:
 
 @pytest.fixture
 def client(server: LiveServer) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=HANG_SECONDS) as found:
+    with connected(server) as found:
         yield found
+
+
+def connected(server: LiveServer) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=HANG_SECONDS)
 
 
 HI: list[dict[str, str]] = [{"role": "user", "content": "hi"}]
@@ -93,3 +98,29 @@ def test_a_stream_that_the_client_closes_is_aborted(server: LiveServer, client: 
     stream.close()
     server.wait_idle()
     assert len(server.engine.aborted) == 2
+
+
+TOOLS: list[Any] = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+HERMES = (
+    "{% for tool in tools %}<tool_call>{% endfor %}{% for m in messages %}{{ m.content }}{{ m.tool_calls }}{% endfor %}"
+)
+
+
+def test_tools(tmp_path: Path) -> None:
+    output = """Hm <tool_call>{"name": "weather", "arguments": {"city": "Paris"}}</tool_call>"""
+    tokenizer = byte_tokenizer(HERMES)
+    with listening(tmp_path, tokenizer=tokenizer) as live, connected(live) as client:
+        live.engine.script = lambda _: ids(tokenizer, output) + live.engine.info.eos_token_ids
+        answer = client.chat.completions.create(model=BASE, messages=HI, tools=TOOLS)  # type: ignore[arg-type]
+        assert answer.choices[0].finish_reason == "tool_calls" and answer.choices[0].message.tool_calls
+        (call,) = answer.choices[0].message.tool_calls
+        assert call.type == "function" and call.function.name == "weather"
+        with client.chat.completions.stream(model=BASE, messages=HI, tools=TOOLS) as stream:  # type: ignore[arg-type]
+            kinds = [event.type for event in stream]
+            message = stream.get_final_completion().choices[0].message
+        assert "tool_calls.function.arguments.delta" in kinds and "tool_calls.function.arguments.done" in kinds
+        assert message.content == "Hm" and message.tool_calls
+        assert message.tool_calls[0].function.arguments == call.function.arguments == '{"city": "Paris"}'
+        history = [*HI, message.to_dict(), {"role": "tool", "tool_call_id": call.id, "content": "sunny"}]
+        again = client.chat.completions.create(model=BASE, messages=history, tools=TOOLS)  # type: ignore[arg-type]
+        assert again.choices[0].message.tool_calls

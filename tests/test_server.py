@@ -112,7 +112,7 @@ def test_replacing_a_name_changes_new_requests_and_not_running_ones(server: Runn
         text = ""
         with client.stream("POST", "/v1/completions", json=body) as stream:
             for number, event in enumerate(sse_events(stream.iter_lines())):
-                if number == 2:
+                if number == 0:
                     server.upload(other, "moving", tiny / "version-2", replace="true").raise_for_status()
                     after = server.complete(other, "moving", "abc")
                 if event is not None:
@@ -139,7 +139,7 @@ def test_a_cartridge_is_replaced_by_another_while_a_stream_runs(
         tokens: list[int] = []
         with client.stream("POST", "/v1/completions", json=body) as stream:
             for number, event in enumerate(sse_events(stream.iter_lines())):
-                if number == 2:
+                if number == 0:
                     server.upload(other, "notes", folders[1], replace="true").raise_for_status()
                     after = other.post("/v1/completions", json={**body, "stream": False}).json()
                 if event is not None:

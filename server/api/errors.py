@@ -1,5 +1,6 @@
 """One error body for every route and status, and the only place that turns exceptions into responses."""
 
+import json
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
@@ -8,6 +9,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
 from adapters.errors import AdapterError, AdapterInvalid
 from server.api.schemas import ErrorBody
@@ -26,6 +28,15 @@ _TYPES = {  # every other status is an invalid_request_error
     500: "server_error",
     503: "overloaded_error",
     507: "insufficient_storage",
+}
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
 }
 _CODES = {404: "not_found", 405: "method_not_allowed"}
 _REFUSAL_STATUS = {
@@ -81,11 +92,32 @@ def error_body(status: int, message: str, *, code: str | None = None, param: str
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def error_response(error: HTTPException) -> JSONResponse:
+def anthropic_error(status: int, error: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an error in the format of Anthropic's API."""
+    kind = _ANTHROPIC_TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
+    return {"type": "error", "error": {**error, "type": kind}}
+
+
+# Routes whose errors have another API's format.
+_SHAPES = {"/v1/messages": anthropic_error}
+
+
+class ErrorResponse(JSONResponse):
+    """An error in the format of the route's API."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        shape = _SHAPES.get(scope["path"])
+        if shape is not None:
+            self.body = self.render(shape(self.status_code, json.loads(bytes(self.body))["error"]))
+            self.headers["content-length"] = str(len(self.body))
+        await super().__call__(scope, receive, send)
+
+
+def error_response(error: HTTPException) -> ErrorResponse:
     code = error.code if isinstance(error, ApiError) else _CODES.get(error.status_code)
     param = error.param if isinstance(error, ApiError) else None
     body = error_body(error.status_code, str(error.detail), code=code, param=param)
-    return JSONResponse(body, error.status_code, headers=error.headers)
+    return ErrorResponse(body, error.status_code, headers=error.headers)
 
 
 def server_error() -> ApiError:
@@ -145,7 +177,7 @@ async def _on_adapter_error(_: Request, error: Exception) -> JSONResponse:
     if isinstance(error, AdapterInvalid):
         body["error"]["problems"] = [problem.as_dict() for problem in error.problems]
     headers = {"retry-after": str(RETRY_AFTER_SECONDS)} if error.status == 503 else None
-    return JSONResponse(body, error.status, headers=headers)
+    return ErrorResponse(body, error.status, headers=headers)
 
 
 async def _on_move_refused(_: Request, error: Exception) -> JSONResponse:

@@ -18,6 +18,7 @@ class Refusal(NamedTuple):
     instead: str = ""
 
 
+_IN_A_CHAT = "; use /v1/chat/completions"
 _NAME_ADAPTERS = "; name the adapter in 'model', or several in 'adapters'"
 
 # What a schema declares in server/api/requests.py.
@@ -57,6 +58,11 @@ APPLIED: dict[str, str] = {
     "add_special_tokens": "Whether the tokenizer adds its special tokens to the prompt",
     "add_generation_prompt": "`false` ends the prompt with the last message",
     "continue_final_message": "Continues the last message, which is the assistant's",
+    "tools": "Functions that the model may call, for the chat template",
+    "tool_choice": "`none` offers no functions; `auto` is the default; a forced call is refused",
+    "parallel_tool_calls": "`false` returns the first call alone",
+    "separate_reasoning": "SGLang: `false` keeps reasoning in the content",
+    "include_reasoning": "vLLM: `false` leaves reasoning out",
     "chat_template_kwargs": "Variables of the chat template",
     "reasoning_effort": "One more variable of the chat template",
     "logprobs": "Log-probabilities of the output: a number of tokens, or for a chat true",
@@ -89,10 +95,10 @@ REFUSED: dict[str, Refusal] = {
     "lora_request": Refusal("vLLM: an adapter as an object", (), _NAME_ADAPTERS),
     "merged_adapters": Refusal("LoRAX: a combination of adapters", (), _NAME_ADAPTERS),
     # What the output must look like
-    "tools": Refusal("functions that the model may call", ([],)),
-    "tool_choice": Refusal("whether the model calls a function", ("none", "auto")),
-    "functions": Refusal("`tools`, as they were called", ([],)),
-    "function_call": Refusal("`tool_choice`, as it was called", ("none", "auto")),
+    "tools": Refusal("functions that the model may call, without a chat", ([],), _IN_A_CHAT),
+    "tool_choice": Refusal("whether the model calls a function, without a chat", ("none", "auto"), _IN_A_CHAT),
+    "functions": Refusal("`tools`, as they were called", ([],), "; use 'tools'"),
+    "function_call": Refusal("`tool_choice`, as it was called", ("none", "auto"), "; use 'tool_choice'"),
     "guided_whitespace_pattern": Refusal("vLLM: white space in JSON"),
     "structural_tag": Refusal("vLLM: structures between tags"),
     "modalities": Refusal("kinds of output", (["text"],)),
@@ -148,14 +154,11 @@ HARMLESS: dict[str, str] = {
     "prompt_cache_retention": "OpenAI: a hint for the prefix cache",
     "prompt_cache_options": "OpenAI: a hint for the prefix cache",
     "prediction": "OpenAI: text that the output may repeat, for speed",
-    "parallel_tool_calls": "OpenAI: applies to `tools`",
     "api_token": "LoRAX: for fetching an adapter from the hub",
     "length_penalty": "vLLM: applies to beam search",
     "early_stopping": "vLLM: applies to beam search",
     "spaces_between_special_tokens": "vLLM: applies to tokenizers without a Rust backend",
     "guided_decoding_backend": "vLLM: applies to `guided_json` and others",
-    "include_reasoning": "vLLM: applies to reasoning that is split off",
-    "separate_reasoning": "SGLang: applies to reasoning that is split off",
     "stream_reasoning": "SGLang: applies to reasoning that is split off",
     "request_id": "vLLM: use the header `x-request-id`",
     "rid": "SGLang: use the header `x-request-id`",
@@ -181,9 +184,7 @@ HARMLESS: dict[str, str] = {
 
 # The same for a message of a chat, for `structured_outputs` and for `stream_options`.
 REFUSED_IN_MESSAGES: dict[str, Refusal] = {
-    "tool_calls": Refusal("functions that the model called", ([],)),
-    "function_call": Refusal("`tool_calls`, as it was called"),
-    "tool_call_id": Refusal("the call that a message answers"),
+    "function_call": Refusal("`tool_calls`, as it was called", (), "; use 'tool_calls'"),
     "tools": Refusal("SGLang: functions that the model may call", ([],)),
     "audio": Refusal("OpenAI: spoken output of an earlier response"),
 }

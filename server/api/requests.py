@@ -1,9 +1,10 @@
 """Bodies of inference requests with their bounds. `server/api/fields.py` has the fields that they may have besides."""
 
+import json
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from server.api.fields import (
@@ -247,19 +248,76 @@ class TextPart(OpenWire):
     text: Text
 
 
+class Function(OpenWire):
+    """A function that the model may call. `strict` is not declared: arguments are not held to their schema."""
+
+    name: str = Field(min_length=1, max_length=256)
+    description: Text | None = None
+    parameters: dict[str, Any] | None = None
+
+    def as_schema(self) -> dict[str, Any]:
+        """Return the JSON schema of the function as chat templates read it."""
+        described = {} if self.description is None else {"description": self.description}
+        parameters = {"type": "object", "properties": {}} if self.parameters is None else self.parameters
+        return {"type": "function", "function": {"name": self.name, **described, "parameters": parameters}}
+
+
+class Tool(OpenWire):
+    type: Literal["function"]
+    function: Function
+
+
+class CalledFunction(OpenWire):
+    name: str = Field(min_length=1, max_length=256)
+    arguments: dict[str, Any]  # sent as JSON text
+
+    @field_validator("arguments", mode="before")
+    @classmethod
+    def _parsed(cls, value: Any) -> Any:
+        """Chat templates read arguments as an object."""
+        if not isinstance(value, str):
+            return value or {}
+        try:
+            return json.loads(value or "{}")
+        except (ValueError, RecursionError):
+            raise PydanticCustomError("value_error", "must be the text of a JSON object") from None
+
+
+class ToolCall(OpenWire):
+    id: str = Field(max_length=256)
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+def _not_forced(value: Any) -> Any:
+    """Refuse choices that need output of a grammar."""
+    if value == "required" or isinstance(value, dict):
+        raise PydanticCustomError("unsupported", "may be 'auto' or 'none'; this server cannot force a call yet")
+    return value
+
+
+ToolChoice = Annotated[Literal["none", "auto"], BeforeValidator(_not_forced)]
+
+
 class ChatMessage(OpenWire):
     refused = REFUSED_IN_MESSAGES
     harmless = HARMLESS_IN_MESSAGES
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Text | Annotated[list[TextPart], Field(min_length=1, max_length=1024, fail_fast=True)] | None = None
     name: str | None = Field(None, max_length=256)  # this and the next one: for the chat template
     reasoning_content: Text | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_CHOICES, fail_fast=True)] | None = None
+    tool_call_id: str | None = Field(None, max_length=256)  # the call that a tool's message is the result of
 
     @model_validator(mode="after")
-    def _has_content(self) -> "ChatMessage":
+    def _fits_role(self) -> "ChatMessage":
         if self.content is None and self.role != "assistant":
             raise PydanticCustomError("value_error", "content is required")
+        if self.tool_calls and self.role != "assistant":
+            raise PydanticCustomError("value_error", "only an assistant's message has tool_calls")
+        if (self.tool_call_id is not None) != (self.role == "tool"):
+            raise PydanticCustomError("value_error", "a tool's message, and no other, needs a tool_call_id")
         return self
 
     @property
@@ -273,11 +331,17 @@ class ChatPrompt(OpenWire):
     """A conversation, and how the chat template renders it."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096, fail_fast=True)]
+    tools: Annotated[list[Tool], Field(max_length=1024, fail_fast=True)] | None = None
     add_generation_prompt: bool | None = None  # default: true, unless `continue_final_message`
     continue_final_message: bool | None = None
     add_special_tokens: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None  # variables of the template
     reasoning_effort: str | None = Field(None, max_length=64)  # another one
+
+    @property
+    def offered_functions(self) -> list[Function]:
+        """The functions that the model may call."""
+        return [tool.function for tool in self.tools or ()]
 
     @model_validator(mode="after")
     def _consistent_end(self) -> "ChatPrompt":
@@ -295,6 +359,10 @@ class ChatCompletionRequest(GenerationRequest, ChatPrompt):
     max_completion_tokens: TokenCount | None = None
     logprobs: bool | None = None
     top_logprobs: NumTop | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None  # default: true
+    separate_reasoning: bool | None = None  # default: true
+    include_reasoning: bool | None = None  # default: true
 
     @model_validator(mode="after")
     def _consistent(self) -> "ChatCompletionRequest":
@@ -309,6 +377,10 @@ class ChatCompletionRequest(GenerationRequest, ChatPrompt):
     @property
     def num_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def offered_functions(self) -> list[Function]:
+        return [] if self.tool_choice == "none" else super().offered_functions
 
 
 class CompletionRequest(GenerationRequest):

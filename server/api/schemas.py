@@ -22,7 +22,7 @@ class UsageBody(Wire):
     prompt_tokens_details: PromptTokensDetails
 
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "tool_calls"]
 
 
 class PromptLogprob(Wire):
@@ -55,10 +55,23 @@ class ChatLogprobs(Wire):
     content: list[ChatLogprob]
 
 
+class CalledFunction(Wire):
+    name: str
+    arguments: str  # a JSON object, as the model wrote it
+
+
+class ToolCallBody(Wire):
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class AssistantMessage(Wire):
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None  # null beside calls alone
     refusal: None = None
+    reasoning_content: str | None = requested()
+    tool_calls: list[ToolCallBody] | None = requested()
 
 
 class ChatChoice(Wire):
@@ -84,9 +97,25 @@ class ChatCompletion(ResponseHead):
     prompt_logprobs: PromptLogprobs | None = requested()
 
 
+class CalledFunctionDelta(Wire):
+    name: str | None = requested()
+    arguments: str
+
+
+class ToolCallDelta(Wire):
+    """The beginning of a call, which has its id and name, or more of its arguments."""
+
+    index: int
+    id: str | None = requested()
+    type: Literal["function"] | None = requested()
+    function: CalledFunctionDelta
+
+
 class ChatDelta(Wire):
     role: Literal["assistant"] | None = None
     content: str | None = None
+    reasoning_content: str | None = requested()
+    tool_calls: list[ToolCallDelta] | None = requested()
 
 
 class ChatChunkChoice(Wire):

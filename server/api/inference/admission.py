@@ -12,6 +12,7 @@ from server.api.errors import ApiError, bad_request, model_not_found, unavailabl
 from server.api.inference.constraints import constraint_of
 from server.api.inference.plan import AdmittedRequest, GenerationPlan, plan_generation
 from server.api.inference.targets import Target, refuse_if_merged, resolve_target
+from server.api.message_formats.parser import MessageFormat
 from server.api.middleware.auth import Key
 from server.api.middleware.request_scope import ignored_names
 from server.api.requests import MAX_TIMEOUT_SECONDS, GenerationRequest, OpenWire
@@ -19,10 +20,13 @@ from server.api.requests import MAX_TIMEOUT_SECONDS, GenerationRequest, OpenWire
 TIMEOUT_HEADER = "x-request-timeout"  # in seconds
 
 
-async def admit_request(request: Request, context: AppContext, key: Key, body: GenerationRequest) -> AdmittedRequest:
+async def admit_request(
+    request: Request, context: AppContext, key: Key, body: GenerationRequest, sent: OpenWire | None = None
+) -> AdmittedRequest:
     """Fix the adapter versions of a request, the tokenizer, which may be the adapter's own, and the constraint on its
-    outputs. Raises `ApiError` if the request cannot begin now."""
-    note_unknown_fields(request, context, body)
+    outputs. `sent` is the client's request if it was translated to `body`. Raises `ApiError` if the request cannot
+    begin now."""
+    note_unknown_fields(request, context, sent or body)
     _check_capacity(context)
     target = resolve_target(context, key, body)
     request.state.adapter = target.label
@@ -71,12 +75,13 @@ def admit_prompts(
     body: GenerationRequest,
     prompts: Sequence[list[int]],
     texts: Sequence[str | None] = (),
+    message_format: MessageFormat | None = None,
 ) -> GenerationPlan:
     """Check the request and its prompts, encoded by the request's tokenizer, and return the plan. `texts` are the
-    prompts as they were sent, None for token ids. Raises `ApiError` if they do not fit the model or if an adapter was
-    deleted meanwhile."""
+    prompts as they were sent, None for token ids; `message_format` is that of a chat's text. Raises `ApiError` if they
+    do not fit the model or if an adapter was deleted meanwhile."""
     _check_still_there(context, admitted.target)
-    plan = plan_generation(context, admitted, body, prompts, texts)
+    plan = plan_generation(context, admitted, body, prompts, texts, message_format)
     _check_queue(context, plan)
     return plan
 

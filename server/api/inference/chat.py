@@ -11,9 +11,19 @@ from server.api.errors import bad_request
 from server.api.inference.admission import admit_prompts, admit_request
 from server.api.inference.choices import Delta, TokenScore
 from server.api.inference.formatting import ChoicesFormatter
+from server.api.inference.generation import Generation
+from server.api.inference.messages import (
+    chat_messages,
+    finish_reason,
+    message_delta,
+    message_format,
+    parsers,
+    whole_message,
+)
+from server.api.inference.plan import GenerationPlan
 from server.api.inference.responses import documented_responses, respond
 from server.api.middleware.auth import Key, key_of
-from server.api.requests import ChatCompletionRequest, ChatMessage, ChatPrompt
+from server.api.requests import ChatCompletionRequest, ChatPrompt, OpenWire
 from server.api.schemas import ChatCompletion, ChatCompletionChunk
 from server.api.text.chat_template import RESERVED_VARIABLES, Conversation
 from server.api.text.tokenizer import Tokenizer, finite
@@ -31,16 +41,25 @@ async def create_chat_completion(
     request: Request, body: ChatCompletionRequest, context: Context, key: Annotated[Key, Depends(key_of)]
 ) -> Response:
     """Generate a reply to a conversation with the base model or an adapter."""
-    admitted = await admit_request(request, context, key, body)
+    return await respond(context, request, await plan_chat(request, context, key, body), ChatFormatter)
+
+
+async def plan_chat(
+    request: Request, context: AppContext, key: Key, body: ChatCompletionRequest, sent: OpenWire | None = None
+) -> GenerationPlan:
+    """Admit a chat and return its plan. `sent` is the request of another API that was translated to `body`."""
+    admitted = await admit_request(request, context, key, body, sent)
     prompt = await render_chat(context, admitted.tokenizer, body)
-    plan = admit_prompts(context, admitted, body, [prompt])
-    return await respond(context, request, plan, ChatFormatter)
+    constrained = admitted.constraint is not None  # the output is content as a whole
+    found = None if constrained else message_format(admitted.tokenizer, body, prompt)
+    return admit_prompts(context, admitted, body, [prompt], message_format=found)
 
 
 async def render_chat(context: AppContext, tokenizer: Tokenizer, body: ChatPrompt) -> list[int]:
     """Return the token ids of a conversation."""
     conversation = Conversation(
-        [_message(message) for message in body.messages],
+        chat_messages(body.messages),
+        tools=[function.as_schema() for function in body.offered_functions] or None,
         generation_prompt=body.add_generation_prompt is not False,
         continue_final=bool(body.continue_final_message),
         variables=_variables(body),
@@ -57,30 +76,23 @@ def _variables(body: ChatPrompt) -> dict[str, Any]:
     return given if body.reasoning_effort is None else {"reasoning_effort": body.reasoning_effort, **given}
 
 
-def _message(message: ChatMessage) -> dict[str, str]:
-    """Return a message as templates read it, without what it leaves out."""
-    optional = {"name": message.name, "reasoning_content": message.reasoning_content}
-    given = {name: value for name, value in optional.items() if value is not None}
-    return {"role": _role_of(message.role), "content": message.text, **given}
-
-
-def _role_of(role: str) -> str:
-    """Map `developer`, OpenAI's newer name for `system`, to `system`, which chat templates support."""
-    return "system" if role == "developer" else role
-
-
 class ChatFormatter(ChoicesFormatter):
     """Choices as messages, or as deltas of messages. A stream opens with the role of each."""
 
     body_model = ChatCompletion
     chunk_model = ChatCompletionChunk
 
+    def __init__(self, generation: Generation):
+        super().__init__(generation)
+        self._parsers = parsers(generation)
+
     def choice(self, delta: Delta) -> dict[str, Any]:
+        parser = self._parsers.get(delta.index)
         return {
             "index": delta.index,
-            "message": {"content": delta.text},
+            "message": whole_message(parser.feed(delta.text, end=True)) if parser else {"content": delta.text},
             "logprobs": self._logprobs(delta),
-            "finish_reason": delta.finish_reason,
+            "finish_reason": finish_reason(parser, delta),
             **self._token_ids(delta),
         }
 
@@ -89,12 +101,19 @@ class ChatFormatter(ChoicesFormatter):
         shown = {"prompt_token_ids": prompt} if self._show_token_ids else {}
         return {**shown, **self._prompt_logprobs(prompt, deltas[0])}
 
+    def event(self, delta: Delta) -> bytes:
+        choice = self.chunk_choice(delta)
+        says = choice["delta"] or delta.scores or delta.finish_reason or choice.get("token_ids")
+        return self._event_head + msgspec.json.encode(choice) + self._tail() if says else b""
+
     def chunk_choice(self, delta: Delta) -> dict[str, Any]:
+        parser = self._parsers.get(delta.index)
+        text = {"content": delta.text} if delta.text else {}
         return {
             "index": delta.index,
-            "delta": {"content": delta.text} if delta.text else {},
+            "delta": message_delta(parser.feed(delta.text, end=bool(delta.finish_reason))) if parser else text,
             "logprobs": self._logprobs(delta),
-            "finish_reason": delta.finish_reason,
+            "finish_reason": finish_reason(parser, delta),
             **self._token_ids(delta),
         }
 

@@ -54,12 +54,14 @@ class Delta:
     scores: list[TokenScore] = field(default_factory=list)
     finish_reason: Literal["stop", "length"] | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None  # of the prompt's second token and later ones
+    stop_string: str | None = None  # that ended the output
 
     def extend(self, delta: "Delta") -> None:
         self.text += delta.text
         self.token_ids += delta.token_ids
         self.scores += delta.scores
         self.finish_reason = delta.finish_reason
+        self.stop_string = delta.stop_string
         self.prompt_logprobs = self.prompt_logprobs or delta.prompt_logprobs
 
 
@@ -125,6 +127,7 @@ class Choice:
     def _finish(self, delta: Delta, reason: Literal["stop", "length"]) -> None:
         self.finished = True
         delta.finish_reason = reason
+        delta.stop_string = self._detokenizer.stop_string
 
 
 class EngineFailure(Exception):

@@ -29,7 +29,8 @@ class Formatter(Protocol):
     def has_event(self, delta: Delta) -> bool:
         """Return whether `delta` has anything to say yet."""
 
-    def event(self, delta: Delta) -> bytes: ...
+    def event(self, delta: Delta) -> bytes:
+        """Return the events of `delta`; none while its text does not decide how to go on."""
 
     def ending(self) -> bytes:
         """Return the events after the last output."""

@@ -76,6 +76,7 @@ class Generation:
                 plan.sampling.min_tokens,
                 include_stop=output.include_stop,
                 skip_special=output.skip_special_tokens,
+                shown=output.message_format.marks if output.message_format else (),
             )
             choice = Choice(
                 index,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from server.api.context import AppContext
 from server.api.errors import bad_request
 from server.api.inference.targets import Target
+from server.api.message_formats.parser import MessageFormat
 from server.api.middleware.auth import Key
 from server.api.requests import REST_OF_CONTEXT, GenerationRequest
 from server.api.text.tokenizer import Tokenizer, context_exceeded
@@ -35,6 +36,7 @@ class OutputOptions:
     prompt_logprobs: int | None = None
     continuous_usage: bool = False  # in every event of a stream
     echo: tuple[str | None, ...] | None = None  # the prompts as they were sent, None for token ids
+    message_format: MessageFormat | None = None  # of a chat's text, if it may be more than content
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,7 @@ def plan_generation(
     body: GenerationRequest,
     prompts: Sequence[list[int]],
     texts: Sequence[str | None] = (),
+    message_format: MessageFormat | None = None,
 ) -> GenerationPlan:
     """Plan the generation for `prompts`, which were sent as `texts`. Raises 400 for what the model or this server
     cannot do."""
@@ -89,11 +92,13 @@ def plan_generation(
         stream=bool(body.stream),
         include_usage=body.include_usage,
         request_salt=body.cache_salt or "",
-        output=_output_options(body, texts),
+        output=_output_options(body, texts, message_format),
     )
 
 
-def _output_options(body: GenerationRequest, texts: Sequence[str | None]) -> OutputOptions:
+def _output_options(
+    body: GenerationRequest, texts: Sequence[str | None], message_format: MessageFormat | None
+) -> OutputOptions:
     return OutputOptions(
         include_stop=bool(body.include_stop_str_in_output or body.no_stop_trim),
         skip_special_tokens=body.skip_special_tokens is not False,
@@ -102,6 +107,7 @@ def _output_options(body: GenerationRequest, texts: Sequence[str | None]) -> Out
         prompt_logprobs=body.prompt_logprobs,
         continuous_usage=body.continuous_usage,
         echo=tuple(texts) if body.echoes_prompt else None,
+        message_format=message_format,
     )
 
 

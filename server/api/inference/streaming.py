@@ -74,9 +74,9 @@ class EventStream(Response):
         return deltas
 
     async def _write_events(self, send: Send, deltas: list[Delta]) -> None:
-        events = [self._formatter.event(delta) for delta in deltas if self._formatter.has_event(delta)]
+        events = b"".join(self._formatter.event(delta) for delta in deltas if self._formatter.has_event(delta))
         if events:
-            await self._write(send, b"".join(events))
+            await self._write(send, events)
 
     async def _send_head(self, send: Send) -> None:
         self._started = True

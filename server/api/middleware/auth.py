@@ -36,6 +36,7 @@ _NEEDS: dict[str, Need] = {
     "/v1/models": "infer",
     "/v1/chat/completions": "infer",
     "/v1/completions": "infer",
+    "/v1/messages": "infer",
     "/tokenize": "infer",
     "/detokenize": "infer",
     "/tokenizer_info": "infer",
@@ -206,14 +207,20 @@ class AuthMiddleware:
         if not self._keys or need == "open":
             scope["state"]["key"] = ANYONE
             return
-        scheme, _, secret = Headers(scope=scope).get("authorization", "").partition(" ")
-        key = self._keys.find(secret.strip()) if scheme.lower() == "bearer" else None
+        secret = _secret(Headers(scope=scope))
+        key = None if secret is None else self._keys.find(secret)
         if key is None or key.is_expired:
             raise _no_valid_key("This API key has expired" if key else "A valid API key is required")
         scope["state"]["key"] = key  # also if it is refused: the audit log has its name
         if not key.allows(need):
             lacking = "admin, for all adapters" if need == "operate" else need
             raise ApiError(403, f"This API key lacks the scope for this route ({lacking}).", code="insufficient_scope")
+
+
+def _secret(headers: Headers) -> str | None:
+    """Return the secret that a request shows, as OpenAI's clients do or as Anthropic's do."""
+    scheme, _, secret = headers.get("authorization", "").partition(" ")
+    return secret.strip() if scheme.lower() == "bearer" else headers.get("x-api-key")
 
 
 def _no_valid_key(why: str) -> ApiError:

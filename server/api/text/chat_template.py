@@ -27,7 +27,8 @@ Render = Callable[[str, dict[str, Any]], Awaitable[str]]  # template and variabl
 class Conversation:
     """The variables of one rendering. With `continue_final`, the text ends within the last message."""
 
-    messages: list[dict[str, str]]
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None = None  # JSON schemas of functions
     generation_prompt: bool = True
     continue_final: bool = False
     variables: Mapping[str, Any] = field(default_factory=dict)  # the request's own
@@ -48,7 +49,7 @@ class ChatTemplate:
             **conversation.variables,
             **special_tokens,
             "messages": _marked(messages) if continue_final else messages,
-            "tools": None,
+            "tools": conversation.tools,
             "documents": None,
             "add_generation_prompt": conversation.generation_prompt and not continue_final,
         }
@@ -96,6 +97,6 @@ async def _render_here(template: str, variables: dict[str, Any]) -> str:
     return response["text"]
 
 
-def _marked(messages: list[dict[str, str]]) -> list[dict[str, str]]:
+def _marked(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     *others, last = messages
     return [*others, {**last, "content": last["content"] + _MARK}]

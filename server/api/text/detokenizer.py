@@ -26,9 +26,13 @@ class Detokenizer:
         *,
         include_stop: bool = False,
         skip_special: bool = True,
+        shown: Sequence[str] = (),
     ):
+        """`shown` are tokens that stay in the text, even if they are special."""
         self._tokenizer = tokenizer
-        self._hides = skip_special and any(text in each for each in stop for text in tokenizer.special_texts)
+        self._hidden_ids = tokenizer.special_ids - {tokenizer.backend.token_to_id(token) for token in shown}
+        is_read = any(text in each for each in stop for text in tokenizer.special_texts)
+        self._hides = skip_special and (is_read or self._hidden_ids != tokenizer.special_ids)
         self._skips = skip_special and not self._hides
         self._stream = DecodeStream(ids=_priming(tokenizer, prompt), skip_special_tokens=self._skips)
         self._undecoded: list[int] = []
@@ -40,19 +44,21 @@ class Detokenizer:
         self._hidden: list[tuple[int, int]] = []  # parts of the held text that are special tokens to leave out
         self.decoded_chars = 0  # of all tokens so far, whether released or not
         self.stopped = False
+        self.stop_string: str | None = None  # that was found
 
     def feed(self, token_id: int) -> str:
         """Return the text that this token releases; may be empty."""
-        if not self._stop:  # then no text is held back
+        if not self._stop and not self._hides:  # then no text is held back
             return self._decode(token_id)
         self._num_tokens += 1
         self._hold(token_id)
         if self._num_tokens < self._min_tokens:
             return self._release(len(self._held))
-        found = [(at, len(stop)) for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        found = [(at, len(stop), stop) for stop in self._stop if (at := self._held.find(stop)) >= 0]
         if found:
+            at, length, self.stop_string = min(found)
             self.stopped = True
-            return self._end_at(*min(found))
+            return self._end_at(at, length)
         return self._release(len(self._held) - self._stop_prefix_length())
 
     def flush(self) -> str:
@@ -79,7 +85,7 @@ class Detokenizer:
     def _hold(self, token_id: int) -> None:
         text = self._decode(token_id)
         self._held += text
-        if self._hides and token_id in self._tokenizer.special_ids:
+        if self._hides and token_id in self._hidden_ids:
             length = len(self._tokenizer.token_bytes(token_id).decode())
             self._hidden.append((len(self._held) - length, len(self._held)))
             self.decoded_chars -= length
@@ -98,7 +104,7 @@ class Detokenizer:
 
     def _stop_prefix_length(self) -> int:
         """Return the length of the longest suffix of the held text that begins a stop string."""
-        longest = min(len(self._held), max(map(len, self._stop)) - 1)
+        longest = min(len(self._held), max(map(len, self._stop), default=1) - 1)
         for length in range(longest, 0, -1):
             if any(stop.startswith(self._held[-length:]) for stop in self._stop):
                 return length

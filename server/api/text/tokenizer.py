@@ -58,6 +58,12 @@ class Tokenizer:
         """Render a conversation with the chat template and return its token ids."""
         if self.template is None:
             raise bad_request("This model has no chat template; use /v1/completions.", "model", "unsupported")
+        if conversation.tools and "tools" not in self.template.source:
+            raise bad_request(
+                "The chat template of this model has no place for tools; use a model or an adapter whose template has.",
+                "tools",
+                "unsupported",
+            )
         _check_length(sum(len(message["content"]) for message in conversation.messages), max_tokens, "messages")
         text = await self.template.render(conversation, self.special_tokens)
         return await self.encode(text, max_tokens, add_special_tokens=add_special_tokens, param="messages")

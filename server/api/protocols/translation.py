@@ -1,0 +1,52 @@
+"""The translation of other APIs' requests to chats."""
+
+from typing import Any, ClassVar
+
+from fastapi import Request
+from fastapi.responses import Response
+from pydantic import ValidationError
+
+from server.api.context import AppContext
+from server.api.errors import validation_error
+from server.api.fields import HARMLESS, REFUSED, SELECTORS
+from server.api.inference.chat import plan_chat
+from server.api.inference.responses import respond
+from server.api.middleware.auth import Key
+from server.api.protocols.blocks import BlockFormatter
+from server.api.requests import ChatCompletionRequest, OpenWire
+
+# Fields of a chat that another API's request may have as well. Those that add to the response are not among them.
+EXTENSIONS = (
+    *("adapters", "adapter_scale", *SELECTORS, "user", "priority", "timeout", "cache_salt"),
+    *("top_k", "min_p", "seed", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias"),
+    *("min_tokens", "ignore_eos", "stop_token_ids", "skip_special_tokens"),
+    *("chat_template_kwargs", "reasoning_effort", "separate_reasoning", "include_reasoning"),
+)
+
+
+class TranslatedRequest(OpenWire):
+    """Base of requests of other APIs. The fields of chats in `EXTENSIONS` are applied; `fields.py` has the refused."""
+
+    refused = REFUSED
+    harmless: ClassVar[dict[str, str]] = HARMLESS | dict.fromkeys(EXTENSIONS, "")
+
+    @property
+    def extensions(self) -> dict[str, Any]:
+        return {name: value for name, value in (self.model_extra or {}).items() if name in EXTENSIONS}
+
+    def as_chat(self) -> dict[str, Any]:
+        """Return the fields of the chat that this request means, without `extensions`."""
+        raise NotImplementedError
+
+
+async def respond_as(
+    formatter: type[BlockFormatter], request: Request, body: TranslatedRequest, context: AppContext, key: Key
+) -> Response:
+    """Generate the chat that `body` means and return it in the format of `formatter`."""
+    given = {name: value for name, value in {**body.extensions, **body.as_chat()}.items() if value is not None}
+    try:
+        chat = ChatCompletionRequest.model_validate(given)
+    except ValidationError as error:
+        raise validation_error(error.errors()) from None
+    plan = await plan_chat(request, context, key, chat, sent=body)
+    return await respond(context, request, plan, lambda generation: formatter(generation, body))
