@@ -16,19 +16,31 @@ from server.api import health, models
 from server.api.adapters import aliases, merge, routes, vllm_compat
 from server.api.fields import (
     APPLIED,
+    APPLIED_IN_EMBEDDINGS,
     HARMLESS,
     HARMLESS_IN_MESSAGES,
+    HARMLESS_IN_RESPONSES,
     HARMLESS_IN_STREAM_OPTIONS,
     HARMLESS_IN_STRUCTURED_OUTPUTS,
     REFUSED,
+    REFUSED_IN_EMBEDDINGS,
     REFUSED_IN_MESSAGES,
+    REFUSED_IN_RESPONSES,
     REFUSED_IN_STRUCTURED_OUTPUTS,
     Refusal,
 )
-from server.api.inference import chat, completions, tokenization
+from server.api.inference import chat, completions, embeddings, scoring, tokenization
 from server.api.middleware.auth import need_of
-from server.api.protocols import anthropic
-from server.api.requests import ChatCompletionRequest, CompletionRequest, GenerationRequest
+from server.api.protocols import anthropic, openai_responses
+from server.api.requests import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    EmbeddingRequest,
+    GenerationRequest,
+    PooledRequest,
+    RerankRequest,
+    ScoreRequest,
+)
 from server.config import ServeConfig
 from server.metrics import METRICS
 
@@ -100,7 +112,21 @@ def flags() -> str:
 
 def endpoints() -> str:
     app = FastAPI()
-    for module in (chat, completions, tokenization, anthropic, models, routes, aliases, merge, vllm_compat, health):
+    for module in (
+        chat,
+        completions,
+        embeddings,
+        scoring,
+        tokenization,
+        anthropic,
+        openai_responses,
+        models,
+        routes,
+        aliases,
+        merge,
+        vllm_compat,
+        health,
+    ):
         app.include_router(module.router)
     rows = []
     for path, operations in app.openapi()["paths"].items():
@@ -133,6 +159,28 @@ def refused_fields() -> str:
         for prefix, refused in parts.items()
         for name, refusal in refused.items()
     ]
+    in_responses = REFUSED_IN_RESPONSES.items()
+    rows += [(f"`{name}` (/v1/responses)", refusal.what, _neutral(refusal)) for name, refusal in in_responses]
+    return table(("field", "what it is", "accepted values"), rows)
+
+
+def embedding_fields() -> str:
+    schemas: dict[str, type[PooledRequest]]
+    schemas = {"embeddings": EmbeddingRequest, "score": ScoreRequest, "rerank": RerankRequest}
+    names = {name: None for schema in schemas.values() for name in schema.model_fields}
+    rows = [
+        (
+            f"`{name}`",
+            ", ".join(route for route, schema in schemas.items() if name in schema.model_fields),
+            {**APPLIED, **APPLIED_IN_EMBEDDINGS}[name],
+        )
+        for name in names
+    ]
+    return table(("field", "applied on", "what it does"), rows)
+
+
+def refused_in_embeddings() -> str:
+    rows = [(f"`{name}`", refusal.what, _neutral(refusal)) for name, refusal in REFUSED_IN_EMBEDDINGS.items()]
     return table(("field", "what it is", "accepted values"), rows)
 
 
@@ -148,6 +196,7 @@ def harmless_fields() -> str:
         "stream_options.": HARMLESS_IN_STREAM_OPTIONS,
     }
     rows = [(f"`{prefix}{name}`", what) for prefix, harmless in parts.items() for name, what in harmless.items()]
+    rows += [(f"`{name}` (/v1/responses)", what) for name, what in HARMLESS_IN_RESPONSES.items()]
     return table(("field", "what it is"), rows)
 
 
@@ -203,7 +252,13 @@ def _argument(call: ast.Call, place: int, default: str) -> ast.expr:
 PAGES: dict[Path, Mapping[str, Callable[[], str]]] = {
     REFERENCE / "flags.md": {"flags": flags},
     REFERENCE / "routes.md": {"endpoints": endpoints},
-    REFERENCE / "fields.md": {"applied": fields, "refused": refused_fields, "harmless": harmless_fields},
+    REFERENCE / "fields.md": {
+        "applied": fields,
+        "refused": refused_fields,
+        "harmless": harmless_fields,
+        "embeddings": embedding_fields,
+        "refused-in-embeddings": refused_in_embeddings,
+    },
     REFERENCE / "metrics.md": {"metrics": metrics},
     REFERENCE / "errors.md": {"api-errors": api_errors, "adapter-errors": adapter_errors, "problems": problems},
 }

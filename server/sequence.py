@@ -3,10 +3,11 @@
 import math
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum, auto
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 
+Pooling = Literal["last", "mean"]  # of a prompt's hidden states: that of its last token, or the mean of all
 NO_BLOCK = -1  # in a block table: the block was released, because no later token sees it
 
 
@@ -43,6 +44,7 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     ignore_eos: bool = False
     logprobs: int | None = None  # None: off; n: of the sampled token and the n most probable ones
     prompt_logprobs: int | None = None  # the same for the tokens of the prompt, of which the first has none
+    pooling: Pooling | None = None  # of the prompt's final hidden states, which the last output then has
     constraint: Constraint | None = None
 
 
@@ -116,6 +118,8 @@ class Sequence:
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache at first admission
     admitted: float | None = None  # time of its first step
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)  # of the second token and later ones
+    pooled: Any = None  # float32 `[hidden]`: the sum of the hidden states of the pooled tokens before `pooled_to`
+    pooled_to: int = 0
 
     # Written by the scheduler.
     number: int = 0  # in order of arrival

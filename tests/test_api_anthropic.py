@@ -166,7 +166,7 @@ async def test_errors_have_anthropic_s_shape(api: Api, tmp_path: Path) -> None:
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools"),
         ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "content"),
         ({"temperature": 9}, "temperature"),
-        ({"guided_json": {}}, "guided_json"),
+        ({"best_of": 2}, "best_of"),
         ({"chat_template_kwargs": 5, "thinking": {"type": "enabled"}}, "chat_template_kwargs"),
     ):
         assert name in anthropic_error(await send(api, **fields), 400, "invalid_request_error")

@@ -39,7 +39,9 @@ OBSERVE = {"/metrics", "/v1/stats", "/openapi.json"}
 INFER = {
     "/v1/chat/completions",
     "/v1/completions",
+    *("/v1/embeddings", "/score", "/v1/score", "/rerank", "/v1/rerank"),
     "/v1/messages",
+    "/v1/responses",
     "/v1/models",
     "/v1/models/{model:path}",
     "/tokenize",

@@ -126,6 +126,7 @@ LONG = [SequenceRows(0, 1, 20, [0, 1]), SequenceRows(1, 2, 160, list(range(10)))
     [
         (decode(2, sequences=PREFILL), NO_SEGMENTS, NO_SEGMENTS, "prefill"),
         (decode(2, virtual=VirtualRows([(VirtualSpan(0, 4, 5), 1)])), NO_SEGMENTS, NO_SEGMENTS, "virtual tokens"),
+        (decode(2, pooled_rows=[(0, 1)]), NO_SEGMENTS, NO_SEGMENTS, "embeddings"),
         (decode(2, sample_rows=torch.tensor([1])), NO_SEGMENTS, NO_SEGMENTS, "rows without a sample"),
         (decode(2), adapters(0, 1), adapters(0), "rows without a sample"),
         (decode(5), NO_SEGMENTS, NO_SEGMENTS, "size"),

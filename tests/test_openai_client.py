@@ -100,9 +100,23 @@ def test_a_stream_that_the_client_closes_is_aborted(server: LiveServer, client: 
     assert len(server.engine.aborted) == 2
 
 
+def test_embeddings(client: openai.OpenAI) -> None:
+    """The client asks for base64 unless it is told otherwise."""
+    packed = client.embeddings.create(model=BASE, input=["a", "bc"])
+    plain = client.embeddings.create(model=BASE, input=["a", "bc"], encoding_format="float")
+    assert [item.embedding for item in packed.data] == [item.embedding for item in plain.data]
+    assert sum(value * value for value in packed.data[1].embedding) == pytest.approx(1)
+    short = client.embeddings.create(model=BASE, input=[5, 6], dimensions=3, extra_body={"pooling": "mean"}, user="me")
+    assert len(short.data[0].embedding) == 3 and short.usage.prompt_tokens == 2
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.embeddings.create(model=BASE, input="a", dimensions=99)
+    assert refused.value.param == "dimensions"
+
+
 TOOLS: list[Any] = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
 HERMES = (
-    "{% for tool in tools %}<tool_call>{% endfor %}{% for m in messages %}{{ m.content }}{{ m.tool_calls }}{% endfor %}"
+    "{% for tool in tools or [] %}<tool_call>{% endfor %}"
+    "{% for m in messages %}{{ m.content }}{{ m.tool_calls }}{% endfor %}"
 )
 
 
@@ -124,3 +138,30 @@ def test_tools(tmp_path: Path) -> None:
         history = [*HI, message.to_dict(), {"role": "tool", "tool_call_id": call.id, "content": "sunny"}]
         again = client.chat.completions.create(model=BASE, messages=history, tools=TOOLS)  # type: ignore[arg-type]
         assert again.choices[0].message.tool_calls
+
+
+def test_responses(tmp_path: Path) -> None:
+    template = HERMES.replace("<tool_call>", "</think>") + "{# <tool_call> #}"
+    output = """<think>Hm.</think>So <tool_call>{"name": "weather", "arguments": {"city": "Paris"}}</tool_call>"""
+    tools: list[Any] = [{"type": "function", "name": "weather", "parameters": {"type": "object"}, "strict": True}]
+    with listening(tmp_path, tokenizer=byte_tokenizer(template)) as live, connected(live) as client:
+        plain = client.responses.create(model=BASE, input="hi", store=True)
+        assert plain.output_text == "Hello world" and plain.status == "completed" and plain.store is False
+        assert plain.usage is not None and plain.usage.output_tokens == 12
+        live.engine.script = lambda _: ids(live.context.tokenizer, output) + live.engine.info.eos_token_ids
+        whole = client.responses.create(model=BASE, input="hi", tools=tools)
+        with client.responses.stream(model=BASE, input="hi", tools=tools) as stream:
+            kinds = {event.type for event in stream}
+            final = stream.get_final_response()
+        assert {"response.output_text.delta", "response.function_call_arguments.delta", "response.completed"} <= kinds
+        for found in (whole, final):
+            assert [item.type for item in found.output] == ["reasoning", "message", "function_call"]
+            assert found.output_text == "So"
+        call = whole.output[-1]
+        assert call.type == "function_call" and (call.name, call.arguments) == ("weather", '{"city": "Paris"}')
+        result = {"type": "function_call_output", "call_id": call.call_id, "output": "sunny"}
+        history: list[Any] = [{"role": "user", "content": "hi"}, *(item.to_dict() for item in whole.output), result]
+        assert client.responses.create(model=BASE, input=history, tools=tools).output
+        with pytest.raises(openai.BadRequestError) as refused:
+            client.responses.create(model=BASE, input="hi", previous_response_id=whole.id)
+        assert refused.value.param == "previous_response_id" and "input" in refused.value.message

@@ -10,12 +10,15 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
+import openai
 import psutil
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
 from adapters.records import PendingAdapter
@@ -57,6 +60,39 @@ def test_the_process_of_the_api_has_no_torch_and_is_small(server: RunningServer)
     assert "libtorch" not in Path(f"/proc/{server.process.pid}/maps").read_text()
     assert "libtorch" in Path(f"/proc/{server.engine_pid()}/maps").read_text()
     assert psutil.Process(server.process.pid).memory_info().rss < 200 << 20
+
+
+def test_embeddings_beside_generations_are_those_of_peft(tiny: Path, server: RunningServer) -> None:
+    """By the official client, whose default is base64, of the base and of two adapters at once."""
+    prompt = [5 + (7 * i) % 200 for i in range(300)]
+    names = ["tiny-base", "embeds-1", "embeds-2"]
+    with server.client() as client, ThreadPoolExecutor(16) as threads:
+        for index in (1, 2):
+            server.upload(client, f"embeds-{index}", tiny / f"version-{index}").raise_for_status()
+        options = {"max_retries": 0, "timeout": HANG_SECONDS}
+        official = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", **options)  # type: ignore[arg-type]
+        running = [
+            threads.submit(server.complete, client, name, "busy", max_tokens=64, ignore_eos=True) for name in names
+        ]
+        asked = {
+            (name, pooling): threads.submit(
+                official.embeddings.create, model=name, input=[prompt, prompt[:9]], extra_body={"pooling": pooling}
+            )
+            for name in names
+            for pooling in ("last", "mean")
+        }
+        found = {key: [item.embedding for item in each.result().data] for key, each in asked.items()}
+        assert all(each.result()["usage"]["completion_tokens"] == 64 for each in running)
+    for index, name in enumerate(names):
+        model: Any = AutoModelForCausalLM.from_pretrained(tiny / "model")
+        if index:
+            model = with_peft(model, tiny / f"version-{index}")
+        for place, tokens in enumerate((prompt, prompt[:9])):
+            with torch.inference_mode():
+                hidden = model(input_ids=torch.tensor([tokens]), output_hidden_states=True).hidden_states[-1][0]
+            for pooling, vector in (("last", hidden[-1]), ("mean", hidden.mean(0))):
+                expected = (vector / vector.norm()).tolist()
+                assert found[name, pooling][place] == pytest.approx(expected, abs=1e-5), (name, pooling)
 
 
 def answer_of(server: RunningServer, client: httpx.Client, model: str, prompt: str = "hello") -> str:

@@ -12,14 +12,14 @@ from server.api import health, models
 from server.api.adapters import aliases, merge, routes, vllm_compat
 from server.api.context import AppContext
 from server.api.errors import install_error_handlers
-from server.api.inference import chat, completions, tokenization
+from server.api.inference import chat, completions, embeddings, scoring, tokenization
 from server.api.middleware.audit import AuditMiddleware
 from server.api.middleware.auth import AuthMiddleware
 from server.api.middleware.body_limits import BodyLimitsMiddleware
 from server.api.middleware.browser_guard import BrowserGuard
 from server.api.middleware.refused_requests import RefusedRequestsMiddleware
 from server.api.middleware.request_scope import IGNORED_HEADER, RequestMiddleware
-from server.api.protocols import anthropic
+from server.api.protocols import anthropic, openai_responses
 from server.api.schemas import ChatCompletionChunk, CompletionChunk
 
 
@@ -27,7 +27,21 @@ def create_app(context: AppContext) -> FastAPI:
     """Create the HTTP application over the parts in `context`. The caller starts and stops the engine."""
     app = FastAPI(title="Loraplex", version=server.__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.context = context
-    for module in (health, models, chat, completions, tokenization, anthropic, routes, aliases, merge, vllm_compat):
+    for module in (
+        health,
+        models,
+        chat,
+        completions,
+        embeddings,
+        scoring,
+        tokenization,
+        anthropic,
+        openai_responses,
+        routes,
+        aliases,
+        merge,
+        vllm_compat,
+    ):
         app.include_router(module.router)
     install_error_handlers(app)
     # The middleware added last runs first: request id, audit log, host and origin, CORS, authorization, rate, body.
@@ -65,7 +79,12 @@ def _document(app: FastAPI) -> dict[str, Any]:
     if app.openapi_schema is None:
         document = get_openapi(title=app.title, version=app.version, routes=app.routes)
         schemas = document["components"]["schemas"]
-        chunks_of_routes = (ChatCompletionChunk, CompletionChunk, anthropic.MessageEvent)
+        chunks_of_routes = (
+            ChatCompletionChunk,
+            CompletionChunk,
+            anthropic.MessageEvent,
+            openai_responses.ResponseEvent,
+        )
         chunk_models: Any = [(model, "serialization") for model in chunks_of_routes]
         _, chunks = models_json_schema(chunk_models, ref_template="#/components/schemas/{model}")
         schemas.update(chunks["$defs"])

@@ -182,6 +182,57 @@ HARMLESS: dict[str, str] = {
     "data_parallel_rank": "SGLang: which of its workers computes",
 }
 
+# The same for OpenAI's Responses API, besides those above.
+_SEND_ALL = "; this server stores no responses, so send the whole conversation in 'input'"
+REFUSED_IN_RESPONSES: dict[str, Refusal] = {
+    "previous_response_id": Refusal("an earlier response that is continued", (), _SEND_ALL),
+    "conversation": Refusal("a stored conversation", (), _SEND_ALL),
+    "prompt": Refusal("a stored prompt", (), "; use 'instructions' and 'input'"),
+    "background": Refusal("whether the response is fetched later", (False,)),
+    "include": Refusal("more of the output", ([], ["reasoning.encrypted_content"])),
+    "top_logprobs": Refusal("log-probabilities of the output", (0,), "; use /v1/chat/completions"),
+    "truncation": Refusal("whether the conversation is cut to the context", ("disabled",)),
+    "context_management": Refusal("how the conversation is shortened", ([],)),
+    "moderation": Refusal("whether texts are checked"),
+}
+HARMLESS_IN_RESPONSES: dict[str, str] = {
+    "max_tool_calls": "OpenAI: applies to tools that its server runs",
+    "stream_options": "OpenAI: padding of events",
+}
+
+# The same for embeddings, scores and reranking; fields that are in `APPLIED` as well mean the same.
+APPLIED_IN_EMBEDDINGS: dict[str, str] = {
+    "input": "A text, token ids, or a list of either",
+    "pooling": "`last` (default) takes the hidden state of the last token, `mean` that of all tokens",
+    "encoding_format": "`float` (default), or `base64` of float32 numbers",
+    "dimensions": "Keeps so many numbers, at length 1 again",
+    "text_1": "vLLM: a text, or as many as `text_2` has",
+    "text_2": "vLLM: a text or several",
+    "query": "The text that documents are compared with",
+    "documents": "The texts to order",
+    "top_n": "Number of results; `0` (default) returns all",
+    "return_documents": "`false` leaves the texts out of the results",
+}
+REFUSED_IN_EMBEDDINGS: dict[str, Refusal] = {
+    **{name: REFUSED[name] for name in ("adapter_source", "lora", "lora_request", "merged_adapters")},
+    "messages": Refusal("vLLM: a conversation", (), "; render it with /tokenize and send the token ids"),
+    "truncate_prompt_tokens": Refusal("vLLM: cuts the prompt"),
+    "truncation_side": Refusal("vLLM: where the prompt is cut"),
+    "max_tokens_per_doc": Refusal("Cohere: cuts the documents"),
+    "normalize": Refusal("vLLM: embeddings of length 1", (True,)),
+    "use_activation": Refusal("vLLM: embeddings of length 1", (True,)),
+    "activation": Refusal("vLLM: embeddings of length 1", (True,)),
+    "softmax": Refusal("vLLM: a softmax over embeddings", (False,)),
+    "embed_dtype": Refusal("vLLM: the number format of base64", ("float32",)),
+    "endianness": Refusal("vLLM: the byte order of base64", ("native", "little")),
+    "input_type": Refusal("Cohere: what the text is used for"),
+    "instruction": Refusal("vLLM: an instruction for the template"),
+    "mm_processor_kwargs": REFUSED["mm_processor_kwargs"],
+}
+HARMLESS_IN_EMBEDDINGS: dict[str, str] = {
+    name: HARMLESS[name] for name in ("metadata", "safety_identifier", "api_token", "request_id", "rid")
+}
+
 # The same for a message of a chat, for `structured_outputs` and for `stream_options`.
 REFUSED_IN_MESSAGES: dict[str, Refusal] = {
     "function_call": Refusal("`tool_calls`, as it was called", (), "; use 'tool_calls'"),

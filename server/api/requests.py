@@ -9,10 +9,12 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from server.api.fields import (
     HARMLESS,
+    HARMLESS_IN_EMBEDDINGS,
     HARMLESS_IN_MESSAGES,
     HARMLESS_IN_STREAM_OPTIONS,
     HARMLESS_IN_STRUCTURED_OUTPUTS,
     REFUSED,
+    REFUSED_IN_EMBEDDINGS,
     REFUSED_IN_MESSAGES,
     REFUSED_IN_STRUCTURED_OUTPUTS,
     SELECTORS,
@@ -23,6 +25,7 @@ from server.api.schemas import Wire
 MAX_TEXT = 4 << 20
 INT64 = 1 << 63
 MAX_CHOICES = 128  # of one request: prompts times n
+MAX_INPUTS = 2048  # of one request for embeddings: OpenAI's
 
 Text = Annotated[str, Field(max_length=MAX_TEXT)]
 ModelName = Annotated[str, Field(min_length=1, max_length=256 + len("@sha256:") + 64)]  # a name, or name@version
@@ -143,14 +146,12 @@ class AdapterPart(OpenWire):
         return 1.0 if self.scale is None else self.scale
 
 
-class GenerationRequest(OpenWire):
-    """Fields common to chat completions and completions. Null is the same as leaving a field out."""
+class InferenceRequest(OpenWire):
+    """Fields common to all requests that the model computes: its adapters, and its place among other requests. Null is
+    the same as leaving a field out."""
 
-    refused = REFUSED
-    harmless = HARMLESS
     id_prefix: ClassVar[str] = "gen"  # of the response's id
     prompt_field: ClassVar[str] = "prompt"  # that errors of the prompt name
-    default_max_tokens: ClassVar[int] = REST_OF_CONTEXT  # if the request names no number
 
     model: ModelName
     adapters: Annotated[list[AdapterPart], Field(max_length=8, fail_fast=True)] | None = (
@@ -162,6 +163,25 @@ class GenerationRequest(OpenWire):
     adapter_name: ModelName | None = None
     lora_name: ModelName | None = None
     lora_id: ModelName | None = None
+    user: str | None = Field(None, max_length=1024)
+    add_special_tokens: bool | None = None  # default: true for a prompt, false for a chat
+    cache_salt: str | None = Field(None, min_length=1, max_length=1024)
+    priority: int | None = Field(None, ge=-(1 << 31), lt=1 << 31)  # within the tenant; lower is more urgent
+    timeout: Annotated[float, Field(gt=0, le=MAX_TIMEOUT_SECONDS)] | None = None  # seconds from the request's arrival
+
+    @property
+    def selectors(self) -> dict[str, str]:
+        """The adapter names in fields of other servers, by field."""
+        return {field: name for field in SELECTORS if (name := getattr(self, field)) is not None}
+
+
+class GenerationRequest(InferenceRequest):
+    """Fields common to chat completions and completions."""
+
+    refused = REFUSED
+    harmless = HARMLESS
+    default_max_tokens: ClassVar[int] = REST_OF_CONTEXT  # if the request names no number
+
     max_tokens: TokenCount | None = None
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
@@ -173,7 +193,6 @@ class GenerationRequest(OpenWire):
     seed: int | None = Field(None, ge=-INT64, lt=INT64)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: str | None = Field(None, max_length=1024)
     top_k: int | None = Field(None, ge=-1, lt=1 << 31)
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, ge=0.01, le=10)
@@ -183,12 +202,9 @@ class GenerationRequest(OpenWire):
     include_stop_str_in_output: bool | None = None
     no_stop_trim: bool | None = None  # SGLang's name of the field above
     skip_special_tokens: bool | None = None  # default: true
-    add_special_tokens: bool | None = None  # default: true for a prompt, false for a chat
     prompt_logprobs: NumTop | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
-    cache_salt: str | None = Field(None, min_length=1, max_length=1024)
-    priority: int | None = Field(None, ge=-(1 << 31), lt=1 << 31)  # within the tenant; lower is more urgent
     response_format: ResponseFormat | None = None  # this and the next ones: at most one constraint
     structured_outputs: StructuredOutputs | None = None
     guided_json: Schema | None = None
@@ -198,7 +214,6 @@ class GenerationRequest(OpenWire):
     json_schema: Schema | None = None
     regex: Grammar | None = None
     ebnf: Grammar | None = None
-    timeout: Annotated[float, Field(gt=0, le=MAX_TIMEOUT_SECONDS)] | None = None  # seconds from the request's arrival
 
     @model_validator(mode="after")
     def _fits_streaming(self) -> "GenerationRequest":
@@ -207,11 +222,6 @@ class GenerationRequest(OpenWire):
         if self.prompt_logprobs is not None and self.stream:
             raise PydanticCustomError("value_error", "prompt_logprobs needs stream to be false")
         return self
-
-    @property
-    def selectors(self) -> dict[str, str]:
-        """The adapter names in fields of other servers, by field."""
-        return {field: name for field in SELECTORS if (name := getattr(self, field)) is not None}
 
     @property
     def include_usage(self) -> bool:
@@ -403,3 +413,44 @@ class CompletionRequest(GenerationRequest):
     @property
     def echoes_prompt(self) -> bool:
         return bool(self.echo)
+
+
+class PooledRequest(InferenceRequest):
+    """Fields common to the routes that return embeddings, or compare them."""
+
+    refused = REFUSED_IN_EMBEDDINGS
+    harmless = HARMLESS_IN_EMBEDDINGS
+
+    pooling: Literal["last", "mean"] | None = None  # default: last
+
+
+Texts = Annotated[list[Text], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)]
+
+
+class EmbeddingRequest(PooledRequest):
+    id_prefix = "embd"
+    prompt_field = "input"
+
+    input: (
+        Text | TokenIds | Texts | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)]
+    )
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: int | None = Field(None, ge=1, lt=1 << 31)
+
+
+class ScoreRequest(PooledRequest):
+    id_prefix = "score"
+    prompt_field = "text_2"
+
+    text_1: Text | Texts
+    text_2: Text | Texts
+
+
+class RerankRequest(PooledRequest):
+    id_prefix = "rerank"
+    prompt_field = "documents"
+
+    query: Text
+    documents: Texts
+    top_n: int | None = Field(None, ge=0, lt=1 << 31)  # 0, and the default: all
+    return_documents: bool | None = None  # default: true

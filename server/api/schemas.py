@@ -166,6 +166,51 @@ class CompletionChunk(ResponseHead):
     usage: UsageBody | None = None
 
 
+class EmbeddingUsage(Wire):
+    prompt_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class EmbeddingItem(Wire):
+    index: int
+    object: Literal["embedding"] = "embedding"
+    embedding: list[float] | str  # in base64: float32, little-endian
+
+
+class EmbeddingList(ResponseHead):
+    object: Literal["list"] = "list"
+    data: list[EmbeddingItem]
+    usage: EmbeddingUsage
+
+
+class ScoreItem(Wire):
+    index: int
+    object: Literal["score"] = "score"
+    score: float
+
+
+class ScoreList(ResponseHead):
+    object: Literal["list"] = "list"
+    data: list[ScoreItem]
+    usage: EmbeddingUsage
+
+
+class RankedText(Wire):
+    text: str
+
+
+class RankedDocument(Wire):
+    index: int
+    document: RankedText | None = requested()
+    relevance_score: float
+
+
+class Ranking(ResponseHead):
+    results: list[RankedDocument]
+    usage: EmbeddingUsage
+
+
 class ModelPermission(Wire):
     """The permissions that vLLM lists with every model."""
 

@@ -39,6 +39,7 @@ from server.ipc.messages import (
     Unmerge,
 )
 from server.model.batch import ForwardBatch, LateTokens, build_batch
+from server.model.pooling import has_finite_pool, start_collecting
 from server.model.runner import ModelRunner
 from server.model.sampling.prompt_logprobs import is_finite, start_scoring_prompts
 from server.model.sampling.sampler import Sample, Started, start_sampling
@@ -273,11 +274,12 @@ class Engine:
             logits = self._runner.run(forward)
         vocab_sizes = [self._runner.vocab_size(seq.slots) for seq in sampled]
         logits, after_prompts = start_scoring_prompts(logits, batch.sequences, self._runner.vocab_size)
+        after_pooled = start_collecting(forward.pooled, batch.sequences)
 
         def start() -> Started:
             allowed = self._constraints.masks(sampled)
             started = start_sampling(logits, sampled, self._eos_token_ids, self._token_counts, vocab_sizes, allowed)
-            return Started(started.tokens, after_prompts(started.collect))
+            return Started(started.tokens, after_pooled(after_prompts(started.collect)))
 
         return InFlightStep(batch, start)
 
@@ -321,7 +323,7 @@ class Engine:
 
     def _take(self, scheduled: ScheduledSequence, sampled: Sample) -> None:
         seq, end = scheduled.seq, scheduled.end
-        if sampled.token_id < 0 or not is_finite(seq.prompt_logprobs):
+        if sampled.token_id < 0 or not is_finite(seq.prompt_logprobs) or not has_finite_pool(seq):
             self._abandon(seq, "the model produced numbers that are not finite")
             return
         if seq.num_computed_tokens >= end:  # not if it was preempted meanwhile: those blocks are no longer its own

@@ -1,5 +1,5 @@
-"""Sequences that want log-probabilities of their prompts: what they may take from the prefix cache, and how many tokens
-of them a step computes. Does not use torch."""
+"""Sequences that want log-probabilities of their prompts, or the mean of their hidden states: what they may take from
+the prefix cache, and how many tokens of them a step computes. Does not use torch."""
 
 from collections.abc import Iterable
 
@@ -10,7 +10,10 @@ LEAST_ROWS, ROWS_PER_SEQUENCE = 64, 4  # of logits for prompts in a step, the se
 
 def max_cached_tokens(seq: Sequence) -> int:
     """Return how many tokens may come from the prefix cache: the logits of the last token are needed, and those of
-    every token whose successor's log-probability is wanted and not yet known."""
+    every token whose successor's log-probability is wanted and not yet known. A mean takes every token's hidden state,
+    which the cache does not have."""
+    if seq.sampling.pooling == "mean":
+        return seq.num_virtual_tokens
     known = enumerate(seq.prompt_logprobs, start=seq.num_virtual_tokens)
     return next((at for at, found in known if found is None), seq.num_tokens - 1)
 

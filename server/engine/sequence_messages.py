@@ -6,6 +6,7 @@ import time
 from server.engine.pipeline import PLACEHOLDER
 from server.engine.prompt_scores import of_first_output
 from server.ipc.messages import SequenceOutput, Submit
+from server.model.pooling import embedding_of
 from server.model.sampling.sampler import Sample
 from server.sequence import FinishReason, Sequence
 
@@ -40,4 +41,5 @@ def output_of(
         (seq.admitted or time.monotonic()) - seq.arrival,
         error,
         of_first_output(seq),
+        embedding_of(seq) if reason is FinishReason.LENGTH else None,
     )

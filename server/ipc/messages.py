@@ -108,6 +108,7 @@ class SequenceOutput(msgspec.Struct, frozen=True, array_like=True):
     queue_seconds: float = 0.0
     error: str | None = None  # message for the client, with reasons "error", "refused" and "timeout"
     prompt_logprobs: list[TokenLogprobs] | None = None  # with the first output: of all prompt tokens but the first
+    embedding: bytes | None = None  # float32, with the last output, if `pooling` was asked for
 
 
 class ResidencyReport(msgspec.Struct, frozen=True):

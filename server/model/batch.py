@@ -9,6 +9,7 @@ import torch
 from adapters.device.transfers import upload
 from adapters.kernels.segments import NO_SEGMENTS, Segments, build_segments
 from server.model.adapter_rows import adapter_rows, head_rows
+from server.model.pooled_tokens import pooled_tokens
 from server.model.virtual_tokens import VirtualRows
 from server.model.visible_context import visible_context
 from server.sequence import ScheduledBatch
@@ -37,6 +38,8 @@ class ForwardBatch:
     `sample_rows` are the rows whose logits are wanted, in order: the last token of each sequence that reaches its end,
     and tokens before those of prompts whose log-probabilities are wanted. `token_segments` are the adapter segments
     over all rows, `head_segments` those over the sample rows alone.
+    `pooled_rows` are the ranges of rows whose final hidden states are pooled; the forward pass leaves their sums in
+    `pooled` `[ranges, hidden]` float32.
     `attention_plan` is what the attention's implementation derives from `sequences` in the first layer and reads in the
     others.
     """
@@ -51,6 +54,8 @@ class ForwardBatch:
     token_segments: Segments = NO_SEGMENTS
     head_segments: Segments = NO_SEGMENTS
     virtual: VirtualRows = field(default_factory=VirtualRows)
+    pooled_rows: list[tuple[int, int]] = field(default_factory=list)
+    pooled: torch.Tensor | None = None
 
 
 LateTokens = tuple[dict[TokenSequence, int], torch.Tensor]  # sequences by the place of their last token on the device
@@ -73,6 +78,7 @@ def build_batch(
     positions, slots = [], []
     sample_rows: list[int] = []
     sequences: list[SequenceRows] = []
+    pooled: list[tuple[int, int]] = []
     late: list[tuple[int, int]] = []  # rows, and the places of their tokens
     for scheduled in batch.sequences:
         row, table = len(ids), scheduled.seq.block_table
@@ -80,6 +86,8 @@ def build_batch(
         span = np.arange(scheduled.start, scheduled.end)
         positions.append(span)
         slots.append(np.asarray(table)[span // block_size] * block_size + span % block_size)
+        if tokens := pooled_tokens(scheduled):
+            pooled.append((row + tokens.start - scheduled.start, row + tokens.stop - scheduled.start))
         first_scored = row + scheduled.scored_from - scheduled.start
         sample_rows += range(first_scored, first_scored + scheduled.num_scored)
         if scheduled.samples:
@@ -93,6 +101,7 @@ def build_batch(
     if late_tokens and late:
         input_ids.index_copy_(0, rows, late_tokens[1].index_select(0, places).clamp_min(0))
     forward = ForwardBatch(input_ids, row_positions, slot_mapping, samples, sequences, block_size)
+    forward.pooled_rows = pooled
     forward.virtual = VirtualRows.of(batch.sequences, block_size, device)
     if columns is not None:
         forward.token_segments = build_segments(adapter_rows(batch.sequences), columns)

@@ -153,6 +153,8 @@ class DecodeGraphs:
         """Return the reason why the step is not plain decoding; empty if it is."""
         if len(batch.sequences) < len(batch.input_ids):
             return "prefill"
+        if batch.pooled_rows:
+            return "embeddings"
         if batch.virtual.embedded:
             return "virtual tokens"
         if len(batch.sample_rows) < len(batch.input_ids) or batch.head_segments.items != batch.token_segments.items:

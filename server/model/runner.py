@@ -16,6 +16,7 @@ from server.model.kv_cache import CacheShape, KVCache
 from server.model.loading.loader import LoadedModel
 from server.model.loading.probe import check_paged_attention, fuse_if_equal
 from server.model.packed_linear import pack_linears, packed
+from server.model.pooling import pooling
 
 
 class ModelRunner:
@@ -88,7 +89,8 @@ class ModelRunner:
         if recorded is not None:
             return recorded
         tokens, head = batch.token_segments, batch.head_segments
-        with self.pool.step(tokens, head, num_tokens=len(batch.input_ids), num_head=len(batch.sample_rows)):
+        step = self.pool.step(tokens, head, num_tokens=len(batch.input_ids), num_head=len(batch.sample_rows))
+        with step, pooling(self._model, batch):
             return self._forward(batch, kv_cache)
 
     def _forward(self, batch: ForwardBatch, kv_cache: KVCache | None = None) -> torch.Tensor:

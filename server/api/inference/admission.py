@@ -15,13 +15,13 @@ from server.api.inference.targets import Target, refuse_if_merged, resolve_targe
 from server.api.message_formats.parser import MessageFormat
 from server.api.middleware.auth import Key
 from server.api.middleware.request_scope import ignored_names
-from server.api.requests import MAX_TIMEOUT_SECONDS, GenerationRequest, OpenWire
+from server.api.requests import MAX_CHOICES, MAX_TIMEOUT_SECONDS, GenerationRequest, InferenceRequest, OpenWire
 
 TIMEOUT_HEADER = "x-request-timeout"  # in seconds
 
 
 async def admit_request(
-    request: Request, context: AppContext, key: Key, body: GenerationRequest, sent: OpenWire | None = None
+    request: Request, context: AppContext, key: Key, body: InferenceRequest, sent: OpenWire | None = None
 ) -> AdmittedRequest:
     """Fix the adapter versions of a request, the tokenizer, which may be the adapter's own, and the constraint on its
     outputs. `sent` is the client's request if it was translated to `body`. Raises `ApiError` if the request cannot
@@ -36,7 +36,7 @@ async def admit_request(
         tokenizer = await context.tokenizers.of(digest, target.traits)
     except FileNotFoundError:  # the adapter was deleted just now
         raise model_not_found(target.requested_model) from None
-    constraint = await constraint_of(context, target, body)
+    constraint = await constraint_of(context, target, body) if isinstance(body, GenerationRequest) else None
     received = request.state.started
     return AdmittedRequest(target, tokenizer, key, received, _deadline(context, request, body, received), constraint)
 
@@ -49,7 +49,7 @@ def note_unknown_fields(request: Request, context: AppContext, body: OpenWire) -
         raise bad_request(message, names[0], "unknown_field")
 
 
-def _deadline(context: AppContext, request: Request, body: GenerationRequest, received: float) -> float | None:
+def _deadline(context: AppContext, request: Request, body: InferenceRequest, received: float) -> float | None:
     """Return the earliest time at which the request must end: by its field, its header, or the server's limit."""
     given = (body.timeout, _header_timeout(request), context.config.request_timeout or None)
     limits = [seconds for seconds in given if seconds is not None]
@@ -80,8 +80,13 @@ def admit_prompts(
     """Check the request and its prompts, encoded by the request's tokenizer, and return the plan. `texts` are the
     prompts as they were sent, None for token ids; `message_format` is that of a chat's text. Raises `ApiError` if they
     do not fit the model or if an adapter was deleted meanwhile."""
-    _check_still_there(context, admitted.target)
-    plan = plan_generation(context, admitted, body, prompts, texts, message_format)
+    return admit_plan(context, plan_generation(context, admitted, body, prompts, texts, message_format))
+
+
+def admit_plan(context: AppContext, plan: GenerationPlan) -> GenerationPlan:
+    """Return the plan if it may still begin. Raises `ApiError` if an adapter was deleted since `admit_request`, or if
+    the queue is full."""
+    _check_still_there(context, plan.target)
     _check_queue(context, plan)
     return plan
 
@@ -108,7 +113,8 @@ def _check_still_there(context: AppContext, target: Target) -> None:
 
 def _check_queue(context: AppContext, plan: GenerationPlan) -> None:
     """Raise 429 if the key's tenant holds its share of the queue, 503 if the queue has no room for the request."""
-    key, sequences, tokens = plan.key, len(plan.prompts) * plan.n, plan.prompt_tokens * plan.n
+    key, sequences = plan.key, min(len(plan.prompts) * plan.n, MAX_CHOICES)  # at once
+    tokens = plan.prompt_tokens * plan.n
     refusal = context.queue_limits.refusal(key.tenant, key.weight, sequences, tokens)
     if refusal is None:
         return

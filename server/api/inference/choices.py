@@ -54,6 +54,7 @@ class Delta:
     scores: list[TokenScore] = field(default_factory=list)
     finish_reason: Literal["stop", "length"] | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None  # of the prompt's second token and later ones
+    embedding: bytes | None = None  # of the prompt, float32
     stop_string: str | None = None  # that ended the output
 
     def extend(self, delta: "Delta") -> None:
@@ -63,6 +64,7 @@ class Delta:
         self.finish_reason = delta.finish_reason
         self.stop_string = delta.stop_string
         self.prompt_logprobs = self.prompt_logprobs or delta.prompt_logprobs
+        self.embedding = self.embedding or delta.embedding
 
 
 class Choice:
@@ -98,6 +100,7 @@ class Choice:
             raise EngineFailure(reason, output.error)
         self.cached_tokens, self.queue_seconds = output.num_cached_tokens, output.queue_seconds
         delta.prompt_logprobs = delta.prompt_logprobs or output.prompt_logprobs
+        delta.embedding = output.embedding
         self._begin(output, delta)
         text_ends = output.finish_reason == "stop" and output.token_ids and output.token_ids[-1] in self._stop_ids
         for i, token_id in enumerate(output.token_ids):

@@ -2,7 +2,7 @@
 
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 
 import msgspec
@@ -15,6 +15,7 @@ from server.api.inference.plan import GenerationPlan
 from server.api.inference.targets import adapter_failed, merged_error, room_error
 from server.api.middleware.rate_limits import Lease
 from server.api.middleware.request_scope import unless_disconnected
+from server.api.requests import MAX_CHOICES
 from server.api.schemas import PromptTokensDetails, UsageBody
 from server.api.text.detokenizer import Detokenizer
 from server.ipc.messages import SequenceOutput, Submit
@@ -22,6 +23,8 @@ from server.ipc.stream import Stream
 from server.ipc.supervisor import EngineState
 from server.metrics import RequestTimer
 from server.sequence import SamplingParams
+
+MAX_OPEN = MAX_CHOICES  # sequences of a request at once; more inputs, of embeddings, follow as others end
 
 
 class Generation:
@@ -37,6 +40,7 @@ class Generation:
         self._choices: list[Choice] = []
         self._stream = Stream()
         self._open: dict[str, Choice] = {}  # by sequence
+        self._waiting: Iterator[tuple[list[int], EchoedPrompt | None]] = iter(())  # prompts to be submitted
         self._uses: list[AdapterUse] = []
 
     def submit(self) -> None:
@@ -47,14 +51,18 @@ class Generation:
             use.requests += 1
             use.last_used = self.created
         try:
-            for prompt, echo in zip(plan.prompts, self._echoes(), strict=True):
-                self._submit_prompt(prompt, echo)
+            self._waiting = zip(plan.prompts, self._echoes(), strict=True)
+            self._submit_more()
         except BaseException:
             self.close()
             raise
         for use in self._uses:
             use.prompt_tokens += plan.prompt_tokens
         self._timer.submitted(plan.prompt_tokens)
+
+    def _submit_more(self) -> None:
+        while len(self._open) + self.plan.n <= MAX_OPEN and (next_one := next(self._waiting, None)) is not None:
+            self._submit_prompt(*next_one)
 
     def _echoes(self) -> list[EchoedPrompt | None]:
         plan = self.plan
@@ -111,7 +119,7 @@ class Generation:
         self._open[submit.seq_id] = choice
 
     def __len__(self) -> int:
-        return len(self._choices)
+        return len(self.plan.prompts) * self.plan.n
 
     async def deltas(self) -> AsyncGenerator[list[Delta], None]:
         """Yield the new output of the choices until all have finished. Raises `ApiError` if one fails."""
@@ -122,6 +130,7 @@ class Generation:
                 yield self._account(list(deltas.values()))
             if failure is not None:
                 raise self._api_error(failure) from failure
+            self._submit_more()
 
     def _absorb(self, outputs: list[SequenceOutput], deltas: dict[str, Delta]) -> EngineFailure | None:
         """Add `outputs` to `deltas`, by sequence, up to the first failure, which is returned."""

@@ -8,7 +8,7 @@ from server.api.errors import bad_request
 from server.api.inference.targets import Target
 from server.api.message_formats.parser import MessageFormat
 from server.api.middleware.auth import Key
-from server.api.requests import REST_OF_CONTEXT, GenerationRequest
+from server.api.requests import REST_OF_CONTEXT, GenerationRequest, InferenceRequest, PooledRequest
 from server.api.text.tokenizer import Tokenizer, context_exceeded
 from server.sequence import Constraint, SamplingParams
 
@@ -96,6 +96,30 @@ def plan_generation(
     )
 
 
+def plan_embedding(
+    context: AppContext, admitted: AdmittedRequest, body: PooledRequest, prompts: Sequence[list[int]]
+) -> GenerationPlan:
+    """Plan the embeddings of `prompts`: generations without tokens. Raises 400 for what the model cannot do."""
+    traits = admitted.target.traits
+    _check_prompts(prompts, traits.vocab_size or context.info.vocab_size, body.prompt_field)
+    longest, context_length = max(map(len, prompts)), context.info.max_model_len
+    if longest + traits.virtual_tokens > context_length:
+        parts = f"{longest} tokens" + (f" beside {traits.virtual_tokens} virtual ones" if traits.virtual_tokens else "")
+        raise context_exceeded(context_length, f"an input has {parts}", body.prompt_field)
+    return GenerationPlan(
+        target=admitted.target,
+        tokenizer=admitted.tokenizer,
+        key=admitted.key,
+        received=admitted.received,
+        id_prefix=body.id_prefix,
+        prompts=tuple(prompts),
+        sampling=SamplingParams(max_tokens=0, temperature=0.0, pooling=body.pooling or "last"),
+        priority=_priority(context, body),
+        deadline=admitted.deadline,
+        request_salt=body.cache_salt or "",
+    )
+
+
 def _output_options(
     body: GenerationRequest, texts: Sequence[str | None], message_format: MessageFormat | None
 ) -> OutputOptions:
@@ -139,7 +163,7 @@ def _token_budget(
     return left if wanted == REST_OF_CONTEXT else min(wanted, left)
 
 
-def _priority(context: AppContext, body: GenerationRequest) -> int:
+def _priority(context: AppContext, body: InferenceRequest) -> int:
     """Return the priority of the request. Raises 400 if it would have no effect."""
     if body.priority and context.config.scheduling_policy == "fcfs":
         raise bad_request(

@@ -14,7 +14,7 @@ from adapters.traits import Traits
 from server.api.context import BASE_NAME, AppContext
 from server.api.errors import ApiError, bad_request, model_not_found, unavailable
 from server.api.middleware.auth import Key
-from server.api.requests import AdapterPart, GenerationRequest
+from server.api.requests import AdapterPart, InferenceRequest
 from server.metrics import COMPOSED_LABEL
 from server.sequence import ScaledAdapter
 
@@ -57,7 +57,7 @@ def _last_occurrence(needle: list[int], tokens: list[int]) -> int | None:
     return next((at for at in starts if tokens[at : at + len(needle)] == needle), None)
 
 
-def resolve_target(context: AppContext, key: Key, body: GenerationRequest) -> Target:
+def resolve_target(context: AppContext, key: Key, body: InferenceRequest) -> Target:
     """Resolve the model of a request. The request keeps these versions, even if others are published meanwhile."""
     base = context.info.base_fingerprint
     model = requested_model(context, body)
@@ -84,7 +84,7 @@ def resolve_target(context: AppContext, key: Key, body: GenerationRequest) -> Ta
     return Target(model, label, versions, adapters, f"{base}-{_identity(adapters)}", traits, pages)
 
 
-def requested_model(context: AppContext, body: GenerationRequest) -> str:
+def requested_model(context: AppContext, body: InferenceRequest) -> str:
     """Return the name in `model`, or the adapter that a field of another server selects. Raises 400 if two fields name
     different adapters."""
     model = body.model
@@ -97,7 +97,7 @@ def requested_model(context: AppContext, body: GenerationRequest) -> str:
     return model
 
 
-def _parts(context: AppContext, body: GenerationRequest, model: str) -> list[AdapterPart]:
+def _parts(context: AppContext, body: InferenceRequest, model: str) -> list[AdapterPart]:
     """Return the adapters of the request, whether given in `model` or in `adapters`."""
     is_base = model == context.base_model
     if body.adapters and not is_base:

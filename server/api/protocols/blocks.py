@@ -12,7 +12,6 @@ from server.api.inference.choices import Delta
 from server.api.inference.generation import Generation
 from server.api.message_formats.parser import MessageFormat, MessageParser
 from server.api.message_formats.pieces import CallStart, Content, Piece, Reasoning
-from server.api.requests import OpenWire
 from server.api.schemas import Wire
 
 Event = dict[str, Any]  # with its `type`
@@ -32,9 +31,8 @@ class Block:
 class BlockFormatter(ABC):
     """The output of one choice as events that begin, extend and end blocks, or as a body with the blocks."""
 
-    def __init__(self, generation: Generation, sent: OpenWire):
+    def __init__(self, generation: Generation):
         self._generation = generation
-        self._sent = sent
         self._blocks: list[Block] = []
         self._parser = MessageParser(generation.plan.output.message_format or MessageFormat(calls=None))
         self._end = Delta(0)  # has the finish reason in the end

@@ -1,5 +1,6 @@
 """The translation of other APIs' requests to chats."""
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 from fastapi import Request
@@ -10,9 +11,10 @@ from server.api.context import AppContext
 from server.api.errors import validation_error
 from server.api.fields import HARMLESS, REFUSED, SELECTORS
 from server.api.inference.chat import plan_chat
+from server.api.inference.formatting import Formatter
+from server.api.inference.generation import Generation
 from server.api.inference.responses import respond
 from server.api.middleware.auth import Key
-from server.api.protocols.blocks import BlockFormatter
 from server.api.requests import ChatCompletionRequest, OpenWire
 
 # Fields of a chat that another API's request may have as well. Those that add to the response are not among them.
@@ -20,6 +22,8 @@ EXTENSIONS = (
     *("adapters", "adapter_scale", *SELECTORS, "user", "priority", "timeout", "cache_salt"),
     *("top_k", "min_p", "seed", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias"),
     *("min_tokens", "ignore_eos", "stop_token_ids", "skip_special_tokens"),
+    *("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"),
+    *("json_schema", "regex", "ebnf"),
     *("chat_template_kwargs", "reasoning_effort", "separate_reasoning", "include_reasoning"),
 )
 
@@ -40,7 +44,11 @@ class TranslatedRequest(OpenWire):
 
 
 async def respond_as(
-    formatter: type[BlockFormatter], request: Request, body: TranslatedRequest, context: AppContext, key: Key
+    formatter: Callable[[Generation], Formatter],
+    request: Request,
+    body: TranslatedRequest,
+    context: AppContext,
+    key: Key,
 ) -> Response:
     """Generate the chat that `body` means and return it in the format of `formatter`."""
     given = {name: value for name, value in {**body.extensions, **body.as_chat()}.items() if value is not None}
@@ -49,4 +57,4 @@ async def respond_as(
     except ValidationError as error:
         raise validation_error(error.errors()) from None
     plan = await plan_chat(request, context, key, chat, sent=body)
-    return await respond(context, request, plan, lambda generation: formatter(generation, body))
+    return await respond(context, request, plan, formatter)

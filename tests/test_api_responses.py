@@ -1,0 +1,128 @@
+"""OpenAI's Responses API: what a request means as a chat, and the items and events of its response."""
+
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from server.api.fields import REFUSED_IN_RESPONSES
+from tests.fixtures.api_server import BASE, Api, assert_error, byte_tokenizer, serving
+
+TEMPLATE = (
+    "{% for tool in tools or [] %}{{ tool.function.name }}|{% endfor %}{{ reasoning_effort }}{# <tool_call> </think> #}"
+    "{% for m in messages %}<|start|>{{ m.role }} {{ m.reasoning_content }} {{ m.content }}"
+    "{% for call in m.tool_calls %}[{{ call.id }} {{ call.function.arguments.city }}]{% endfor %}{{ m.tool_call_id }}"
+    "{% endfor %}"
+)
+TOOL = {"type": "function", "name": "weather", "parameters": {"type": "object"}}
+OUTPUT = '<think>Hm.</think>So: <tool_call>{"name": "weather", "arguments": {"city": "Paris"}}</tool_call>'
+
+
+@pytest.fixture
+async def api(tmp_path: Path) -> AsyncIterator[Api]:
+    async with serving(tmp_path, tokenizer=byte_tokenizer(TEMPLATE)) as found:
+        await found.upload("own")
+        yield found
+
+
+async def send(api: Api, **fields: Any) -> httpx.Response:
+    return await api.http.post("/v1/responses", json={"model": BASE, "input": "hi", **fields})
+
+
+def prompt(api: Api) -> str:
+    return api.context.tokenizer.decode(api.engine.submitted[-1].token_ids, skip_special_tokens=False)
+
+
+def frames(answer: httpx.Response) -> list[dict[str, Any]]:
+    assert answer.status_code == 200, answer.text
+    found = []
+    for frame in answer.text.removesuffix("\n\n").split("\n\n"):
+        name, data = frame.split("\n")
+        found.append(json.loads(data.removeprefix("data: ")))
+        assert name == f"event: {found[-1]['type']}" and found[-1]["sequence_number"] == len(found) - 1
+    return found
+
+
+async def test_a_conversation_reaches_the_template(api: Api) -> None:
+    items = [
+        {"role": "user", "content": [{"type": "input_text", "text": "hi"}]},
+        {"type": "reasoning", "id": "rs_1", "summary": [], "content": [{"type": "reasoning_text", "text": "Hm"}]},
+        {"type": "message", "id": "msg_1", "role": "assistant", "content": [{"type": "output_text", "text": "So"}]},
+        {"type": "function_call", "call_id": "c1", "name": "weather", "arguments": '{"city": "Rome"}'},
+        {"type": "function_call_output", "call_id": "c1", "output": "sun"},
+    ]
+    answer = await send(
+        api, input=items, instructions="S", tools=[TOOL], reasoning={"effort": "low", "summary": "auto"}
+    )
+    assert answer.status_code == 200 and "x-loraplex-ignored" not in answer.headers
+    assert prompt(api) == (
+        "weather|low<|start|>system  S<|start|>user  hi<|start|>assistant Hm So[c1 Rome]<|start|>tool  sunc1"
+    )
+    assert answer.json()["reasoning"]["effort"] == "low" and answer.json()["instructions"] == "S"
+
+
+async def test_items_and_events(api: Api) -> None:
+    api.says(OUTPUT)
+    body = (await send(api, tools=[TOOL])).json()
+    reasoning, message, call = body["output"]
+    assert reasoning["content"] == [{"type": "reasoning_text", "text": "Hm."}]
+    assert message["content"] == [{"type": "output_text", "text": "So:", "annotations": [], "logprobs": []}]
+    assert (call["name"], call["arguments"], call["status"]) == ("weather", '{"city": "Paris"}', "completed")
+    events = frames(await send(api, tools=[TOOL], stream=True))
+    assert [event["type"] for event in events[:2]] == ["response.created", "response.in_progress"]
+    assert events[-1]["type"] == "response.completed"
+    unique = events[0]["response"]["id"].removeprefix("resp_")
+    streamed = json.loads(
+        json.dumps(events[-1]["response"]["output"]).replace(unique, body["id"].removeprefix("resp_"))
+    )
+    assert [{**item, "call_id": ""} for item in streamed] == [{**item, "call_id": ""} for item in body["output"]]
+    done = [event["item"] for event in events if event["type"] == "response.output_item.done"]
+    assert done == events[-1]["response"]["output"]
+    for name, text in (
+        ("output_text", "So:"),
+        ("reasoning_text", "Hm."),
+        ("function_call_arguments", call["arguments"]),
+    ):
+        deltas = [event["delta"] for event in events if event["type"] == f"response.{name}.delta"]
+        assert "".join(deltas) == text
+
+
+async def test_a_response_that_is_cut_off_is_incomplete(api: Api) -> None:
+    body = (await send(api, max_output_tokens=3)).json()
+    assert (body["status"], body["incomplete_details"]) == ("incomplete", {"reason": "max_output_tokens"})
+    assert body["output"][0]["status"] == "incomplete" and body["output"][0]["content"][0]["text"] == "Hel"
+    assert frames(await send(api, max_output_tokens=3, stream=True))[-1]["type"] == "response.incomplete"
+
+
+async def test_adapters_are_chosen_as_in_a_chat(api: Api) -> None:
+    for fields in ({"model": "own"}, {"adapter_id": "own"}, {"adapters": [{"name": "own"}]}):
+        assert (await send(api, **fields)).status_code == 200 and api.engine.submitted[-1].adapters
+    assert_error(await send(api, model="nope"), 404, "model_not_found")
+
+
+async def test_what_is_not_applied_is_named(api: Api) -> None:
+    for name in REFUSED_IN_RESPONSES:
+        assert assert_error(await send(api, **{name: "x"}), 400, "unsupported")["param"] == name
+        for value in (None, *REFUSED_IN_RESPONSES[name].neutral):
+            assert (await send(api, **{name: value})).status_code == 200
+    strict = await send(api, tools=[{**TOOL, "strict": True}], store=True, brand_new=1, metadata={"a": "b"})
+    assert strict.headers["x-loraplex-ignored"] == "brand_new, tools.0.strict" and strict.json()["metadata"] == {
+        "a": "b"
+    }
+    for fields, param in (
+        ({"text": {"format": {"type": "json_object"}}}, "text.format.type"),
+        ({"tools": [{"type": "web_search"}]}, "tools.0.type"),
+        ({"tools": [TOOL], "tool_choice": "required"}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": {"type": "function", "name": "weather"}}, "tool_choice"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, None),
+        ({"input": [{"type": "item_reference", "id": "msg_1"}]}, None),
+        ({"best_of": 2}, "best_of"),
+    ):
+        error = assert_error(await send(api, **fields), 400)
+        assert param in (None, error["param"]), error
+    api.engine.fail_after = 3
+    failed = frames(await send(api, stream=True))[-1]
+    assert failed["type"] == "response.failed" and failed["response"]["error"]["message"]
