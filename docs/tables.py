@@ -31,7 +31,7 @@ from server.api.fields import (
 )
 from server.api.inference import chat, completions, embeddings, scoring, tokenization
 from server.api.middleware.auth import need_of
-from server.api.protocols import anthropic, openai_responses
+from server.api.protocols import anthropic, lorax, openai_responses
 from server.api.requests import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -120,6 +120,7 @@ def endpoints() -> str:
         tokenization,
         anthropic,
         openai_responses,
+        lorax,
         models,
         routes,
         aliases,

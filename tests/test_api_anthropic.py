@@ -162,7 +162,7 @@ async def test_errors_have_anthropic_s_shape(api: Api, tmp_path: Path) -> None:
     anthropic_error(await send(api, model="nope"), 404, "not_found_error")
     assert "max_tokens" in anthropic_error(await send(api, max_tokens=None), 400, "invalid_request_error")
     for fields, name in (
-        ({"tools": [TOOL], "tool_choice": {"type": "any"}}, "tool_choice"),
+        ({"tool_choice": {"type": "any"}}, "tool_choice"),
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools"),
         ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "content"),
         ({"temperature": 9}, "temperature"),

@@ -97,7 +97,6 @@ async def test_values_out_of_bounds(tmp_path: Path, fields: dict[str, Any]) -> N
     [
         {"tools": [{"type": "function", "function": {"name": "f"}}]},
         {"functions": [{"name": "f"}]},
-        {"response_format": {"type": "json_object"}},
         {"modalities": ["text", "audio"]},
         {"chat_template": "{{ 1 }}"},
         {"best_of": 2},

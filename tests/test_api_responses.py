@@ -113,10 +113,9 @@ async def test_what_is_not_applied_is_named(api: Api) -> None:
         "a": "b"
     }
     for fields, param in (
-        ({"text": {"format": {"type": "json_object"}}}, "text.format.type"),
         ({"tools": [{"type": "web_search"}]}, "tools.0.type"),
-        ({"tools": [TOOL], "tool_choice": "required"}, "tool_choice"),
-        ({"tools": [TOOL], "tool_choice": {"type": "function", "name": "weather"}}, "tool_choice"),
+        ({"tool_choice": "required"}, None),
+        ({"text": {"format": {"type": "xml"}}}, "text.format.type"),
         ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, None),
         ({"input": [{"type": "item_reference", "id": "msg_1"}]}, None),
         ({"best_of": 2}, "best_of"),
@@ -126,3 +125,20 @@ async def test_what_is_not_applied_is_named(api: Api) -> None:
     api.engine.fail_after = 3
     failed = frames(await send(api, stream=True))[-1]
     assert failed["type"] == "response.failed" and failed["response"]["error"]["message"]
+
+
+async def test_constraints_are_those_of_a_chat(api: Api) -> None:
+    schema = {"type": "object", "properties": {"x": {"type": "integer"}}}
+    named = {"type": "json_schema", "name": "point", "schema": schema, "strict": True}
+    for fields in (
+        {"text": {"format": named}},
+        {"text": {"format": {"type": "json_object"}}},
+        {"tools": [TOOL], "tool_choice": "required"},
+        {"tools": [TOOL], "tool_choice": {"type": "function", "name": "weather"}},
+    ):
+        body = await send(api, **fields)
+        assert body.status_code == 200, body.text
+        assert "x-loraplex-ignored" not in body.headers
+        assert api.engine.submitted[-1].sampling.constraint is not None
+    assert body.json()["tool_choice"] == {"type": "function", "name": "weather"}
+    assert (await send(api, text={"format": named})).json()["text"]["format"]["schema"] == schema

@@ -149,12 +149,9 @@ async def test_reasoning_is_split_off_where_the_template_marks_it(tmp_path: Path
 
 
 async def test_what_cannot_be_applied_is_named(api: Api, tmp_path: Path) -> None:
-    named = {"type": "function", "function": {"name": "weather"}}
-    for choice in ("required", named):
-        assert (
-            assert_error(await api.chat(tools=[WEATHER], tool_choice=choice), 400, "unsupported")["param"]
-            == "tool_choice"
-        )
+    other = {"type": "function", "function": {"name": "other"}}
+    for fields in ({"tools": [WEATHER], "tool_choice": other}, {"tool_choice": "required"}):
+        assert "tool_choice" in assert_error(await api.chat(**fields), 400)["message"]
     strict = {**WEATHER, "function": {**WEATHER["function"], "strict": True}}  # type: ignore[dict-item]
     answer = await api.chat(tools=[strict])
     assert answer.status_code == 200 and answer.headers["x-loraplex-ignored"] == "tools.0.function.strict"
@@ -171,3 +168,42 @@ async def test_what_cannot_be_applied_is_named(api: Api, tmp_path: Path) -> None
     async with serving(tmp_path / "plain") as plain:
         assert assert_error(await plain.chat(tools=[WEATHER]), 400, "unsupported")["param"] == "tools"
         assert (await plain.chat(tools=[WEATHER], tool_choice="none")).status_code == 200
+
+
+PLACE = {"type": "object", "properties": {"at": {"$ref": "#/$defs/at"}}, "$defs": {"at": {"type": "string"}}}
+LOCATE = {"type": "function", "function": {"name": "locate", "parameters": PLACE}}
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
+async def test_a_forced_call_is_a_constraint_of_json(api: Api, choice: Any) -> None:
+    call = f'{{"name": "weather", "arguments": {PARIS}}}'
+    api.says(call if choice != "required" else f"[{call}, {call}]")
+    for stream in (False, True):
+        answer = await api.chat(tools=[WEATHER, LOCATE], tool_choice=choice, max_tokens=-1, stream=stream)
+        if stream:
+            message, reason = joined(answer)
+        else:
+            message, reason = (answer.json()["choices"][0][key] for key in ("message", "finish_reason"))
+        assert reason == "tool_calls" and not message["content"]
+        assert {call["function"]["arguments"] for call in message["tool_calls"]} == {PARIS}
+        constraint = api.engine.submitted[-1].sampling.constraint
+        assert constraint is not None and "weather" in constraint.grammar
+        assert ("locate" in constraint.grammar) is (choice == "required")
+
+
+async def test_forced_calls_of_functions_that_disagree_are_refused(api: Api) -> None:
+    changed = {**PLACE, "$defs": {"at": {"type": "integer"}}}
+    second = {"type": "function", "function": {"name": "second", "parameters": changed}}
+    error = assert_error(await api.chat(tools=[LOCATE, second], tool_choice="required"), 400)
+    assert error["param"] == "tools" and "'at'" in error["message"]
+    for fields in ({"tool_choice": "required"}, {"tool_choice": {"type": "function", "function": {"name": "locate"}}}):
+        both = await api.chat(tools=[LOCATE], response_format={"type": "json_object"}, **fields)
+        assert_error(both, 400)
+
+
+async def test_what_is_constrained_has_no_reasoning(tmp_path: Path) -> None:
+    template = "{{ messages[-1].content }}<think>\n{# </think> #}"
+    async with serving(tmp_path, tokenizer=byte_tokenizer(template)) as api:
+        api.says('{"a": 1}')
+        (choice,) = (await api.chat(response_format={"type": "json_object"})).json()["choices"]
+        assert choice["message"]["content"] == '{"a": 1}'

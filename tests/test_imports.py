@@ -244,6 +244,7 @@ ARROWS: dict[str, set[str]] = {
         "server.api.middleware",
         "server.api.requests",
         "server.api.schemas",
+        "server.api.text",
     },
     "server.api.middleware": {"server", "server.api.errors", "server.metrics"},
     "server.api.text": {"adapters", "adapters.peft", "adapters.registry", "server", "server.api.errors"},

@@ -19,7 +19,7 @@ from server.api.middleware.body_limits import BodyLimitsMiddleware
 from server.api.middleware.browser_guard import BrowserGuard
 from server.api.middleware.refused_requests import RefusedRequestsMiddleware
 from server.api.middleware.request_scope import IGNORED_HEADER, RequestMiddleware
-from server.api.protocols import anthropic, openai_responses
+from server.api.protocols import anthropic, lorax, openai_responses
 from server.api.schemas import ChatCompletionChunk, CompletionChunk
 
 
@@ -37,6 +37,7 @@ def create_app(context: AppContext) -> FastAPI:
         tokenization,
         anthropic,
         openai_responses,
+        lorax,
         routes,
         aliases,
         merge,
@@ -84,6 +85,7 @@ def _document(app: FastAPI) -> dict[str, Any]:
             CompletionChunk,
             anthropic.MessageEvent,
             openai_responses.ResponseEvent,
+            lorax.GeneratedEvent,
         )
         chunk_models: Any = [(model, "serialization") for model in chunks_of_routes]
         _, chunks = models_json_schema(chunk_models, ref_template="#/components/schemas/{model}")

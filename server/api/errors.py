@@ -1,7 +1,7 @@
 """One error body for every route and status, and the only place that turns exceptions into responses."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from typing import Any
 
@@ -98,8 +98,18 @@ def anthropic_error(status: int, error: Mapping[str, Any]) -> dict[str, Any]:
     return {"type": "error", "error": {**error, "type": kind}}
 
 
+def lorax_error(status: int, error: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an error in the format of LoRAX, which tells clients what to raise by `error_type`."""
+    kind = "overloaded" if status in (429, 503) else "validation" if status < 500 else "generation"
+    return {"error": error["message"], "error_type": kind}
+
+
 # Routes whose errors have another API's format.
-_SHAPES = {"/v1/messages": anthropic_error}
+_SHAPES: dict[str, Callable[[int, Mapping[str, Any]], dict[str, Any]]] = {
+    "/v1/messages": anthropic_error,
+    "/generate": lorax_error,
+    "/generate_stream": lorax_error,
+}
 
 
 class ErrorResponse(JSONResponse):

@@ -59,7 +59,7 @@ APPLIED: dict[str, str] = {
     "add_generation_prompt": "`false` ends the prompt with the last message",
     "continue_final_message": "Continues the last message, which is the assistant's",
     "tools": "Functions that the model may call, for the chat template",
-    "tool_choice": "`none` offers no functions; `auto` is the default; a forced call is refused",
+    "tool_choice": "`auto`, the default; `none` offers no functions; `required` or a function's name forces a call",
     "parallel_tool_calls": "`false` returns the first call alone",
     "separate_reasoning": "SGLang: `false` keeps reasoning in the content",
     "include_reasoning": "vLLM: `false` leaves reasoning out",

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from server.api.fields import (
@@ -234,6 +234,16 @@ class GenerationRequest(InferenceRequest):
         )
 
     @property
+    def forced_functions(self) -> "list[Function]":
+        """The functions of which the output must call one; none if it need not."""
+        return []
+
+    @property
+    def calls_one_function(self) -> bool:
+        """True if a forced output has exactly one call."""
+        return True
+
+    @property
     def stop_strings(self) -> list[str]:
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
@@ -299,14 +309,16 @@ class ToolCall(OpenWire):
     function: CalledFunction
 
 
-def _not_forced(value: Any) -> Any:
-    """Refuse choices that need output of a grammar."""
-    if value == "required" or isinstance(value, dict):
-        raise PydanticCustomError("unsupported", "may be 'auto' or 'none'; this server cannot force a call yet")
-    return value
+class NamedFunction(OpenWire):
+    name: str = Field(min_length=1, max_length=256)
 
 
-ToolChoice = Annotated[Literal["none", "auto"], BeforeValidator(_not_forced)]
+class NamedChoice(OpenWire):
+    type: Literal["function"]
+    function: NamedFunction
+
+
+ToolChoice = Literal["none", "auto", "required"] | NamedChoice
 
 
 class ChatMessage(OpenWire):
@@ -378,6 +390,8 @@ class ChatCompletionRequest(GenerationRequest, ChatPrompt):
     def _consistent(self) -> "ChatCompletionRequest":
         if self.top_logprobs and not self.logprobs:
             raise PydanticCustomError("value_error", "top_logprobs needs logprobs to be true")
+        if self.tool_choice not in (None, "none", "auto") and not self.forced_functions:
+            raise PydanticCustomError("value_error", "tool_choice forces a function that tools does not have")
         return self
 
     @property
@@ -391,6 +405,21 @@ class ChatCompletionRequest(GenerationRequest, ChatPrompt):
     @property
     def offered_functions(self) -> list[Function]:
         return [] if self.tool_choice == "none" else super().offered_functions
+
+    @property
+    def forced_functions(self) -> list[Function]:
+        if self.tool_choice == "required":
+            return self.offered_functions
+        name = self._named_function
+        return [function for function in self.offered_functions if function.name == name]
+
+    @property
+    def calls_one_function(self) -> bool:
+        return self._named_function is not None or self.parallel_tool_calls is False
+
+    @property
+    def _named_function(self) -> str | None:
+        return self.tool_choice.function.name if isinstance(self.tool_choice, NamedChoice) else None
 
 
 class CompletionRequest(GenerationRequest):

@@ -50,8 +50,8 @@ async def plan_chat(
     """Admit a chat and return its plan. `sent` is the request of another API that was translated to `body`."""
     admitted = await admit_request(request, context, key, body, sent)
     prompt = await render_chat(context, admitted.tokenizer, body)
-    constrained = admitted.constraint is not None  # the output is content as a whole
-    found = None if constrained else message_format(admitted.tokenizer, body, prompt)
+    is_constrained = admitted.constraint is not None
+    found = message_format(admitted.tokenizer, body, prompt, is_constrained=is_constrained)
     return admit_prompts(context, admitted, body, [prompt], message_format=found)
 
 

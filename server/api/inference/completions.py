@@ -11,9 +11,10 @@ from server.api.inference.admission import admit_prompts, admit_request
 from server.api.inference.choices import Delta, TokenScore
 from server.api.inference.formatting import ChoicesFormatter
 from server.api.inference.generation import Generation
+from server.api.inference.plan import GenerationPlan
 from server.api.inference.responses import documented_responses, respond
 from server.api.middleware.auth import Key, key_of
-from server.api.requests import MAX_CHOICES, CompletionRequest
+from server.api.requests import MAX_CHOICES, CompletionRequest, OpenWire
 from server.api.schemas import Completion, CompletionChunk
 from server.api.text.tokenizer import Tokenizer, finite
 from server.sequence import TokenLogprobs
@@ -31,12 +32,18 @@ async def create_completion(
     request: Request, body: CompletionRequest, context: Context, key: Annotated[Key, Depends(key_of)]
 ) -> Response:
     """Complete one or several prompts with the base model or an adapter."""
-    admitted = await admit_request(request, context, key, body)
+    return await respond(context, request, await plan_completion(request, context, key, body), CompletionFormatter)
+
+
+async def plan_completion(
+    request: Request, context: AppContext, key: Key, body: CompletionRequest, sent: OpenWire | None = None
+) -> GenerationPlan:
+    """Admit a completion and return its plan. `sent` is the request of another API that was translated to `body`."""
+    admitted = await admit_request(request, context, key, body, sent)
     given = _prompts(body)
     prompts = [await _encode_prompt(context, admitted.tokenizer, body, prompt) for prompt in given]
     texts = [prompt if isinstance(prompt, str) else None for prompt in given]
-    plan = admit_prompts(context, admitted, body, prompts, texts)
-    return await respond(context, request, plan, CompletionFormatter)
+    return admit_prompts(context, admitted, body, prompts, texts)
 
 
 def _prompts(body: CompletionRequest) -> list[Any]:

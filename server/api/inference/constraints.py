@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from server.api.context import AppContext
 from server.api.errors import bad_request
+from server.api.inference.forced_calls import calls_schema
 from server.api.inference.targets import Target
 from server.api.requests import GenerationRequest
 from server.api.text.grammar_compiler import GrammarInvalid, GrammarSource
@@ -65,6 +66,8 @@ def json_schema(schema: Any, param: str) -> Requested:
 
 
 def _requested(body: GenerationRequest) -> Iterator[Requested]:
+    if body.forced_functions:
+        yield json_schema(calls_schema(body.forced_functions, one=body.calls_one_function), "tool_choice")
     wanted = body.response_format
     if wanted is not None and wanted.type == "json_object":
         yield json_schema(_ANY_OBJECT, "response_format")

@@ -47,9 +47,12 @@ def _call(call: ToolCall) -> dict[str, Any]:
     return {"id": call.id, "type": "function", "function": function}
 
 
-def message_format(tokenizer: Tokenizer, body: ChatCompletionRequest, prompt: list[int]) -> MessageFormat | None:
-    """Return how the output is written; None if it is content alone."""
-    template = "" if tokenizer.template is None else tokenizer.template.source
+def message_format(
+    tokenizer: Tokenizer, body: ChatCompletionRequest, prompt: list[int], *, is_constrained: bool
+) -> MessageFormat | None:
+    """Return how the output is written; None if it is content alone. A constraint leaves no room for reasoning, and
+    that of a forced call is JSON, whatever the template is."""
+    template = "" if tokenizer.template is None or is_constrained else tokenizer.template.source
     names = frozenset(function.name for function in body.offered_functions)
     splits = body.separate_reasoning is not False
     has_channels, has_reasoning = writes_channels(template) and splits, marks_reasoning(template) and splits

@@ -43,6 +43,8 @@ _NEEDS: dict[str, Need] = {
     "/v1/rerank": "infer",
     "/v1/messages": "infer",
     "/v1/responses": "infer",
+    "/generate": "infer",
+    "/generate_stream": "infer",
     "/tokenize": "infer",
     "/detokenize": "infer",
     "/tokenizer_info": "infer",

@@ -26,6 +26,7 @@ _REQUEST_ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
 _COUNTED_ROUTES = (
     *("/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/responses", "/v1/embeddings"),
     *("/score", "/v1/score", "/rerank", "/v1/rerank"),
+    *("/generate", "/generate_stream"),
 )
 IGNORED_HEADER = "x-loraplex-ignored"  # fields of the request's body that have no effect
 _MAX_NAMES, _MAX_NAME = 20, 64

@@ -157,10 +157,10 @@ class ResponseFormatter(BlockFormatter):
             temperature=generation.plan.sampling.temperature,
             top_p=generation.plan.sampling.top_p,
             tools=[{"strict": None, **tool.model_dump()} for tool in sent.tools or ()],
-            tool_choice=sent.tool_choice or "auto",
+            tool_choice=_shown(sent.tool_choice) or "auto",
             parallel_tool_calls=sent.parallel_tool_calls is not False,
             reasoning={"effort": sent.reasoning and sent.reasoning.effort, "summary": None},
-            text={"format": {"type": "text"}},
+            text={"format": _shown(sent.text and sent.text.format) or {"type": "text"}},
             metadata=(sent.model_extra or {}).get("metadata") or {},
             **{"output": [], **fields},
         )
@@ -175,6 +175,11 @@ class ResponseFormatter(BlockFormatter):
             "output_tokens_details": {"reasoning_tokens": 0},
             "total_tokens": usage.total_tokens,
         }
+
+
+def _shown(value: Any) -> Any:
+    """Return a part of the request as the client wrote it."""
+    return value.model_dump(by_alias=True, exclude_none=True) if isinstance(value, Wire) else value
 
 
 def _event_name(block: Block) -> str:

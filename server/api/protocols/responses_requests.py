@@ -80,14 +80,31 @@ class FunctionTool(OpenWire):
         return {"type": "function", "function": function}
 
 
+class Choice(OpenWire):
+    type: Literal["function"]
+    name: str = Field(min_length=1, max_length=256)
+
+
 class TextFormat(OpenWire):
-    type: Literal["text"]
+    harmless = {"strict": "the schema is followed either way"}  # noqa: RUF012
+
+    type: Literal["text", "json_object", "json_schema"]
+    name: str | None = Field(None, max_length=256)
+    description: str | None = Field(None, max_length=65536)
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
 
 
 class TextOptions(OpenWire):
     refused = {"verbosity": Refusal("how long the output is", ("medium",))}  # noqa: RUF012
 
     format: TextFormat | None = None
+
+    def as_chat(self) -> dict[str, Any] | None:
+        if self.format is None or self.format.type == "text":
+            return None
+        if self.format.type == "json_object":
+            return {"type": "json_object"}
+        return {"type": "json_schema", "json_schema": {"name": self.format.name, "schema": self.format.schema_}}
 
 
 class ReasoningOptions(OpenWire):
@@ -107,7 +124,7 @@ class ResponsesRequest(TranslatedRequest):
     temperature: float | None = None
     top_p: float | None = None
     tools: Annotated[list[FunctionTool], Field(max_length=1024, fail_fast=True)] | None = None
-    tool_choice: Any = None
+    tool_choice: Literal["none", "auto", "required"] | Choice | None = None
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None
@@ -122,7 +139,10 @@ class ResponsesRequest(TranslatedRequest):
             "temperature": self.temperature,
             "top_p": self.top_p,
             "tools": [tool.as_chat() for tool in self.tools or ()],
-            "tool_choice": choice,
+            "tool_choice": {"type": "function", "function": {"name": choice.name}}
+            if isinstance(choice, Choice)
+            else choice,
+            "response_format": (self.text and self.text.as_chat()) or self.extensions.get("response_format"),
             "parallel_tool_calls": self.parallel_tool_calls,
             "reasoning_effort": (self.reasoning and self.reasoning.effort) or self.extensions.get("reasoning_effort"),
         }
