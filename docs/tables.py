@@ -21,10 +21,12 @@ from server.api.fields import (
     HARMLESS_IN_MESSAGES,
     HARMLESS_IN_RESPONSES,
     HARMLESS_IN_STREAM_OPTIONS,
+    HARMLESS_IN_STRUCTURED_OUTPUTS,
     REFUSED,
     REFUSED_IN_EMBEDDINGS,
     REFUSED_IN_MESSAGES,
     REFUSED_IN_RESPONSES,
+    REFUSED_IN_STRUCTURED_OUTPUTS,
     Refusal,
 )
 from server.api.inference import chat, completions, embeddings, scoring, tokenization
@@ -149,8 +151,16 @@ def _routes_of(name: str) -> str:
 
 
 def refused_fields() -> str:
-    rows = [(f"`{name}`", refusal.what, _neutral(refusal)) for name, refusal in REFUSED.items()]
-    rows += [(f"`messages.N.{name}`", refusal.what, _neutral(refusal)) for name, refusal in REFUSED_IN_MESSAGES.items()]
+    parts = {
+        "": REFUSED,
+        "messages.N.": REFUSED_IN_MESSAGES,
+        "structured_outputs.": REFUSED_IN_STRUCTURED_OUTPUTS,
+    }
+    rows = [
+        (f"`{prefix}{name}`", refusal.what, _neutral(refusal))
+        for prefix, refused in parts.items()
+        for name, refusal in refused.items()
+    ]
     in_responses = REFUSED_IN_RESPONSES.items()
     rows += [(f"`{name}` (/v1/responses)", refusal.what, _neutral(refusal)) for name, refusal in in_responses]
     return table(("field", "what it is", "accepted values"), rows)
@@ -181,9 +191,13 @@ def _neutral(refusal: Refusal) -> str:
 
 
 def harmless_fields() -> str:
-    rows = [(f"`{name}`", what) for name, what in HARMLESS.items()]
-    rows += [(f"`messages.N.{name}`", what) for name, what in HARMLESS_IN_MESSAGES.items()]
-    rows += [(f"`stream_options.{name}`", what) for name, what in HARMLESS_IN_STREAM_OPTIONS.items()]
+    parts = {
+        "": HARMLESS,
+        "messages.N.": HARMLESS_IN_MESSAGES,
+        "structured_outputs.": HARMLESS_IN_STRUCTURED_OUTPUTS,
+        "stream_options.": HARMLESS_IN_STREAM_OPTIONS,
+    }
+    rows = [(f"`{prefix}{name}`", what) for prefix, harmless in parts.items() for name, what in harmless.items()]
     rows += [(f"`{name}` (/v1/responses)", what) for name, what in HARMLESS_IN_RESPONSES.items()]
     return table(("field", "what it is"), rows)
 

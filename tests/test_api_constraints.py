@@ -16,7 +16,7 @@ from server.api.text.grammar_compiler import GrammarCompiler, GrammarSource
 from server.api.text.grammar_worker import MAX_MEMORY_BYTES
 from server.ipc.messages import Submit
 from server.sequence import Constraint
-from tests.fixtures.api_server import Api, assert_error, serving, tokenizer_files
+from tests.fixtures.api_server import Api, assert_error, byte_tokenizer, serving, tokenizer_files
 from tests.fixtures.timing import leap
 
 POINT = {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]}
@@ -84,6 +84,18 @@ async def test_an_adapter_s_own_tokenizer_is_named(api: Api) -> None:
     own, plain = (sent.sampling.constraint for sent in api.engine.submitted)
     assert own.tokenizer == api.engine.submitted[0].adapters[0].digest and plain.tokenizer == ""
     assert own.grammar == plain.grammar
+
+
+async def test_the_output_is_content_as_a_whole(tmp_path: Path) -> None:
+    """Also where the template opens the model's reasoning."""
+    template = "{{ messages[0].content }}{{ tools }}<think>\n{# until </think> #}"
+    async with serving(tmp_path, tokenizer=byte_tokenizer(template)) as api:
+        api.says('{"name": "f", "arguments": {}}')
+        for fields in ({"response_format": {"type": "json_object"}}, {"regex": ".*"}):
+            (choice,) = (await api.chat(**fields)).json()["choices"]
+            assert json.loads(choice["message"]["content"])["name"] == "f" and choice["finish_reason"] == "stop"
+        (choice,) = (await api.chat()).json()["choices"]
+        assert not choice["message"]["content"]
 
 
 async def test_what_the_engine_refuses_is_the_request_s_fault(api: Api) -> None:

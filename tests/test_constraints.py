@@ -1,6 +1,7 @@
 """Constraints in the engine: outputs follow their grammar, and other sequences do not notice."""
 
 import json
+import re
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from llguidance import LLMatcher, LLTokenizer
+from tokenizers import Tokenizer
 
 from adapters.registry.store import AdapterStore
 from server.api.text.grammar_worker import respond
@@ -156,6 +158,24 @@ def test_an_aborted_request_ends_before_and_after_its_first_step(driver: Driver)
     assert [driver.finish_reason(seq_id) for seq_id in ("early", "late")] == ["abort", "abort"]
 
 
+def test_an_adapter_s_own_tokenizer_names_the_tokens(driver: Driver, model: Path, tmp_path: Path) -> None:
+    """Its letters are other tokens than the base's; in one step with a sequence of the base."""
+    folder = write_adapter(tiny_llama(vocab_size=258), tmp_path / "a", scale=0.2)
+    backend = json.loads((model / "tokenizer.json").read_text())
+    vocabulary = backend["model"]["vocab"]
+    backend["model"]["vocab"] = {token: 255 - number for token, number in vocabulary.items() if number < 256}
+    (folder / "tokenizer.json").write_text(json.dumps(backend))
+    digest = driver.add_adapter(folder, "tokenizer.json")
+    driver.bring_to_device(digest)
+    made = grammar("regex", "[a-z]{3} [0-9]{4}")
+    driver.submit("own", PROMPT, digest, constraint=Constraint(made.grammar, digest), max_tokens=20)
+    driver.submit("base", PROMPT, constraint=made, max_tokens=20)
+    driver.run()
+    own = Tokenizer.from_str(json.dumps(backend)).decode(driver.tokens("own"))
+    assert all(re.fullmatch("[a-z]{3} [0-9]{4}", text) for text in (own, text_of(driver, "base")))
+    assert not re.fullmatch("[a-z]{3} [0-9]{4}", text_of(driver, "own"))
+
+
 # -- failures ----------------------------------------------------------------------------------------------------------
 
 
@@ -174,6 +194,20 @@ def test_a_grammar_that_exceeds_its_limits_ends_its_own_sequence(driver: Driver)
     driver.submit("free", PROMPT, max_tokens=30)
     driver.run()
     assert driver.finish_reason("dear") == "error" and "grammar" in (driver.outputs["dear"][-1].error or "")
+    assert len(driver.tokens("free")) == 30
+
+
+def test_a_grammar_whose_masks_take_too_long_ends_its_own_sequence(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ambiguous grammars take more from token to token, within the parser's limits."""
+    monkeypatch.setattr("server.engine.constraints.FREE_SECONDS", 0.001)
+    monkeypatch.setattr("server.engine.constraints.MAX_SLOW_SECONDS", 0.02)
+    source = 'root ::= root root root | root root | "a" | "b"'
+    driver.submit("dear", PROMPT, constraint=grammar("grammar", source), max_tokens=1500)
+    driver.submit("free", PROMPT, max_tokens=30)
+    driver.run()
+    assert driver.finish_reason("dear") == "error" and "too long" in (driver.outputs["dear"][-1].error or "")
     assert len(driver.tokens("free")) == 30
 
 

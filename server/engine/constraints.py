@@ -2,6 +2,7 @@
 
 import logging
 import math
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,6 +17,9 @@ from server.model.sampling.allowed import AllowedTokens
 from server.model.sampling.categorical import Array
 from server.sequence import Sequence
 
+FREE_SECONDS = 0.02  # of processor time, that every mask may take
+MAX_SLOW_SECONDS = 2.0  # that the masks of one sequence may take beyond that, because all rows of a step wait for them
+
 log = logging.getLogger(__name__)
 
 
@@ -25,11 +29,14 @@ class Parser:
 
     matcher: LLMatcher
     ends: list[int]
+    slow_seconds: float = 0.0
 
     def mask(self, seq: Sequence) -> Array:
         """Return one bit for each token that may come next. End tokens may if the grammar accepts the output, unless
         the request says otherwise; if nothing else may, they always may."""
+        began = time.thread_time()
         mask: Array = np.frombuffer(bytearray(self.matcher.compute_bitmask()), np.uint8)
+        self.slow_seconds += max(time.thread_time() - began - FREE_SECONDS, 0)
         if not self.matcher.is_accepting():
             return mask
         others = _without(mask, self.ends)
@@ -41,6 +48,8 @@ class Parser:
     def take(self, token: int, *, is_last: bool) -> bool:
         """Read the next token, which need not fit the grammar if it `is_last`. Return whether the output is complete.
         Raises `ConstraintFailed`."""
+        if self.slow_seconds > MAX_SLOW_SECONDS:
+            raise ConstraintFailed("the grammar failed: it takes too long to find the tokens that it allows")
         if self.matcher.is_error() or not (is_last or self.matcher.consume_token(token)):
             raise ConstraintFailed(f"the grammar failed: {reason_of(self.matcher)}")
         return bool(is_last or self.matcher.is_stopped())
@@ -75,8 +84,10 @@ class Constraints:
 
     def cancel(self, seq_id: str) -> bool:
         """Forget a request whose parser is being built; return whether there was one."""
-        request, future = self._preparing.pop(seq_id, (None, None))
-        return request is not None and future is not None and (future.cancel() or True)
+        found = self._preparing.pop(seq_id, None)
+        if found is not None:
+            found[1].cancel()
+        return found is not None
 
     def prepared(self) -> Iterator[tuple[Submit, Parser | str]]:
         """Yield the requests whose parsers are built, or the reasons why they cannot be."""

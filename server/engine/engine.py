@@ -14,6 +14,7 @@ from server.engine.adapter_requests import AdapterMoves
 from server.engine.constraints import Constraints, Parser
 from server.engine.faults import EngineBroken, failure_reply, input_problem
 from server.engine.grammars import ConstraintFailed
+from server.engine.integrity import check_integrity
 from server.engine.isolation import Isolation
 from server.engine.merging import Merging
 from server.engine.pipeline import PLACEHOLDER, InFlightStep, failed_step
@@ -43,7 +44,7 @@ from server.model.runner import ModelRunner
 from server.model.sampling.prompt_logprobs import is_finite, start_scoring_prompts
 from server.model.sampling.sampler import Sample, Started, start_sampling
 from server.model.sampling.token_counts import TokenCounts
-from server.sequence import FinishReason, ScheduledBatch, ScheduledSequence, Sequence, SequenceStatus
+from server.sequence import FinishReason, ScheduledBatch, ScheduledSequence, Sequence
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +90,7 @@ class Engine:
         self._steps = 0
         self._collected = 0.0  # when the last step was collected
         self.broken: str | None = None  # why the engine cannot continue; its process must end
-        ways = self._compute, self._advance, self._take_all, self._abandon, self._is_live
+        ways = self._forward, self._advance, self._take_all, self._abandon, self._is_live
         self._isolation = Isolation(runner.device, scheduler.blocks.block_size, *ways)
 
     def has_work(self) -> bool:
@@ -261,11 +262,6 @@ class Engine:
             step.sample()  # otherwise once the step before is collected: a mask follows from the row's last token
         return step
 
-    def _compute(self, batch: ScheduledBatch) -> InFlightStep:
-        step = self._forward(batch)
-        step.sample()
-        return step
-
     def _forward(self, batch: ScheduledBatch) -> InFlightStep:
         sampled = [scheduled.seq for scheduled in batch.sequences if scheduled.samples]
         self._runner.kv_cache.scrub(self.scheduler.take_suspect_blocks())
@@ -282,8 +278,7 @@ class Engine:
 
         def start() -> Started:
             allowed = self._constraints.masks(sampled)
-            asked = logits, sampled, self._eos_token_ids, self._token_counts, vocab_sizes, allowed
-            started = start_sampling(*asked)
+            started = start_sampling(logits, sampled, self._eos_token_ids, self._token_counts, vocab_sizes, allowed)
             return Started(started.tokens, after_pooled(after_prompts(started.collect)))
 
         return InFlightStep(batch, start)
@@ -402,16 +397,4 @@ class Engine:
         return StepOutputs(outputs, stats, self.residency.take_moves(), residency, merge, self.merging.take_switches())
 
     def check_integrity(self) -> None:
-        """Raise AssertionError when any of the books do not balance; tests call this between steps."""
-        running = self.scheduler.running
-        self.scheduler.blocks.check_integrity(running)
-        references: dict[str, int] = {}
-        for seq in running:
-            assert seq.status is SequenceStatus.RUNNING
-            if not seq.slots:
-                assert not seq.adapters or self.scheduler.gate.in_base(seq)
-                continue
-            for adapter in seq.adapters:
-                references[adapter.digest] = references.get(adapter.digest, 0) + 1
-        self.residency.check_integrity(references, self._runner.pool.extra_bytes())
-        assert {seq.seq_id for seq in [*running, *self.scheduler.waiting]} == set(self._sequences)
+        check_integrity(self.scheduler, self.residency, self._runner.pool.extra_bytes(), self._sequences)

@@ -65,6 +65,7 @@ class Isolation:
         batch = ScheduledBatch(sequences)
         try:
             step = self.forward(batch)
+            step.sample()
             samples = step.collect()
         except Exception:
             self._check_device(sequences)

@@ -12,10 +12,6 @@ from server.sequence import ScheduledBatch, Sequence
 PLACEHOLDER = 0  # stands in `token_ids` for a token that is on the device only
 
 
-def _no_tokens() -> torch.Tensor:
-    return torch.empty(0, dtype=torch.int64)
-
-
 @dataclass(slots=True)
 class InFlightStep:
     """The model is launched; `start_sampling` queues the choice of the tokens, for which a row with a grammar needs its
@@ -27,7 +23,7 @@ class InFlightStep:
 
     batch: ScheduledBatch
     start_sampling: Callable[[], Started] | None  # None once it was called, so that the logits are released
-    tokens: torch.Tensor = field(default_factory=_no_tokens)
+    tokens: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     collect: Callable[[], list[Sample]] = list
     placeholders: dict[Sequence, int] = field(default_factory=dict)
     failed: bool = False  # in the launch: nothing was computed
@@ -40,20 +36,18 @@ class InFlightStep:
             return
         try:
             started = start()
+            self.tokens, self.collect = started.tokens, started.collect
         except Exception as error:
-            self.fail(error)
-            return
-        self.tokens, self.collect = started.tokens, started.collect
-
-    def fail(self, error: Exception) -> None:
-        def collect() -> list[Sample]:
-            raise error
-
-        self.failed, self.collect = True, collect
+            self.failed, self.collect = True, _raising(error)
 
 
 def failed_step(batch: ScheduledBatch, error: Exception) -> InFlightStep:
     """The step of a batch whose launch raised `error`."""
-    step = InFlightStep(batch, None)
-    step.fail(error)
-    return step
+    return InFlightStep(batch, None, collect=_raising(error), failed=True)
+
+
+def _raising(error: Exception) -> Callable[[], list[Sample]]:
+    def collect() -> list[Sample]:
+        raise error
+
+    return collect
