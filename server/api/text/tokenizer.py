@@ -74,9 +74,7 @@ class Tokenizer:
     ) -> list[int]:
         _check_length(len(text), max_tokens, param)
         try:
-            # Unlike `encode`, this frees the interpreter lock, so that a long text does not stall the streams.
-            encode = self.backend.encode_batch_fast
-            (encoding,) = await asyncio.to_thread(encode, [text], add_special_tokens=add_special_tokens)
+            encoding = await asyncio.to_thread(self.backend.encode, text, add_special_tokens=add_special_tokens)
         except BaseException as error:
             reraise_unless_foreign(error)
             raise bad_request("The tokenizer of this model cannot encode this text.", param) from error
