@@ -14,6 +14,7 @@ from server.api.adapters import fetching
 from server.api.adapters.publishing import Published
 from server.api.adapters.schemas import RegisterRequest
 from server.api.context import MAX_FETCHES, AppContext
+from server.ipc.supervisor import EngineState
 from tests.fixtures import remote_servers
 from tests.fixtures.api_server import Api, adapter_files, assert_error, serving
 from tests.fixtures.remote_servers import Remote
@@ -152,11 +153,11 @@ async def test_an_engine_that_is_away_fails_no_lazy_adapter(tmp_path: Path, monk
     monkeypatch.setattr(fetching, "_ENGINE_POLL_SECONDS", 0.01)
     source = _folder(tmp_path / "allowed" / "acme")
     async with serving(tmp_path / "server", allow_source=(f"file://{tmp_path}/allowed",)) as api:
-        info, api.context.engine._supervisor.info = api.context.engine.info, None
+        api.context.engine._supervisor.state = EngineState.RESTARTING
         await api.http.post("/v1/adapters", json={"name": "acme", "source": f"file://{source}", "lazy": True})
         await eventually(lambda: len(attempts) == 3)
         assert api.context.fetching and api.context.registry.pending["acme"].error is None
-        api.context.engine._supervisor.info = info
+        api.context.engine._supervisor.state = EngineState.READY
         await asyncio.gather(*api.context.fetching.values())
         assert (await api.http.get("/v1/adapters/acme")).json()["state"] == "ready"
 
