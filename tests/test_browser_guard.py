@@ -41,7 +41,10 @@ async def test_a_foreign_page_changes_nothing_on_any_route(tmp_path: Path, heade
         assert len(unsafe) > 10
         for path, method in [*unsafe, ("/v1/adapters/x/files/adapter_model.safetensors", "GET")]:
             answer = await api.http.request(method, path.replace("{name}", "x"), headers=headers)
-            assert_error(answer, 403, "cross_site")
+            if path.startswith("/generate"):  # in LoRAX's shape
+                assert answer.status_code == 403 and answer.json()["error_type"]
+            else:
+                assert_error(answer, 403, "cross_site")
 
 
 async def test_a_cross_site_form_does_not_replace_an_adapter(tmp_path: Path) -> None:

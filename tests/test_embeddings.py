@@ -145,7 +145,7 @@ def test_numbers_that_are_not_finite_end_the_sequence(world: World, monkeypatch:
     world.embed("bad", None, PROMPT, "mean")
     world.driver.submit("goes on", PROMPT, None, max_tokens=3)
     world.driver.run()
-    assert world.driver.finish_reason("bad") == "error"
+    assert world.driver.finish_reason("bad") == "nonfinite"
     assert len(world.driver.tokens("goes on")) == 3
 
 
