@@ -15,7 +15,7 @@ test: .venv/.installed-dev ## install what tests need and run all that are quick
 	$(PYTEST) -m "not slow" $(ARGS)
 
 test-all: test ## the same, and then the tests that take long
-	$(PYTEST) -m slow $(ARGS)
+	$(PYTEST) -m "slow and not compile_matrix" $(ARGS)
 
 test-arm: ## the native code's checks for 64-bit Arm, cross-compiled and emulated (Debian: g++-aarch64-linux-gnu qemu-user)
 	tests/native/arm.sh

@@ -6,16 +6,19 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import numpy as np
-from llguidance import LLMatcher
 
 from server.engine.grammars import ConstraintFailed, Grammars, reason_of
 from server.ipc.messages import Submit
 from server.model.sampling.allowed import AllowedTokens
 from server.model.sampling.categorical import Array
 from server.sequence import Sequence
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
 
 FREE_SECONDS = 0.02  # of processor time, that every mask may take
 MAX_SLOW_SECONDS = 2.0  # that the masks of one sequence may take beyond that, because all rows of a step wait for them
@@ -27,7 +30,7 @@ log = logging.getLogger(__name__)
 class Parser:
     """The parser of one sequence, which has read its output, and the tokens that end an output for the parser."""
 
-    matcher: LLMatcher
+    matcher: "LLMatcher"
     ends: list[int]
     slow_seconds: float = 0.0
 

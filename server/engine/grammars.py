@@ -1,15 +1,20 @@
-"""Parsers of grammars over the tokens of a model, kept by grammar. Does not use torch."""
+"""Parsers of grammars over the tokens of a model, kept by grammar. Does not use torch.
+
+llguidance is imported by the first constraint: an engine starts sooner without it, and may run where it is missing.
+"""
 
 from collections import OrderedDict
 from collections.abc import Callable
 from threading import Lock
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from tokenizers import AddedToken, Tokenizer
 
 from server.grammar_limits import PARSER_LIMITS
 from server.sequence import Constraint
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
 
 _KEPT_PARSERS = 64
 _KEPT_TOKENIZERS = 8  # the base model's among them
@@ -32,8 +37,10 @@ class Grammars:
         self._parsers: OrderedDict[Constraint, LLMatcher] = OrderedDict()
         self._lock = Lock()  # held while a tokenizer is read, which other requests would read as well
 
-    def parser(self, constraint: Constraint) -> LLMatcher:
+    def parser(self, constraint: Constraint) -> "LLMatcher":
         """Return a parser at the beginning of an output. Raises `ConstraintFailed`."""
+        from llguidance import LLMatcher, LLParserLimits
+
         with self._lock:
             tokenizer = self._tokenizer(constraint.tokenizer)
             found = self._parsers.get(constraint)
@@ -50,15 +57,17 @@ class Grammars:
         with self._lock:
             return list(self._tokenizer(constraint.tokenizer).eos_tokens)
 
-    def _tokenizer(self, version: str) -> LLTokenizer:
+    def _tokenizer(self, version: str) -> "LLTokenizer":
         found = self._tokenizers.get(version)
         if found is None:
             found = self._read(version)
         _keep(self._tokenizers, version, found, _KEPT_TOKENIZERS)
         return found
 
-    def _read(self, version: str) -> LLTokenizer:
+    def _read(self, version: str) -> "LLTokenizer":
         """Read a tokenizer. A model without end tokens gets one beyond its vocabulary, which is never chosen."""
+        from llguidance import LLTokenizer
+
         try:
             backend = Tokenizer.from_str(self._backend(version))
             ends = [token for token in sorted(self._eos_token_ids) if backend.id_to_token(token) is not None]
@@ -73,7 +82,7 @@ class Grammars:
             raise ConstraintFailed(f"outputs of this model's tokenizer cannot be constrained: {reason}") from error
 
 
-def reason_of(parser: LLMatcher) -> str:
+def reason_of(parser: "LLMatcher") -> str:
     """Return the first line of a parser's error; the rest describes its state."""
     lines = parser.get_error().splitlines()
     return lines[0][:_MAX_REASON_CHARS] if lines else "it failed"
