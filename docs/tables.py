@@ -12,8 +12,7 @@ from fastapi import FastAPI
 
 from adapters.errors import AdapterError, ProblemCode
 from server import config
-from server.api import health, models
-from server.api.adapters import aliases, merge, routes, vllm_compat
+from server.api.app import ROUTED
 from server.api.fields import (
     APPLIED,
     APPLIED_IN_EMBEDDINGS,
@@ -29,9 +28,7 @@ from server.api.fields import (
     REFUSED_IN_STRUCTURED_OUTPUTS,
     Refusal,
 )
-from server.api.inference import chat, completions, embeddings, scoring, tokenization
 from server.api.middleware.auth import need_of
-from server.api.protocols import anthropic, lorax, openai_responses
 from server.api.requests import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -113,22 +110,7 @@ def flags() -> str:
 
 def endpoints() -> str:
     app = FastAPI()
-    for module in (
-        chat,
-        completions,
-        embeddings,
-        scoring,
-        tokenization,
-        anthropic,
-        openai_responses,
-        lorax,
-        models,
-        routes,
-        aliases,
-        merge,
-        vllm_compat,
-        health,
-    ):
+    for module in ROUTED:
         app.include_router(module.router)
     rows = []
     for path, operations in app.openapi()["paths"].items():

@@ -7,6 +7,7 @@ tuning, CPT's delta), so that no encoder has to run here. Only the prompt of mul
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +17,16 @@ from numpy.typing import NDArray
 from adapters.errors import AdapterInvalid, Problem
 from adapters.model_spec import ModelSpec
 from adapters.peft.config_reader import (
-    MAX_CONFIG_BYTES,
     ConfigReader,
     KeyTable,
-    canonical,
     config_problem,
-    read_json,
 )
 from adapters.peft.digest import Scan, scan
-from adapters.peft.files import CONFIG_FILE, FILES, WEIGHTS_FILE
 from adapters.peft.foreign_files import GATHERED
 from adapters.peft.lora_tensors import problem, rounding_notes
 from adapters.peft.safetensors_header import FLOAT_BYTES, read_header, stored_bytes
 from adapters.peft.tensor_bytes import largest_finite, read_array
+from adapters.peft.typed_folder import read_typed
 from adapters.traits import Traits
 
 PROMPT, COLUMNS, ROWS = "prompt_embeddings", "prefix_task_cols", "prefix_task_rows"
@@ -153,22 +151,7 @@ def read_virtual(folder: Path, spec: ModelSpec, known_digest: str | None = None)
     Raises `AdapterInvalid` with every problem. With `known_digest`, the weights are not read, and their numbers not
     checked.
     """
-    if not all((folder / name).is_file() for name in FILES):
-        return None
-    with (folder / CONFIG_FILE).open("rb") as file:
-        config, _ = read_json(file.read(MAX_CONFIG_BYTES + 1))
-    parsed = None if config is None else virtual_config_of(config)
-    if config is None or parsed is None:
-        return None
-    problems = parsed.all_problems()
-    try:
-        virtual = Virtual(folder / WEIGHTS_FILE, parsed, canonical(config), spec, known_digest)
-    except AdapterInvalid as error:
-        raise AdapterInvalid(problems + error.problems) from None
-    problems += virtual.problems()
-    if problems:
-        raise AdapterInvalid(problems)
-    return virtual
+    return read_typed(folder, virtual_config_of, partial(Virtual, spec=spec, known_digest=known_digest))
 
 
 class Virtual:

@@ -22,27 +22,30 @@ from server.api.middleware.request_scope import IGNORED_HEADER, RequestMiddlewar
 from server.api.protocols import anthropic, lorax, openai_responses
 from server.api.schemas import ChatCompletionChunk, CompletionChunk
 
+# The modules with routes, in the order in which the reference lists them.
+ROUTED = (
+    chat,
+    completions,
+    embeddings,
+    scoring,
+    tokenization,
+    anthropic,
+    openai_responses,
+    lorax,
+    models,
+    routes,
+    aliases,
+    merge,
+    vllm_compat,
+    health,
+)
+
 
 def create_app(context: AppContext) -> FastAPI:
     """Create the HTTP application over the parts in `context`. The caller starts and stops the engine."""
     app = FastAPI(title="Loraplex", version=server.__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.context = context
-    for module in (
-        health,
-        models,
-        chat,
-        completions,
-        embeddings,
-        scoring,
-        tokenization,
-        anthropic,
-        openai_responses,
-        lorax,
-        routes,
-        aliases,
-        merge,
-        vllm_compat,
-    ):
+    for module in ROUTED:
         app.include_router(module.router)
     install_error_handlers(app)
     # The middleware added last runs first: request id, audit log, host and origin, CORS, authorization, rate, body.

@@ -1,6 +1,7 @@
 """Adapters of types other than LORA: validated as a LoRA is, then converted layer by layer."""
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,9 @@ import numpy as np
 
 from adapters.errors import AdapterInvalid, Problem
 from adapters.model_spec import ModelSpec
-from adapters.peft.config_reader import MAX_CONFIG_BYTES, canonical, read_json, shown
+from adapters.peft.config_reader import shown
 from adapters.peft.digest import Scan, scan
-from adapters.peft.files import CONFIG_FILE, FILES, WEIGHTS_FILE
+from adapters.peft.files import CONFIG_FILE, WEIGHTS_FILE
 from adapters.peft.foreign_files import GATHERED
 from adapters.peft.lora_tensors import lost_modules, problem, rank_of_module, rounding_notes
 from adapters.peft.patterns import dotted_suffixes
@@ -18,6 +19,7 @@ from adapters.peft.safetensors_header import FLOAT_BYTES, INDEX_BYTES, read_head
 from adapters.peft.spellings import peft_names, repeated
 from adapters.peft.targets import target_notes, unmatched
 from adapters.peft.tensor_bytes import largest_finite, read_array
+from adapters.peft.typed_folder import read_typed
 from adapters.validation.peft_types.adalora import AdaLora
 from adapters.validation.peft_types.base import PREFIX, Layer, Part, PeftTypeConfig, arrays_of
 from adapters.validation.peft_types.beft import Beft
@@ -49,22 +51,7 @@ def read_converted(folder: Path, spec: ModelSpec, known_digest: str | None = Non
     Raises `AdapterInvalid` with every problem that can be found without the conversion. With `known_digest`, the
     weights are not read, and their numbers not checked.
     """
-    if not all((folder / name).is_file() for name in FILES):
-        return None
-    with (folder / CONFIG_FILE).open("rb") as file:
-        config, _ = read_json(file.read(MAX_CONFIG_BYTES + 1))
-    type_config = None if config is None else type_config_of(config)
-    if config is None or type_config is None:
-        return None
-    problems = type_config.all_problems()
-    try:
-        converted = Converted(folder / WEIGHTS_FILE, type_config, canonical(config), spec, known_digest)
-    except AdapterInvalid as error:
-        raise AdapterInvalid(problems + error.problems) from None
-    problems += converted.problems()
-    if problems:
-        raise AdapterInvalid(problems)
-    return converted
+    return read_typed(folder, type_config_of, partial(Converted, spec=spec, known_digest=known_digest))
 
 
 def type_config_of(config: Mapping[str, Any]) -> PeftTypeConfig | None:
