@@ -323,7 +323,9 @@ class Engine:
 
     def _take(self, scheduled: ScheduledSequence, sampled: Sample) -> None:
         seq, end = scheduled.seq, scheduled.end
-        if sampled.token_id < 0 or not is_finite(seq.prompt_logprobs) or not has_finite_pool(seq):
+        # Prompt scores and the pool are checked with the first token, with which they are sent.
+        checks_prompt = end == seq.num_prompt_tokens
+        if sampled.token_id < 0 or (checks_prompt and not (is_finite(seq.prompt_logprobs) and has_finite_pool(seq))):
             self._abandon(seq, "the model produced numbers that are not finite", FinishReason.NONFINITE)
             return
         if seq.num_computed_tokens >= end:  # not if it was preempted meanwhile: those blocks are no longer its own
