@@ -29,15 +29,10 @@ from server.api.fields import (
     Refusal,
 )
 from server.api.middleware.auth import need_of
-from server.api.requests import (
-    ChatCompletionRequest,
-    CompletionRequest,
-    EmbeddingRequest,
-    GenerationRequest,
-    PooledRequest,
-    RerankRequest,
-    ScoreRequest,
-)
+from server.api.requests.chat import ChatCompletionRequest
+from server.api.requests.completions import CompletionRequest
+from server.api.requests.inference import GenerationRequest
+from server.api.requests.pooled import EmbeddingRequest, PooledRequest, RerankRequest, ScoreRequest
 from server.config import ServeConfig
 from server.metrics import METRICS
 

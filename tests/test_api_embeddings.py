@@ -12,7 +12,7 @@ from tokenizers.processors import TemplateProcessing
 
 from server.api.fields import HARMLESS_IN_EMBEDDINGS, REFUSED_IN_EMBEDDINGS
 from server.api.middleware.auth import Key, KeyRing
-from server.api.requests import MAX_CHOICES
+from server.api.requests.wire import MAX_CHOICES
 from server.api.schemas import EmbeddingList, Ranking, ScoreList
 from server.keys_file import digest_of
 from tests.fixtures.api_server import BASE, MAX_MODEL_LEN, Api, assert_error, byte_tokenizer, ids, secret, serving

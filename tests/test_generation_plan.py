@@ -20,7 +20,9 @@ from server.api.inference.responses import respond
 from server.api.inference.streaming import EventStream
 from server.api.inference.targets import resolve_target
 from server.api.middleware.auth import ANYONE
-from server.api.requests import ChatCompletionRequest, CompletionRequest, GenerationRequest
+from server.api.requests.chat import ChatCompletionRequest
+from server.api.requests.completions import CompletionRequest
+from server.api.requests.inference import GenerationRequest
 from server.api.schemas import Wire
 from server.sequence import SamplingParams
 from tests.fixtures.api_server import BASE, MAX_MODEL_LEN, Api, base_plan, serving

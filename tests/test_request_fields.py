@@ -11,7 +11,9 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 from server.api.fields import APPLIED, HARMLESS, REFUSED, REFUSED_IN_MESSAGES, SELECTORS
-from server.api.requests import ChatCompletionRequest, CompletionRequest, GenerationRequest
+from server.api.requests.chat import ChatCompletionRequest
+from server.api.requests.completions import CompletionRequest
+from server.api.requests.inference import GenerationRequest
 from tests.fixtures.api_server import BASE, Api, assert_error, byte_tokenizer, serving
 
 SCHEMAS: dict[str, type[GenerationRequest]] = {"chat": ChatCompletionRequest, "completions": CompletionRequest}

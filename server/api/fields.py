@@ -21,7 +21,7 @@ class Refusal(NamedTuple):
 _IN_A_CHAT = "; use /v1/chat/completions"
 _NAME_ADAPTERS = "; name the adapter in 'model', or several in 'adapters'"
 
-# What a schema declares in server/api/requests.py.
+# What a schema declares in server/api/requests/.
 APPLIED: dict[str, str] = {
     "model": "The base model, an adapter, `name@version` or an alias",
     "adapters": "Several adapters with scales; then `model` is the base model",

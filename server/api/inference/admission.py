@@ -15,7 +15,8 @@ from server.api.inference.targets import Target, adapter_failed, refuse_if_merge
 from server.api.message_formats.parser import MessageFormat
 from server.api.middleware.auth import Key
 from server.api.middleware.request_scope import ignored_names
-from server.api.requests import MAX_CHOICES, MAX_TIMEOUT_SECONDS, GenerationRequest, InferenceRequest, OpenWire
+from server.api.requests.inference import GenerationRequest, InferenceRequest
+from server.api.requests.wire import MAX_CHOICES, MAX_TIMEOUT_SECONDS, OpenWire
 
 TIMEOUT_HEADER = "x-request-timeout"  # in seconds
 

@@ -23,7 +23,8 @@ from server.api.inference.messages import (
 from server.api.inference.plan import GenerationPlan
 from server.api.inference.responses import documented_responses, respond
 from server.api.middleware.auth import Key, key_of
-from server.api.requests import ChatCompletionRequest, ChatPrompt, OpenWire
+from server.api.requests.chat import ChatCompletionRequest, ChatPrompt
+from server.api.requests.wire import OpenWire
 from server.api.schemas import ChatCompletion, ChatCompletionChunk
 from server.api.text.chat_template import RESERVED_VARIABLES, Conversation
 from server.api.text.tokenizer import Tokenizer, finite

@@ -14,7 +14,8 @@ from server.api.inference.generation import Generation
 from server.api.inference.plan import GenerationPlan
 from server.api.inference.responses import documented_responses, respond
 from server.api.middleware.auth import Key, key_of
-from server.api.requests import MAX_CHOICES, CompletionRequest, OpenWire
+from server.api.requests.completions import CompletionRequest
+from server.api.requests.wire import MAX_CHOICES, OpenWire
 from server.api.schemas import Completion, CompletionChunk
 from server.api.text.tokenizer import Tokenizer, finite
 from server.sequence import TokenLogprobs

@@ -8,7 +8,7 @@ from server.api.context import AppContext
 from server.api.errors import bad_request
 from server.api.inference.forced_calls import calls_schema
 from server.api.inference.targets import Target
-from server.api.requests import GenerationRequest
+from server.api.requests.inference import GenerationRequest
 from server.api.text.grammar_compiler import GrammarInvalid, GrammarSource
 from server.sequence import Constraint
 

@@ -17,7 +17,7 @@ from server.api.inference.admission import admit_plan, admit_request
 from server.api.inference.generation import Generation, collect_output, start_generation
 from server.api.inference.plan import plan_embedding
 from server.api.middleware.auth import Key, key_of
-from server.api.requests import EmbeddingRequest, PooledRequest
+from server.api.requests.pooled import EmbeddingRequest, PooledRequest
 from server.api.schemas import EmbeddingList
 
 Vectors = NDArray[np.float32]  # [inputs, hidden]

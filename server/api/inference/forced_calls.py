@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from server.api.errors import bad_request
-from server.api.requests import Function
+from server.api.requests.functions import Function
 
 
 def calls_schema(functions: Sequence[Function], *, one: bool) -> dict[str, Any]:

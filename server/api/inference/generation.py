@@ -15,7 +15,7 @@ from server.api.inference.plan import GenerationPlan
 from server.api.inference.targets import adapter_failed, merged_error, room_error
 from server.api.middleware.rate_limits import Lease
 from server.api.middleware.request_scope import unless_disconnected
-from server.api.requests import MAX_CHOICES
+from server.api.requests.wire import MAX_CHOICES
 from server.api.schemas import PromptTokensDetails, UsageBody
 from server.api.text.detokenizer import Detokenizer
 from server.ipc.messages import SequenceOutput, Submit

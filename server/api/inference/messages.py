@@ -14,7 +14,8 @@ from server.api.message_formats.parser import (
     writes_channels,
 )
 from server.api.message_formats.pieces import Arguments, CallStart, Content, Piece, Reasoning
-from server.api.requests import ChatCompletionRequest, ChatMessage, ToolCall
+from server.api.requests.chat import ChatCompletionRequest, ChatMessage
+from server.api.requests.functions import ToolCall
 from server.api.text.tokenizer import Tokenizer
 
 _PROMPT_END_TOKENS = 16  # in which the mark of reasoning is looked for

@@ -8,7 +8,9 @@ from server.api.errors import bad_request
 from server.api.inference.targets import Target
 from server.api.message_formats.parser import MessageFormat
 from server.api.middleware.auth import Key
-from server.api.requests import REST_OF_CONTEXT, GenerationRequest, InferenceRequest, PooledRequest
+from server.api.requests.inference import GenerationRequest, InferenceRequest
+from server.api.requests.pooled import PooledRequest
+from server.api.requests.wire import REST_OF_CONTEXT
 from server.api.text.tokenizer import Tokenizer, context_exceeded
 from server.sequence import Constraint, SamplingParams
 

@@ -10,7 +10,7 @@ from server.api.context import Context
 from server.api.errors import bad_request
 from server.api.inference.embeddings import ERRORS, Vectors, embed, head, json_response, usage
 from server.api.middleware.auth import Key, key_of
-from server.api.requests import RerankRequest, ScoreRequest
+from server.api.requests.pooled import RerankRequest, ScoreRequest
 from server.api.schemas import Ranking, ScoreList
 
 router = APIRouter(tags=["inference"], responses=ERRORS)

@@ -14,7 +14,7 @@ from adapters.traits import Traits
 from server.api.context import BASE_NAME, AppContext
 from server.api.errors import ApiError, bad_request, model_not_found, unavailable
 from server.api.middleware.auth import Key
-from server.api.requests import AdapterPart, InferenceRequest
+from server.api.requests.inference import AdapterPart, InferenceRequest
 from server.metrics import COMPOSED_LABEL
 from server.sequence import ScaledAdapter
 

@@ -12,7 +12,8 @@ from server.api.inference.admission import note_unknown_fields
 from server.api.inference.chat import render_chat
 from server.api.inference.targets import adapter_failed, serving_record
 from server.api.middleware.auth import Key, key_of
-from server.api.requests import ChatPrompt, ModelName, OpenWire, Text, TokenId
+from server.api.requests.chat import ChatPrompt
+from server.api.requests.wire import ModelName, OpenWire, Text, TokenId
 from server.api.schemas import Wire
 from server.api.text.tokenizer import Tokenizer
 

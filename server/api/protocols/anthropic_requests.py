@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from server.api.protocols.translation import TranslatedRequest
-from server.api.requests import ModelName, OpenWire, StopString, Text, TokenCount
+from server.api.requests.wire import ModelName, OpenWire, StopString, Text, TokenCount
 
 
 class BlockPart(OpenWire):

@@ -15,7 +15,8 @@ from server.api.inference.completions import plan_completion
 from server.api.inference.generation import Generation
 from server.api.inference.responses import documented_responses, respond
 from server.api.middleware.auth import Key, key_of
-from server.api.requests import AdapterScale, CompletionRequest, ModelName, OpenWire, Text, TokenCount
+from server.api.requests.completions import CompletionRequest
+from server.api.requests.wire import AdapterScale, ModelName, OpenWire, Text, TokenCount
 from server.api.schemas import Wire
 from server.api.text.tokenizer import finite
 

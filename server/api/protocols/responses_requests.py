@@ -6,7 +6,7 @@ from pydantic import Discriminator, Field, Tag
 
 from server.api.fields import HARMLESS_IN_RESPONSES, REFUSED, REFUSED_IN_RESPONSES, Refusal
 from server.api.protocols.translation import TranslatedRequest
-from server.api.requests import ModelName, OpenWire, Text, TokenCount
+from server.api.requests.wire import ModelName, OpenWire, Text, TokenCount
 
 
 class Item(OpenWire):

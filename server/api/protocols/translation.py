@@ -15,7 +15,8 @@ from server.api.inference.formatting import Formatter
 from server.api.inference.generation import Generation
 from server.api.inference.responses import respond
 from server.api.middleware.auth import Key
-from server.api.requests import ChatCompletionRequest, OpenWire
+from server.api.requests.chat import ChatCompletionRequest
+from server.api.requests.wire import OpenWire
 
 # Fields of a chat that another API's request may have as well. Those that add to the response are not among them.
 EXTENSIONS = (
