@@ -10,7 +10,7 @@ import pytest
 
 from server.api.middleware.auth import ALL_SCOPES, Key, KeyRing
 from server.keys_file import digest_of
-from tests.fixtures.api_server import BASE, Api, byte_tokenizer, secret, serving
+from tests.fixtures.api_server import BASE, Api, byte_tokenizer, last_prompt, secret, serving, typed_events
 
 TEMPLATE = (
     "{% for tool in tools or [] %}{{ tool.function.name }}|{% endfor %}{{ enable_thinking }}{# <tool_call> </think> #}"
@@ -38,20 +38,6 @@ async def api(tmp_path: Path) -> AsyncIterator[Api]:
 async def send(api: Api, **fields: Any) -> httpx.Response:
     body = {"model": BASE, "max_tokens": 100, "messages": [{"role": "user", "content": "hi"}], **fields}
     return await api.http.post("/v1/messages", json=body)
-
-
-def prompt(api: Api) -> str:
-    return api.context.tokenizer.decode(api.engine.submitted[-1].token_ids, skip_special_tokens=False)
-
-
-def frames(answer: httpx.Response) -> list[dict[str, Any]]:
-    assert answer.status_code == 200, answer.text
-    found = []
-    for frame in answer.text.removesuffix("\n\n").split("\n\n"):
-        name, data = frame.split("\n")
-        found.append(json.loads(data.removeprefix("data: ")))
-        assert name == f"event: {found[-1]['type']}"
-    return found
 
 
 def anthropic_error(answer: httpx.Response, status: int, kind: str) -> str:
@@ -89,7 +75,7 @@ async def test_blocks_of_a_body_and_of_a_stream(api: Api) -> None:
     api.says(OUTPUT)
     body = (await send(api, tools=[TOOL], max_tokens=200)).json()
     assert body["stop_reason"] == "tool_use" and [without_id(block) for block in body["content"]] == BLOCKS
-    events = frames(await send(api, tools=[TOOL], max_tokens=200, stream=True))
+    events = typed_events(await send(api, tools=[TOOL], max_tokens=200, stream=True))
     first, *middle, delta, last = events
     assert first["type"] == "message_start" and first["message"]["content"] == []
     assert first["message"]["stop_reason"] is None and first["message"]["usage"]["input_tokens"] > 0
@@ -137,12 +123,12 @@ async def test_a_conversation_reaches_the_template(api: Api) -> None:
     ]
     answer = await send(api, system="S", messages=messages, tools=[TOOL], thinking={"type": "disabled"})
     assert "x-loraplex-ignored" not in answer.headers
-    assert prompt(api) == (
+    assert last_prompt(api) == (
         "weather|False<|start|>system S<|end|><|start|>user hi<|end|><|start|>assistant [t1 Rome]<|end|>"
         "<|start|>tool sunt1<|end|><|start|>user so?<|end|>"
     )
     await send(api, messages=[*messages[:1], {"role": "assistant", "content": "So"}])
-    assert prompt(api).endswith("<|start|>assistant So")
+    assert last_prompt(api).endswith("<|start|>assistant So")
 
 
 async def test_fields_are_those_of_a_chat(api: Api) -> None:
@@ -171,7 +157,7 @@ async def test_errors_have_anthropic_s_shape(api: Api, tmp_path: Path) -> None:
     ):
         assert name in anthropic_error(await send(api, **fields), 400, "invalid_request_error")
     api.engine.fail_after = 3
-    assert frames(await send(api, stream=True))[-1]["error"]["type"] == "api_error"
+    assert typed_events(await send(api, stream=True))[-1]["error"]["type"] == "api_error"
     keys = KeyRing([Key("k", digest_of(secret("k")), ALL_SCOPES)])
     async with serving(tmp_path / "closed", keys=keys) as closed:
         anthropic_error(await send(closed), 401, "authentication_error")

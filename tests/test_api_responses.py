@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from server.api.fields import REFUSED_IN_RESPONSES
-from tests.fixtures.api_server import BASE, Api, assert_error, byte_tokenizer, serving
+from tests.fixtures.api_server import BASE, Api, assert_error, byte_tokenizer, last_prompt, serving, typed_events
 
 TEMPLATE = (
     "{% for tool in tools or [] %}{{ tool.function.name }}|{% endfor %}{{ reasoning_effort }}{# <tool_call> </think> #}"
@@ -32,17 +32,9 @@ async def send(api: Api, **fields: Any) -> httpx.Response:
     return await api.http.post("/v1/responses", json={"model": BASE, "input": "hi", **fields})
 
 
-def prompt(api: Api) -> str:
-    return api.context.tokenizer.decode(api.engine.submitted[-1].token_ids, skip_special_tokens=False)
-
-
 def frames(answer: httpx.Response) -> list[dict[str, Any]]:
-    assert answer.status_code == 200, answer.text
-    found = []
-    for frame in answer.text.removesuffix("\n\n").split("\n\n"):
-        name, data = frame.split("\n")
-        found.append(json.loads(data.removeprefix("data: ")))
-        assert name == f"event: {found[-1]['type']}" and found[-1]["sequence_number"] == len(found) - 1
+    found = typed_events(answer)
+    assert [event["sequence_number"] for event in found] == [*range(len(found))]
     return found
 
 
@@ -58,7 +50,7 @@ async def test_a_conversation_reaches_the_template(api: Api) -> None:
         api, input=items, instructions="S", tools=[TOOL], reasoning={"effort": "low", "summary": "auto"}
     )
     assert answer.status_code == 200 and "x-loraplex-ignored" not in answer.headers
-    assert prompt(api) == (
+    assert last_prompt(api) == (
         "weather|low<|start|>system  S<|start|>user  hi<|start|>assistant Hm So[c1 Rome]<|start|>tool  sunc1"
     )
     assert answer.json()["reasoning"]["effort"] == "low" and answer.json()["instructions"] == "S"

@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.fixtures.api_server import Api, assert_error, byte_tokenizer, events, ids, serving
+from tests.fixtures.api_server import Api, assert_error, byte_tokenizer, events, ids, last_prompt, serving
 
 HERMES = (
     "{% if tools %}<tools>{% for tool in tools %}{{ tool.function.name }} {{ tool.function.parameters.type }}"
@@ -37,11 +37,6 @@ async def api(tmp_path: Path) -> AsyncIterator[Api]:
         yield found
 
 
-def prompt(api: Api) -> str:
-    text: str = api.context.tokenizer.decode(api.engine.submitted[-1].token_ids, skip_special_tokens=False)
-    return text
-
-
 def joined(answer: httpx.Response) -> tuple[dict[str, Any], str | None]:
     """The message of a stream, put together as OpenAI's clients do, and its finish reason."""
     message: dict[str, Any] = {"content": "", "tool_calls": []}
@@ -62,7 +57,7 @@ def joined(answer: httpx.Response) -> tuple[dict[str, Any], str | None]:
 async def test_functions_and_calls_reach_the_template(api: Api) -> None:
     answer = await api.chat(tools=[WEATHER], messages=HISTORY)
     assert answer.status_code == 200 and answer.json()["choices"][0]["message"]["content"] == "Hello world"
-    assert prompt(api) == (
+    assert last_prompt(api) == (
         "<tools>weather object</tools><|start|>user\nhi<|end|>\n<|start|>assistant\n"
         "<tool_call>weather city=Paris</tool_call><|end|>\n<|start|>tool weather c1\nsunny<|end|>\n<|start|>assistant\n"
     )
@@ -114,7 +109,7 @@ async def test_no_functions_no_calls(api: Api) -> None:
     for fields in ({}, {"tools": [WEATHER], "tool_choice": "none"}, {"tools": []}):
         (choice,) = (await api.chat(max_tokens=-1, **fields)).json()["choices"]
         assert choice["message"]["content"] == CALL and choice["finish_reason"] == "stop"
-        assert "<tools>" not in prompt(api)
+        assert "<tools>" not in last_prompt(api)
 
 
 async def test_marks_that_are_special_tokens_are_read(tmp_path: Path) -> None:
@@ -155,7 +150,7 @@ async def test_what_cannot_be_applied_is_named(api: Api, tmp_path: Path) -> None
     strict = {**WEATHER, "function": {**WEATHER["function"], "strict": True}}  # type: ignore[dict-item]
     answer = await api.chat(tools=[strict])
     assert answer.status_code == 200 and answer.headers["x-loraplex-ignored"] == "tools.0.function.strict"
-    assert "strict" not in prompt(api)
+    assert "strict" not in last_prompt(api)
     for messages, param in (
         ([*HISTORY[:1], {**HISTORY[1], "role": "user", "content": "x"}], "messages.1"),
         ([*HISTORY[:2], {"role": "tool", "content": "sunny"}], "messages.2"),

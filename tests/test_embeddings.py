@@ -8,55 +8,31 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from transformers import AutoModelForCausalLM
 
 from server.sequence import FinishReason
 from tests.fixtures.adapter_factory import tiny_llama, with_peft, write_adapter
+from tests.fixtures.adapter_world import PROMPT, AdapterWorld
 from tests.fixtures.engine_driver import Driver, make_driver
-from tests.fixtures.parity_cases import INVOCATION, LLAMA_CASES
 from tests.fixtures.virtual_tokens import generated, write_virtual
 from tests.test_architectures import ARCHITECTURES, build
 
-CASES: dict[str, dict[str, Any]] = {
-    name: LLAMA_CASES[name]
-    for name in ("plain", "dora", "saved head and norms", "embedding", "larger vocabulary", "alora")
-}
-ACTIVE_FROM = 10  # of the activated LoRA
-PROMPT = [3, 17, 44, 80, 9, 31, 52, 6, 71, 33, *INVOCATION, 60, 12, 90, 27, 8, 41, 66, 19, 75, 50, 14]
+CASES = ("plain", "dora", "saved head and norms", "embedding", "larger vocabulary", "alora")
 POOLINGS = ("last", "mean")
 
 
-class World:
-    def __init__(self, folder: Path, **settings: Any):
-        self.folder = folder
-        model = tiny_llama(initializer_range=0.2, intermediate_size=128)
-        model.save_pretrained(folder / "model")
-        for seed, (case, options) in enumerate(CASES.items()):
-            write_adapter(model, folder / case, seed=seed, **options)
-        self.driver = make_driver(folder / "model", folder / "data", **settings)
-        self.digests = {case: self.driver.add_adapter(folder / case) for case in CASES}
-
+class World(AdapterWorld):
     def embed(self, seq_id: str, case: str | None, prompt: list[int], pooling: str) -> None:
-        active_from = ACTIVE_FROM if case == "alora" else 0
-        digest = None if case is None else self.digests[case]
-        self.driver.outputs.pop(seq_id, None)
-        self.driver.submit(seq_id, prompt, digest, active_from=active_from, max_tokens=0, pooling=pooling)
+        self.submit(seq_id, case, prompt, max_tokens=0, pooling=pooling)
 
     def reference(self, case: str | None, prompt: list[int], pooling: str) -> torch.Tensor:
         """What PEFT's hidden states come to, with that adapter alone."""
-        model: Any = AutoModelForCausalLM.from_pretrained(self.folder / "model", dtype=torch.float32).eval()
-        if case is not None:
-            model = with_peft(model, self.folder / case, CASES[case].get("vocab_size"))
-        offsets = {"alora_offsets": [len(prompt) - ACTIVE_FROM]} if case == "alora" else {}
-        with torch.inference_mode():
-            output = model(input_ids=torch.tensor([prompt]), use_cache=False, output_hidden_states=True, **offsets)
-        hidden: torch.Tensor = output.hidden_states[-1][0]  # after the last norm
-        return hidden[-1] if pooling == "last" else hidden.mean(0)
+        hidden: torch.Tensor = self.peft_output(case, prompt, output_hidden_states=True).hidden_states[-1][0]
+        return hidden[-1] if pooling == "last" else hidden.mean(0)  # after the last norm
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    made = World(tmp_path_factory.mktemp("world"), max_batch_tokens=16)
+    made = World(tmp_path_factory.mktemp("world"), CASES, max_batch_tokens=16)
     yield made
     made.driver.engine.residency.close()
 

@@ -6,59 +6,26 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from server.engine import prompt_scores
 from server.ipc.messages import Submit
 from server.sequence import SamplingParams, TokenLogprobs
-from tests.fixtures.adapter_factory import tiny_llama, with_peft, write_adapter
-from tests.fixtures.engine_driver import Driver, make_driver
-from tests.fixtures.parity_cases import INVOCATION, LLAMA_CASES
+from tests.fixtures.adapter_world import PROMPT, AdapterWorld
+from tests.fixtures.engine_driver import Driver
 
-CASES: dict[str, dict[str, Any]] = {
-    name: LLAMA_CASES[name]
-    for name in (
-        "plain",
-        "dora on lm_head",
-        "saved head and norms",
-        "tokens at both ends",
-        "larger vocabulary",
-        "alora",
-    )
-}
-PROMPT = [3, 17, 44, 80, 9, 31, 52, 6, 71, 33, *INVOCATION, 60, 12, 90, 27, 8, 41, 66, 19, 75, 50, 14]
+CASES = ("plain", "dora on lm_head", "saved head and norms", "tokens at both ends", "larger vocabulary", "alora")
 
 
-class World:
-    def __init__(self, folder: Path, **settings: Any):
-        self.folder = folder
-        model = tiny_llama(initializer_range=0.2, intermediate_size=128)
-        model.save_pretrained(folder / "model")
-        for seed, (case, options) in enumerate(CASES.items()):
-            write_adapter(model, folder / case, seed=seed, **options)
-        self.driver = make_driver(folder / "model", folder / "data", **settings)
-        self.digests = {case: self.driver.add_adapter(folder / case) for case in CASES}
-
-    def submit(self, seq_id: str, case: str | None, prompt: list[int], **sampling: Any) -> None:
-        active_from = 10 if case == "alora" else 0
-        digest = None if case is None else self.digests[case]
-        self.driver.outputs.pop(seq_id, None)
-        self.driver.submit(seq_id, prompt, digest, active_from=active_from, **sampling)
-
+class World(AdapterWorld):
     def reference(self, case: str | None, prompt: list[int]) -> torch.Tensor:
         """The log-probabilities `[len(prompt) - 1, vocab]` of PEFT with that adapter alone."""
-        model: Any = AutoModelForCausalLM.from_pretrained(self.folder / "model", dtype=torch.float32).eval()
-        if case is not None:
-            model = with_peft(model, self.folder / case, CASES[case].get("vocab_size"))
-        offsets = {"alora_offsets": [len(prompt) - 10]} if case == "alora" else {}
-        with torch.inference_mode():
-            logits = model(input_ids=torch.tensor([prompt]), use_cache=False, **offsets).logits[0, :-1]
-        return logits.float().log_softmax(-1)  # type: ignore[no-any-return]
+        logits: torch.Tensor = self.peft_output(case, prompt).logits[0, :-1]
+        return logits.float().log_softmax(-1)
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    made = World(tmp_path_factory.mktemp("world"), max_batch_tokens=16)
+    made = World(tmp_path_factory.mktemp("world"), CASES, max_batch_tokens=16)
     yield made
     made.driver.engine.residency.close()
 
@@ -128,7 +95,7 @@ def test_a_prompt_of_one_token_has_none(world: World) -> None:
 def test_a_preempted_prompt_loses_none(tmp_path: Path) -> None:
     """Two sequences grow until the cache is full: one is preempted, and computed again after its prompt was scored or
     in the middle of it."""
-    world = World(tmp_path, kv_cache_bytes=40 << 10, max_batch_tokens=16, adapter_slots=2)
+    world = World(tmp_path, CASES, kv_cache_bytes=40 << 10, max_batch_tokens=16, adapter_slots=2)
     driver = world.driver
     room = driver.info.num_blocks * driver.info.block_size
     prompt = (PROMPT * 30)[: room // 2 - 8]
