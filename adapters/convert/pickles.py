@@ -28,13 +28,14 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         except subprocess.TimeoutExpired:
             raise FolderError(f"{path} was not read within {SECONDS} seconds") from None
         if ended.returncode or not target.is_file():
-            reason = ended.stdout.strip() or f"the process that read it ended with {ended.returncode}"
-            raise FolderError(f"{path} {reason}")
+            said = ended.stderr.strip().rpartition("\n")[2]
+            raise FolderError(f"{path} {said or f'was not read: the process ended with {ended.returncode}'}")
         tensors: dict[str, Tensor] = load_file(target)
         return tensors
 
 
-def _main(source: Path, target: Path) -> int:
+def _main(source: Path, target: Path) -> None:
+    """Write the tensors of the file at `source` to `target`. Exits with the reason if it has anything else."""
     limit = 4 * source.stat().st_size + _SPARE_BYTES
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     try:
@@ -42,14 +43,11 @@ def _main(source: Path, target: Path) -> int:
         if isinstance(found, dict):
             found = next((found[key] for key in _NESTED if isinstance(found.get(key), dict)), found)
         if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
-            print("is no state dict")
-            return 3
+            sys.exit("is no state dict")
         save_file({str(name): tensor.detach().clone().contiguous() for name, tensor in found.items()}, target)
     except Exception as error:  # the errors of `torch.load` on malformed bytes have no common base class
-        print(f"cannot be read as tensors alone ({type(error).__name__})")
-        return 3
-    return 0
+        sys.exit(f"cannot be read as tensors alone ({type(error).__name__})")
 
 
 if __name__ == "__main__":
-    sys.exit(_main(*map(Path, sys.argv[1:])))
+    _main(*map(Path, sys.argv[1:]))
