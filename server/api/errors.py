@@ -1,6 +1,5 @@
 """One error body for every route and status, and the only place that turns exceptions into responses."""
 
-import json
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from typing import Any
@@ -113,12 +112,16 @@ _SHAPES: dict[str, Callable[[int, Mapping[str, Any]], dict[str, Any]]] = {
 
 
 class ErrorResponse(JSONResponse):
-    """An error in the format of the route's API."""
+    """The body `error_body` returns, in the format of the route's API."""
+
+    def __init__(self, body: Mapping[str, Any], status: int, headers: Mapping[str, str] | None = None):
+        super().__init__(body, status, headers=headers)
+        self._error: Mapping[str, Any] = body["error"]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         shape = _SHAPES.get(scope["path"])
         if shape is not None:
-            self.body = self.render(shape(self.status_code, json.loads(bytes(self.body))["error"]))
+            self.body = self.render(shape(self.status_code, self._error))
             self.headers["content-length"] = str(len(self.body))
         await super().__call__(scope, receive, send)
 

@@ -1,5 +1,5 @@
-"""Embeddings: the final hidden states of prompts, pooled. They are
-those that the output head gets, after the last norm.
+"""Embeddings: the final hidden states of prompts, pooled. They are those that the output head gets, after the last
+norm.
 
 A prompt may take several steps; the sums of its parts are added on the host, in the order of the steps.
 """

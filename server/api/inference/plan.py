@@ -1,7 +1,7 @@
 """The plan of a generation: everything that follows from a request once its prompts are tokenized."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from server.api.context import AppContext
 from server.api.errors import bad_request
@@ -79,21 +79,12 @@ def plan_generation(
     vocab_size = admitted.target.traits.vocab_size or context.info.vocab_size
     _check_prompts(prompts, vocab_size, body.prompt_field)
     max_tokens = _token_budget(context, prompts, body, admitted.target.traits.virtual_tokens)
-    return GenerationPlan(
-        target=admitted.target,
-        tokenizer=admitted.tokenizer,
-        key=admitted.key,
-        received=admitted.received,
-        id_prefix=body.id_prefix,
-        prompts=tuple(prompts),
-        sampling=_sampling_params(vocab_size, body, max_tokens, admitted),
+    return replace(
+        _plan(context, admitted, body, prompts, _sampling_params(vocab_size, body, max_tokens, admitted)),
         stop=tuple(body.stop_strings),
         n=body.n or 1,
-        priority=_priority(context, body),
-        deadline=admitted.deadline,
         stream=bool(body.stream),
         include_usage=body.include_usage,
-        request_salt=body.cache_salt or "",
         output=_output_options(body, texts, message_format),
     )
 
@@ -108,6 +99,18 @@ def plan_embedding(
     if longest + traits.virtual_tokens > context_length:
         parts = f"{longest} tokens" + (f" beside {traits.virtual_tokens} virtual ones" if traits.virtual_tokens else "")
         raise context_exceeded(context_length, f"an input has {parts}", body.prompt_field)
+    sampling = SamplingParams(max_tokens=0, temperature=0.0, pooling=body.pooling or "last")
+    return _plan(context, admitted, body, prompts, sampling)
+
+
+def _plan(
+    context: AppContext,
+    admitted: AdmittedRequest,
+    body: InferenceRequest,
+    prompts: Sequence[list[int]],
+    sampling: SamplingParams,
+) -> GenerationPlan:
+    """Return a plan with what all inference requests have."""
     return GenerationPlan(
         target=admitted.target,
         tokenizer=admitted.tokenizer,
@@ -115,7 +118,7 @@ def plan_embedding(
         received=admitted.received,
         id_prefix=body.id_prefix,
         prompts=tuple(prompts),
-        sampling=SamplingParams(max_tokens=0, temperature=0.0, pooling=body.pooling or "last"),
+        sampling=sampling,
         priority=_priority(context, body),
         deadline=admitted.deadline,
         request_salt=body.cache_salt or "",
