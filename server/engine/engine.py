@@ -3,6 +3,8 @@
 import logging
 import time
 from collections import deque
+from collections.abc import Iterable
+from functools import partial
 
 from torch import nn
 
@@ -15,6 +17,7 @@ from server.engine.constraints import Constraints, Parser
 from server.engine.faults import EngineBroken, failure_reply, input_problem
 from server.engine.grammars import ConstraintFailed
 from server.engine.integrity import check_integrity
+from server.engine.interruptions import Interruptions
 from server.engine.isolation import Isolation
 from server.engine.merging import Merging
 from server.engine.pipeline import PLACEHOLDER, InFlightStep, failed_step
@@ -25,16 +28,21 @@ from server.engine.sequence_messages import output_of, sequence_of
 from server.engine.stats import describe, digests_of, measure
 from server.ipc.messages import (
     Abort,
+    Call,
     FromEngine,
     Merge,
     MoveAdapter,
+    Pause,
     PinAdapter,
     Reply,
+    ResetPrefixCache,
+    Resume,
     RetireAdapter,
     RunSelfTest,
     SequenceOutput,
     StepOutputs,
     Submit,
+    SwitchAdapter,
     ToEngine,
     Unmerge,
 )
@@ -44,7 +52,7 @@ from server.model.runner import ModelRunner
 from server.model.sampling.prompt_logprobs import is_finite, start_scoring_prompts
 from server.model.sampling.sampler import Sample, Started, start_sampling
 from server.model.sampling.token_counts import TokenCounts
-from server.sequence import FinishReason, ScheduledBatch, ScheduledSequence, Sequence
+from server.sequence import FinishReason, ScaledAdapter, ScheduledBatch, ScheduledSequence, Sequence
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +88,7 @@ class Engine:
         self._selftests = selftests
         self._constraints = constraints
         self._moves = AdapterMoves(residency)
+        self._interruptions = Interruptions(scheduler, partial(self._abort, keep_output=True), self._use)
         self._eos_token_ids = eos_token_ids
         self._max_model_len = max_model_len
         self._token_counts = TokenCounts(runner.device)
@@ -95,7 +104,7 @@ class Engine:
 
     def has_work(self) -> bool:
         waiting = self._sequences or self._in_flight or self._moves or self._selftests or self._constraints
-        untold = self._outputs or self._replies or self.broken
+        untold = self._outputs or self._replies or self._interruptions or self.broken
         return bool(waiting or untold) or self.residency.changed or self.merging.has_work()
 
     def close(self) -> None:
@@ -118,12 +127,10 @@ class Engine:
                 self._constraints.prepare(message)
             case Submit():
                 self._submit(message)
-            case Abort(seq_ids=seq_ids):
-                for seq_id in seq_ids:
-                    if seq_id in self._sequences:
-                        self._finish(self._sequences[seq_id], [], FinishReason.ABORT)
-                    elif self._constraints.cancel(seq_id):
-                        self._outputs.append(SequenceOutput(seq_id, [], "abort"))
+            case Abort(seq_ids=seq_ids, keep_output=False):
+                self._abort(seq_ids, keep_output=False)
+            case Abort() | SwitchAdapter() | Pause() | Resume() | ResetPrefixCache():
+                self._interruptions.add(message)
             case MoveAdapter() | PinAdapter():
                 self._moves.add(message)
             case RunSelfTest():
@@ -146,7 +153,7 @@ class Engine:
                 self._outputs.append(SequenceOutput(seq_id, [], "error", error="the engine could not take the request"))
             case Abort():  # the books of a sequence that cannot be removed do not balance
                 self.broken = "a sequence could not be aborted"
-            case MoveAdapter() | PinAdapter() | RunSelfTest() | Merge() | Unmerge():
+            case _ if isinstance(message, Call):
                 self._replies.append(failure_reply(message.request_id))
 
     def step(self) -> list[FromEngine]:
@@ -166,7 +173,7 @@ class Engine:
 
     def _step(self) -> ScheduledBatch:
         depth = 1 if self.overlap else 0  # steps that may be in flight when this returns
-        self._collect_down_to(0 if self.merging.has_work() else depth)
+        self._collect_down_to(0 if self.merging.has_work() or self._interruptions else depth)
         self._between_steps()
         batch = self._begin(self.scheduler.schedule())
         if batch:
@@ -188,6 +195,7 @@ class Engine:
         for request, parser in self._constraints.prepared():
             self._submit(request, parser)
         self.residency.poll()
+        self._replies += self._interruptions.advance(self._sequences)
         self.merging.advance()
         self._replies += [*self._moves.poll(), *self._selftests.advance(), *self.merging.take_replies()]
         self._cancel_reads()
@@ -222,11 +230,15 @@ class Engine:
         self._sequences[seq.seq_id] = seq
         if parser is not None:
             self._constraints.begin(seq, parser)
-        for adapter in seq.adapters:
-            self._moves.unretire(adapter.digest)
-            self.residency.expect(adapter.digest)
+        self._use(seq.adapters)
         self.merging.arrived(seq.sole_adapter)
         self.scheduler.add(seq)
+
+    def _use(self, adapters: tuple[ScaledAdapter, ...]) -> None:
+        """Note that a sequence is about to use these versions."""
+        for adapter in adapters:
+            self._moves.unretire(adapter.digest)
+            self.residency.expect(adapter.digest)
 
     # -- steps ---------------------------------------------------------------------------------------------------
 
@@ -369,6 +381,16 @@ class Engine:
         if reason is not None:
             self.scheduler.finish(seq)
             del self._sequences[seq.seq_id]
+
+    def _abort(self, seq_ids: Iterable[str], *, keep_output: bool) -> None:
+        """End sequences. If their output is kept, no step may be in flight."""
+        for seq_id in seq_ids:
+            seq = self._sequences.get(seq_id)
+            if seq is not None:
+                kept = keep_output and (seq.num_output_tokens > 0 or not seq.wants_prompt_numbers)
+                self._finish(seq, [], FinishReason.STOPPED if kept else FinishReason.ABORT)
+            elif self._constraints.cancel(seq_id):
+                self._outputs.append(SequenceOutput(seq_id, [], "stopped" if keep_output else "abort"))
 
     def _abandon(self, seq: Sequence, error: str, reason: FinishReason = FinishReason.ERROR) -> None:
         """End a sequence whose numbers went bad; nothing of what it computed can be trusted."""

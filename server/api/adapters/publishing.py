@@ -16,7 +16,8 @@ from adapters.peft.tokenizer_files import CONFIG, TEMPLATE, read_tokenizer_files
 from adapters.records import Inspected
 from adapters.registry.registry import AdapterRecord
 from adapters.validation.inspect import inspect
-from server.api.adapters.schemas import DeletedBody
+from server.api.adapters.running import check_switch, replace_running
+from server.api.adapters.schemas import DeletedBody, InFlight
 from server.api.adapters.selftest import earlier_result, self_tested
 from server.api.adapters.threads import finish_in_thread
 from server.api.context import AppContext
@@ -63,13 +64,14 @@ async def place_for_client(context: AppContext) -> AsyncIterator[None]:
 @dataclass(frozen=True, slots=True)
 class Publication:
     """A request to publish the content of a folder under `name`; `source` is where the content comes from. A dry run
-    ends after the self-test."""
+    ends after the self-test. `in_flight` is what becomes of running requests of the version that is replaced."""
 
     name: str
     source: str
     replace: bool = False
     pinned: bool = False
     dry_run: bool = False
+    in_flight: InFlight = "finish"
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +160,7 @@ def _tested(
     """Return the self-test; it is omitted for a version that passed it and has this name already."""
     result = earlier_result(context, publication.name, inspected.digest)
     if result is None or publication.dry_run:
-        return self_tested(context, inspected, folder)
+        return self_tested(context, inspected, folder, always=publication.dry_run)
     inspected.report["selftest"] = result
     return nullcontext()
 
@@ -213,10 +215,12 @@ async def _publish(context: AppContext, publication: Publication, inspected: Ins
     name, registry = publication.name, context.registry
     async with context.lock(name):
         old = _current(context, name)
+        check_switch(old, inspected, publication.in_flight)
         write = partial(
             registry.publish, name, inspected, folder, source=publication.source, replace=publication.replace
         )
         record, created = await finish_in_thread(write)
+        await replace_running(context, old, record, publication.in_flight)
         await follow(context, old, record)
         if publication.pinned and not record.pinned:
             record = await pin(context, record)
