@@ -5,7 +5,7 @@ from functools import lru_cache
 
 import msgspec
 
-from server.sequence import ScaledAdapter
+from server.request import ScaledAdapter
 
 BASE_LABEL = "base"
 

@@ -12,7 +12,7 @@ from torch import nn
 from adapters.runtime.step import StepPlan
 from server.ipc.messages import Merge, Submit, Unmerge
 from server.model.cpu.decoder_layer import NativeLayer
-from server.sequence import SamplingParams
+from server.request import SamplingParams
 from tests.fixtures.adapter_factory import tiny_llama, write_adapter
 from tests.fixtures.engine_driver import Driver, make_driver, plain
 from tests.fixtures.native_forms import form

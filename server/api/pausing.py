@@ -7,7 +7,6 @@ from fastapi import APIRouter, Query
 from server.api.context import Context
 from server.api.errors import error_responses
 from server.api.schemas import Wire
-from server.ipc.messages import PauseMode
 
 router = APIRouter(tags=["operations"])
 _ERRORS = error_responses(400, 401, 403, 409, 503)
@@ -28,7 +27,7 @@ class ResetBody(Wire):
 @router.post("/pause", responses=_ERRORS)
 async def pause(
     context: Context,
-    mode: Annotated[PauseMode, Query(description="What becomes of running requests")] = "abort",
+    mode: Annotated[Literal["abort", "wait", "keep"], Query(description="What becomes of running requests")] = "abort",
     wait_for_inflight_requests: Annotated[bool, Query(description="vLLM's older name of mode=wait")] = False,
     clear_cache: Annotated[bool, Query(description="Empty the prefix cache, unless mode is keep")] = True,
 ) -> PauseBody:

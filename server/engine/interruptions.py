@@ -2,22 +2,23 @@
 prefix cache. Does not use torch."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from server.engine.scheduler import Scheduler
 from server.ipc.messages import Abort, Pause, Reply, ResetPrefixCache, Resume, SwitchAdapter
-from server.sequence import ScaledAdapter, Sequence
+from server.request import ScaledAdapter
+from server.sequence import Sequence
 
 Interruption = Abort | SwitchAdapter | Pause | Resume | ResetPrefixCache
 
 
 @dataclass(slots=True)
 class Interruptions:
-    """`abort` ends sequences, whose outputs are what they have generated; `use` prepares for new users of adapters."""
+    """`stop` ends a sequence, whose output is what it has generated; `use` prepares for new users of adapters."""
 
     scheduler: Scheduler
-    abort: Callable[[Iterable[str]], None]
+    stop: Callable[[str], None]
     use: Callable[[tuple[ScaledAdapter, ...]], None]
     _requests: list[Interruption] = field(default_factory=list)
     _pauses: list[Pause] = field(default_factory=list)  # that wait for sequences to end
@@ -47,8 +48,9 @@ class Interruptions:
                 return self._pause(request, sequences)
             case Resume():
                 return self._resume(request)
-            case Abort():
-                self.abort(request.seq_ids)
+            case Abort(seq_ids=seq_ids):
+                for seq_id in seq_ids:
+                    self.stop(seq_id)
                 return []
             case ResetPrefixCache():
                 self.scheduler.blocks.forget_prefixes()
@@ -56,7 +58,7 @@ class Interruptions:
 
     def _switch(self, request: SwitchAdapter, sequences: Mapping[str, Sequence]) -> None:
         for seq in [sequences[seq_id] for seq_id in request.seq_ids if seq_id in sequences]:
-            if request.old in seq.digests:
+            if request.old in seq.digests and request.new not in seq.digests:
                 changed = (
                     each._replace(digest=request.new) if each.digest == request.old else each for each in seq.adapters
                 )
@@ -66,7 +68,8 @@ class Interruptions:
 
     def _pause(self, request: Pause, sequences: Mapping[str, Sequence]) -> list[Reply]:
         if request.mode == "abort":
-            self.abort(list(sequences))
+            for seq_id in list(sequences):
+                self.stop(seq_id)
         if request.mode == "wait" and not self.scheduler.frozen:
             self.scheduler.hold_from = min(self.scheduler.hold_from, self.scheduler.next_number)
             self._pauses.append(request)

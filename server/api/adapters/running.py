@@ -1,4 +1,4 @@
-"""What becomes of running requests when the name of their version moves to another one."""
+"""Treatment of running requests when the name of their version moves to another one."""
 
 from contextlib import suppress
 

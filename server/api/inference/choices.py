@@ -6,7 +6,7 @@ from typing import Literal
 from server.api.text.detokenizer import Detokenizer
 from server.api.text.tokenizer import Tokenizer
 from server.ipc.messages import SequenceOutput
-from server.sequence import TokenLogprobs
+from server.request import TokenLogprobs
 from server.version_labels import BASE_LABEL, version_label
 
 # The engine's reasons that end an output without an error, in the words of a response.

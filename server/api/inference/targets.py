@@ -13,7 +13,7 @@ from server.api.errors import ApiError, bad_request, model_not_found, unavailabl
 from server.api.middleware.auth import Key
 from server.api.requests.inference import AdapterPart, InferenceRequest
 from server.metrics import COMPOSED_LABEL
-from server.sequence import ScaledAdapter
+from server.request import ScaledAdapter
 from server.version_labels import version_label
 
 
