@@ -7,6 +7,7 @@ from typing import NamedTuple
 from adapters.records import Inspected
 
 _MOST_STRUCTURES = 1024
+MOST_BYTES = 32 << 20  # of a version that needs no test of its own: larger ones take time to load anyway
 GROWTH = 2.0  # beyond what was tested, by which the numbers of a version may be larger without a test of its own
 
 
@@ -38,6 +39,6 @@ class TestedStructures:
     def version_like(self, inspected: Inspected) -> str | None:
         """Return the digest of the version whose self-test covers this one, or None."""
         tested = self._passed.get(inspected.structure or "")
-        if tested is None or inspected.largest > GROWTH * tested.largest:
+        if tested is None or inspected.nbytes > MOST_BYTES or inspected.largest > GROWTH * tested.largest:
             return None
         return tested.digest

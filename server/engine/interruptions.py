@@ -28,6 +28,8 @@ class Interruptions:
         return bool(self._requests or self._pauses)
 
     def add(self, request: Interruption) -> None:
+        if isinstance(request, Pause):  # sequences that come from now on wait
+            self.scheduler.hold_from = min(self.scheduler.hold_from, self.scheduler.next_number)
         self._requests.append(request)
 
     def advance(self, sequences: Mapping[str, Sequence]) -> list[Reply]:
@@ -67,11 +69,11 @@ class Interruptions:
                 self.scheduler.switch(seq, adapters)
 
     def _pause(self, request: Pause, sequences: Mapping[str, Sequence]) -> list[Reply]:
+        self.scheduler.hold_from = min(self.scheduler.hold_from, self.scheduler.next_number)  # after a `Resume`
         if request.mode == "abort":
-            for seq_id in list(sequences):
+            for seq_id in [seq.seq_id for seq in sequences.values() if seq.number < self.scheduler.hold_from]:
                 self.stop(seq_id)
         if request.mode == "wait" and not self.scheduler.frozen:
-            self.scheduler.hold_from = min(self.scheduler.hold_from, self.scheduler.next_number)
             self._pauses.append(request)
             return []
         self.scheduler.frozen = True

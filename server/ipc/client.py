@@ -151,6 +151,10 @@ class EngineClient:
         """Load (`host`, `device`) or unload (`disk`) a version. Raises `AdapterMoveRefused`, `EngineUnavailable`."""
         await self._call(MoveAdapter(next(self._request_ids), digest, tier))
 
+    def load_soon(self, digest: str) -> None:
+        """Load a small version to the device, if it has room, ahead of its first request."""
+        self._tell(MoveAdapter(next(self._request_ids), digest, "device", urgent=True))
+
     async def pin_adapter(self, digest: str, pinned: bool) -> None:
         """Pin or unpin a version; pins survive a restart. Raises `AdapterMoveRefused`, `EngineUnavailable`."""
         if not pinned:
@@ -202,7 +206,7 @@ class EngineClient:
         await self._call(Unmerge(next(self._request_ids)), MERGE_SECONDS)
         self._merge = None
 
-    def _tell(self, message: Abort | PinAdapter | RetireAdapter | Pause | Unmerge) -> None:
+    def _tell(self, message: Abort | MoveAdapter | PinAdapter | RetireAdapter | Pause | Unmerge) -> None:
         """Send a message that nobody waits for a reply to, and that means nothing to an engine that is not ready."""
         if self.state is EngineState.READY:
             self._supervisor.send(message)

@@ -47,11 +47,13 @@ class Abort(msgspec.Struct, frozen=True, tag=True):
 
 
 class MoveAdapter(msgspec.Struct, frozen=True, tag=True):
-    """Load a version to `tier` ("host" or "device"), or unload it from both ("disk"). Answered by `Reply`."""
+    """Load a version to `tier` ("host" or "device"), or unload it from both ("disk"). An `urgent` load does not step
+    aside for the steps that run meanwhile. Answered by `Reply`."""
 
     request_id: int
     digest: str
     tier: Tier
+    urgent: bool = False
 
 
 class PinAdapter(msgspec.Struct, frozen=True, tag=True):

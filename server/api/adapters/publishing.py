@@ -1,6 +1,7 @@
 """Publication and deletion of adapters: stage, fill, examine, self-test, publish; retire, drain, free."""
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from server.api.middleware.auth import Key
 from server.api.text.template_sandbox import TemplateFailed
 from server.ipc.client import AdapterMoveRefused
 from server.ipc.supervisor import EngineUnavailable
+
+log = logging.getLogger(__name__)
 
 _MAX_NAMED = 200  # characters of a base model's name in the report
 UPLOAD = "upload"  # the source of adapters that a client sent
@@ -109,10 +112,13 @@ async def publish_from(
         if decided is None:
             return Published(publication.name, inspected)
         await _check_quota(context, inspected)
-        async with _tested(context, decided, inspected, folder):
-            if decided.dry_run:
-                return Published(publication.name, inspected)
-            published = await _publish(context, decided, inspected, folder)
+        try:
+            async with _tested(context, decided, inspected, folder):
+                if decided.dry_run:
+                    return Published(publication.name, inspected)
+                published = await _publish(context, decided, inspected, folder)
+        finally:
+            collect_later(context)  # last, because it holds the registry's lock
         context.quarantine.forget(inspected.digest)
         await _forget_failure(context, inspected.digest)
         return published
@@ -265,12 +271,22 @@ async def follow(context: AppContext, old: AdapterRecord | None, new: AdapterRec
     engine refuses the pin, the name becomes unpinned and the refusal is raised."""
     if old is None or old.version.digest == new.version.digest:
         return
-    try:
-        await _let_go(context, old)
-        if new.pinned:
-            await _hold(context, new)
-    finally:
-        await asyncio.to_thread(context.registry.collect_garbage, context.in_flight.digests())
+    await _let_go(context, old)
+    if new.pinned:
+        await _hold(context, new)
+
+
+def collect_later(context: AppContext) -> None:
+    """Delete the versions that are no longer needed, in a thread that no response waits for."""
+
+    def collect() -> None:
+        try:
+            context.registry.collect_garbage(in_use)
+        except NoSpace as error:
+            log.warning("versions that are not needed could not be deleted: %s", error)
+
+    in_use = context.in_flight.digests()
+    asyncio.get_running_loop().run_in_executor(None, collect)
 
 
 async def _let_go(context: AppContext, old: AdapterRecord) -> None:

@@ -248,7 +248,10 @@ async def roll_back_adapter(
         old = publishing.find(context, key, name)
         version = body.version if body else None
         record = await asyncio.to_thread(context.registry.rollback, name, version)
-        await publishing.follow(context, old, record)
+        try:
+            await publishing.follow(context, old, record)
+        finally:
+            publishing.collect_later(context)
         return record_body(context, record)
 
 

@@ -13,6 +13,8 @@ from server.api.context import AppContext
 from server.ipc.client import AdapterMoveRefused
 from server.ipc.messages import SelfTest
 
+_LIKE = "a version passed that differs from this one in nothing but its numbers"
+
 
 def earlier_result(context: AppContext, name: str, digest: str) -> dict[str, Any] | None:
     """Return the recorded result of the self-test if `name` points at this version and the version passed."""
@@ -28,7 +30,7 @@ async def self_tested(
     context: AppContext, inspected: Inspected, folder: Path, *, always: bool = False
 ) -> AsyncIterator[None]:
     """Run the self-test and add its result to the report. Unless `always`, a version that differs from a tested one in
-    nothing but its numbers is only loaded. The version is in the store inside the `async with` body, and stays there
+    nothing but its numbers is not tested. The version is in the store inside the `async with` body, and stays there
     only if the body publishes it.
 
     Raises `AdapterInvalid` if the engine cannot load the adapter or its logits differ from the reference, and
@@ -43,11 +45,13 @@ async def self_tested(
         held = True
         return is_new
 
+    is_tested = always or digest in registry.store  # stored bytes may have been damaged or refused before
     try:
         is_new = await finish_in_thread(hold)
-        like = None if always else context.tested.version_like(inspected)
+        like = None if is_tested else context.tested.version_like(inspected)
         if like is not None:
-            inspected.report["selftest"] = await _loaded(context, digest, like)
+            context.engine.load_soon(digest)
+            inspected.report["selftest"] = {"skipped": _LIKE, "tested_version": f"sha256:{like}"}
         else:
             # Bytes that were stored earlier are not those that were hashed a moment ago.
             inspected.report["selftest"] = await _selftest(context, digest, verify=not is_new)
@@ -62,24 +66,6 @@ async def self_tested(
             await asyncio.to_thread(registry.collect_garbage, context.in_flight.digests())
 
 
-async def _loaded(context: AppContext, digest: str, like: str) -> dict[str, float | str]:
-    """Load a version that was not tested itself, to the device if it has room; return its entry in the report."""
-    try:
-        await context.engine.move_adapter(digest, "device")
-    except AdapterMoveRefused as refused:
-        if refused.code != "no_room":
-            raise _unusable(refused) from None
-        await _load_to_host(context, digest)
-    return {"skipped": "a version that differs in nothing but its numbers passed", "tested_version": f"sha256:{like}"}
-
-
-async def _load_to_host(context: AppContext, digest: str) -> None:
-    try:
-        await context.engine.move_adapter(digest, "host")
-    except AdapterMoveRefused as refused:
-        raise _unusable(refused) from None
-
-
 async def _selftest(context: AppContext, digest: str, *, verify: bool) -> dict[str, float | str]:
     """Return the self-test's entry in the report. A full device skips the test and is not an error."""
     try:
@@ -88,17 +74,14 @@ async def _selftest(context: AppContext, digest: str, *, verify: bool) -> dict[s
     except AdapterMoveRefused as refused:
         if refused.code == "no_room":
             return {"skipped": str(refused)}
-        raise _unusable(refused) from None
+        if refused.code in ("failed", "timeout"):  # the adapter is not to blame
+            raise
+        raise AdapterInvalid(
+            [Problem("selftest", str(refused), "an adapter that can be loaded", "nonfinite")]
+        ) from None
     if not result.relative_error <= result.tolerance:
         raise AdapterInvalid([_failed(result)])
     return {"max_abs_logit_diff": result.max_abs_logit_diff}
-
-
-def _unusable(refused: AdapterMoveRefused) -> Exception:
-    """Return the error of an adapter that the engine could not load, or `refused` if the adapter is not to blame."""
-    if refused.code in ("busy", "failed", "timeout"):
-        return refused
-    return AdapterInvalid([Problem("selftest", str(refused), "an adapter that can be loaded", "nonfinite")])
 
 
 def _failed(result: SelfTest) -> Problem:
