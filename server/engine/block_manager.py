@@ -38,6 +38,7 @@ class BlockManager:
     prefix_queries: int = 0  # prompt tokens looked up, in total
     prefix_hits: int = 0  # prompt tokens found, in total
     merged: str = ""  # the version merged into the base model's weights
+    copies: list[tuple[int, int]] = field(default_factory=list)  # blocks to copy before the next step: from, to
     _blocks: list[Block] = field(init=False)
     _free: "OrderedDict[int, None]" = field(init=False)
     _cached: dict[bytes, int] = field(init=False, default_factory=dict)
@@ -111,6 +112,14 @@ class BlockManager:
     def blocks_wanted(self, seq: Sequence, matched: list[int]) -> int:
         """Return how many blocks `seq` takes beside its cached prefix."""
         return self.blocks_for(seq.num_tokens) - len(matched)
+
+    def copy_tail(self, seq: Sequence, other: Sequence, num_tokens: int) -> None:
+        """Give `seq`, which was just admitted, a copy of what `other` has in the block at the same place."""
+        source = other.block_table[len(seq.block_table)]
+        seq.num_computed_tokens += num_tokens
+        self.prefix_hits += num_tokens
+        self.grow(seq, seq.num_computed_tokens)
+        self.copies.append((source, seq.block_table[-1]))
 
     def admit(self, seq: Sequence, matched: list[int]) -> None:
         """Give `seq` its cached prefix; `grow` adds the other blocks as needed."""
