@@ -62,11 +62,12 @@ class PublishAdapter(TrainerCallback):
         except (httpx.HTTPError, OSError) as error:
             log.error("step %d was not published: %s", state.global_step, error)
 
-    def publish(self, folder: Path) -> str:
+    def publish(self, folder: Path | str) -> str:
         """Publish a folder that PEFT's `save_pretrained` wrote; returns the version. Raises `httpx.HTTPError` with the
         server's reason if it refuses the adapter."""
-        files = {name: (folder / name).read_bytes() for name in self._wanted if (folder / name).exists()}
-        response = self._http.post("/v1/adapters", data=self._form, files={n: (n, data) for n, data in files.items()})
+        paths = [Path(folder) / name for name in self._wanted]
+        files = {path.name: (path.name, path.read_bytes()) for path in paths if path.exists()}
+        response = self._http.post("/v1/adapters", data=self._form, files=files)
         if response.is_error:
             reason = f"{response.status_code} {response.text}"
             raise httpx.HTTPStatusError(reason, request=response.request, response=response)

@@ -4,9 +4,9 @@
     loraplex serve --dtype float32 &
     python examples/train_grpo.py --url http://127.0.0.1:8000 --steps 30 --plot curve.svg
 
-Only the adapter travels: 1.8 MB for rank 8. TRL is not changed; its hook is `rollout_func`, which returns the tokens
-and the log-probabilities that the server sampled them with. The reward is the share of words with at most four letters,
-which needs no labels and which a small model can learn in minutes on a CPU.
+Only the adapter travels: 3.7 MB for rank 8. TRL is not changed; its hook is `rollout_func`, which returns the tokens
+and the log-probabilities that the server sampled them with. The reward is brevity, which needs no labels and which a
+small model can learn in minutes on a CPU.
 """
 
 import argparse
@@ -27,18 +27,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
 NAME = "grpo-policy"
-SUBJECTS = ["the sea", "a market", "winter", "a long journey", "my neighbour", "the moon", "an old clock", "bread"]
-SHORT = 4  # letters
+KINDS = ["an animal", "a colour", "a city", "a fruit", "a tool", "a river", "a sport", "a planet"]
+MOST_TOKENS = 24
 
 
-def reward_short_words(completions: list[Any], **_: Any) -> list[float]:
-    """The share of words with at most four letters; 0 for fewer than five words."""
-    return [_share_of_short(completion[0]["content"].split()) for completion in completions]
-
-
-def _share_of_short(words: list[str]) -> float:
-    letters = [sum(map(str.isalpha, word)) for word in words]
-    return sum(0 < count <= SHORT for count in letters) / len(words) if len(words) >= 5 else 0.0
+def reward_brevity(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    """From 1 for nothing to 0 for an answer that was cut."""
+    return [1 - len(tokens) / MOST_TOKENS for tokens in completion_ids]
 
 
 class LoraplexRollouts:
@@ -109,14 +104,14 @@ def _gap(
 def train(url: str, model: str, steps: int, generations: int) -> tuple[list[float], list[float]]:
     """Return the mean reward and the mean difference of log-probabilities of each step."""
     rollouts = LoraplexRollouts(url)
-    rows = [{"prompt": [{"role": "user", "content": f"Write one sentence about {subject}."}]} for subject in SUBJECTS]
+    rows = [{"prompt": [{"role": "user", "content": f"Name {kind}."}]} for kind in KINDS]
     with tempfile.TemporaryDirectory() as folder:
         settings = GRPOConfig(
             output_dir=folder,
             max_steps=steps,
             per_device_train_batch_size=2 * generations,
             num_generations=generations,
-            max_completion_length=24,
+            max_completion_length=MOST_TOKENS,
             learning_rate=1e-3,
             lr_scheduler_type="constant",
             temperature=1.0,
@@ -127,11 +122,13 @@ def train(url: str, model: str, steps: int, generations: int) -> tuple[list[floa
             bf16=False,
             gradient_checkpointing=False,
         )
-        lora = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"])
+        lora = LoraConfig(
+            task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]
+        )
         trainer = GRPOTrainer(
             model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
             processing_class=AutoTokenizer.from_pretrained(model, padding_side="left"),
-            reward_funcs=reward_short_words,
+            reward_funcs=reward_brevity,
             args=settings,
             train_dataset=Dataset.from_list(rows * steps),
             peft_config=lora,
@@ -146,7 +143,7 @@ def plot(path: Path, rewards: list[float], gaps: list[float]) -> None:
     figure, (above, below) = plt.subplots(2, 1, sharex=True, figsize=(7, 5), height_ratios=(2, 1))
     steps = range(1, len(rewards) + 1)
     above.plot(steps, rewards, marker=".")
-    above.set_ylabel("mean reward: share of words\nwith at most 4 letters")
+    above.set_ylabel("mean reward: brevity")
     below.semilogy(range(1, len(gaps) + 1), gaps, color="tab:orange")
     below.set_ylabel("mean |Δ log-prob|")
     below.set_xlabel("step")

@@ -7,7 +7,7 @@ from typing import Protocol
 from server.engine.aging import LOAD, NOTHING, PREFIX, ROOM, SLOT
 from server.engine.block_manager import BlockManager
 from server.engine.merge_gate import MergeGate
-from server.engine.shared_tails import is_being_verified, tail_in, verified_tail_in
+from server.engine.shared_tails import copy_tail, is_being_verified, tail_in
 from server.sequence import Sequence
 
 
@@ -96,16 +96,8 @@ class Admission:
         lacks = self._lacks_blocks(seq, matched, running)
         if lacks is None:
             self.blocks.admit(seq, matched)
-            self._copy_tail(seq, running)
+            copy_tail(self.blocks, seq, running)
         return lacks
-
-    def _copy_tail(self, seq: Sequence, running: list[Sequence]) -> None:
-        """Give `seq` the longest end of its prompt that a running sequence has."""
-        num_matched, block_size = len(seq.block_table), self.blocks.block_size
-        tails = [verified_tail_in(other, seq, num_matched, block_size) for other in running]
-        if any(tails):
-            longest = max(tails)
-            self.blocks.copy_tail(seq, running[tails.index(longest)], longest)
 
     def _lacks_blocks(self, seq: Sequence, matched: list[int], running: list[Sequence]) -> int | None:
         """Return None if `seq` has the KV blocks to run. It lacks its PREFIX while a running sequence computes blocks

@@ -113,14 +113,6 @@ class BlockManager:
         """Return how many blocks `seq` takes beside its cached prefix."""
         return self.blocks_for(seq.num_tokens) - len(matched)
 
-    def copy_tail(self, seq: Sequence, other: Sequence, num_tokens: int) -> None:
-        """Give `seq`, which was just admitted, a copy of what `other` has in the block at the same place."""
-        source = other.block_table[len(seq.block_table)]
-        seq.num_computed_tokens += num_tokens
-        self.prefix_hits += num_tokens
-        self.grow(seq, seq.num_computed_tokens)
-        self.copies.append((source, seq.block_table[-1]))
-
     def admit(self, seq: Sequence, matched: list[int]) -> None:
         """Give `seq` its cached prefix; `grow` adds the other blocks as needed."""
         assert not seq.block_table
@@ -169,7 +161,7 @@ class BlockManager:
             seq.weight_changes.append((seq.num_computed_tokens, merged))
 
     def forget_prefixes(self) -> None:
-        """Empty the prefix cache. Blocks of running sequences stay theirs and are shared with no later one."""
+        """Empty the prefix cache. Blocks of running sequences stay theirs and are found by no later one."""
         for block_id in list(self._cached.values()):
             self._forget(self._blocks[block_id])
 

@@ -2,6 +2,7 @@
 torch."""
 
 from server.engine.block_hashes import chain_of
+from server.engine.block_manager import BlockManager
 from server.engine.prompt_scores import max_cached_tokens
 from server.sequence import NO_BLOCK, Sequence
 
@@ -21,7 +22,21 @@ def tail_in(other: Sequence, seq: Sequence, num_matched: int, block_size: int) -
     return next((index for index, (mine, others) in pairs if mine != others), end - first)
 
 
-def verified_tail_in(other: Sequence, seq: Sequence, num_matched: int, block_size: int) -> int:
+def copy_tail(blocks: BlockManager, seq: Sequence, running: list[Sequence]) -> None:
+    """Give `seq`, which was just admitted, a copy of the longest end of its prompt that a running sequence has."""
+    num_matched = len(seq.block_table)
+    tails = [_verified_tail_in(other, seq, num_matched, blocks.block_size) for other in running]
+    if not any(tails):
+        return
+    longest = max(tails)
+    source = running[tails.index(longest)].block_table[num_matched]
+    seq.num_computed_tokens += longest
+    blocks.prefix_hits += longest
+    blocks.grow(seq, seq.num_computed_tokens)
+    blocks.copies.append((source, seq.block_table[-1]))
+
+
+def _verified_tail_in(other: Sequence, seq: Sequence, num_matched: int, block_size: int) -> int:
     """Return how many of those tokens led to finite logits, so that `seq` may copy them."""
     verified = other.num_verified_tokens - num_matched * block_size
     return min(tail_in(other, seq, num_matched, block_size), verified) if verified > 0 else 0

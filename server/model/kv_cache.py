@@ -45,6 +45,12 @@ class KVCache:
         self.keys[layer].flatten(0, 1).index_copy_(0, slot_mapping, key)
         self.values[layer].flatten(0, 1).index_copy_(0, slot_mapping, value)
 
+    def prepare(self, suspect: list[int], copies: list[tuple[int, int]]) -> None:
+        """Zero `suspect` blocks, then make the `copies` of blocks and empty that list."""
+        self.scrub(suspect)
+        self.copy(copies)
+        copies.clear()
+
     def copy(self, pairs: list[tuple[int, int]]) -> None:
         """Copy whole blocks; each pair is a block and the one that gets its content."""
         if pairs:
