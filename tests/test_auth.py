@@ -36,7 +36,7 @@ key = "{OBSERVE_KEY}"
 scopes = ["observe"]
 """
 OPEN = {"/livez", "/readyz", "/health", "/version"}
-OBSERVE = {"/metrics", "/v1/stats", "/openapi.json"}
+OBSERVE = {"/metrics", "/v1/stats", "/openapi.json", "/is_paused"}
 INFER = {
     "/v1/chat/completions",
     "/v1/completions",
@@ -60,7 +60,7 @@ ADMIN = {
     "/v1/load_lora_adapter",
     "/v1/unload_lora_adapter",
 }
-OPERATE = {"/v1/merge"}
+OPERATE = {"/v1/merge", "/pause", "/resume", "/reset_prefix_cache"}
 ALLOWED = {
     INFER_KEY: OPEN | INFER,
     ADMIN_KEY: OPEN | ADMIN | OPERATE,
