@@ -14,11 +14,12 @@ later sequences that compete with it until it is admitted (aging.py). Therefore 
 starve, and a slow load delays no other request.
 """
 
+import math
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import chain, count, islice
+from itertools import chain, islice
 from operator import attrgetter
 
 from server.engine.admission import AdapterSlots, Admission
@@ -28,6 +29,7 @@ from server.engine.merge_gate import MergeGate
 from server.engine.policies import FirstCome, Policy
 from server.engine.prompt_scores import bound_logits
 from server.engine.step_cost import StepBudget
+from server.request import ScaledAdapter
 from server.sequence import ScheduledBatch, ScheduledSequence, Sequence, SequenceStatus
 
 PREFETCH_DEPTH = 32  # number of waiting sequences whose adapters are loaded or prefetched from disk
@@ -52,7 +54,9 @@ class Scheduler:
     gate: MergeGate = field(default_factory=MergeGate)
     policy: Policy = field(default_factory=FirstCome)
     step_budget: StepBudget = field(default_factory=StepBudget)
-    _numbers: Iterator[int] = field(default_factory=count)
+    frozen: bool = False  # paused: no sequence takes part in a step
+    hold_from: float = math.inf  # sequences with this number or a later one are not admitted
+    next_number: int = 0
     _suspect_blocks: list[int] = field(default_factory=list)
     _aging: Aging = field(init=False)
     _admission: Admission = field(init=False)
@@ -62,7 +66,8 @@ class Scheduler:
         self._admission = Admission(self.blocks, self.adapters, self.gate)
 
     def add(self, seq: Sequence) -> None:
-        seq.number = next(self._numbers)
+        seq.number = self.next_number
+        self.next_number += 1
         self.waiting.append(seq)
         self.policy.arrived(seq)
 
@@ -70,7 +75,10 @@ class Scheduler:
         return bool(self.waiting or self.running)
 
     def schedule(self) -> ScheduledBatch:
-        """Distribute the token budget of one step. The batch is empty if all sequences wait for adapters."""
+        """Distribute the token budget of one step. The batch is empty if all sequences wait for adapters, or in a
+        pause."""
+        if self.frozen:
+            return ScheduledBatch([])
         batch: list[ScheduledSequence] = []
         tokens = self.step_budget.tokens(self.running, self.waiting, self.max_batch_tokens)
         tokens = bound_logits(tokens, self.running, self.waiting, self.max_num_seqs)
@@ -136,14 +144,23 @@ class Scheduler:
             self.policy.charge(seq, generated=1)
         return budget
 
+    def switch(self, seq: Sequence, adapters: tuple[ScaledAdapter, ...]) -> None:
+        """Continue `seq` with other adapters, for which all of its tokens are recomputed."""
+        if seq.status is SequenceStatus.RUNNING:
+            self._requeue(seq)
+        seq.switch(adapters)
+
     def _preempt(self, seq: Sequence) -> None:
         """Move `seq` back to its place in the queue; its tokens are recomputed, often from the prefix cache."""
+        self._requeue(seq)
+        self.preemptions += 1
+
+    def _requeue(self, seq: Sequence) -> None:
         self.running.remove(seq)
         self._release(seq)
         seq.status, seq.preempted = SequenceStatus.WAITING, True
         self.waiting.insert(bisect_left(self.waiting, seq.number, key=_number), seq)
         self.policy.returned(seq)
-        self.preemptions += 1
 
     def _schedule_waiting(self, batch: list[ScheduledSequence], budget: int) -> list[Sequence]:
         """Admit waiting sequences into the step. Returns those that asked for a load."""
@@ -187,7 +204,8 @@ class Scheduler:
     def _candidates(self) -> Iterator[Sequence]:
         """Return the waiting sequences in the order to consider them. Those that the gate holds are left out: they do
         not age, so they hold back nobody."""
-        return self.policy.order(self.waiting if self.gate.owner is None else filter(self.gate.admits, self.waiting))
+        admissible = (seq for seq in self.waiting if seq.number < self.hold_from)
+        return self.policy.order(admissible if self.gate.owner is None else filter(self.gate.admits, admissible))
 
     def _try_admit(self, seq: Sequence, collected: list[str], may_load: bool) -> int | None:
         """Admit `seq` if it can have all that it needs, and return None. Otherwise return what it lacks."""
