@@ -37,7 +37,7 @@ class Sequence:
     ahead of computed only from the launch of a step to its commit. A preemption sets the first three to 0.
 
     Invariant: `block_table` covers at least `num_computed_tokens` slots of the KV cache while RUNNING and is empty
-    otherwise; `adapters` changes by `switch` alone, which has all tokens recomputed, so no token mixes two versions.
+    otherwise; `adapters` changes by `interruptions.switch` alone, which has all tokens recomputed.
     """
 
     # Written by the API: the fields of `Submit`. Only `adapters` ever changes.
@@ -87,15 +87,6 @@ class Sequence:
         self.num_prompt_tokens = len(self.token_ids)
         if self.sampling.prompt_logprobs is not None:
             self.prompt_logprobs = [None] * (self.num_prompt_tokens - self.num_virtual_tokens - 1)
-
-    def switch(self, adapters: tuple[ScaledAdapter, ...]) -> None:
-        """Forget what other adapters computed of the tokens. Call while waiting."""
-        self.adapters, self.switched = adapters, True
-        self.requested, self.read = False, set()
-        self.block_hashes, self.weight_changes = [], []
-        self.pooled, self.pooled_to = None, 0
-        if not self.num_output_tokens:
-            self.prompt_logprobs = [None] * len(self.prompt_logprobs)
 
     @property
     def wants_prompt_numbers(self) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from server.engine.scheduler import Scheduler
 from server.ipc.messages import Abort, Pause, Reply, ResetPrefixCache, Resume, SwitchAdapter
 from server.request import ScaledAdapter
-from server.sequence import Sequence
+from server.sequence import Sequence, SequenceStatus
 
 Interruption = Abort | SwitchAdapter | Pause | Resume | ResetPrefixCache
 
@@ -66,7 +66,9 @@ class Interruptions:
                 )
                 adapters = tuple(sorted(changed))
                 self.use(adapters)
-                self.scheduler.switch(seq, adapters)
+                if seq.status is SequenceStatus.RUNNING:
+                    self.scheduler.requeue(seq)
+                switch(seq, adapters)
 
     def _pause(self, request: Pause, sequences: Mapping[str, Sequence]) -> list[Reply]:
         self.scheduler.hold_from = min(self.scheduler.hold_from, self.scheduler.next_number)  # after a `Resume`
@@ -84,3 +86,13 @@ class Interruptions:
         given_up, self._pauses = self._pauses, []
         why = "the server was resumed before its requests had ended"
         return [Reply(request.request_id), *(Reply(pause.request_id, ("busy", why)) for pause in given_up)]
+
+
+def switch(seq: Sequence, adapters: tuple[ScaledAdapter, ...]) -> None:
+    """Give a waiting sequence other adapters, and forget what its own computed of its tokens."""
+    seq.adapters, seq.switched = adapters, True
+    seq.requested, seq.read = False, set()
+    seq.block_hashes, seq.weight_changes = [], []
+    seq.pooled, seq.pooled_to = None, 0
+    if not seq.num_output_tokens:
+        seq.prompt_logprobs = [None] * len(seq.prompt_logprobs)
