@@ -4,6 +4,7 @@ import hashlib
 from dataclasses import dataclass, field
 
 import msgspec
+from pydantic import ValidationError
 
 from adapters.errors import AdapterNotFound
 from adapters.registry.aliases import BASE_MEMBER
@@ -14,6 +15,7 @@ from adapters.traits import Traits
 from server.api.context import BASE_NAME, AppContext
 from server.api.errors import ApiError, bad_request, model_not_found, unavailable
 from server.api.middleware.auth import Key
+from server.api.requests.defaults import NO_DEFAULTS, Defaults
 from server.api.requests.inference import AdapterPart, InferenceRequest
 from server.metrics import COMPOSED_LABEL
 from server.sequence import ScaledAdapter
@@ -33,6 +35,7 @@ class Target:
     fingerprint: str
     traits: Traits = field(default_factory=Traits)  # of the adapter, if there is exactly one
     pages: dict[str, int] = field(default_factory=dict)  # pages of device memory, by digest
+    defaults: Defaults = NO_DEFAULTS  # of the adapter, if there is exactly one
 
     @property
     def names(self) -> frozenset[str]:
@@ -81,7 +84,8 @@ def resolve_target(context: AppContext, key: Key, body: InferenceRequest) -> Tar
     for name, _ in versions:
         context.metrics.add_adapter(name)
     label, traits = _label_and_traits(records)
-    return Target(model, label, versions, adapters, f"{base}-{_identity(adapters)}", traits, pages)
+    defaults = defaults_of(records[0]) if len(records) == 1 else NO_DEFAULTS
+    return Target(model, label, versions, adapters, f"{base}-{_identity(adapters)}", traits, pages, defaults)
 
 
 def requested_model(context: AppContext, body: InferenceRequest) -> str:
@@ -165,6 +169,17 @@ def _label_and_traits(records: list[AdapterRecord]) -> tuple[str, Traits]:
     if len(records) > 1:
         return COMPOSED_LABEL, Traits()
     return records[0].name, records[0].version.traits
+
+
+def defaults_of(record: AdapterRecord) -> Defaults:
+    """Return the defaults of a name. Raises 503 for defaults that this version cannot read."""
+    stored = record.settings.get("defaults")
+    if stored is None:
+        return NO_DEFAULTS
+    try:
+        return Defaults.model_validate(stored)
+    except ValidationError:  # a later version wrote them
+        raise adapter_failed(record.name, "its defaults have fields that this version does not know") from None
 
 
 def room_error(context: AppContext, pages: dict[str, int]) -> ApiError | None:
