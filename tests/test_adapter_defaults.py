@@ -15,7 +15,7 @@ from server.api.middleware.auth import Key, KeyRing
 from server.api.requests.defaults import Defaults, ToolFormat
 from server.api.requests.sampling import Sampling
 from server.keys_file import digest_of
-from server.sequence import SamplingParams
+from server.request import SamplingParams
 from tests.fixtures.api_server import (
     BASE,
     MAX_MODEL_LEN,

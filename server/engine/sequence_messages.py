@@ -8,7 +8,8 @@ from server.engine.prompt_scores import of_first_output
 from server.ipc.messages import SequenceOutput, Submit
 from server.model.pooling import embedding_of
 from server.model.sampling.sampler import Sample
-from server.sequence import FinishReason, Sequence
+from server.request import FinishReason
+from server.sequence import Sequence
 
 
 def sequence_of(request: Submit) -> Sequence:

@@ -8,7 +8,7 @@ import msgspec
 from adapters.model_spec import ModelSpec
 from adapters.tiers import AdapterMove, Tier
 from server.base_tokenizer import BaseTokenizer
-from server.sequence import SamplingParams, ScaledAdapter, TokenLogprobs
+from server.request import SamplingParams, ScaledAdapter, TokenLogprobs
 
 # preparing: computing the merged weights; waiting: requests of other models finish; leaving: restoring the base model
 MergeState = Literal["none", "preparing", "waiting", "merged", "leaving"]

@@ -6,7 +6,7 @@ from typing import Literal
 from server.api.text.detokenizer import Detokenizer
 from server.api.text.tokenizer import Tokenizer
 from server.ipc.messages import SequenceOutput
-from server.sequence import TokenLogprobs
+from server.request import TokenLogprobs
 
 
 @dataclass(slots=True)

@@ -10,7 +10,7 @@ from server.api.inference.choices import Delta
 from server.api.inference.generation import Generation
 from server.api.schemas import ResponseHead, Wire
 from server.api.text.tokenizer import finite
-from server.sequence import TokenLogprobs
+from server.request import TokenLogprobs
 
 _DONE = b"data: [DONE]\n\n"
 _encode = msgspec.json.encode

@@ -22,7 +22,7 @@ from server.ipc.messages import SequenceOutput, Submit
 from server.ipc.stream import Stream
 from server.ipc.supervisor import EngineState
 from server.metrics import RequestTimer
-from server.sequence import SamplingParams
+from server.request import SamplingParams
 
 MAX_OPEN = MAX_CHOICES  # sequences of a request at once; more inputs, of embeddings, follow as others end
 

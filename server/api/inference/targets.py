@@ -18,7 +18,7 @@ from server.api.middleware.auth import Key
 from server.api.requests.defaults import NO_DEFAULTS, Defaults
 from server.api.requests.inference import AdapterPart, InferenceRequest
 from server.metrics import COMPOSED_LABEL
-from server.sequence import ScaledAdapter
+from server.request import ScaledAdapter
 
 
 @dataclass(frozen=True, slots=True)
