@@ -1,6 +1,7 @@
 """Defaults of adapters: what applies where a request leaves a field out, and what is stored and shown of them."""
 
 import json
+import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, get_args
@@ -288,12 +289,20 @@ async def test_a_registration_has_them_at_once_or_later(api: Api, tmp_path: Path
     assert (await api.http.post("/v1/adapters", json={**wrong, "lazy": True})).status_code == 202
     await eventually(lambda: api.context.registry.pending["wrong"].error)
     assert "vocabulary" in (await api.http.get("/v1/adapters/wrong")).json()["error"]
+    assert_error(await api.http.patch("/v1/adapters/wrong", json={"description": "x"}), 409, "conflict")
     many = {"labels": {f"a{i}": "" for i in range(40)}}
     await patch(api, "now", **many)
     for _ in range(2):  # the same again are no more
         await patch(api, "now", **many)
     more = {"labels": {f"b{i}": "" for i in range(40)}}
     assert_error(await api.http.patch("/v1/adapters/now", json=more), 400)
+
+
+async def test_the_document_describes_them(api: Api) -> None:
+    document = (await api.http.get("/openapi.json")).json()
+    references = re.findall(r'"\$ref": "#/components/schemas/([^"]+)"', json.dumps(document))
+    assert "Defaults" in references and set(references) <= document["components"]["schemas"].keys()
+    assert "$defs" not in json.dumps(document)
 
 
 async def test_a_dry_run_stores_none(api: Api) -> None:

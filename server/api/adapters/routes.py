@@ -59,12 +59,21 @@ _UPLOAD_SCHEMA: dict[str, Any] = {
         "defaults": {"type": "string", "description": "JSON object, as in PATCH"},
     },
 }
+
+
+def _without_definitions(body: type[BaseModel]) -> dict[str, Any]:
+    """Return the schema of a body whose parts are in the document already, because a route declares them."""
+    schema = body.model_json_schema(ref_template=_REF + "{model}")
+    schema.pop("$defs", None)
+    return schema
+
+
 _CREATE_BODY = {
     "requestBody": {
         "required": True,
         "content": {
             "multipart/form-data": {"schema": _UPLOAD_SCHEMA},
-            "application/json": {"schema": RegisterRequest.model_json_schema()},
+            "application/json": {"schema": _without_definitions(RegisterRequest)},
         },
     }
 }
@@ -190,6 +199,10 @@ async def change_adapter(name: str, context: Context, key: Caller, body: Setting
     """Change an adapter's description, labels and defaults of requests; null removes one."""
     await settings.check(context, body)
     async with context.lock(name):
+        if name in context.registry.pending and name not in context.registry and key.sees(name):
+            raise ApiError(
+                409, "The adapter has not been fetched yet; register it again to change it.", code="conflict"
+            )
         record = publishing.find(context, key, name)
         settings.check_tokens(context, body, record.version.traits)
         changed = settings.as_json(settings.changed(record.settings, body.changes()))
