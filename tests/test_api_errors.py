@@ -95,7 +95,6 @@ async def test_values_out_of_bounds(tmp_path: Path, fields: dict[str, Any]) -> N
 @pytest.mark.parametrize(
     "fields",
     [
-        {"tools": [{"type": "function", "function": {"name": "f"}}]},
         {"functions": [{"name": "f"}]},
         {"modalities": ["text", "audio"]},
         {"chat_template": "{{ 1 }}"},

@@ -38,7 +38,7 @@ ARROWS: dict[str, set[str]] = {
     "adapters.convert": {"adapters", "adapters.load", "adapters.peft", "adapters.weights"},
     "server": set(),
     "server.http": {"server.api.errors"},
-    "server.metrics": {"server.ipc"},
+    "server.metrics": {"server", "server.ipc"},
     "server.start_checks": {
         "adapters",
         "adapters.peft",
@@ -271,7 +271,9 @@ ARROWS: dict[str, set[str]] = {
         "adapters.validation",
         "server.api.context",
         "server.api.errors",
+        "server.api.inference",
         "server.api.middleware",
+        "server.api.requests",
         "server.api.schemas",
         "server.api.text",
         "server.ipc",

@@ -16,9 +16,11 @@ from adapters.peft.files import CONFIG_FILE
 from adapters.peft.tokenizer_files import CONFIG, TEMPLATE, read_tokenizer_files
 from adapters.records import Inspected
 from adapters.registry.registry import AdapterRecord
+from adapters.traits import Traits
 from adapters.validation.inspect import inspect
+from server.api.adapters import settings
 from server.api.adapters.running import check_switch, replace_running
-from server.api.adapters.schemas import DeletedBody, InFlight
+from server.api.adapters.schemas import NO_CHANGES, DeletedBody, InFlight, Settings
 from server.api.adapters.selftest import earlier_result, self_tested
 from server.api.adapters.threads import finish_in_thread
 from server.api.context import AppContext
@@ -75,6 +77,7 @@ class Publication:
     pinned: bool = False
     dry_run: bool = False
     in_flight: InFlight = "finish"
+    settings: Settings = NO_CHANGES
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +110,9 @@ async def publish_from(
     with context.registry.store.stage() as folder:
         publication = await fill(folder)
         check_name(publication.name)
+        await settings.check(context, publication.settings)
         inspected = await _examined(context, publication, folder, spec)
+        settings.check_tokens(context, publication.settings, Traits.of(inspected.report))
         decided = decide(publication, inspected)
         if decided is None:
             return Published(publication.name, inspected)
@@ -220,10 +225,17 @@ async def _publish(context: AppContext, publication: Publication, inspected: Ins
     """Point the name at the content and update the engine."""
     name, registry = publication.name, context.registry
     async with context.lock(name):
-        old = _current(context, name)
+        old, changes = _current(context, name), publication.settings.changes()
+        changed = settings.changed(settings.settings_of(context, name), changes)
         check_switch(old, inspected, publication.in_flight)
         write = partial(
-            registry.publish, name, inspected, folder, source=publication.source, replace=publication.replace
+            registry.publish,
+            name,
+            inspected,
+            folder,
+            source=publication.source,
+            replace=publication.replace,
+            settings=settings.as_json(changed) if changes else None,
         )
         record, created = await finish_in_thread(write)
         await replace_running(context, old, record, publication.in_flight)
