@@ -42,6 +42,7 @@ async def test_beyond_tolerance_it_is_refused(tmp_path: Path, selftest: SelfTest
         assert stored(api) == []
 
 
+@pytest.mark.reliability("T18")
 async def test_a_replacement_that_fails_keeps_what_was_there(tmp_path: Path) -> None:
     async with serving(tmp_path) as api:
         before = (await api.upload("acme")).json()["version"]
