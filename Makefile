@@ -6,7 +6,7 @@ PIP := $(BIN)/pip --disable-pip-version-check install --quiet --progress-bar on 
 # Tests run in two processes; all tests of a file in one, because they share its models.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: serve test test-all test-arm test-gpu test-gpu-offline check format docs bench-peers bench-gpu load-test simulate clean
+.PHONY: serve test test-all test-arm test-gpu test-gpu-offline check format docs bench-peers bench-gpu clients fuzz-contract load-test simulate clean
 
 serve: .venv/.installed ## set everything up and serve the embedded model on 127.0.0.1:8000
 	$(BIN)/loraplex serve --demo $(ARGS)
@@ -40,6 +40,12 @@ bench-peers: .venv/.installed-dev ## beside vLLM, PEFT, transformers and llama.c
 
 bench-gpu: ## what the GPU path costs, with the packages of $(PYTHON), which needs a CUDA build of torch
 	$(PYTHON) -m load_tests.gpu $(ARGS)
+
+clients: .venv/.installed-dev ## well-known clients against a live server: installs them, writes docs/reference/clients.md
+	$(BIN)/python -m load_tests.clients $(ARGS); status=$$?; $(BIN)/python -m docs.tables && exit $$status
+
+fuzz-contract: .venv/.installed-dev ## requests that the OpenAPI document allows and forbids, against a tiny model; ARGS="--minutes 10"
+	$(BIN)/python -m load_tests.contract $(ARGS)
 
 load-test: .venv/.installed-dev ## the short set of load tests against a server of its own; fails when a threshold is missed
 	$(BIN)/python -m load_tests suite $(ARGS)

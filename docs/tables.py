@@ -11,6 +11,7 @@ from typing import Any, get_args
 from fastapi import FastAPI
 
 from adapters.errors import AdapterError, ProblemCode
+from load_tests.clients import page
 from server import config
 from server.api.app import ROUTED
 from server.api.fields import (
@@ -228,6 +229,18 @@ def _argument(call: ast.Call, place: int, default: str) -> ast.expr:
     return call.args[place] if len(call.args) > place else ast.Constant(default)
 
 
+def clients() -> str:
+    return table(page.table_head(), page.table_rows(page.load()))
+
+
+def client_reasons() -> str:
+    return table(("client", "feature", "", "why"), page.reasons(page.load()))
+
+
+def client_run() -> str:
+    return table(("what", "value"), page.setting(page.load()))
+
+
 PAGES: dict[Path, Mapping[str, Callable[[], str]]] = {
     REFERENCE / "flags.md": {"flags": flags},
     REFERENCE / "routes.md": {"endpoints": endpoints},
@@ -239,6 +252,7 @@ PAGES: dict[Path, Mapping[str, Callable[[], str]]] = {
         "refused-in-embeddings": refused_in_embeddings,
     },
     REFERENCE / "metrics.md": {"metrics": metrics},
+    REFERENCE / "clients.md": {"clients": clients, "client-reasons": client_reasons, "client-run": client_run},
     REFERENCE / "errors.md": {"api-errors": api_errors, "adapter-errors": adapter_errors, "problems": problems},
 }
 

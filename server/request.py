@@ -56,6 +56,7 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
 class FinishReason(StrEnum):
     STOP = "stop"
     LENGTH = "length"
+    STOPPED = "stopped"  # from outside: what it has generated is its output
     ABORT = "abort"
     TIMEOUT = "timeout"
     MERGED = "merged"  # refused, because another adapter is merged into the base model

@@ -37,10 +37,10 @@ class Sequence:
     ahead of computed only from the launch of a step to its commit. A preemption sets the first three to 0.
 
     Invariant: `block_table` covers at least `num_computed_tokens` slots of the KV cache while RUNNING and is empty
-    otherwise; `adapters` and `active_from` never change, so an output cannot mix two versions.
+    otherwise; `adapters` changes by `interruptions.switch` alone, which has all tokens recomputed.
     """
 
-    # Written by the API, and never changed: the fields of `Submit`.
+    # Written by the API: the fields of `Submit`. Only `adapters` ever changes.
     seq_id: str
     token_ids: list[int]  # of the prompt; the engine appends the output
     sampling: SamplingParams
@@ -64,6 +64,7 @@ class Sequence:
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)  # of the second token and later ones
     pooled: Any = None  # float32 `[hidden]`: the sum of the hidden states of the pooled tokens before `pooled_to`
     pooled_to: int = 0
+    switched: bool = False  # `adapters` are others than those of the last output
 
     # Written by the scheduler.
     number: int = 0  # in order of arrival
@@ -86,6 +87,11 @@ class Sequence:
         self.num_prompt_tokens = len(self.token_ids)
         if self.sampling.prompt_logprobs is not None:
             self.prompt_logprobs = [None] * (self.num_prompt_tokens - self.num_virtual_tokens - 1)
+
+    @property
+    def wants_prompt_numbers(self) -> bool:
+        """True if the first output has log-probabilities of the prompt, or its hidden states."""
+        return self.sampling.pooling is not None or self.sampling.prompt_logprobs is not None
 
     @property
     def tenant(self) -> str:

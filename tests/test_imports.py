@@ -306,6 +306,7 @@ WITHOUT_TORCH = [
     "server.engine.machine",
     "server.engine.merge_gate",
     "server.engine.memory_plan",
+    "server.engine.merged_slots",
     "server.engine.merging",
     "server.engine.policies",
     "server.engine.prompt_scores",

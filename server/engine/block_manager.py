@@ -159,6 +159,11 @@ class BlockManager:
             del seq.block_hashes[seq.num_computed_tokens // self.block_size :]
             seq.weight_changes.append((seq.num_computed_tokens, merged))
 
+    def forget_prefixes(self) -> None:
+        """Empty the prefix cache. Blocks of running sequences stay theirs and are shared with no later one."""
+        for block_id in list(self._cached.values()):
+            self._forget(self._blocks[block_id])
+
     def free(self, seq: Sequence) -> None:
         """Release the references of `seq`. Later blocks are freed first, so prefixes stay cached longest."""
         for block_id in reversed(seq.block_table):

@@ -109,7 +109,7 @@ class Engine:
 
     def _step(self) -> ScheduledBatch:
         depth = 1 if self.overlap else 0  # steps that may be in flight when this returns
-        self._collect_down_to(0 if self.merging.has_work() else depth)
+        self._collect_down_to(0 if self.merging.has_work() or self._messages.interrupts() else depth)
         self._messages.advance()
         batch = self._begin(self.scheduler.schedule())
         if batch:

@@ -8,6 +8,7 @@ from adapters.runtime.pack import PackedAdapter
 from server.engine.adapter_requests import AdapterMoves
 from server.engine.constraints import Constraints, Parser
 from server.engine.faults import EngineBroken, failure_reply, input_problem
+from server.engine.interruptions import Interruptions
 from server.engine.live_sequences import LiveSequences
 from server.engine.merging import Merging
 from server.engine.selftest import SelfTests
@@ -15,17 +16,22 @@ from server.engine.sequence_messages import sequence_of
 from server.engine.stats import digests_of
 from server.ipc.messages import (
     Abort,
+    Call,
     Merge,
     MoveAdapter,
+    Pause,
     PinAdapter,
     Reply,
+    ResetPrefixCache,
+    Resume,
     RetireAdapter,
     RunSelfTest,
     Submit,
+    SwitchAdapter,
     ToEngine,
     Unmerge,
 )
-from server.request import FinishReason
+from server.request import FinishReason, ScaledAdapter
 
 log = logging.getLogger(__name__)
 
@@ -49,12 +55,18 @@ class MessageHandler:
         self._merging = merging
         self._constraints = constraints
         self._moves = AdapterMoves(residency)
+        self._interruptions = Interruptions(live.scheduler, self._stop, self._use)
         self._base_vocab_size = base_vocab_size
         self._max_model_len = max_model_len
         self._replies: list[Reply] = []
 
     def has_work(self) -> bool:
-        return bool(self._moves or self._selftests or self._constraints or self._replies) or self._merging.has_work()
+        waiting = self._moves or self._selftests or self._constraints or self._interruptions
+        return bool(waiting or self._replies) or self._merging.has_work()
+
+    def interrupts(self) -> bool:
+        """Return whether `advance` will interrupt sequences, for which no step may be in flight."""
+        return bool(self._interruptions)
 
     def close(self) -> None:
         """End the threads that read adapters and grammars."""
@@ -82,9 +94,11 @@ class MessageHandler:
                 self._constraints.prepare(message)
             case Submit():
                 self._submit(message)
-            case Abort(seq_ids=seq_ids):
+            case Abort(seq_ids=seq_ids, keep_output=False):
                 for seq_id in seq_ids:
                     self._abort(seq_id)
+            case Abort() | SwitchAdapter() | Pause() | Resume() | ResetPrefixCache():
+                self._interruptions.add(message)
             case MoveAdapter() | PinAdapter():
                 self._moves.add(message)
             case RunSelfTest():
@@ -105,14 +119,21 @@ class MessageHandler:
                 self._live.reject(seq_id, "the engine could not take the request")
             case Abort():  # the books of a sequence that cannot be removed do not balance
                 raise EngineBroken("a sequence could not be aborted")
-            case MoveAdapter() | PinAdapter() | RunSelfTest() | Merge() | Unmerge():
+            case _ if isinstance(message, Call):
                 self._replies.append(failure_reply(message.request_id))
 
-    def _abort(self, seq_id: str) -> None:
+    def _abort(self, seq_id: str, reason: FinishReason = FinishReason.ABORT) -> None:
         if seq_id in self._live.by_id:
-            self._live.finish(self._live.by_id[seq_id], FinishReason.ABORT)
+            self._live.finish(self._live.by_id[seq_id], reason)
         elif self._constraints.cancel(seq_id):
-            self._live.reject(seq_id, None, FinishReason.ABORT)
+            self._live.reject(seq_id, None, reason)
+
+    def _stop(self, seq_id: str) -> None:
+        """End a sequence, with what it has generated as its output: nothing, if the first output, which has the numbers
+        of the prompt, is still to come. No step may be in flight."""
+        seq = self._live.by_id.get(seq_id)
+        lacks_numbers = seq is not None and seq.wants_prompt_numbers and not seq.num_output_tokens
+        self._abort(seq_id, FinishReason.ABORT if lacks_numbers else FinishReason.STOPPED)
 
     def _submit(self, request: Submit, parser: Parser | str | None = None) -> None:
         """Queue a request, with the parser of its constraint or the reason why there is none."""
@@ -128,11 +149,15 @@ class MessageHandler:
             return
         if parser is not None:
             self._constraints.begin(seq, parser)
-        for adapter in seq.adapters:
-            self._moves.unretire(adapter.digest)
-            self._residency.expect(adapter.digest)
+        self._use(seq.adapters)
         self._merging.arrived(seq.sole_adapter)
         self._live.add(seq)
+
+    def _use(self, adapters: tuple[ScaledAdapter, ...]) -> None:
+        """Note that a sequence is about to use these versions."""
+        for adapter in adapters:
+            self._moves.unretire(adapter.digest)
+            self._residency.expect(adapter.digest)
 
     # -- between steps -------------------------------------------------------------------------------------------
 
@@ -142,6 +167,7 @@ class MessageHandler:
         for request, parser in self._constraints.prepared():
             self._submit(request, parser)
         self._residency.poll()
+        self._replies += self._interruptions.advance(self._live.by_id)
         self._merging.advance()
         self._replies += [*self._moves.poll(), *self._selftests.advance(), *self._merging.take_replies()]
         self._cancel_reads()

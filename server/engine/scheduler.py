@@ -14,11 +14,12 @@ later sequences that compete with it until it is admitted (aging.py). Therefore 
 starve, and a slow load delays no other request.
 """
 
+import math
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import chain, count, islice
+from itertools import chain, islice
 from operator import attrgetter
 
 from server.engine.admission import AdapterSlots, Admission
@@ -52,17 +53,20 @@ class Scheduler:
     gate: MergeGate = field(default_factory=MergeGate)
     policy: Policy = field(default_factory=FirstCome)
     step_budget: StepBudget = field(default_factory=StepBudget)
-    _numbers: Iterator[int] = field(default_factory=count)
+    frozen: bool = False  # paused: no sequence takes part in a step
+    hold_from: float = math.inf  # sequences with this number or a later one are not admitted
+    next_number: int = 0
     _suspect_blocks: list[int] = field(default_factory=list)
     _aging: Aging = field(init=False)
-    _admission: Admission = field(init=False)
+    admission: Admission = field(init=False)
 
     def __post_init__(self) -> None:
         self._aging = Aging(self.max_wait_steps)
-        self._admission = Admission(self.blocks, self.adapters, self.gate)
+        self.admission = Admission(self.blocks, self.adapters, self.gate)
 
     def add(self, seq: Sequence) -> None:
-        seq.number = next(self._numbers)
+        seq.number = self.next_number
+        self.next_number += 1
         self.waiting.append(seq)
         self.policy.arrived(seq)
 
@@ -70,13 +74,16 @@ class Scheduler:
         return bool(self.waiting or self.running)
 
     def schedule(self) -> ScheduledBatch:
-        """Distribute the token budget of one step. The batch is empty if all sequences wait for adapters."""
+        """Distribute the token budget of one step. The batch is empty if all sequences wait for adapters, or in a
+        pause."""
+        if self.frozen:
+            return ScheduledBatch([])
         batch: list[ScheduledSequence] = []
         tokens = self.step_budget.tokens(self.running, self.waiting, self.max_batch_tokens)
         tokens = bound_logits(tokens, self.running, self.waiting, self.max_num_seqs)
         budget = self._schedule_running(batch, tokens)
         asking = self._schedule_waiting(batch, budget)
-        had = [(self._admission.needs(scheduled.seq), scheduled.seq.number) for scheduled in batch]
+        had = [(self.admission.needs(scheduled.seq), scheduled.seq.number) for scheduled in batch]
         self._aging.end_step([*had, *((LOAD, seq.number) for seq in asking)] if batch else ())
         batch.sort(key=lambda scheduled: (scheduled.seq.slots, scheduled.seq.adapters))
         return ScheduledBatch(batch)
@@ -103,7 +110,7 @@ class Scheduler:
 
     def failed(self) -> list[tuple[Sequence, str]]:
         """Return waiting sequences whose adapters cannot be loaded, with the reasons."""
-        return [(seq, reason) for seq in self.waiting if (reason := self._admission.failure(seq)) is not None]
+        return [(seq, reason) for seq in self.waiting if (reason := self.admission.failure(seq)) is not None]
 
     def expired(self, now: float) -> list[Sequence]:
         """Return waiting and running sequences whose deadline has passed."""
@@ -137,13 +144,16 @@ class Scheduler:
         return budget
 
     def _preempt(self, seq: Sequence) -> None:
+        self.requeue(seq)
+        self.preemptions += 1
+
+    def requeue(self, seq: Sequence) -> None:
         """Move `seq` back to its place in the queue; its tokens are recomputed, often from the prefix cache."""
         self.running.remove(seq)
         self._release(seq)
         seq.status, seq.preempted = SequenceStatus.WAITING, True
         self.waiting.insert(bisect_left(self.waiting, seq.number, key=_number), seq)
         self.policy.returned(seq)
-        self.preemptions += 1
 
     def _schedule_waiting(self, batch: list[ScheduledSequence], budget: int) -> list[Sequence]:
         """Admit waiting sequences into the step. Returns those that asked for a load."""
@@ -156,7 +166,7 @@ class Scheduler:
         self._aging.begin_step()
         num_places = self.max_num_seqs - len(self.running)
         while budget > 0 and num_places > 0 and (seq := next(candidates, None)) is not None:
-            needs = self._admission.needs(seq)
+            needs = self.admission.needs(seq)
             if self._aging.holds_back(seq, needs):
                 held_back.append(seq)
                 continue
@@ -187,11 +197,12 @@ class Scheduler:
     def _candidates(self) -> Iterator[Sequence]:
         """Return the waiting sequences in the order to consider them. Those that the gate holds are left out: they do
         not age, so they hold back nobody."""
-        return self.policy.order(self.waiting if self.gate.owner is None else filter(self.gate.admits, self.waiting))
+        admissible = (seq for seq in self.waiting if seq.number < self.hold_from)
+        return self.policy.order(admissible if self.gate.owner is None else filter(self.gate.admits, admissible))
 
     def _try_admit(self, seq: Sequence, collected: list[str], may_load: bool) -> int | None:
         """Admit `seq` if it can have all that it needs, and return None. Otherwise return what it lacks."""
-        lacks = self._admission.acquire(seq, self.running, collected, may_load)
+        lacks = self.admission.acquire(seq, self.running, collected, may_load)
         if lacks is None:
             if not seq.preempted:
                 self.policy.charge(seq, prompt=seq.num_tokens - seq.num_ready_tokens)
@@ -214,32 +225,4 @@ class Scheduler:
         self._suspect_blocks += self.blocks.disown_unverified(seq)
         self.blocks.free(seq)
         seq.num_verified_tokens = seq.num_launched_tokens = 0
-        self._release_slots(seq)
-
-    def _release_slots(self, seq: Sequence) -> None:
-        if seq.slots:
-            for adapter in seq.adapters:
-                self.adapters.release(adapter.digest)
-        seq.slots = ()
-
-    # -- merged mode -----------------------------------------------------------------------------------------------
-
-    def enter_base(self) -> None:
-        """Release the slots of all running sequences, which all use the version that was just merged."""
-        self.gate.merged = True
-        self.blocks.change_weights(self.gate.owner or "", self.running)
-        for seq in self.running:
-            self._release_slots(seq)
-
-    def leave_base(self) -> bool:
-        """Acquire slots for all running sequences and open the gate. Returns False, having requested a load, while the
-        adapter is not on the device."""
-        for seq in self.running:
-            if seq.adapters and not seq.slots:
-                slot = self.adapters.acquire(seq.adapters[0].digest)
-                if slot is None:
-                    return False
-                seq.slots = (slot,)
-        self.blocks.change_weights("", self.running)
-        self.gate.open()
-        return True
+        self.admission.release_slots(seq)

@@ -31,7 +31,15 @@ async def register(context: AppContext, body: RegisterRequest, *, dry_run: bool 
 
     async def fill(folder: Path) -> Publication:
         source = await _copy(context, body.source, folder)
-        return Publication(body.name, source, replace=body.replace, pinned=body.pinned, dry_run=dry_run, settings=body)
+        return Publication(
+            body.name,
+            source,
+            replace=body.replace,
+            pinned=body.pinned,
+            dry_run=dry_run,
+            in_flight=body.in_flight,
+            settings=body,
+        )
 
     return await publish_from(context, fill)
 

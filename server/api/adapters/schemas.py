@@ -3,7 +3,7 @@
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, field_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from adapters.names import MAX_NAME
@@ -11,6 +11,14 @@ from adapters.tiers import Tier
 from server.api.requests.defaults import Defaults
 from server.api.schemas import Wire
 
+InFlight = Literal["finish", "switch", "abort"]
+InFlightField = Annotated[
+    InFlight,
+    Field(
+        description="What becomes of running responses of the version that is replaced: they finish on it, switch to "
+        "the new one, or end with finish_reason abort"
+    ),
+]
 State = Literal["registered", "loading", "ready", "failed", "draining"]
 Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
 VersionText = Annotated[str, Field(pattern=r"^(sha256:)?[0-9a-f]{12,64}$", max_length=71)]
@@ -87,6 +95,13 @@ class RegisterRequest(Settings):
     replace: bool = False
     pinned: bool = False
     lazy: bool = Field(False, description="Return 202 at once and fetch the adapter in the background")
+    in_flight: InFlightField = "finish"
+
+    @model_validator(mode="after")
+    def _waits_to_move(self) -> "RegisterRequest":
+        if self.lazy and self.in_flight != "finish":
+            raise PydanticCustomError("value_error", "in_flight needs lazy to be false")
+        return self
 
 
 class UploadForm(Settings):
@@ -96,6 +111,7 @@ class UploadForm(Settings):
     name: Name
     replace: bool = False
     pinned: bool = False
+    in_flight: InFlightField = "finish"
 
     @field_validator("labels", "defaults", mode="before")
     @classmethod
@@ -136,6 +152,7 @@ class VllmLoadRequest(Wire):
     lora_name: Name
     lora_path: str = Field(min_length=1, max_length=4096)
     load_inplace: bool = False
+    in_flight: InFlightField = "finish"
 
 
 class VllmUnloadRequest(Wire):

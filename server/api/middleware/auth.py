@@ -49,6 +49,10 @@ _NEEDS: dict[str, Need] = {
     "/detokenize": "infer",
     "/tokenizer_info": "infer",
     "/v1/merge": "operate",
+    "/pause": "operate",
+    "/resume": "operate",
+    "/is_paused": "observe",
+    "/reset_prefix_cache": "operate",
 }
 
 

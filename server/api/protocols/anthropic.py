@@ -10,6 +10,7 @@ from fastapi.responses import Response
 
 from server.api.context import Context
 from server.api.errors import ApiError, anthropic_error, error_body
+from server.api.inference.choices import TokenScore
 from server.api.inference.responses import documented_responses
 from server.api.middleware.auth import Key, key_of
 from server.api.protocols.anthropic_requests import MessagesRequest
@@ -18,7 +19,7 @@ from server.api.protocols.translation import respond_as
 from server.api.schemas import Wire
 
 router = APIRouter()
-_STOP_REASONS = {"stop": "end_turn", "length": "max_tokens"}
+_STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "abort": "max_tokens"}
 
 
 class MessageUsage(Wire):
@@ -74,7 +75,7 @@ class MessageFormatter(BlockFormatter):
         empty = _content(Block(block.index, block.kind, id=block.id, name=block.name))
         yield {"type": "content_block_start", "index": block.index, "content_block": empty}
 
-    def grown(self, block: Block, text: str) -> Iterator[Event]:
+    def grown(self, block: Block, text: str, scores: list[TokenScore]) -> Iterator[Event]:
         delta = {
             "text": {"type": "text_delta", "text": text},
             "reasoning": {"type": "thinking_delta", "thinking": text},

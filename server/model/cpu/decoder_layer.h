@@ -5,6 +5,7 @@
 #include "attention.h"
 #include "linear.h"
 #include "rows.h"
+#include "scale_shift.h"
 
 namespace {
 
@@ -17,11 +18,6 @@ struct LoRA {  // `LoRAView` of adapters/kernels/cpu.py: all null without adapte
     const void* segments;
     const float* scales;
     int64_t count;
-};
-
-struct Vectors {  // of an adapter, for rows [start, end): channels [first, first + size) become scale * them + shift
-    int64_t start, end, first, size;
-    const float* scale_and_shift;  // [2, size]
 };
 
 struct Linears {  // stacked siblings over one input, with the rank columns of adapters
@@ -54,31 +50,6 @@ struct Step {
     int threads;
 };
 
-void scale_shift_row(bf16* row, int64_t m, const Vectors* all, int64_t count) {
-    for (const Vectors* v = all; v < all + count; v++) {
-        if (m < v->start || m >= v->end) continue;
-        bf16* y = row + v->first;
-        for (int64_t i = 0; i < v->size; i += W) {
-            int64_t some = std::min<int64_t>(W, v->size - i);
-            vec scale = load(v->scale_and_shift + i, some), shift = load(v->scale_and_shift + v->size + i, some);
-            store(y + i, fused(load(y + i, some), scale, shift), some);
-        }
-    }
-}
-
-// A copy of x [rows, in] whose rows are scaled, in memory of the calling thread until it asks again.
-const bf16* scaled_inputs(const bf16* x, const Linears& l, const Step& s) {
-    static thread_local std::vector<bf16> scratch;
-    scratch.resize(size_t(s.rows) * l.in);
-    bf16* copy = scratch.data();
-#pragma omp parallel for schedule(static) num_threads(s.threads) if (s.rows > 4)
-    for (int64_t m = 0; m < s.rows; m++) {
-        std::memcpy(copy + m * l.in, x + m * l.in, size_t(l.in) * sizeof *x);
-        scale_shift_row(copy + m * l.in, m, l.inputs, l.num_inputs);
-    }
-    return copy;
-}
-
 // The adapters' A are read together with the base weights, which costs one more barrier instead of two.
 void apply(bf16* y, const bf16* x, const Linears& l, const Step& s) {
     const LoRA& lora = s.lora;
@@ -86,26 +57,15 @@ void apply(bf16* y, const bf16* x, const Linears& l, const Step& s) {
     if (lora.prepare && l.a)
         call = lora.prepare(y, l.out, x, l.in, l.a, l.b, l.in, l.columns, l.sizes, l.siblings, lora.segments,
                             lora.scales, lora.count);
-    Inputs inputs(l.num_inputs ? scaled_inputs(x, l, s) : x, l.in, s.rows, l.in);
+    if (l.num_inputs) x = scaled_inputs(x, s.rows, l.in, l.inputs, l.num_inputs, s.threads);
+    Inputs inputs(x, l.in, s.rows, l.in);
 #pragma omp parallel num_threads(s.threads)
     {
         if (call) lora.shrink(call);
         linear(y, l.out, inputs, l.packed, l.bias, l.out);
-        if (l.num_outputs) {
-#pragma omp for schedule(static)
-            for (int64_t m = 0; m < s.rows; m++) scale_shift_row(y + m * l.out, m, l.outputs, l.num_outputs);
-        }
+        scale_shift(y, s.rows, l.out, l.outputs, l.num_outputs);
         if (call) lora.expand(call);
     }
-}
-
-void add(bf16* to, const bf16* a, const bf16* b, int64_t rows, int64_t size, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (rows > 4)
-    for (int64_t row = 0; row < rows; row++)
-        for (int64_t i = row * size; i < (row + 1) * size; i += W) {
-            int64_t width = std::min<int64_t>(W, (row + 1) * size - i);
-            store(to + i, load(a + i, width) + load(b + i, width), width);
-        }
 }
 
 // Every operation is computed as by the separate modules, so that the results are bit-identical.
