@@ -49,6 +49,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "server.data_folder": {"adapters.registry", "server"},
     "server.launch": {
+        "adapters",
         "server",
         "server.data_folder",
         "server.ipc",
@@ -439,6 +440,7 @@ def test_of_the_tests_only_the_fixtures_are_shared(folder: str) -> None:
                 assert within(other, "tests.fixtures") or not within(other, "tests"), f"{file} imports {other}"
 
 
+@pytest.mark.reliability("T2")
 def test_nothing_on_the_serving_path_can_run_foreign_code() -> None:
     """No pickle, no eval, no remote code: adapters and messages are data."""
     banned_modules = {"pickle", "marshal", "dill", "shelve"}

@@ -78,6 +78,7 @@ async def test_requests_are_counted_by_adapter_route_and_status(tmp_path: Path) 
         assert found["loraplex_inter_token_latency_seconds_count", acme] == 11
 
 
+@pytest.mark.reliability("T26")
 async def test_a_client_that_names_unknown_models_makes_no_series(tmp_path: Path) -> None:
     async with serving(tmp_path) as api:
         await api.chat(model="nope-0")
@@ -87,6 +88,7 @@ async def test_a_client_that_names_unknown_models_makes_no_series(tmp_path: Path
         assert len(await samples(api)) == before
 
 
+@pytest.mark.reliability("T26")
 async def test_a_deleted_adapter_leaves_no_series(tmp_path: Path) -> None:
     async with serving(tmp_path) as api:
         await api.upload("acme")
@@ -103,6 +105,7 @@ async def test_a_deleted_adapter_leaves_no_series(tmp_path: Path) -> None:
         assert [use["name"] for use in stats["adapters"]] == []
 
 
+@pytest.mark.reliability("T26")
 def test_labels_are_bounded() -> None:
     metrics = Metrics("base")
     for i in range(MAX_ADAPTER_LABELS + 10):

@@ -108,6 +108,7 @@ def schema(path: Path) -> tuple[int, dict[str, list[Any]]]:
         return db.execute("PRAGMA user_version").fetchone()[0], columns
 
 
+@pytest.mark.reliability("T13")
 @pytest.mark.parametrize("earlier", EARLIER)
 def test_every_earlier_schema_opens_with_all_that_it_has(earlier: str, data_dir: Path, tmp_path: Path) -> None:
     path = written(data_dir, EARLIER[earlier])

@@ -17,6 +17,7 @@ from operator import itemgetter
 from pathlib import Path
 
 from adapters.errors import NoSpace
+from adapters.fault_points import fault_point
 from adapters.records import AdapterRecord, AdapterVersion, Entry, HistoryEntry, PendingAdapter
 from adapters.registry.migrations import check_readable, migrate, schema_of
 from adapters.registry.store import AdapterStore
@@ -127,6 +128,8 @@ def transaction(db: sqlite3.Connection) -> Iterator[None]:
     try:
         with db:
             yield
+            fault_point("registry.writing")
+        fault_point("registry.committed")
     except sqlite3.OperationalError as error:
         if _code(error) == sqlite3.SQLITE_FULL:
             raise NoSpace("The server has no space left for adapters.") from error

@@ -147,6 +147,11 @@ class AdapterRegistry:
         """Return the retained versions of `name`, newest first. Raises `AdapterNotFound`."""
         return list(self._entry(name).history)
 
+    def version_sizes(self, name: str) -> dict[str, int]:
+        """Return the bytes of the weights of each stored version of `name`, by digest; none for an unknown name."""
+        entry = self._index.get(name)
+        return {} if entry is None else {stored.version.digest: stored.version.nbytes for stored in entry.versions}
+
     def names_of(self, digest: str) -> list[str]:
         """Return the names that point to `digest` now, sorted."""
         return list(self._index.names_of(digest))

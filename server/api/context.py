@@ -164,7 +164,8 @@ class AppContext:
     base_model: str
     base_tokenizer: Tokenizer | None = None  # until the engine is ready
     audit: AuditLog | None = None
-    started: float = field(default_factory=time.time)
+    started: float = field(default_factory=time.time)  # Unix seconds
+    _began: float = field(default_factory=time.monotonic)
     startup: Startup = field(default_factory=lambda: Startup(done=True))
     draining: bool = False  # unready but still serving, because load balancers need time to notice
     accepting: bool = True
@@ -227,7 +228,7 @@ class AppContext:
         return self.queue_limits.full
 
     def uptime(self) -> float:
-        return time.time() - self.started
+        return time.monotonic() - self._began
 
     def watch(self) -> None:
         """Connect the metrics to the engine and the registry."""

@@ -18,6 +18,7 @@ from server.api.adapters.schemas import RegisterRequest
 from server.api.adapters.threads import finish_in_thread
 from server.api.context import AppContext
 from server.api.errors import ApiError
+from server.api.middleware.auth import ANYONE, Key
 from server.ipc.client import AdapterMoveRefused
 from server.ipc.supervisor import EngineUnavailable
 
@@ -26,8 +27,11 @@ log = logging.getLogger(__name__)
 _ENGINE_POLL_SECONDS = 1.0
 
 
-async def register(context: AppContext, body: RegisterRequest, *, dry_run: bool = False) -> Published:
-    """Fetch an adapter from an allowed source, validate it, and publish it unless this is a dry run."""
+async def register(
+    context: AppContext, body: RegisterRequest, key: Key = ANYONE, *, dry_run: bool = False
+) -> Published:
+    """Fetch an adapter from an allowed source, validate it, and publish it unless this is a dry run. It counts in the
+    quota of `key`."""
 
     async def fill(folder: Path) -> Publication:
         source = await _copy(context, body.source, folder)
@@ -39,6 +43,7 @@ async def register(context: AppContext, body: RegisterRequest, *, dry_run: bool 
             dry_run=dry_run,
             in_flight=body.in_flight,
             settings=body,
+            key=key,
         )
 
     return await publish_from(context, fill)

@@ -21,6 +21,7 @@ from server.api.adapters.bodies import pending_body, pending_state, record_body,
 from server.api.adapters.multipart import receive_upload
 from server.api.adapters.paths import NAME
 from server.api.adapters.publishing import UPLOAD, Publication, Published, publish_from
+from server.api.adapters.quotas import check_count
 from server.api.adapters.schemas import (
     AdapterBody,
     AdapterList,
@@ -122,6 +123,7 @@ async def _create_from_upload(request: Request, context: AppContext, key: Key, d
             dry_run=dry_run,
             in_flight=form.in_flight,
             settings=form,
+            key=key,
         )
 
     async with publishing.place_for_client(context):
@@ -130,10 +132,11 @@ async def _create_from_upload(request: Request, context: AppContext, key: Key, d
 
 async def _create_from_source(context: AppContext, key: Key, body: RegisterRequest, dry_run: bool) -> JSONResponse:
     publishing.check_writable(key, body.name)
+    check_count(context, key, body.name)
     if body.lazy and not dry_run:
         return _json(pending_body(context, await fetching.register_lazily(context, body)), 202)
     async with publishing.place_for_client(context):
-        return _created(context, await fetching.register(context, body, dry_run=dry_run))
+        return _created(context, await fetching.register(context, body, key, dry_run=dry_run))
 
 
 def _created(context: AppContext, published: Published) -> JSONResponse:

@@ -144,7 +144,7 @@ class MessagesRequest(TranslatedRequest):
     def as_chat(self) -> dict[str, Any]:
         system = [] if self.system is None else [{"role": "system", "content": text_of(self.system)}]
         messages = [*system, *(each for message in self.messages for each in message.as_chat())]
-        choice, config = self.tool_choice, self.output_config or OutputConfig()
+        choice, config = self.tool_choice, self.output_config or OutputConfig(effort=None)
         output_format = config.format or self.output_format
         return {
             "model": self.model,
