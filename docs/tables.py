@@ -35,7 +35,7 @@ from server.api.requests.completions import CompletionRequest
 from server.api.requests.inference import GenerationRequest
 from server.api.requests.pooled import EmbeddingRequest, PooledRequest, RerankRequest, ScoreRequest
 from server.config import ServeConfig
-from server.metrics import METRICS
+from server.metric_specs import METRICS
 
 REFERENCE = Path(__file__).parent / "reference"
 API = Path(__file__).parent.parent / "server" / "api"

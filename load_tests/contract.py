@@ -28,16 +28,14 @@ PHASES = ("examples", "coverage", "fuzzing", "stateful")
 
 
 def schemathesis(url: str, key: str, model: str, adapter: Path, *options: str, phases: Sequence[str] = PHASES) -> int:
-    """Return the exit code of a run against the server at `url`: 0 if every response was as the document says. `adapter`
-    is a folder with an adapter for `model`."""
+    """Return the exit code of a run against the server at `url`: 0 if every response was as the document says.
+    `adapter` is a folder with an adapter for `model`."""
     command = [str(Path(sys.executable).with_name("schemathesis")), "--config-file", str(CONFIG)]
     given = ["--header", f"Authorization: Bearer {key}", "--phases", ",".join(phases), "--no-color"]
     target = ["run", f"{url}/openapi.json", "--generation-database", "none"]
     hooks = {"SCHEMATHESIS_HOOKS": "load_tests.contract_hooks"}
-    names = {"LORAPLEX_MODEL": model, "LORAPLEX_ADAPTER": str(adapter)}
-    return subprocess.run(
-        [*command, *target, *given, *options], env={**os.environ, **hooks, **names}, check=False
-    ).returncode
+    environment = {**os.environ, **hooks, "LORAPLEX_MODEL": model, "LORAPLEX_ADAPTER": str(adapter)}
+    return subprocess.run([*command, *target, *given, *options], env=environment, check=False).returncode
 
 
 def main() -> None:

@@ -25,7 +25,8 @@ from server.model.loading.tokenizer import describe, load_tokenizer
 from server.model.sampling.allowed import AllowedTokens
 from server.model.sampling.sampler import start_sampling
 from server.model.sampling.token_counts import TokenCounts
-from server.sequence import Constraint, SamplingParams, Sequence
+from server.request import Constraint, SamplingParams
+from server.sequence import Sequence
 from tests.fixtures.adapter_factory import tiny_llama, write_adapter
 from tests.fixtures.api_server import byte_tokenizer, fast_byte_tokenizer, ids
 from tests.fixtures.engine_driver import Driver
@@ -188,6 +189,7 @@ def test_a_grammar_that_cannot_be_used_is_refused_alone(driver: Driver) -> None:
     assert "grammar" in (driver.outputs["bad"][-1].error or "")
 
 
+@pytest.mark.reliability("T23")
 def test_a_grammar_that_exceeds_its_limits_ends_its_own_sequence(driver: Driver) -> None:
     """Every step of `((a{1,1000}){1,1000}){1,1000}` makes more states."""
     driver.submit("dear", PROMPT, constraint=Constraint("start: /((a{1,1000}){1,1000}){1,1000}/"), max_tokens=400)

@@ -14,7 +14,8 @@ from adapters.residency.residency import Residency
 from adapters.residency.slots import SlotTable
 from server.engine.block_manager import BlockManager
 from server.engine.scheduler import PREFETCH_DEPTH, Scheduler
-from server.sequence import SamplingParams, ScaledAdapter, ScheduledBatch, Sequence, SequenceStatus
+from server.request import SamplingParams, ScaledAdapter
+from server.sequence import ScheduledBatch, Sequence, SequenceStatus
 from tests.fixtures.timing import patience
 
 BLOCK = 4
@@ -379,6 +380,7 @@ def test_nothing_stays_taken_when_an_adapter_is_there_but_memory_is_not() -> Non
     run_to_end(scheduler)
 
 
+@pytest.mark.reliability("T44")
 @pytest.mark.parametrize("bound", [1, 5, 20])
 def test_a_cold_adapter_is_admitted_within_the_bound(bound: int) -> None:
     """One slot, a stream of requests for A that never ends, and one for B."""

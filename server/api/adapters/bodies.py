@@ -1,7 +1,10 @@
 """Response bodies that describe one adapter."""
 
+import json
+
 from adapters.records import AdapterRecord, PendingAdapter
 from server.api.adapters.schemas import AdapterBody, State
+from server.api.adapters.settings import changed
 from server.api.context import AppContext
 
 
@@ -24,6 +27,7 @@ def record_body(context: AppContext, record: AdapterRecord) -> AdapterBody:
         in_flight=context.in_flight.count(record.name),
         error=error,
         report=version.report,
+        **record.settings,
     )
 
 
@@ -56,6 +60,7 @@ def pending_body(context: AppContext, adapter: PendingAdapter) -> AdapterBody:
         in_flight=0,
         error=adapter.error,
         report={},
+        **changed({}, json.loads(adapter.settings_json or "{}")),
     )
 
 

@@ -50,9 +50,11 @@ async def plan_chat(
 ) -> GenerationPlan:
     """Admit a chat and return its plan. `sent` is the request of another API that was translated to `body`."""
     admitted = await admit_request(request, context, key, body, sent)
+    defaults = admitted.target.defaults
+    body = defaults.applied_to(body)
     prompt = await render_chat(context, admitted.tokenizer, body)
     is_constrained = admitted.constraint is not None
-    found = message_format(admitted.tokenizer, body, prompt, is_constrained=is_constrained)
+    found = message_format(admitted.tokenizer, body, prompt, defaults.tool_format, is_constrained=is_constrained)
     return admit_prompts(context, admitted, body, [prompt], message_format=found)
 
 
