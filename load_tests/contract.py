@@ -16,7 +16,10 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from transformers import AutoModelForCausalLM
+
 from load_tests.own_server import serving
+from tests.fixtures.adapter_factory import write_adapter
 from tests.fixtures.tiny_server import write_tiny_model
 
 MODEL = "tiny"
@@ -24,13 +27,15 @@ CONFIG = Path(__file__).with_name("schemathesis.toml")
 PHASES = ("examples", "coverage", "fuzzing", "stateful")
 
 
-def schemathesis(url: str, key: str, model: str, *options: str, phases: Sequence[str] = PHASES) -> int:
-    """Return the exit code of a run against the server at `url`: 0 if every response was as the document says."""
+def schemathesis(url: str, key: str, model: str, adapter: Path, *options: str, phases: Sequence[str] = PHASES) -> int:
+    """Return the exit code of a run against the server at `url`: 0 if every response was as the document says.
+    `adapter` is a folder with an adapter for `model`."""
     command = [str(Path(sys.executable).with_name("schemathesis")), "--config-file", str(CONFIG)]
     given = ["--header", f"Authorization: Bearer {key}", "--phases", ",".join(phases), "--no-color"]
     target = ["run", f"{url}/openapi.json", "--generation-database", "none"]
-    hooks = {"SCHEMATHESIS_HOOKS": "load_tests.contract_hooks", "LORAPLEX_MODEL": model}
-    return subprocess.run([*command, *target, *given, *options], env={**os.environ, **hooks}, check=False).returncode
+    hooks = {"SCHEMATHESIS_HOOKS": "load_tests.contract_hooks"}
+    environment = {**os.environ, **hooks, "LORAPLEX_MODEL": model, "LORAPLEX_ADAPTER": str(adapter)}
+    return subprocess.run([*command, *target, *given, *options], env=environment, check=False).returncode
 
 
 def main() -> None:
@@ -41,10 +46,11 @@ def main() -> None:
     key = secrets.token_hex(32)
     with tempfile.TemporaryDirectory() as folder:
         model = write_tiny_model(Path(folder) / "model")
+        adapter = write_adapter(AutoModelForCausalLM.from_pretrained(model), Path(folder) / "adapter")
         flags = ("--model", str(model), "--served-model-name", MODEL, "--api-key", key, "--max-model-len", "256")
         with serving(Path(folder) / "data", *flags) as url:
             bounds = ("--max-time", str(int(options.minutes * 60)), "--seed", str(options.seed))
-            sys.exit(schemathesis(url, key, MODEL, *bounds, "--continue-on-failure"))
+            sys.exit(schemathesis(url, key, MODEL, adapter, *bounds, "--continue-on-failure"))
 
 
 if __name__ == "__main__":

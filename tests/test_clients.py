@@ -63,6 +63,8 @@ def test_a_cell_that_fails_with_one_model_fails() -> None:
     assert combined({"base": passed, "own": passed}) == passed
     assert combined({"base": passed, "own": failed}) == Cell("failed", "own: no call")
     assert combined({"base": absent, "own": absent}) == absent
+    assert combined({"base": passed, "own": absent}) == Cell("passed", "own: none")
+    assert combined({"base": absent, "own": failed}).outcome == "failed"
 
 
 def test_the_results_have_the_rows_and_columns_of_the_script() -> None:

@@ -72,8 +72,10 @@ class Matrix(msgspec.Struct, frozen=True):
 
 
 def combined(cells: dict[str, Cell]) -> Cell:
-    """Return the cell of a feature from those of the models: one that failed makes it fail."""
-    failures = [f"{model}: {cell.detail}" for model, cell in cells.items() if cell.outcome == "failed"]
-    if failures:
-        return Cell("failed", "; ".join(failures))
-    return next(iter(cells.values()))
+    """Return the cell of a feature from those of the models: one that failed makes it fail, and one that could not be
+    asked is named."""
+    details = [f"{model}: {cell.detail}" for model, cell in cells.items() if cell.detail]
+    outcomes = {cell.outcome for cell in cells.values()}
+    if outcomes == {"absent"}:
+        return next(iter(cells.values()))
+    return Cell("failed" if "failed" in outcomes else "passed", "; ".join(details))

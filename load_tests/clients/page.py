@@ -32,12 +32,12 @@ def _versions(row: Row) -> str:
 
 
 def reasons(matrix: Matrix) -> Rows:
-    """Return the cells that did not pass, with the reason."""
+    """Return the cells that did not pass with every model, with the reason."""
     return [
         (row.client, FEATURES[name], SIGNS[cell.outcome], cell.detail)
         for row in matrix.rows
         for name, cell in row.cells.items()
-        if cell.outcome != "passed"
+        if cell.detail
     ]
 
 

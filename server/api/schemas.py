@@ -267,3 +267,15 @@ class ErrorDetail(Wire):
 
 class ErrorBody(Wire):
     error: ErrorDetail
+
+
+class AnthropicErrorBody(Wire):
+    """An error in the format of Anthropic's API. Its `type` is that API's."""
+
+    type: Literal["error"]
+    error: ErrorDetail
+
+
+class LoraxErrorBody(Wire):
+    error: str
+    error_type: Literal["overloaded", "validation", "generation"]

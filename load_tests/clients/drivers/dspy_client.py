@@ -21,13 +21,21 @@ from driver import (
     call,
     report,
 )
+from dspy.lm15 import AccessPolicy, ModelSupport, OpenAIChatCompat, ProviderDefinition
 
 SERVER: dict[str, Any] = {"api_base": f"{URL}/v1", "api_key": KEY}
+# What a model supports must be said, or DSPy sends unknown models no `response_format`.
+dspy.lm15.register_provider(
+    ProviderDefinition.chat(
+        AccessPolicy(provider="loraplex", base_url=f"{URL}/v1"), compat=OpenAIChatCompat.preset("vllm")
+    ),
+    supports=ModelSupport(function_calling=True, response_schema=True),
+)
 
 
 def lm(max_tokens: int = MAX_TOKENS, **options: Any) -> dspy.LM:
     common = {"temperature": 0, "max_tokens": max_tokens, "cache": False, "num_retries": 0}
-    return dspy.LM(f"openai/{MODEL}", **common, **options, **SERVER)
+    return dspy.LM(f"loraplex/{MODEL}", **common, **options, **SERVER)
 
 
 def chat() -> Any:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import openai_client
 from driver import KEY, MODEL, URL
 
 READY_S = 300
+MASTER_KEY = f"sk-{secrets.token_hex(32)}"
 
 
 @contextmanager
@@ -27,7 +29,8 @@ def proxy(folder: Path) -> Iterator[str]:
     config = folder / "config.yaml"
     config.write_text(json.dumps({"model_list": [{"model_name": "through-the-proxy", "litellm_params": route}]}))
     command = [str(Path(sys.executable).with_name("litellm")), "--config", str(config), "--host", "127.0.0.1"]
-    process = subprocess.Popen([*command, "--port", str(port)], stdout=sys.stderr, env=os.environ)
+    env = {**os.environ, "LITELLM_MASTER_KEY": MASTER_KEY}  # without which the proxy refuses to start
+    process = subprocess.Popen([*command, "--port", str(port)], stdout=sys.stderr, env=env)
     try:
         url = f"http://127.0.0.1:{port}"
         _wait_until_ready(url, process)
@@ -49,4 +52,4 @@ def _wait_until_ready(url: str, process: "subprocess.Popen[bytes]") -> None:
 
 
 with tempfile.TemporaryDirectory() as temporary, proxy(Path(temporary)) as its_url:
-    openai_client.report_all(its_url, "through-the-proxy")
+    openai_client.report_all(its_url, "through-the-proxy", MASTER_KEY)

@@ -26,6 +26,8 @@ from driver import (
 FOLDER = Path.cwd() / "llm"
 EMBEDDING_MODEL = "text-embedding-3-small"  # `llm` has no embeddings of other OpenAI-compatible models
 ENV = {**os.environ, "LLM_USER_PATH": str(FOLDER), "OPENAI_BASE_URL": f"{URL}/v1", "OPENAI_API_KEY": KEY}
+CALL = json.dumps({"name": WEATHER["name"], "arguments": {"city": "Paris", "days": 3}})
+QUESTION_WITH_CALL = f"{WEATHER['question']} Answer with this line alone: <tool_call>{CALL}</tool_call>"
 COMMAND = [str(Path(sys.executable).with_name("llm"))]
 
 
@@ -63,10 +65,10 @@ def stream() -> Any:
 
 
 def tools() -> Any:
-    """Chosen by the model itself: `llm` has no way to force a call."""
+    """Chosen by the model itself, which is told what to write: `llm` has no way to force a call."""
     function = f"def {WEATHER['name']}(city: str, days: int) -> str:\n    {WEATHER['description']!r}\n"
     arguments = ["--functions", f"{function}    return {WEATHER['result']!r}\n", "--no-stream", *options(JSON_TOKENS)]
-    answer = run("-m", "chat", *arguments, WEATHER["question"])
+    answer = run("-m", "chat", *arguments, QUESTION_WITH_CALL)
     logged = json.loads(run("logs", "-n", "0", "--json"))
     made = [each for response in logged for each in response.get("tool_calls", ())]
     return {"calls": [call(each["name"], each["arguments"]) for each in made], "answer": answer.strip()}
@@ -99,10 +101,12 @@ def _post(path: str, body: Any, method: str = "POST") -> Any:
 
 
 configure()
+calls_by_itself = MODEL == "smollm2-135m-instruct"
 report(
+    {} if calls_by_itself else {"tools": "the adapter makes no call by itself, and `llm` cannot force one"},
     chat=chat,
     stream=stream,
-    tools=tools,
+    **({"tools": tools} if calls_by_itself else {}),
     json_schema=json_schema,
     embeddings=embeddings,
     logprobs=logprobs,

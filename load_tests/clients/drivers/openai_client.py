@@ -23,8 +23,8 @@ from openai import OpenAI
 
 
 class Features:
-    def __init__(self, base_url: str, model: str):
-        self._client = OpenAI(base_url=base_url, api_key=KEY, max_retries=0)
+    def __init__(self, base_url: str, model: str, key: str):
+        self._client = OpenAI(base_url=base_url, api_key=key, max_retries=0)
         self._chat = self._client.chat.completions
         self._common: dict[str, Any] = {"model": model, "temperature": 0}
 
@@ -72,8 +72,8 @@ def _calls(message: Any) -> list[dict[str, Any]]:
     return [call(each.function.name, each.function.arguments) for each in message.tool_calls]
 
 
-def report_all(base_url: str, model: str) -> None:
-    features = Features(base_url, model)
+def report_all(base_url: str, model: str, key: str) -> None:
+    features = Features(base_url, model, key)
     report(
         chat=features.chat,
         stream=features.stream,
@@ -85,4 +85,4 @@ def report_all(base_url: str, model: str) -> None:
 
 
 if __name__ == "__main__":
-    report_all(f"{URL}/v1", MODEL)
+    report_all(f"{URL}/v1", MODEL, KEY)

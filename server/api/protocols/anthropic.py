@@ -16,7 +16,7 @@ from server.api.middleware.auth import Key, key_of
 from server.api.protocols.anthropic_requests import MessagesRequest
 from server.api.protocols.blocks import Block, BlockFormatter, Event
 from server.api.protocols.translation import respond_as
-from server.api.schemas import Wire
+from server.api.schemas import AnthropicErrorBody, Wire
 
 router = APIRouter()
 _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "abort": "max_tokens"}
@@ -55,7 +55,10 @@ class MessageEvent(Wire):
 
 
 @router.post(
-    "/v1/messages", responses=documented_responses(Message, MessageEvent), response_model=None, tags=["inference"]
+    "/v1/messages",
+    responses=documented_responses(Message, MessageEvent, AnthropicErrorBody),
+    response_model=None,
+    tags=["inference"],
 )
 async def create_message(
     request: Request, body: MessagesRequest, context: Context, key: Annotated[Key, Depends(key_of)]

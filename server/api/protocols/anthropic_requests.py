@@ -144,8 +144,8 @@ class MessagesRequest(TranslatedRequest):
     def as_chat(self) -> dict[str, Any]:
         system = [] if self.system is None else [{"role": "system", "content": text_of(self.system)}]
         messages = [*system, *(each for message in self.messages for each in message.as_chat())]
-        choice, config = self.tool_choice, self.output_config or OutputConfig(effort=None)
-        output_format = config.format or self.output_format
+        choice, config = self.tool_choice, self.output_config
+        output_format = (config and config.format) or self.output_format
         return {
             "model": self.model,
             "messages": messages,
@@ -159,7 +159,7 @@ class MessagesRequest(TranslatedRequest):
             "parallel_tool_calls": choice and not choice.disable_parallel_tool_use,
             "user": self.extensions.get("user") or (self.metadata and self.metadata.user_id),
             "response_format": output_format and output_format.as_chat(),
-            "reasoning_effort": config.effort,
+            "reasoning_effort": config and config.effort,
             "chat_template_kwargs": self._template_variables(),
             "continue_final_message": messages[-1]["role"] == "assistant" and not messages[-1]["tool_calls"],
         }

@@ -17,7 +17,7 @@ from server.api.inference.responses import documented_responses, respond
 from server.api.middleware.auth import Key, key_of
 from server.api.requests.completions import CompletionRequest
 from server.api.requests.wire import AdapterScale, ModelName, OpenWire, Text, TokenCount
-from server.api.schemas import Wire
+from server.api.schemas import LoraxErrorBody, Wire
 from server.api.text.tokenizer import finite
 
 router = APIRouter(tags=["inference"])
@@ -125,13 +125,16 @@ class GeneratedEvent(Wire):
     details: Details | None = None
 
 
-@router.post("/generate", responses=documented_responses(GeneratedBody, GeneratedEvent), response_model=None)
+_RESPONSES = documented_responses(GeneratedBody, GeneratedEvent, LoraxErrorBody)
+
+
+@router.post("/generate", responses=_RESPONSES, response_model=None)
 async def generate(request: Request, body: GenerateRequest, context: Context, key: Caller) -> Response:
     """Complete a prompt with the base model or an adapter, in the format of LoRAX."""
     return await _respond(request, body, context, key, stream=False)
 
 
-@router.post("/generate_stream", responses=documented_responses(GeneratedBody, GeneratedEvent), response_model=None)
+@router.post("/generate_stream", responses=_RESPONSES, response_model=None)
 async def generate_stream(request: Request, body: GenerateRequest, context: Context, key: Caller) -> Response:
     """Complete a prompt as a stream of tokens, in the format of LoRAX."""
     return await _respond(request, body, context, key, stream=True)
