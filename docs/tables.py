@@ -267,5 +267,5 @@ def render(text: str, tables: Mapping[str, Callable[[], str]]) -> str:
 
 
 if __name__ == "__main__":
-    for page, its_tables in PAGES.items():
-        page.write_text(render(page.read_text(encoding="utf-8"), its_tables), encoding="utf-8")
+    for path, its_tables in PAGES.items():
+        path.write_text(render(path.read_text(encoding="utf-8"), its_tables), encoding="utf-8")
