@@ -144,6 +144,11 @@ class AdapterRegistry:
         """Return the retained versions of `name`, newest first. Raises `AdapterNotFound`."""
         return list(self._entry(name).history)
 
+    def version(self, name: str, digest: str) -> AdapterVersion | None:
+        """Return a version of `name`; None if it is no longer stored. Raises `AdapterNotFound`."""
+        record = self._entry(name).matching(digest)
+        return record.version if record else None
+
     def names_of(self, digest: str) -> list[str]:
         """Return the names that point to `digest` now, sorted."""
         return list(self._index.names_of(digest))

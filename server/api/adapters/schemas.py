@@ -13,6 +13,15 @@ Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
 VersionText = Annotated[str, Field(pattern=r"^(sha256:)?[0-9a-f]{12,64}$", max_length=71)]
 
 
+class Traffic(Wire):
+    """Usage since the server started; tokens per second over about half a minute."""
+
+    requests: int
+    prompt_tokens: int
+    generated_tokens: int
+    tokens_per_second: float
+
+
 class AdapterBody(Wire):
     name: str
     kind: Literal["adapter"] = "adapter"
@@ -28,6 +37,7 @@ class AdapterBody(Wire):
     created: int
     last_used: int | None
     in_flight: int
+    traffic: Traffic | None = Field(description="Null until the first request")
     error: str | None
     report: dict[str, Any]
 
@@ -77,6 +87,10 @@ class VersionBody(Wire):
     version: str
     created: int
     current: bool
+    rank: int | None = Field(description="Null, like what follows, for a version that is no longer stored")
+    target_modules: list[str] | None
+    bytes: int | None
+    report: dict[str, Any] | None
 
 
 class VersionList(Wire):
