@@ -1,6 +1,7 @@
 """Records of an adapter: its immutable versions, and the name that points to one of them."""
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from itertools import dropwhile
@@ -15,13 +16,17 @@ _VERSION = re.compile(r"(?:sha256:)?([0-9a-f]{12,64})")
 class Inspected:
     """Metadata of an adapter that passed validation: `rank` is the largest rank of its modules, `target_modules` the
     sorted last components of their names, `nbytes` the size of its tensors in bytes, `report` the report returned by
-    the API."""
+    the API. `structure` identifies everything but the numbers of a LoRA: its config, and the names, dtypes and shapes
+    of its tensors; `largest` is its largest number, and `has_zeros` tells whether a tensor has nothing but zeros."""
 
     digest: str
     rank: int
     target_modules: tuple[str, ...]
     nbytes: int
     report: dict[str, Any]
+    structure: str | None = None  # None for other types
+    largest: float = math.inf
+    has_zeros: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from server.config import ServeConfig
 from server.engine.build import build_engine
 from server.ipc.messages import MoveAdapter, Reply, Submit, ToEngine
 from server.model.loading.default_model import prepare_default_model
-from server.sequence import SamplingParams, ScaledAdapter
+from server.request import SamplingParams, ScaledAdapter
 
 PROMPT_TOKENS = 70
 

@@ -38,7 +38,7 @@ scopes = ["observe"]
 """
 OPEN = {"/", "/console/{file}", "/livez", "/readyz", "/health", "/version"}
 KNOWN = {"/v1/keys/self"}
-OBSERVE = {"/metrics", "/v1/stats", "/v1/stats/history", "/v1/trace", "/openapi.json"}
+OBSERVE = {"/metrics", "/v1/stats", "/v1/stats/history", "/v1/trace", "/is_paused", "/openapi.json"}
 INFER = {
     "/v1/chat/completions",
     "/v1/completions",
@@ -63,7 +63,7 @@ ADMIN = {
     "/v1/unload_lora_adapter",
     "/v1/aliases",
 }
-OPERATE = {"/v1/merge", "/v1/keys"}
+OPERATE = {"/v1/merge", "/v1/keys", "/pause", "/resume", "/reset_prefix_cache"}
 ALLOWED = {
     INFER_KEY: OPEN | KNOWN | INFER,
     ADMIN_KEY: OPEN | KNOWN | ADMIN | OPERATE,

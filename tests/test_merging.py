@@ -10,7 +10,8 @@ from server.engine.faults import EngineBroken
 from server.engine.merge_gate import MergeGate
 from server.engine.merging import Merged, MergePolicy, Merging
 from server.ipc.messages import Merge
-from server.sequence import ScaledAdapter, Sequence
+from server.request import ScaledAdapter
+from server.sequence import Sequence
 from tests.test_scheduler import FakeSlots, make_scheduler, make_seq, run_step
 
 

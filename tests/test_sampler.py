@@ -12,7 +12,8 @@ from server.model.sampling import adjustments, categorical, sampler
 from server.model.sampling.categorical import FEW, categorical_params, plan_categorical
 from server.model.sampling.sampler import Sample, sample, start_sampling
 from server.model.sampling.token_counts import IN_PROMPT, OUTPUT, TokenCounts
-from server.sequence import SamplingParams, Sequence
+from server.request import SamplingParams
+from server.sequence import Sequence
 
 EOS = frozenset({2})
 VOCAB = 24

@@ -14,7 +14,8 @@ from adapters.residency.residency import Residency
 from adapters.residency.slots import SlotTable
 from server.engine.block_manager import BlockManager
 from server.engine.scheduler import PREFETCH_DEPTH, Scheduler
-from server.sequence import SamplingParams, ScaledAdapter, ScheduledBatch, Sequence, SequenceStatus
+from server.request import SamplingParams, ScaledAdapter
+from server.sequence import ScheduledBatch, Sequence, SequenceStatus
 from tests.fixtures.timing import patience
 
 BLOCK = 4

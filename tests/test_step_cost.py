@@ -12,7 +12,8 @@ import pytest
 from server.engine.block_manager import BlockManager
 from server.engine.scheduler import Scheduler
 from server.engine.step_cost import DEFAULT_SECONDS, MIN_CHUNK, StepBudget, StepCost
-from server.sequence import SamplingParams, ScheduledBatch, Sequence, SequenceStatus
+from server.request import SamplingParams
+from server.sequence import ScheduledBatch, Sequence, SequenceStatus
 from tests.test_scheduler import FakeSlots, make_seq
 
 TARGET = 0.15

@@ -81,6 +81,7 @@ class AdapterRegistry:
         self._reserved = frozenset(reserved)
         self._data_dir = data_dir
         self._writing = threading.Lock()
+        self._is_closed = False
         self._packed = data_dir / PACKED_FOLDER
         with ExitStack() as undo:  # releases the lock and the database when a later step fails
             undo.callback(os.close, lock(data_dir / "lock"))
@@ -101,8 +102,9 @@ class AdapterRegistry:
             self._held = undo.pop_all()
 
     def close(self) -> None:
-        """Close the database and release the data folder's lock. No other method may be called afterwards."""
+        """Close the database and release the data folder's lock. Only `collect_garbage` may be called afterwards."""
         with self._writing:
+            self._is_closed = True
             self._held.close()
 
     def __len__(self) -> int:
@@ -187,6 +189,7 @@ class AdapterRegistry:
                 raise AdapterConflict(f"The adapter '{name}' exists; publish with replace to give it a new version.")
             stored = self._commit(folder, inspected.digest)
             with transaction(self._db):
+                write_check(self._db, inspected.digest, int(time.time()), None)  # its bytes were just compared
                 if known is None or known.damage or not same:
                     point(self._db, name, _as_version(inspected), source, pinned, RETAINED_VERSIONS)
                 elif known.record.version.report != inspected.report:
@@ -335,9 +338,11 @@ class AdapterRegistry:
             self._note(no_alias_line(name))
 
     def collect_garbage(self, in_use: Collection[str] = ()) -> list[str]:
-        """Delete the stored versions that are in no name's history and not `in_use`; returns their digests. Raises
-        `NoSpace`."""
+        """Delete the stored versions that are in no name's history and not `in_use`, unless the registry is closed;
+        returns their digests. Raises `NoSpace`."""
         with self._writing:
+            if self._is_closed:
+                return []
             deleted = self._spare.spend_on(lambda: self._collector.collect(in_use))
             for digest in deleted:
                 remove_packed(self._packed, digest)
@@ -349,9 +354,11 @@ class AdapterRegistry:
         stored = self._collector.commit(folder, digest)
         if stored == "healed":
             log.warning("the damaged stored files of version %s were replaced by those of an upload", digest[:12])
-        if stored != "same" or self._is_damaged(digest):
+        was_damaged = self._is_damaged(digest)
+        if stored == "healed" or was_damaged:
             with transaction(self._db):
                 write_check(self._db, digest, int(time.time()), None)
+        if stored != "same" or was_damaged:
             self._refresh_sharing(digest)
         return stored
 

@@ -23,7 +23,8 @@ from load_tests.simulator.workload import BASE, Request
 from server.engine.block_manager import BlockManager
 from server.engine.scheduler import Scheduler
 from server.engine.step_cost import StepBudget
-from server.sequence import SamplingParams, ScaledAdapter, ScheduledBatch, Sequence
+from server.request import SamplingParams, ScaledAdapter
+from server.sequence import ScheduledBatch, Sequence
 
 BLOCK_SIZE = 16
 

@@ -22,7 +22,7 @@ class UsageBody(Wire):
     prompt_tokens_details: PromptTokensDetails
 
 
-FinishReason = Literal["stop", "length", "tool_calls"]
+FinishReason = Literal["stop", "length", "tool_calls", "abort"]
 
 
 class PromptLogprob(Wire):
@@ -80,6 +80,7 @@ class ChatChoice(Wire):
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason
     token_ids: list[int] | None = requested()
+    token_versions: list[str] | None = requested()  # which version computed each token, as in `system_fingerprint`
 
 
 class ResponseHead(Wire):
@@ -124,6 +125,7 @@ class ChatChunkChoice(Wire):
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason | None
     token_ids: list[int] | None = requested()
+    token_versions: list[str] | None = requested()  # which version computed each token, as in `system_fingerprint`
 
 
 class ChatCompletionChunk(ResponseHead):
@@ -146,6 +148,7 @@ class CompletionChunkChoice(Wire):
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReason | None
     token_ids: list[int] | None = requested()
+    token_versions: list[str] | None = requested()  # which version computed each token, as in `system_fingerprint`
     prompt_token_ids: list[int] | None = requested()
 
 

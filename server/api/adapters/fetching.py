@@ -28,7 +28,7 @@ async def register(context: AppContext, body: RegisterRequest, *, dry_run: bool 
 
     async def fill(folder: Path) -> Publication:
         source = await _copy(context, body.source, folder)
-        return Publication(body.name, source, replace=body.replace, pinned=body.pinned, dry_run=dry_run)
+        return Publication(body.name, source, body.replace, body.pinned, dry_run, body.in_flight)
 
     return await publish_from(context, fill)
 

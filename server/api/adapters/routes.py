@@ -52,6 +52,7 @@ _UPLOAD_SCHEMA: dict[str, Any] = {
         **{name: {"type": "string", "format": "binary"} for name in TOKENIZER_FILES},
         "replace": {"type": "boolean", "default": False},
         "pinned": {"type": "boolean", "default": False},
+        "in_flight": UploadForm.model_json_schema()["properties"]["in_flight"],
     },
 }
 _CREATE_BODY = {
@@ -99,7 +100,7 @@ async def _create_from_upload(request: Request, context: AppContext, key: Key, d
     async def fill(folder: Path) -> Publication:
         form = _parse_form(await receive_upload(request, folder))
         publishing.check_writable(key, form.name)
-        return Publication(form.name, UPLOAD, replace=form.replace, pinned=form.pinned, dry_run=dry_run)
+        return Publication(form.name, UPLOAD, form.replace, form.pinned, dry_run, form.in_flight)
 
     async with publishing.place_for_client(context):
         return _created(context, await publish_from(context, fill))
@@ -247,7 +248,10 @@ async def roll_back_adapter(
         old = publishing.find(context, key, name)
         version = body.version if body else None
         record = await asyncio.to_thread(context.registry.rollback, name, version)
-        await publishing.follow(context, old, record)
+        try:
+            await publishing.follow(context, old, record)
+        finally:
+            publishing.collect_later(context)
         return record_body(context, record)
 
 

@@ -2,12 +2,21 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from adapters.names import MAX_NAME
 from adapters.tiers import Tier
 from server.api.schemas import Wire
 
+InFlight = Literal["finish", "switch", "abort"]
+InFlightField = Annotated[
+    InFlight,
+    Field(
+        description="What becomes of running responses of the version that is replaced: they finish on it, switch to "
+        "the new one, or end with finish_reason abort"
+    ),
+]
 State = Literal["registered", "loading", "ready", "failed", "draining"]
 Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
 VersionText = Annotated[str, Field(pattern=r"^(sha256:)?[0-9a-f]{12,64}$", max_length=71)]
@@ -62,6 +71,13 @@ class RegisterRequest(Wire):
     replace: bool = False
     pinned: bool = False
     lazy: bool = Field(False, description="Return 202 at once and fetch the adapter in the background")
+    in_flight: InFlightField = "finish"
+
+    @model_validator(mode="after")
+    def _waits_to_move(self) -> "RegisterRequest":
+        if self.lazy and self.in_flight != "finish":
+            raise PydanticCustomError("value_error", "in_flight needs lazy to be false")
+        return self
 
 
 class UploadForm(Wire):
@@ -70,6 +86,7 @@ class UploadForm(Wire):
     name: Name
     replace: bool = False
     pinned: bool = False
+    in_flight: InFlightField = "finish"
 
 
 class DeletedBody(Wire):
@@ -106,6 +123,7 @@ class VllmLoadRequest(Wire):
     lora_name: Name
     lora_path: str = Field(min_length=1, max_length=4096)
     load_inplace: bool = False
+    in_flight: InFlightField = "finish"
 
 
 class VllmUnloadRequest(Wire):

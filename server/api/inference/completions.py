@@ -18,7 +18,7 @@ from server.api.requests.completions import CompletionRequest
 from server.api.requests.wire import MAX_CHOICES, OpenWire
 from server.api.schemas import Completion, CompletionChunk
 from server.api.text.tokenizer import Tokenizer, finite
-from server.sequence import TokenLogprobs
+from server.request import TokenLogprobs
 
 router = APIRouter()
 

@@ -10,7 +10,7 @@ from server.api.inference.choices import Delta
 from server.api.inference.generation import Generation
 from server.api.schemas import ResponseHead, Wire
 from server.api.text.tokenizer import finite
-from server.sequence import TokenLogprobs
+from server.request import TokenLogprobs
 
 _DONE = b"data: [DONE]\n\n"
 _encode = msgspec.json.encode
@@ -99,8 +99,8 @@ class ChoicesFormatter(ABC):
         """Return whether there is anything to say yet; text may be held back that begins a stop string."""
         return bool(delta.text or delta.scores or delta.finish_reason or (self._show_token_ids and delta.token_ids))
 
-    def _token_ids(self, delta: Delta) -> dict[str, list[int]]:
-        return {"token_ids": delta.token_ids} if self._show_token_ids else {}
+    def _token_ids(self, delta: Delta) -> dict[str, Any]:
+        return {"token_ids": delta.token_ids, "token_versions": delta.versions} if self._show_token_ids else {}
 
     def _prompt_logprobs(self, prompt: list[int], delta: Delta) -> dict[str, Any]:
         """Return the log-probabilities of a prompt in vLLM's format, if they were asked for."""

@@ -76,7 +76,9 @@ def parsers(generation: Generation) -> dict[int, MessageParser]:
     return {} if found is None else {index: MessageParser(found) for index in range(len(generation))}
 
 
-def finish_reason(parser: MessageParser | None, delta: Delta) -> Literal["stop", "length", "tool_calls"] | None:
+def finish_reason(
+    parser: MessageParser | None, delta: Delta
+) -> Literal["stop", "length", "tool_calls", "abort"] | None:
     if parser is not None and parser.has_calls and delta.finish_reason == "stop":
         return "tool_calls"
     return delta.finish_reason

@@ -12,7 +12,7 @@ from server.api.requests.inference import GenerationRequest, InferenceRequest
 from server.api.requests.pooled import PooledRequest
 from server.api.requests.wire import REST_OF_CONTEXT
 from server.api.text.tokenizer import Tokenizer, context_exceeded
-from server.sequence import Constraint, SamplingParams
+from server.request import Constraint, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,6 +55,10 @@ _NEEDS: dict[str, Need] = {
     "/v1/merge": "operate",
     "/v1/keys": "operate",
     "/v1/keys/self": "known",
+    "/pause": "operate",
+    "/resume": "operate",
+    "/is_paused": "observe",
+    "/reset_prefix_cache": "operate",
 }
 _CONSOLE_FILE = re.compile(r"/console/[^/]+")
 

@@ -18,7 +18,7 @@ from server.api.protocols.translation import respond_as
 from server.api.schemas import Wire
 
 router = APIRouter()
-_STOP_REASONS = {"stop": "end_turn", "length": "max_tokens"}
+_STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "abort": "max_tokens"}
 
 
 class MessageUsage(Wire):

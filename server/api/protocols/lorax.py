@@ -195,7 +195,7 @@ class GeneratedFormatter:
         usage = self._generation.usage()
         ended: Literal["stop_sequence", "eos_token"] = "stop_sequence" if delta.stop_string else "eos_token"
         return Details(
-            finish_reason="length" if delta.finish_reason == "length" else ended,
+            finish_reason="length" if delta.is_cut else ended,
             prompt_tokens=usage.prompt_tokens,
             generated_tokens=usage.completion_tokens,
             seed=self._generation.plan.sampling.seed,

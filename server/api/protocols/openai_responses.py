@@ -74,7 +74,7 @@ class ResponseFormatter(BlockFormatter):
 
     def whole(self) -> ResponseBody:
         status: Literal["incomplete", "completed"]
-        status = "incomplete" if self._end.finish_reason == "length" else "completed"
+        status = "incomplete" if self._end.is_cut else "completed"
         items = [self._item(block, self._status(block)) for block in self._blocks]
         details = {"reason": "max_output_tokens"} if status == "incomplete" else None
         return self._response(status, output=items, incomplete_details=details, usage=self._usage())
@@ -133,7 +133,7 @@ class ResponseFormatter(BlockFormatter):
         return f"{_PREFIXES[block.kind]}_{self._unique}{block.index}"
 
     def _status(self, block: Block) -> str:
-        is_cut = self._end.finish_reason == "length" and block is self._blocks[-1]
+        is_cut = self._end.is_cut and block is self._blocks[-1]
         return "incomplete" if is_cut else "completed"
 
     def _item(self, block: Block, status: str) -> dict[str, Any]:

@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from server.sequence import SamplingParams
+from server.request import SamplingParams
 from server.sequence import Sequence as TokenSequence
 
 FEW = 1024

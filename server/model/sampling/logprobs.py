@@ -2,7 +2,7 @@
 
 import torch
 
-from server.sequence import TokenLogprobs
+from server.request import TokenLogprobs
 
 
 def scores(logits: torch.Tensor, chosen: torch.Tensor, scored: torch.Tensor, num_top: int) -> torch.Tensor:

@@ -21,7 +21,8 @@ from server.model.sampling.allowed import AllowedTokens
 from server.model.sampling.logprobs import token_logprobs
 from server.model.sampling.plan import is_finite, plan_sampling, sample_by_plan
 from server.model.sampling.token_counts import TokenCounts
-from server.sequence import Sequence, TokenLogprobs
+from server.request import TokenLogprobs
+from server.sequence import Sequence
 
 
 @dataclass(slots=True)
