@@ -278,6 +278,7 @@ def _greet(context: AppContext, url: str) -> None:
     lines = [
         f"[bold green]Loraplex is ready[/] at [bold]{url}[/] "
         f"({context.base_model}, {len(context.registry)} adapters)\n",
+        f"The console is at {url}/ in a browser; programs use the API:\n",
         _chat_line(context, url, context.base_model, "What is the capital of France?"),
     ]
     if records:

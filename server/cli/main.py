@@ -14,6 +14,7 @@ from server.cli import registry as registry_commands
 from server.cli import sync as sync_commands
 from server.cli.doctor import doctor
 from server.cli.plan import plan
+from server.cli.trace import trace
 from server.config import HINTS, ConfigError, ServeConfig
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -75,6 +76,7 @@ app.command()(adapter_commands.unmerge)
 app.command()(sync_commands.sync)
 app.command()(doctor)
 app.command()(plan)
+app.command()(trace)
 app.add_typer(adapter_commands.app, name="adapters")
 app.add_typer(key_commands.app, name="keys")
 app.add_typer(registry_commands.app, name="registry")

@@ -54,6 +54,7 @@ export function Upload({ chosen, into, close, done }: { chosen: Chosen; into?: s
   const name = useSignal(into ?? chosen.name);
   const replace = useSignal(into !== undefined);
   const pinned = useSignal(false);
+  const inFlight = useSignal("finish");
   const sent = useSignal<number | null>(null);
   const failure = useSignal<ApiError | null>(null);
   const report = useSignal<Published | null>(null);
@@ -69,6 +70,7 @@ export function Upload({ chosen, into, close, done }: { chosen: Chosen; into?: s
     form.set("name", name.value.trim());
     form.set("replace", String(replace.value));
     form.set("pinned", String(pinned.value));
+    if (replace.value) form.set("in_flight", inFlight.value);
     for (const [file, content] of chosen.files) form.set(file, content);
     try {
       const answer = await upload<Published & Partial<Adapter>>(`/v1/adapters?dry_run=${dryRun}`, form, (part) => (sent.value = part), stop.current.signal);
@@ -114,6 +116,17 @@ export function Upload({ chosen, into, close, done }: { chosen: Chosen; into?: s
             {!into && <Switch on={replace.value} label="replace the adapter of this name" change={(on) => (replace.value = on)} disabled={published} />}
             <Switch on={pinned.value} label="pin to the device" change={(on) => (pinned.value = on)} disabled={published} />
           </div>
+          {replace.value && (
+            <Field label="Running requests">
+              {(id) => (
+                <select id={id} value={inFlight.value} disabled={published} onChange={(event) => (inFlight.value = event.currentTarget.value)}>
+                  <option value="finish">finish on the version they began with</option>
+                  <option value="switch">go on with the new version</option>
+                  <option value="abort">end at once</option>
+                </select>
+              )}
+            </Field>
+          )}
           {sent.value !== null && <Progress part={sent.value} size={size} />}
           <Failure error={failure.value} />
           {report.value && (

@@ -3,7 +3,7 @@ import { useSignal } from "@preact/signals";
 import { useEffect, useRef } from "preact/hooks";
 import { count } from "../format";
 import { color, repaints } from "../theme";
-import { SHOWN_SECONDS, Steps, type Step } from "./steps";
+import { SHOWN_SECONDS, Steps, total, type Step } from "./steps";
 
 const LANE = 24;
 const MOST_LANES = 9;
@@ -40,7 +40,7 @@ export function Lanes({ base }: { base: string }) {
       </div>
       <canvas ref={canvas} style={{ height: `${height}px` }} role="img" aria-label={`Models in each forward pass of the last ${SHOWN_SECONDS} seconds. ${summary.value}`} />
       <p class="hint">
-        Each column is one pass over the base model, each filled cell a model with rows in it. <b>▾</b> an adapter came to the device, <b>◆</b> its version was swapped.
+        Each column is one pass over the base model, each filled cell a model with rows in it. <b>▾</b> an adapter came to the device, <b>◆</b> its version was swapped: requests keep the one they began with.
       </p>
     </section>
   );
@@ -50,7 +50,7 @@ export function Lanes({ base }: { base: string }) {
 function lanesOf(steps: Steps, base: string): string[] {
   const from = steps.now() - SHOWN_SECONDS;
   const seen = new Map<string, number>();
-  for (const step of steps.steps) if (step.time > from) for (const [lane, rows] of step.rows) seen.set(lane, (seen.get(lane) ?? 0) + rows);
+  for (const step of steps.steps) if (step.time > from) for (const [lane, versions] of step.rows) seen.set(lane, (seen.get(lane) ?? 0) + total(versions));
   seen.delete(base);
   const most = [...seen].sort((a, b) => b[1] - a[1]).slice(0, MOST_LANES);
   return [base, ...most.map(([lane]) => lane).sort()];
@@ -62,7 +62,7 @@ function summed(steps: Steps): string {
   if (!shown.length) return "";
   const models = new Set(shown.flatMap((step) => [...step.rows.keys()]));
   const most = Math.max(...shown.map((step) => step.rows.size));
-  const tokens = shown.reduce((sum, step) => sum + [...step.rows.values()].reduce((a, b) => a + b, 0), 0);
+  const tokens = shown.reduce((sum, step) => sum + rowsOf(step), 0);
   return `${count(tokens)} tokens of ${models.size} ${models.size === 1 ? "model" : "models"} in ${count(shown.length)} passes, up to ${most} in one`;
 }
 
@@ -83,11 +83,16 @@ function draw(canvas: HTMLCanvasElement, steps: Steps, lanes: string[]): void {
   pen.beginPath();
   pen.rect(left, 0, width - left, height);
   pen.clip();
+  const newer = new Set(steps.marks.map((mark) => mark.version ?? ""));
   const begun = steps.steps.findIndex((step) => step.time > end - SHOWN_SECONDS - 1);
-  for (const step of begun < 0 ? [] : steps.steps.slice(begun)) cells(pen, step, lanes, x, scale);
+  for (const step of begun < 0 ? [] : steps.steps.slice(begun)) cells(pen, step, lanes, newer, x, scale);
   marks(pen, steps, lanes, x);
   pen.restore();
   clock(pen, lanes.length * LANE + 16, left, width);
+}
+
+function rowsOf(step: Step): number {
+  return [...step.rows.values()].reduce((sum, versions) => sum + total(versions), 0);
 }
 
 function cut(lane: string, width: number): string {
@@ -106,19 +111,24 @@ function backdrop(pen: CanvasRenderingContext2D, lanes: string[], left: number, 
   });
 }
 
-/** One step: as wide as it took, and darker the more rows it had of a model. What remains of its tokens are prompts. */
-function cells(pen: CanvasRenderingContext2D, step: Step, lanes: string[], x: (time: number) => number, scale: number): void {
+/** One step: as wide as it took, and darker the more rows it had of a model, whose versions share its cell. What remains
+ * of its tokens are prompts. */
+function cells(pen: CanvasRenderingContext2D, step: Step, lanes: string[], newer: Set<string>, x: (time: number) => number, scale: number): void {
   const width = Math.max(step.seconds * scale - 1, 1.5);
   const from = x(step.time) - width;
-  for (const [lane, rows] of step.rows) {
+  for (const [lane, versions] of step.rows) {
     const number = lanes.indexOf(lane);
     if (number < 0) continue;
-    pen.fillStyle = color(number === 0 ? "second" : "accent");
-    pen.globalAlpha = Math.min(0.55 + rows * 0.15, 1);
-    pen.fillRect(from, number * LANE + 4, width, LANE - 9);
+    const tall = (LANE - 9) / versions.size;
+    [...versions]
+      .sort(([a], [b]) => Number(newer.has(a)) - Number(newer.has(b)))
+      .forEach(([version, rows], place) => {
+        pen.fillStyle = color(number === 0 ? "second" : newer.has(version) ? "heat-color" : "accent");
+        pen.globalAlpha = Math.min(0.55 + rows * 0.15, 1);
+        pen.fillRect(from, number * LANE + 4 + place * tall, width, tall);
+      });
   }
-  const rows = [...step.rows.values()].reduce((a, b) => a + b, 0);
-  const prompt = step.tokens - rows;
+  const prompt = step.tokens - rowsOf(step);
   pen.globalAlpha = 1;
   if (prompt > 0) {
     pen.fillStyle = color("second");

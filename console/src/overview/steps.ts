@@ -5,13 +5,18 @@ export interface Step {
   time: number; // seconds since the trace began, when the step had ended
   seconds: number;
   tokens: number;
-  rows: Map<string, number>; // by model without its version
+  rows: Map<string, Map<string, number>>; // by model, and by version
 }
 
 export interface Mark {
   time: number;
   lane: string;
   kind: "load" | "evict" | "swap" | "merge";
+  version?: string;
+}
+
+export function total(versions: Map<string, number>): number {
+  return [...versions.values()].reduce((sum, rows) => sum + rows, 0);
 }
 
 export const SHOWN_SECONDS = 12;
@@ -25,7 +30,7 @@ export class Steps {
   /** When the page's clock said so, the trace's said 0. */
   began = 0;
   base = "";
-  private versions = new Map<string, string>();
+  private versions = new Map<string, Set<string>>();
 
   /** Follows the server's trace, again and again, until it is stopped. */
   async follow(stop: AbortSignal, told: () => void): Promise<void> {
@@ -47,7 +52,7 @@ export class Steps {
 
   private take(line: any): void {
     if (line.kind === "run") {
-      Object.assign(this, { steps: [], marks: [], began: performance.now() / 1000, base: line.base_model });
+      Object.assign(this, { steps: [], marks: [], versions: new Map(), began: performance.now() / 1000, base: line.base_model });
     } else if (line.kind === "step") {
       this.steps.push({ time: line.time, seconds: line.seconds, tokens: line.tokens, rows: this.rowsOf(line) });
     } else if (line.kind === "move" && line.outcome === "ok") {
@@ -59,14 +64,14 @@ export class Steps {
     this.forget();
   }
 
-  private rowsOf(line: { time: number; rows: Record<string, number> }): Map<string, number> {
-    const rows = new Map<string, number>();
+  private rowsOf(line: { time: number; seconds: number; rows: Record<string, number> }): Step["rows"] {
+    const rows: Step["rows"] = new Map();
     for (const [model, number] of Object.entries(line.rows)) {
       const [lane = "", version = ""] = model.split("@");
-      const before = this.versions.get(lane);
-      if (before !== undefined && before !== version) this.marks.push({ time: line.time, lane, kind: "swap" });
-      this.versions.set(lane, version);
-      rows.set(lane, (rows.get(lane) ?? 0) + number);
+      const known = this.versions.get(lane) ?? new Set();
+      if (known.size && !known.has(version)) this.marks.push({ time: line.time - line.seconds, lane, kind: "swap", version });
+      this.versions.set(lane, known.add(version));
+      rows.set(lane, (rows.get(lane) ?? new Map()).set(version, number));
     }
     return rows;
   }
