@@ -10,6 +10,7 @@ from fastapi.routing import APIRoute
 
 from server.api.middleware.auth import KeyRing, check_bind
 from server.config import ConfigError, ServeConfig
+from server.console import assets
 from tests.fixtures.api_server import Api, assert_error, listening, secret, serving
 
 INFER_KEY, ADMIN_KEY, TENANT_KEY, OBSERVE_KEY, ALL_KEY = map(secret, ("infer", "admin", "tenant", "observe", "all"))
@@ -35,8 +36,9 @@ name = "scraper"
 key = "{OBSERVE_KEY}"
 scopes = ["observe"]
 """
-OPEN = {"/livez", "/readyz", "/health", "/version"}
-OBSERVE = {"/metrics", "/v1/stats", "/openapi.json", "/is_paused"}
+OPEN = {"/", "/console/{file}", "/livez", "/readyz", "/health", "/version"}
+KNOWN = {"/v1/keys/self"}
+OBSERVE = {"/metrics", "/v1/stats", "/v1/stats/history", "/v1/trace", "/is_paused", "/openapi.json"}
 INFER = {
     "/v1/chat/completions",
     "/v1/completions",
@@ -59,13 +61,14 @@ ADMIN = {
     "/v1/adapters/{name}/files/{file}",
     "/v1/load_lora_adapter",
     "/v1/unload_lora_adapter",
+    "/v1/aliases",
 }
-OPERATE = {"/v1/merge", "/pause", "/resume", "/reset_prefix_cache"}
+OPERATE = {"/v1/merge", "/v1/keys", "/pause", "/resume", "/reset_prefix_cache"}
 ALLOWED = {
-    INFER_KEY: OPEN | INFER,
-    ADMIN_KEY: OPEN | ADMIN | OPERATE,
-    TENANT_KEY: OPEN | INFER | ADMIN,
-    OBSERVE_KEY: OPEN | OBSERVE,
+    INFER_KEY: OPEN | KNOWN | INFER,
+    ADMIN_KEY: OPEN | KNOWN | ADMIN | OPERATE,
+    TENANT_KEY: OPEN | KNOWN | INFER | ADMIN,
+    OBSERVE_KEY: OPEN | KNOWN | OBSERVE,
 }
 
 
@@ -94,11 +97,15 @@ def _flat(found: list) -> list[APIRoute]:  # type: ignore[type-arg]
     return own + [route for router in routers if router is not None for route in _flat(router.routes)]
 
 
+@pytest.mark.reliability("T30")
 async def test_every_route_asks_for_what_it_should(tmp_path: Path) -> None:
     async with serving(tmp_path, keys=ring(tmp_path)) as api:
-        assert {path for path, _ in routes(api)} == OPEN | OBSERVE | INFER | ADMIN | OPERATE
+        assert {path for path, _ in routes(api)} == OPEN | KNOWN | OBSERVE | INFER | ADMIN | OPERATE
         for path, method in routes(api):
             url = path.replace("{name}", "x").replace("{model:path}", "x")
+            url = {"/console/{file}": f"/console/{next(iter(assets()))}", "/v1/trace": "/v1/trace?seconds=0.01"}.get(
+                path, url
+            )
             for headers in ({}, bearer("wrong"), {"authorization": f"Basic {INFER_KEY}"}, bearer("")):
                 answer = await api.http.request(method, url, headers=headers)
                 if path in OPEN:
@@ -120,6 +127,7 @@ def assert_refused(path: str, answer: httpx.Response, status: int, code: str) ->
         assert_error(answer, status, code)
 
 
+@pytest.mark.reliability("T30")
 @pytest.mark.parametrize(
     "path",
     [
@@ -130,7 +138,9 @@ def assert_refused(path: str, answer: httpx.Response, status: int, code: str) ->
         "/livez;x",
         "/livez%2f..%2fv1",
         "/%2Fv1/models",
-        "/.",
+        "/console",
+        "/console/x%2f..%2f..%2fv1%2fadapters",
+        "/console/x/y",
     ],
 )
 async def test_what_is_not_listed_is_closed(tmp_path: Path, path: str) -> None:
@@ -141,6 +151,7 @@ async def test_what_is_not_listed_is_closed(tmp_path: Path, path: str) -> None:
         assert_error(await api.http.get(path, headers=bearer(ADMIN_KEY)), 404)
 
 
+@pytest.mark.reliability("T32")
 @pytest.mark.parametrize(
     "target",
     ["/v1/../livez", "/livez/../v1/models", "http://x/v1/models", "//livez", "/v1/models?x=/livez", "/v1/models#"],
@@ -154,6 +165,7 @@ def test_raw_targets_do_not_get_around_it(tmp_path: Path, target: str) -> None:
             assert client.recv(1024).split()[1] in (b"401", b"400")
 
 
+@pytest.mark.reliability("T8")
 async def test_a_refused_upload_is_not_read(tmp_path: Path) -> None:
     read = 0
 
@@ -169,6 +181,7 @@ async def test_a_refused_upload_is_not_read(tmp_path: Path) -> None:
         assert read <= 1
 
 
+@pytest.mark.reliability("T30")
 async def test_an_allow_list_hides_everything_else(tmp_path: Path) -> None:
     async with serving(tmp_path, keys=ring(tmp_path, api_key=ALL_KEY)) as api:
         api.http.headers.update(bearer(ALL_KEY))
@@ -189,6 +202,7 @@ async def test_an_allow_list_hides_everything_else(tmp_path: Path) -> None:
         assert_error(await api.http.get("/v1/models/theirs"), 404)
 
 
+@pytest.mark.reliability("T51")
 async def test_tenants_do_not_share_prefixes(tmp_path: Path) -> None:
     async with serving(tmp_path, keys=ring(tmp_path)) as api:
         for sent in (INFER_KEY, TENANT_KEY):
@@ -212,6 +226,7 @@ async def test_without_keys_everything_is_open(tmp_path: Path) -> None:
             assert (await api.http.get(path)).status_code == 200
 
 
+@pytest.mark.reliability("T31")
 def test_only_loopback_without_keys(tmp_path: Path) -> None:
     for host in ("127.0.0.1", "::1", "localhost", "127.1.2.3"):
         check_bind(ServeConfig(host=host), KeyRing())

@@ -25,7 +25,7 @@ async def test_a_key_for_inference_gets_404_for_what_is_no_route(tmp_path: Path)
     async with serving(tmp_path, keys=ring(tmp_path)) as api:
         for key in (INFER_KEY, TENANT_KEY, OBSERVE_KEY, ADMIN_KEY):
             api.http.headers.update(bearer(key))
-            for path in ("/v1/nothing", "/v1/images/generations", "/chat/completions", "/nope", "/v1", "/"):
+            for path in ("/v1/nothing", "/v1/images/generations", "/chat/completions", "/nope", "/v1", "/console"):
                 for method in ("GET", "POST"):
                     assert_error(await api.http.request(method, path), 404, "not_found")
         api.http.headers.update(bearer(INFER_KEY))
@@ -163,6 +163,7 @@ def test_a_stream_begins_before_its_first_token(tmp_path: Path, monkeypatch: pyt
         server.wait_idle()
 
 
+@pytest.mark.reliability("T40")
 def test_a_client_that_leaves_before_the_first_token_ends_its_sequence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,6 +176,7 @@ def test_a_client_that_leaves_before_the_first_token_ends_its_sequence(
         assert len(server.engine.aborted) == 1
 
 
+@pytest.mark.reliability("T63")
 def test_a_failure_after_the_head_is_an_error_frame(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streaming, "HEAD_SECONDS", 0.01)
     with listening(tmp_path) as server, httpx.Client(base_url=server.url, timeout=HANG_SECONDS) as client:

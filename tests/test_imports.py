@@ -38,7 +38,9 @@ ARROWS: dict[str, set[str]] = {
     "adapters.convert": {"adapters", "adapters.load", "adapters.peft", "adapters.weights"},
     "server": set(),
     "server.http": {"server.api.errors"},
-    "server.metrics": {"server.ipc"},
+    "server.metrics": {"server", "server.ipc"},
+    "server.history": {"server.ipc", "server.metrics"},
+    "server.console": set(),
     "server.start_checks": {
         "adapters",
         "adapters.peft",
@@ -49,6 +51,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "server.data_folder": {"adapters.registry", "server"},
     "server.launch": {
+        "adapters",
         "server",
         "server.data_folder",
         "server.ipc",
@@ -208,6 +211,9 @@ ARROWS: dict[str, set[str]] = {
         "server.api.inference",
         "server.api.middleware",
         "server.api.schemas",
+        "server.console",
+        "server.history",
+        "server.ipc",
         "server.metrics",
     },
     "server.api.fields": set(),
@@ -231,6 +237,7 @@ ARROWS: dict[str, set[str]] = {
         "server",
         "server.api.middleware",
         "server.api.text",
+        "server.history",
         "server.ipc",
         "server.metrics",
     },
@@ -271,7 +278,9 @@ ARROWS: dict[str, set[str]] = {
         "adapters.validation",
         "server.api.context",
         "server.api.errors",
+        "server.api.inference",
         "server.api.middleware",
+        "server.api.requests",
         "server.api.schemas",
         "server.api.text",
         "server.ipc",
@@ -294,6 +303,8 @@ WITHOUT_TORCH = [
     "server.api",
     "server.base_tokenizer",
     "server.grammar_limits",
+    "server.history",
+    "server.console",
     "server.cli",
     "server.config",
     "server.engine.admission",
@@ -304,6 +315,7 @@ WITHOUT_TORCH = [
     "server.engine.machine",
     "server.engine.merge_gate",
     "server.engine.memory_plan",
+    "server.engine.merged_slots",
     "server.engine.merging",
     "server.engine.policies",
     "server.engine.prompt_scores",
@@ -436,6 +448,7 @@ def test_of_the_tests_only_the_fixtures_are_shared(folder: str) -> None:
                 assert within(other, "tests.fixtures") or not within(other, "tests"), f"{file} imports {other}"
 
 
+@pytest.mark.reliability("T2")
 def test_nothing_on_the_serving_path_can_run_foreign_code() -> None:
     """No pickle, no eval, no remote code: adapters and messages are data."""
     banned_modules = {"pickle", "marshal", "dill", "shelve"}

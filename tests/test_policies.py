@@ -150,6 +150,7 @@ def p95(values: list[int]) -> int:
     return sorted(values)[len(values) * 95 // 100]
 
 
+@pytest.mark.reliability("T36")
 def test_a_tenant_that_sends_ten_times_as_much_does_not_slow_the_other() -> None:
     """The heavy one alone is more than the engine can do: its queue grows for as long as it goes on."""
     alone = p95(latencies(FairShare(), {"light": 0.09})["light"])
@@ -199,6 +200,7 @@ def test_what_its_own_tenant_does_to_a_calm_one_gives_it_no_right_over_other_ten
     assert "b-0" in order[:2]
 
 
+@pytest.mark.reliability("T44")
 @pytest.mark.parametrize("bound", [1, 5, 20])
 @pytest.mark.parametrize(("tenant", "priority"), [("hot", 0), ("hot", 9), ("cold", 0), ("cold", 9)])
 def test_one_request_for_another_adapter_starts_within_the_bound(bound: int, tenant: str, priority: int) -> None:

@@ -380,6 +380,7 @@ def test_nothing_stays_taken_when_an_adapter_is_there_but_memory_is_not() -> Non
     run_to_end(scheduler)
 
 
+@pytest.mark.reliability("T44")
 @pytest.mark.parametrize("bound", [1, 5, 20])
 def test_a_cold_adapter_is_admitted_within_the_bound(bound: int) -> None:
     """One slot, a stream of requests for A that never ends, and one for B."""

@@ -191,8 +191,6 @@ REFUSED_IN_RESPONSES: dict[str, Refusal] = {
     "conversation": Refusal("a stored conversation", (), _SEND_ALL),
     "prompt": Refusal("a stored prompt", (), "; use 'instructions' and 'input'"),
     "background": Refusal("whether the response is fetched later", (False,)),
-    "include": Refusal("more of the output", ([], ["reasoning.encrypted_content"])),
-    "top_logprobs": Refusal("log-probabilities of the output", (0,), "; use /v1/chat/completions"),
     "truncation": Refusal("whether the conversation is cut to the context", ("disabled",)),
     "context_management": Refusal("how the conversation is shortened", ([],)),
     "moderation": Refusal("whether texts are checked"),

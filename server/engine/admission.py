@@ -89,6 +89,12 @@ class Admission:
             collected += seq.digests
         return lacks
 
+    def release_slots(self, seq: Sequence) -> None:
+        if seq.slots:
+            for digest in seq.digests:
+                self.adapters.release(digest)
+        seq.slots = ()
+
     def _acquire_blocks(self, seq: Sequence, running: list[Sequence]) -> int | None:
         matched = self.blocks.match_prefix(seq) if self.blocks.may_fit(seq) else None
         if matched is None:

@@ -5,6 +5,7 @@ from collections import deque
 
 from torch import nn
 
+from adapters.fault_points import fault_point
 from adapters.kernels.segments import column_runs
 from adapters.residency.residency import Residency
 from adapters.residency.slots import PAGE_COLUMNS
@@ -151,6 +152,7 @@ class Engine:
         self._steps += 1
         launched = time.perf_counter()
         try:
+            fault_point("engine.step")
             step = self._forward(batch)
         except Exception as error:
             return failed_step(batch, error)

@@ -56,11 +56,11 @@ class Scheduler:
     _numbers: Iterator[int] = field(default_factory=count)
     _suspect_blocks: list[int] = field(default_factory=list)
     _aging: Aging = field(init=False)
-    _admission: Admission = field(init=False)
+    admission: Admission = field(init=False)
 
     def __post_init__(self) -> None:
         self._aging = Aging(self.max_wait_steps)
-        self._admission = Admission(self.blocks, self.adapters, self.gate)
+        self.admission = Admission(self.blocks, self.adapters, self.gate)
 
     def add(self, seq: Sequence) -> None:
         seq.number = next(self._numbers)
@@ -74,7 +74,7 @@ class Scheduler:
         tokens = 0 if self.pause.frozen else bound_logits(tokens, self.running, self.waiting, self.max_num_seqs)
         budget = self._schedule_running(batch, tokens)
         asking = self._schedule_waiting(batch, budget)
-        had = [(self._admission.needs(scheduled.seq), scheduled.seq.number) for scheduled in batch]
+        had = [(self.admission.needs(scheduled.seq), scheduled.seq.number) for scheduled in batch]
         self._aging.end_step([*had, *((LOAD, seq.number) for seq in asking)] if batch else ())
         batch.sort(key=lambda scheduled: (scheduled.seq.slots, scheduled.seq.adapters))
         return ScheduledBatch(batch)
@@ -101,7 +101,7 @@ class Scheduler:
 
     def failed(self) -> list[tuple[Sequence, str]]:
         """Return waiting sequences whose adapters cannot be loaded, with the reasons."""
-        return [(seq, reason) for seq in self.waiting if (reason := self._admission.failure(seq)) is not None]
+        return [(seq, reason) for seq in self.waiting if (reason := self.admission.failure(seq)) is not None]
 
     def expired(self, now: float) -> list[Sequence]:
         """Return waiting and running sequences whose deadline has passed."""
@@ -154,7 +154,7 @@ class Scheduler:
         self._aging.begin_step()
         num_places = self.max_num_seqs - len(self.running)
         while budget > 0 and num_places > 0 and (seq := next(candidates, None)) is not None:
-            needs = self._admission.needs(seq)
+            needs = self.admission.needs(seq)
             if self._aging.holds_back(seq, needs):
                 held_back.append(seq)
                 continue
@@ -190,7 +190,7 @@ class Scheduler:
 
     def _try_admit(self, seq: Sequence, collected: list[str], may_load: bool) -> int | None:
         """Admit `seq` if it can have all that it needs, and return None. Otherwise return what it lacks."""
-        lacks = self._admission.acquire(seq, self.running, collected, may_load)
+        lacks = self.admission.acquire(seq, self.running, collected, may_load)
         if lacks is None:
             if not seq.preempted:
                 self.policy.charge(seq, prompt=seq.num_tokens - seq.num_ready_tokens)
@@ -213,32 +213,4 @@ class Scheduler:
         self._suspect_blocks += self.blocks.disown_unverified(seq)
         self.blocks.free(seq)
         seq.num_verified_tokens = seq.num_launched_tokens = 0
-        self._release_slots(seq)
-
-    def _release_slots(self, seq: Sequence) -> None:
-        if seq.slots:
-            for adapter in seq.adapters:
-                self.adapters.release(adapter.digest)
-        seq.slots = ()
-
-    # -- merged mode -----------------------------------------------------------------------------------------------
-
-    def enter_base(self) -> None:
-        """Release the slots of all running sequences, which all use the version that was just merged."""
-        self.gate.merged = True
-        self.blocks.change_weights(self.gate.owner or "", self.running)
-        for seq in self.running:
-            self._release_slots(seq)
-
-    def leave_base(self) -> bool:
-        """Acquire slots for all running sequences and open the gate. Returns False, having requested a load, while the
-        adapter is not on the device."""
-        for seq in self.running:
-            if seq.adapters and not seq.slots:
-                slot = self.adapters.acquire(seq.adapters[0].digest)
-                if slot is None:
-                    return False
-                seq.slots = (slot,)
-        self.blocks.change_weights("", self.running)
-        self.gate.open()
-        return True
+        self.admission.release_slots(seq)
