@@ -48,7 +48,8 @@ def main() -> None:
         model = write_tiny_model(Path(folder) / "model")
         adapter = write_adapter(AutoModelForCausalLM.from_pretrained(model), Path(folder) / "adapter")
         flags = ("--model", str(model), "--served-model-name", MODEL, "--api-key", key, "--max-model-len", "256")
-        with serving(Path(folder) / "data", *flags) as url:
+        registered = [part for name in ("first", "second", "third") for part in ("--adapter", f"{name}={adapter}")]
+        with serving(Path(folder) / "data", *flags, *registered) as url:
             bounds = ("--max-time", str(int(options.minutes * 60)), "--seed", str(options.seed))
             sys.exit(schemathesis(url, key, MODEL, adapter, *bounds, "--continue-on-failure"))
 
