@@ -69,6 +69,7 @@ CODES = {
     "queue_share": "The key's tenant holds its share of the queue; other tenants may still be served.",
     "rate_limit_exceeded": "A limit of the API key or the adapter is reached; `Retry-After` says when to try again.",
     "scales_overflow": "The numbers of the request's adapters are not finite with the requested scales.",
+    "traces_busy": "As many traces are being taken as the server allows at once.",
     "timeout": "No byte of the request's body arrived for too long.",
     "starting": "The server loads the model or registers its adapters; only the readiness probe reports this code.",
     "too_large": "The body or one of its files is too large.",
@@ -267,5 +268,5 @@ def render(text: str, tables: Mapping[str, Callable[[], str]]) -> str:
 
 
 if __name__ == "__main__":
-    for page, its_tables in PAGES.items():
-        page.write_text(render(page.read_text(encoding="utf-8"), its_tables), encoding="utf-8")
+    for path, its_tables in PAGES.items():
+        path.write_text(render(path.read_text(encoding="utf-8"), its_tables), encoding="utf-8")

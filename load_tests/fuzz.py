@@ -98,7 +98,7 @@ def over_http(target: str, seconds: float, seed: int) -> int:
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             request = mutated(rng, known)
-            if not is_answered(exchange(server.url, request)):
+            if not is_answered(exchange(server.url, request, patience=0.02)):
                 raise SystemExit(f"{keep(target, request)} is answered by a server error")
             count += 1
         server.wait_idle()

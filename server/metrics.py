@@ -137,6 +137,17 @@ class Metrics:
                 if "adapter" in _SPECS[metric_name].labels:
                     metric.remove_by_labels({"adapter": name})
 
+    def summed(self, name: str) -> dict[str, float]:
+        """Return a metric's samples summed over all labels: of a histogram by upper bound ("+Inf" is the number of
+        observations), of a counter under ""."""
+        sums: dict[str, float] = {}
+        for metric in self._fed[name].collect():
+            for sample in metric.samples:
+                if sample.name.endswith(("_bucket", "_total")):
+                    bound = sample.labels.get("le", "")
+                    sums[bound] = sums.get(bound, 0.0) + sample.value
+        return sums
+
     def exposition(self) -> bytes:
         return generate_latest(self._registry)
 

@@ -67,7 +67,8 @@ async def _serve(config: ServeConfig, keys: KeyRing, registry: AdapterRegistry, 
         )
         server = Server(context)
         bringing_up = asyncio.create_task(_bring_up(context, starting, server))
-        background = [asyncio.create_task(_scrub(context)), asyncio.create_task(_follow_keys(context))]
+        lasting = (_scrub(context), _follow_keys(context), context.history.follow())
+        background = [asyncio.create_task(work) for work in lasting]
         try:
             await server.serve()
             if bringing_up.done():
@@ -277,6 +278,7 @@ def _greet(context: AppContext, url: str) -> None:
     lines = [
         f"[bold green]Loraplex is ready[/] at [bold]{url}[/] "
         f"({context.base_model}, {len(context.registry)} adapters)\n",
+        f"The console is at {url}/ in a browser; programs use the API:\n",
         _chat_line(context, url, context.base_model, "What is the capital of France?"),
     ]
     if records:

@@ -123,6 +123,7 @@ async def test_gauges_say_what_the_engine_said_last(tmp_path: Path) -> None:
         await api.upload("acme")
         await api.upload("beta", seed=1)
         await api.http.post("/v1/adapters/acme/pin")
+        await api.http.post("/v1/adapters/beta/unload")  # a small version may be loaded ahead of its first request
         api.waits_after(1)
         running = asyncio.create_task(api.chat(model="acme"))
         await eventually(lambda: api.generated)

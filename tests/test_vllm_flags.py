@@ -66,6 +66,7 @@ def test_flags_of_this_server_pass_as_they_are() -> None:
         ("""--allowed-origins '["https://a", "https://b"]'""", "--cors-origin https://a --cors-origin https://b"),
         ("-tp 1 --load-format auto --kv-cache-dtype=auto", ""),
         ("--tool-call-parser hermes --enable-auto-tool-choice", ""),
+        ("--trust-remote-code --enable-chunked-prefill True --generation-config vllm", ""),
     ],
 )
 def test_values_are_translated(given: str, becomes: str) -> None:
@@ -80,7 +81,11 @@ def test_values_are_translated(given: str, becomes: str) -> None:
         ("--quantization awq", "nf4"),
         ("--dtype float8", "float8"),
         ("--seed 0", "`seed`"),
-        ("--trust-remote-code", "transformers"),
+        ("--enable-prefix-caching False", "leave the flag out"),
+        ("--enable-lora=false", "leave the flag out"),
+        ("--speculative-model x", "speculative"),
+        ("--ssl-keyfile x", "proxy"),
+        ("--data-parallel-rank 1", "one device"),
         ("--no-enable-prefix-caching", "cache_salt"),
         ("--served-model-name a b", "one name"),
         ("--lora-modules a=org/name", "--allow-source hf://org"),

@@ -152,6 +152,11 @@ class AdapterRegistry:
         entry = self._index.get(name)
         return {} if entry is None else {stored.version.digest: stored.version.nbytes for stored in entry.versions}
 
+    def version(self, name: str, digest: str) -> AdapterVersion | None:
+        """Return a version of `name`; None if it is no longer stored. Raises `AdapterNotFound`."""
+        record = self._entry(name).matching(digest)
+        return record.version if record else None
+
     def names_of(self, digest: str) -> list[str]:
         """Return the names that point to `digest` now, sorted."""
         return list(self._index.names_of(digest))

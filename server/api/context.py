@@ -24,6 +24,7 @@ from server.api.text.template_sandbox import TemplateSandbox
 from server.api.text.tokenizer import Tokenizer
 from server.audit import AuditLog
 from server.config import ServeConfig
+from server.history import History
 from server.ipc.client import EngineClient
 from server.ipc.messages import EngineInfo, ResidencyReport
 from server.ipc.supervisor import EngineState, EngineUnavailable
@@ -97,6 +98,9 @@ class InFlight:
 
     def count(self, name: str) -> int:
         return self._names[name]
+
+    def running(self, seq_id: str) -> Running | None:
+        return self._running.get(seq_id)
 
     def sequences(self, name: str | None = None) -> list[str]:
         """Return the ids of the sequences of `name`, or of all sequences."""
@@ -180,9 +184,11 @@ class AppContext:
     sandbox: TemplateSandbox = field(default_factory=TemplateSandbox)
     grammars: GrammarCompiler = field(default_factory=GrammarCompiler)
     tokenizers: AdapterTokenizers = field(init=False)
+    traces: int = 0  # readers of `/v1/trace`
     quarantine: Quarantine = field(default_factory=Quarantine)
     rate_limits: RateLimits = field(init=False)
     queue_limits: QueueLimits = field(init=False)
+    history: History = field(init=False)
     _tiers: tuple[ResidencyReport, dict[str, Tier]] = field(
         default_factory=lambda: (ResidencyReport(), {})
     )  # derived from that message
@@ -193,6 +199,7 @@ class AppContext:
         config = self.config
         per_adapter = Limits(config.adapter_max_concurrent, config.adapter_rpm, config.adapter_tpm)
         self.rate_limits = RateLimits(per_adapter)
+        self.history = History(self.engine, self.metrics)
         self.follow_keys()
 
     def follow_keys(self) -> None:

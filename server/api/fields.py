@@ -68,8 +68,10 @@ APPLIED: dict[str, str] = {
     "logprobs": "Log-probabilities of the output: a number of tokens, or for a chat true",
     "top_logprobs": "The number of tokens for a chat",
     "prompt_logprobs": "vLLM: log-probabilities of the prompt, with so many tokens at each position; not in streams",
+    "logprobs_mode": "vLLM: log-probabilities of the model's distribution (`raw_logprobs`, the default) or of the "
+    "distribution that is sampled from (`processed_logprobs`): after bias, penalties, grammar, temperature, truncation",
     "echo": "Begins the output with the prompt, and its log-probabilities with the prompt's",
-    "return_token_ids": "vLLM: adds `prompt_token_ids` and `token_ids`",
+    "return_token_ids": "vLLM: adds `prompt_token_ids` and `token_ids`, and `token_versions`: what computed each token",
     "return_tokens_as_token_ids": "vLLM: log-probabilities name tokens as `token_id:N`",
     "cache_salt": "vLLM: shares the prefix cache only with requests of the same salt",
     "priority": "Order within the tenant; lower is more urgent",

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from server.config import HINTS, flag_name
 
+_BOOLEANS = ("true", "false")
 _NUMBER = re.compile(r"(\d+(?:\.\d+)?)([kmgtKMGT]?)")
 _DECIMAL, _BINARY = {"k": 3, "m": 6, "g": 9, "t": 12}, {"K": 10, "M": 20, "G": 30, "T": 40}
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -60,13 +61,18 @@ def translated(arguments: Sequence[str]) -> Translated:
         elif flag in _RULES:
             values = [given] if given is not None else _take(todo, _RULES[flag].values)
             _translate(flag, values, found)
-        elif flag in _REFUSED:
-            raise FlagRefused(f"vLLM's {flag} is not supported: {_REFUSED[flag]}")
+        elif instead := _refusal(flag):
+            raise FlagRefused(f"vLLM's {flag} is not supported: {instead}")
         else:
             found.arguments.append(flag if given is None else f"{flag}={given}")
             if given is None and flag in _WITH_VALUE and todo:
                 found.arguments.append(todo.pop(0))
     return _with_model(found, models)
+
+
+def _refusal(flag: str) -> str | None:
+    """Return what to do instead of a flag of vLLM that has no counterpart; None for other flags."""
+    return _REFUSED.get(flag) or next((instead for head, instead in _FAMILIES.items() if flag.startswith(head)), None)
 
 
 def _split(argument: str) -> tuple[str, str | None]:
@@ -81,6 +87,8 @@ def _split(argument: str) -> tuple[str, str | None]:
 def _take(todo: list[str], count: str) -> list[str]:
     """Remove and return the values that follow a flag."""
     taken: list[str] = []
+    if not count and todo and todo[0].lower() in _BOOLEANS:
+        return [todo.pop(0)]
     while todo and count and not re.match(r"--?[A-Za-z]", todo[0]):
         taken.append(todo.pop(0))
         if count == "1":
@@ -92,6 +100,8 @@ def _translate(flag: str, values: list[str], found: Translated) -> None:
     rule, written = _RULES[flag], flag if flag == "--api-key" else " ".join([flag, *values])
     if rule.values and not values:
         raise FlagRefused(f"{flag} needs a value")
+    if not rule.values and values and values[0].lower() != "true":
+        raise FlagRefused(f"vLLM's {written} is not supported: leave the flag out, or see `loraplex serve --help`")
     try:
         meaning = rule.translate(values)
     except FlagRefused as refused:
@@ -224,6 +234,11 @@ _RULES: dict[str, _Rule] = {
     "--no-enable-log-requests": _so_anyway("requests are not logged"),
     "--disable-log-stats": _so_anyway("statistics are not logged; /metrics has them"),
     "--disable-fastapi-docs": _so_anyway("there are no such pages"),
+    "--async-scheduling": _so_anyway("steps are launched ahead"),
+    "--use-v2-block-manager": _so_anyway("there is one block manager"),
+    "--disable-custom-all-reduce": _so_anyway("a server uses one device"),
+    "--trust-remote-code": _so_anyway("code of a model is never run; a model that needs it is refused"),
+    "--guided-decoding-backend": _so_anyway("grammars are llguidance's", "1"),
     "--tool-call-parser": _so_anyway("the chat template decides, or the adapter's default `tool_format`", "1"),
     "--reasoning-parser": _so_anyway("the chat template decides", "1"),
     "--swap-space": _so_anyway("preempted sequences are computed again", "1"),
@@ -265,6 +280,8 @@ _RULES: dict[str, _Rule] = {
     "--lora-dtype": _only(["auto"], "adapters have the precision of the model"),
     "--tokenizer-mode": _only(["auto", "hf"], "the model's tokenizer.json is used"),
     "--cpu-offload-gb": _only(["0"], "the base model stays on the device; --quantization nf4 makes it smaller"),
+    "--preemption-mode": _only(["recompute"], "preempted sequences are computed again"),
+    "--num-scheduler-steps": _only(["1"], "steps are launched ahead, one at a time"),
     "--block-size": _only(["16"], "KV blocks have 16 tokens"),
     "--runner": _only(["auto", "generate"], "embeddings and scores are served beside generations"),
     "--task": _only(["auto", "generate"], "embeddings and scores are served beside generations"),
@@ -283,7 +300,6 @@ _REFUSED = {
     "--fully-sharded-loras": _ONE_DEVICE,
     "--distributed-executor-backend": _ONE_DEVICE,
     "--kv-transfer-config": _ONE_DEVICE,
-    "--trust-remote-code": "code of a model is never run; the model must be one that transformers has",
     "--revision": _HUB,
     "--code-revision": _HUB,
     "--tokenizer-revision": _HUB,
@@ -304,16 +320,15 @@ _REFUSED = {
     "--compilation-config": "decode steps run as CUDA graphs unless --eager is set",
     "--cuda-graph-sizes": "decode steps run as CUDA graphs unless --eager is set",
     "--cudagraph-capture-sizes": "decode steps run as CUDA graphs unless --eager is set",
-    "--speculative-config": "there is no speculative decoding",
+    "--max-seq-len-to-capture": "decode steps run as CUDA graphs unless --eager is set",
+    "--ngram-prompt-lookup-max": "there is no speculative decoding",
+    "--num-speculative-tokens": "there is no speculative decoding",
     "--limit-mm-per-prompt": "models are served with text alone",
     "--default-mm-loras": "models are served with text alone",
     "--long-lora-scaling-factors": "an adapter has the context of the model",
     "--disable-sliding-window": "the model's own attention is computed",
     "--long-prefill-token-threshold": "see --max-batch-tokens and --max-step-ms",
     "--max-num-partial-prefills": "see --max-batch-tokens and --max-step-ms",
-    "--ssl-keyfile": _PROXY,
-    "--ssl-certfile": _PROXY,
-    "--ssl-ca-certs": _PROXY,
     "--root-path": _PROXY,
     "--middleware": _PROXY,
     "--uds": "use --host and --port",
@@ -322,5 +337,19 @@ _REFUSED = {
     "--allowed-headers": "see --cors-origin",
     "--uvicorn-log-level": "see --log-format",
     "--otlp-traces-endpoint": "there are metrics at /metrics, and no traces",
+}
+# By the beginning of the flag.
+_FAMILIES = {
+    "--spec": "there is no speculative decoding",
+    "--data-parallel": _ONE_DEVICE,
+    "--decode-context-parallel": _ONE_DEVICE,
+    "--mm-": "models are served with text alone",
+    "--ssl-": _PROXY,
+    "--compilation-config.": "decode steps run as CUDA graphs unless --eager is set",
+    "--structured-outputs-config": "grammars are llguidance's",
+    "--override-": "see /v1/embeddings for pooling, and `loraplex adapters set` for defaults",
+    "--enable-prompt-adapter": "prompt tuning is served like any adapter; see --adapter",
+    "--max-prompt-adapter": "prompt tuning is served like any adapter; see --adapter",
+    "--qlora-adapter": "name the adapter with --adapter name=folder, and use --quantization nf4",
 }
 _WITH_VALUE = {flag_name(name) for name, hint in HINTS.items() if hint is not bool} | {"--config"}

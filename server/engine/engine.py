@@ -163,7 +163,7 @@ class Engine:
 
     def _forward(self, batch: ScheduledBatch) -> InFlightStep:
         sampled = [scheduled.seq for scheduled in batch.sequences if scheduled.samples]
-        self._runner.kv_cache.scrub(self.scheduler.take_suspect_blocks())
+        self._runner.kv_cache.prepare(self.scheduler.take_suspect_blocks(), self.scheduler.blocks.copies)
         previous = self._in_flight[-1] if self._in_flight else None
         late = None if previous is None else (previous.placeholders, previous.tokens)
         forward = self._forward_batch(batch, late)

@@ -100,6 +100,9 @@ class EngineClient:
         """Call `listener` on the event loop with the message of every step; the metrics use this."""
         self._listeners.append(listener)
 
+    def remove_listener(self, listener: StepListener) -> None:
+        self._listeners.remove(listener)
+
     async def start(self) -> None:
         """Start the engine and wait until it is ready. Raises `EngineUnavailable` with the reason if it fails."""
         await self._supervisor.start()
@@ -288,7 +291,7 @@ class EngineClient:
                 del self._streams[output.seq_id]
         if any(output.token_ids for output in message.outputs):
             self._supervisor.computed_tokens()
-        for listener in self._listeners:
+        for listener in [*self._listeners]:
             listener(message)
 
     async def _merge_again(self, lost: Merge) -> None:

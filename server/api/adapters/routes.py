@@ -17,7 +17,7 @@ from adapters.peft.files import FILES, TOKENIZER_FILES
 from adapters.tiers import Tier
 from server.api.adapters import aliases, fetching, publishing, settings
 from server.api.adapters.aliases import AliasBody
-from server.api.adapters.bodies import pending_body, pending_state, record_body, state_of
+from server.api.adapters.bodies import pending_body, pending_state, record_body, state_of, version_body
 from server.api.adapters.multipart import receive_upload
 from server.api.adapters.paths import NAME
 from server.api.adapters.publishing import UPLOAD, Publication, Published, publish_from
@@ -33,7 +33,6 @@ from server.api.adapters.schemas import (
     SettingsRequest,
     State,
     UploadForm,
-    VersionBody,
     VersionList,
     VersionText,
 )
@@ -175,11 +174,13 @@ async def list_adapters(
     tier: Tier | None = None,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     after: Annotated[str, Query(max_length=256)] = "",
+    search: Annotated[str, Query(max_length=256)] = "",
 ) -> AdapterList:
-    """List adapters in the order of their names, starting after `after`."""
+    """List adapters in the order of their names, starting after `after`; `search` is a part of their names."""
+    part = search.casefold()
 
     def wanted(name: str, its_state: State, its_tier: Tier) -> bool:
-        return key.sees(name) and state in (None, its_state) and tier in (None, its_tier)
+        return key.sees(name) and state in (None, its_state) and tier in (None, its_tier) and part in name.casefold()
 
     published = (
         record_body(context, record)
@@ -274,8 +275,7 @@ async def list_versions(name: str, context: Context, key: Caller) -> VersionList
     """List the versions of an adapter, newest first."""
     publishing.find(context, key, name)
     history = context.registry.history(name)
-    versions = [VersionBody(version=f"sha256:{v.digest}", created=v.created, current=v.current) for v in history]
-    return VersionList(data=versions)
+    return VersionList(data=[version_body(context, name, entry) for entry in history])
 
 
 @router.post(f"{NAME}/rollback", responses=_MOVES)

@@ -53,6 +53,15 @@ class SettingsRequest(Settings):
     model_config = ConfigDict(extra="forbid")
 
 
+class Traffic(Wire):
+    """Usage since the server started; tokens per second over about half a minute."""
+
+    requests: int
+    prompt_tokens: int
+    generated_tokens: int
+    tokens_per_second: float
+
+
 class AdapterBody(Wire):
     name: str
     kind: Literal["adapter"] = "adapter"
@@ -68,6 +77,7 @@ class AdapterBody(Wire):
     created: int
     last_used: int | None
     in_flight: int
+    traffic: Traffic | None = Field(description="Null until the first request")
     error: str | None
     description: str | None = None
     labels: dict[str, str] = Field(default_factory=dict)
@@ -137,6 +147,10 @@ class VersionBody(Wire):
     version: str
     created: int
     current: bool
+    rank: int | None = Field(description="Null, like what follows, for a version that is no longer stored")
+    target_modules: list[str] | None
+    bytes: int | None
+    report: dict[str, Any] | None
 
 
 class VersionList(Wire):

@@ -203,6 +203,7 @@ def _sampling_params(
         stop_token_ids=tuple(body.stop_token_ids or ()) + ends,
         ignore_eos=bool(body.ignore_eos),
         logprobs=body.num_logprobs,
+        processed_logprobs=body.logprobs_mode == "processed_logprobs",
         prompt_logprobs=_prompt_logprobs(body),
         constraint=admitted.constraint,
     )

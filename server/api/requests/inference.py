@@ -135,6 +135,7 @@ class GenerationRequest(Sampling, InferenceRequest):
     no_stop_trim: bool | None = None  # SGLang's name of the field above
     skip_special_tokens: bool | None = None  # default: true
     prompt_logprobs: NumTop | None = None
+    logprobs_mode: Literal["raw_logprobs", "processed_logprobs"] | None = None  # default: raw
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     response_format: ResponseFormat | None = None  # this and the next ones: at most one constraint
