@@ -32,7 +32,6 @@ def test_single_requests(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("phase", ["coverage", "stateful"])
-def test_boundaries_and_sequences(tmp_path: Path, phase: str) -> None:
-    """Every bound of every field, just within and just beyond; and requests that use what earlier ones returned."""
-    assert failures(tmp_path, "--max-examples", "3", "--no-shrink", phases=(phase,)) == 0
+def test_sequences(tmp_path: Path) -> None:
+    """Requests that use what earlier ones returned. `make fuzz-contract` adds every bound of every field."""
+    assert failures(tmp_path, "--max-examples", "3", "--no-shrink", phases=("stateful",)) == 0
