@@ -12,6 +12,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from server.ipc.client import EngineClient
 from server.ipc.messages import StepOutputs
+from server.totals import Totals
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 BASE_LABEL, COMPOSED_LABEL, UNKNOWN_LABEL, OTHER_LABEL = "_base", "_composed", "_unknown", "_other"
@@ -97,6 +98,7 @@ class Metrics:
         self._registry = CollectorRegistry()
         self._names: set[str] = set()
         self._fed: dict[str, Any] = {}
+        self.totals = Totals()
         self.requests = self._counter("loraplex_requests_total")
         self.time_to_first_token = self._histogram("loraplex_time_to_first_token_seconds")
         self.inter_token_latency = self._histogram("loraplex_inter_token_latency_seconds")
@@ -165,17 +167,6 @@ class Metrics:
                 if "adapter" in _SPECS[metric_name].labels:
                     metric.remove_by_labels({"adapter": name})
 
-    def summed(self, name: str) -> dict[str, float]:
-        """Return a metric's samples summed over all labels: of a histogram by upper bound ("+Inf" is the number of
-        observations), of a counter under ""."""
-        sums: dict[str, float] = {}
-        for metric in self._fed[name].collect():
-            for sample in metric.samples:
-                if sample.name.endswith(("_bucket", "_total")):
-                    bound = sample.labels.get("le", "")
-                    sums[bound] = sums.get(bound, 0.0) + sample.value
-        return sums
-
     def exposition(self) -> bytes:
         return generate_latest(self._registry)
 
@@ -192,6 +183,7 @@ class Metrics:
             self._step_seconds.observe(step.stats.step_seconds)
             self._batch_tokens.observe(step.stats.batch_tokens)
             self._batch_adapters.observe(step.stats.batch_adapters)
+            self.totals.batch_adapters.add(step.stats.batch_adapters)
 
 
 class RequestTimer:
@@ -206,19 +198,25 @@ class RequestTimer:
 
     def submitted(self, prompt_tokens: int) -> None:
         self._metrics.prompt_tokens.labels(self._metrics.label(self._name)).inc(prompt_tokens)
+        self._metrics.totals.prompt_tokens += prompt_tokens
+        self._metrics.totals.requests += 1
 
     def tokens(self, choice: int, count: int, queue_seconds: float) -> None:
         if not count:
             return
-        now, series = time.monotonic(), self._metrics.token_series(self._name)
+        now, series, totals = time.monotonic(), self._metrics.token_series(self._name), self._metrics.totals
         series.generated.inc(count)
+        totals.output_tokens += count
         if choice in self._last:
-            series.gaps.observe((now - self._last[choice]) / count)
+            gap = (now - self._last[choice]) / count
+            series.gaps.observe(gap)
+            totals.gaps.add(gap)
         else:
             label = self._metrics.label(self._name)
             self._metrics.queue.labels(label).observe(queue_seconds)
             if not self._last:
                 self._metrics.time_to_first_token.labels(label).observe(now - self._started)
+                totals.first_tokens.add(now - self._started)
         self._last[choice] = now
 
     def ended(self) -> None:

@@ -38,8 +38,8 @@ ARROWS: dict[str, set[str]] = {
     "adapters.convert": {"adapters", "adapters.load", "adapters.peft", "adapters.weights"},
     "server": set(),
     "server.http": {"server.api.errors"},
-    "server.metrics": {"server.ipc"},
-    "server.history": {"server.ipc", "server.metrics"},
+    "server.metrics": {"server", "server.ipc"},
+    "server.history": {"server", "server.ipc"},
     "server.console": set(),
     "server.start_checks": {
         "adapters",
@@ -328,6 +328,7 @@ WITHOUT_TORCH = [
     "server.sequence",
     "server.serve",
     "server.start_checks",
+    "server.totals",
     "server.writable",
 ]
 

@@ -198,7 +198,7 @@ class AppContext:
         config = self.config
         per_adapter = Limits(config.adapter_max_concurrent, config.adapter_rpm, config.adapter_tpm)
         self.rate_limits = RateLimits(per_adapter)
-        self.history = History(self.engine, self.metrics)
+        self.history = History(self.engine, self.metrics.totals)
         self.follow_keys()
 
     def follow_keys(self) -> None:
