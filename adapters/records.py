@@ -58,13 +58,23 @@ class AdapterVersion:
 @dataclass(frozen=True, slots=True)
 class AdapterRecord:
     """A name and the version it points to; `source` is the origin of that version, `created` the time when the name
-    was first published, in Unix seconds."""
+    was first published, in Unix seconds, `settings_json` what is stored for the name, a JSON object or ""."""
 
     name: str
     version: AdapterVersion
     source: str
     pinned: bool
     created: int
+    settings_json: str = ""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The name's settings, parsed on every access; none if they are damaged, as `Entry.damage` then says."""
+        try:
+            settings: dict[str, Any] = json.loads(self.settings_json or "{}")
+        except ValueError:
+            return {}
+        return settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +90,7 @@ class HistoryEntry:
 @dataclass(frozen=True, slots=True)
 class PendingAdapter:
     """An adapter still to be fetched from `source` and published; `error` is the reason of the last failure,
-    `created` the time of the request, in Unix seconds."""
+    `created` the time of the request, in Unix seconds, `settings_json` the changes in the name's settings."""
 
     name: str
     source: str
@@ -88,6 +98,7 @@ class PendingAdapter:
     pinned: bool
     created: int
     error: str | None = None
+    settings_json: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,14 +4,15 @@ import random
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
 
 from load_tests.right_answers import ABSENT, Name, State
-from load_tests.world import SLOTS, Answer, Asked, Mismatch, World, found_state
+from load_tests.world import CUT, SLOTS, Answer, Asked, Mismatch, World, found_state
+from tests.fixtures.timing import patience
 from tests.fixtures.tiny_server import sse_events
 
 LENGTHS = (8, 24, 64)
@@ -44,7 +45,9 @@ class Client:
         try:
             outcome = operation()
         except (Mismatch, httpx.HTTPError, AssertionError) as error:
-            raise Mismatch(f"{operation.__name__}: {error!r}") from error
+            if not isinstance(error, httpx.TransportError) or CUT not in self._world.explained(started):
+                raise Mismatch(f"{operation.__name__}: {error!r}") from error
+            outcome = f"503 {CUT}"
         self._world.counts[f"{operation.__name__} {outcome.split()[0]}"] += 1
         self._world.log.append(f"{started:.3f} to {time.monotonic():.3f} {operation.__name__} {outcome}")
         if outcome.startswith("503"):
@@ -117,11 +120,9 @@ class Client:
 
     def _allowed_codes(self, asked: Asked) -> set[str]:
         """Of the errors that the model foresees for this request."""
-        world, codes = self._world, set()
+        world, codes = self._world, self._world.explained(asked.since)
         if any(ABSENT in name.possible(asked.since) for name, _ in asked.parts):
             codes |= {"model_not_found", "aborted"}
-        if world.crashed(asked.since):
-            codes.add("engine_unavailable")
         for parts in asked.right() if len(asked.parts) > 1 else ():
             digests = {part.digest for part in parts}
             if len(digests) < len(parts):
@@ -190,18 +191,34 @@ class Client:
             before, since = name.state, time.monotonic()
             after = outcomes(before)
             name.begin(after.values())
-            response = send()
+            try:
+                response = send()
+            except httpx.TransportError as error:
+                response = httpx.Response(599, json={"error": {"code": CUT, "message": repr(error)}})
             said = f"{response.status_code} {name.text} {response.text[:300]}"
-            if response.status_code == 503 and self._world.crashed(since):
-                state = found_state(self._http, name)
+            if self._is_explained(response, since):
+                state = self._state_after_fault(name)
                 if state not in (before, *after.values()):
-                    raise Mismatch(f"{said}; a crash left {state} between {before} and {after}")
+                    raise Mismatch(f"{said}; a fault left {state} between {before} and {after}")
             elif response.status_code in after:
                 state = after[response.status_code]
             else:
                 raise Mismatch(f"{said}; expected {after}, before {before}")
             name.settle(state)
             return f"{response.status_code} {name.text} is {_short(state)}"
+
+    def _is_explained(self, response: httpx.Response, since: float) -> bool:
+        """Whether a fault is why the server failed."""
+        return response.status_code >= 500 and response.json()["error"]["code"] in self._world.explained(since)
+
+    def _state_after_fault(self, name: Name) -> State:
+        for _ in patience(f"a response about {name.text}"):
+            self._world.wait_for_engine()
+            try:
+                return found_state(self._http, name)
+            except (httpx.TransportError, KeyError):  # the fault goes on
+                time.sleep(0.1)
+        raise AssertionError
 
     def _name(self) -> Name:
         return self._rng.choice(self._world.names)
@@ -238,7 +255,7 @@ class Client:
         states = name.possible(since) if name else set()
         allowed = statuses | ({404} if ABSENT in states else set()) | ({422} if len(states) > 1 else set())
         said = f"{response.status_code} {name.text if name else ''} {response.text[:300]}"
-        if response.status_code not in allowed and not (response.status_code == 503 and self._world.crashed(since)):
+        if response.status_code not in allowed and not self._is_explained(response, since):
             raise Mismatch(f"{said}; possible were {states}")
         return f"{response.status_code} {name.text if name else ''}"
 
@@ -266,7 +283,7 @@ def _short(state: State) -> str:
     return f"{(state.current or 'absent')[:8]} of {[digest[:8] for digest in state.history]}{' pinned' * state.pinned}"
 
 
-def run_round(clients: list[Client], operations: range, crash_every: int) -> None:
+def run_round(clients: Sequence[Client], operations: range, crash_every: int) -> None:
     """Do those operations, whichever client comes first, until all are done. Raises `Mismatch`: the first, since what
     others then see may only follow from it."""
     numbers, taking, failures = iter(operations), threading.Lock(), list[BaseException]()

@@ -6,6 +6,7 @@ import signal
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,8 +21,25 @@ SLOTS = 4
 LOGGED = 200
 
 
+CUT = "connection"  # what a request comes to whose connection ends without a response
+
+
 class Mismatch(Exception):
     """The server did what the model does not allow."""
+
+
+@dataclass
+class Window:
+    """The time of a fault, and the codes of the errors that it explains. While the engine or the server is `away`,
+    clients wait."""
+
+    codes: frozenset[str]
+    away: bool
+    since: float = field(default_factory=time.monotonic)
+    until: float = FOREVER
+
+    def end(self) -> None:
+        self.until = time.monotonic()
 
 
 @dataclass
@@ -34,22 +52,35 @@ class World:
     broken: Any  # folder of an adapter that must be refused
     counts: Counter[str] = field(default_factory=Counter)
     log: deque[str] = field(default_factory=lambda: deque(maxlen=LOGGED))
-    _crashes: list[list[float]] = field(default_factory=list)  # from the kill to ready again
+    windows: list[Window] = field(default_factory=list)
 
-    def crashed(self, since: float) -> bool:
-        return any(until >= since for _, until in self._crashes)
+    @contextmanager
+    def fault(self, *codes: str, away: bool = False) -> Iterator[None]:
+        """A fault that lasts as long as the body, and explains errors of these codes."""
+        window = self.open_window(*codes, away=away)
+        try:
+            yield
+        finally:
+            window.end()
+
+    def open_window(self, *codes: str, away: bool = False) -> Window:
+        window = Window(frozenset(codes), away)
+        self.windows.append(window)
+        return window
+
+    def explained(self, since: float) -> set[str]:
+        """The codes of errors that faults since then explain."""
+        return {code for window in self.windows if window.until >= since for code in window.codes}
 
     def crash(self, client: httpx.Client) -> None:
         """Kill the engine, and wait for the next one."""
-        window = [time.monotonic(), FOREVER]
-        self._crashes.append(window)
-        os.kill(self.server.engine_pid(), signal.SIGKILL)
-        wait_for(lambda: client.get("/readyz").status_code == 503, "the server noticing its engine's end")
-        wait_for(lambda: client.get("/readyz").status_code == 200, "the restart")
-        window[1] = time.monotonic()
+        with self.fault("engine_unavailable", away=True):
+            os.kill(self.server.engine_pid(), signal.SIGKILL)
+            wait_for(lambda: client.get("/readyz").status_code == 503, "the server noticing its engine's end")
+            wait_for(lambda: client.get("/readyz").status_code == 200, "the restart")
 
     def wait_for_engine(self) -> None:
-        wait_for(lambda: all(until < FOREVER for _, until in self._crashes), "the restart")
+        wait_for(lambda: not any(window.away and window.until == FOREVER for window in self.windows), "the restart")
 
     def pinned(self, since: float) -> set[str]:
         """Versions that may have been pinned at some time since."""

@@ -44,6 +44,8 @@ class KeyEntry(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, k
     max_concurrent: _Limit = None
     requests_per_minute: _Limit = None
     tokens_per_minute: _Limit = None
+    max_adapters: _Limit = None
+    max_adapter_bytes: _Limit = None
 
     def __post_init__(self) -> None:
         if (self.key is None) == (self.sha256 is None):
@@ -128,8 +130,8 @@ def write_keys_file(path: Path, entries: Sequence[KeyEntry]) -> None:
 
 def _table(entry: KeyEntry) -> str:
     fields = {"name": entry.name, "sha256": entry.digest, "scopes": sorted(entry.scopes)}
-    others = ("tenant", "adapters", "expires", "weight", "max_concurrent", "requests_per_minute", "tokens_per_minute")
     defaults = KeyEntry(name="x", sha256="0" * 64)
+    others = [name for name in KeyEntry.__struct_fields__ if name not in (*fields, "key")]
     fields |= {name: value for name in others if (value := getattr(entry, name)) != getattr(defaults, name)}
     return "\n[[keys]]\n" + "".join(f"{name} = {_toml(value)}\n" for name, value in fields.items())
 

@@ -2,10 +2,12 @@
 and the model while this process imports the API."""
 
 import dataclasses
+import logging
 import subprocess
 from contextlib import closing
 from pathlib import Path
 
+from adapters.fault_points import VARIABLE, arm_from_environment
 from server.config import ConfigError, ServeConfig, StartFailed, default_data_dir
 from server.data_folder import prepare
 from server.ipc.process_transport import ProcessTransport
@@ -17,10 +19,13 @@ from server.model.loading.default_model import (
 )
 from server.writable import use_writable_folders
 
+log = logging.getLogger(__name__)
+
 
 def launch(config: ServeConfig) -> None:
     """Serve until a signal ends the server. Raises `ConfigError` or `StartFailed`."""
     config = complete(config)
+    _arm_faults()
     prepare(config.data_dir)
     transport = None if config.in_process else ProcessTransport(config)
     if transport is not None:
@@ -30,6 +35,15 @@ def launch(config: ServeConfig) -> None:
     finally:
         if transport is not None:
             transport.abandon()
+
+
+def _arm_faults() -> None:
+    try:
+        spec = arm_from_environment()
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if spec:
+        log.warning("%s=%s: this server fails on purpose, for tests alone; unset it to serve", VARIABLE, spec)
 
 
 def _serve(config: ServeConfig, transport: ProcessTransport | None) -> None:
@@ -60,5 +74,5 @@ def complete(config: ServeConfig) -> ServeConfig:
         except subprocess.CalledProcessError as error:
             raise StartFailed("the embedded model could not be prepared; the error is above") from error
     return dataclasses.replace(
-        config, model=model, served_model_name=name or Path(model).stem.lower(), data_dir=data_dir
+        config, model=model, served_model_name=name or Path(model).name.removesuffix(".gguf").lower(), data_dir=data_dir
     )

@@ -40,13 +40,14 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None  # None: off; n: of the sampled token and the n most probable ones
+    processed_logprobs: bool = False  # of the distribution that is sampled from, not of the model's own
     prompt_logprobs: int | None = None  # the same for the tokens of the prompt, of which the first has none
     pooling: Pooling | None = None  # of the prompt's final hidden states, which the last output then has
     constraint: Constraint | None = None
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
-    """Log-probabilities at one position, of the unmodified model distribution."""
+    """Log-probabilities at one position, of the model's own distribution unless others were asked for."""
 
     logprob: float
     rank: int  # of the token itself; 1 is the most probable

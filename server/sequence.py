@@ -37,7 +37,7 @@ class Sequence:
     ahead of computed only from the launch of a step to its commit. A preemption sets the first three to 0.
 
     Invariant: `block_table` covers at least `num_computed_tokens` slots of the KV cache while RUNNING and is empty
-    otherwise; `adapters` changes by `switch` alone, which has all tokens recomputed, so no token mixes two versions.
+    otherwise; `adapters` changes only while WAITING (interruptions.py), so no token mixes two versions.
     """
 
     # Written by the API: the fields of `Submit`. Only `adapters` ever changes.
@@ -88,20 +88,6 @@ class Sequence:
         if self.sampling.prompt_logprobs is not None:
             self.prompt_logprobs = [None] * (self.num_prompt_tokens - self.num_virtual_tokens - 1)
 
-    def switch(self, adapters: tuple[ScaledAdapter, ...]) -> None:
-        """Forget what other adapters computed of the tokens. Call while waiting."""
-        self.adapters, self.switched = adapters, True
-        self.requested, self.read = False, set()
-        self.block_hashes, self.weight_changes = [], []
-        self.pooled, self.pooled_to = None, 0
-        if not self.num_output_tokens:
-            self.prompt_logprobs = [None] * len(self.prompt_logprobs)
-
-    @property
-    def wants_prompt_numbers(self) -> bool:
-        """True if the first output has log-probabilities of the prompt, or its hidden states."""
-        return self.sampling.pooling is not None or self.sampling.prompt_logprobs is not None
-
     @property
     def tenant(self) -> str:
         return self.cache_salt
@@ -127,10 +113,6 @@ class Sequence:
     @property
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
-
-    @property
-    def output_token_ids(self) -> list[int]:
-        return self.token_ids[self.num_prompt_tokens :]
 
 
 @dataclass(slots=True)

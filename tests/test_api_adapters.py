@@ -89,6 +89,7 @@ async def test_files_of_any_version_come_back_as_they_were_sent(tmp_path: Path) 
                 assert answer.headers["content-type"] == "application/octet-stream"
 
 
+@pytest.mark.reliability("T6")
 async def test_only_an_adapter_s_own_files_are_sent(tmp_path: Path) -> None:
     async with serving(tmp_path) as api:
         await api.upload("acme")
@@ -126,6 +127,7 @@ async def test_an_unusable_adapter_lists_its_problems(tmp_path: Path) -> None:
         assert_error(await api.http.get("/v1/adapters/acme"), 404)
 
 
+@pytest.mark.reliability("T6")
 @pytest.mark.parametrize("name", BAD_NAMES)
 async def test_names_that_are_no_names(tmp_path: Path, name: str) -> None:
     async with serving(tmp_path) as api:
@@ -167,6 +169,7 @@ async def test_files_are_known_by_their_own_names_too(tmp_path: Path) -> None:
         assert (await api.http.post("/v1/adapters", data={"name": "acme"}, files=files)).status_code == 201
 
 
+@pytest.mark.reliability("T8")
 @pytest.mark.parametrize("keep", [0.1, 0.5, 0.99])
 async def test_a_body_cut_short_leaves_nothing(tmp_path: Path, keep: float) -> None:
     async with serving(tmp_path) as api:
@@ -373,6 +376,7 @@ async def test_versions_and_rollback(tmp_path: Path) -> None:
         assert_error(await api.http.post("/v1/adapters/acme/rollback", json={"version": "xyz"}), 400)
 
 
+@pytest.mark.reliability("T57")
 async def test_running_requests_finish_on_the_version_they_began_with(tmp_path: Path) -> None:
     async with serving(tmp_path) as api:
         await api.upload("acme")
@@ -387,6 +391,7 @@ async def test_running_requests_finish_on_the_version_they_began_with(tmp_path: 
         assert later["system_fingerprint"].endswith((await digest(api, "acme"))[:12])
 
 
+@pytest.mark.reliability("T41")
 async def test_delete_drains_then_aborts(tmp_path: Path) -> None:
     async with serving(tmp_path) as api:
         await api.upload("acme")
@@ -413,6 +418,7 @@ async def test_delete_drains_then_aborts(tmp_path: Path) -> None:
         assert (await api.upload("acme")).status_code == 201
 
 
+@pytest.mark.reliability("T41")
 async def test_delete_keeps_what_another_name_shares(tmp_path: Path) -> None:
     async with serving(tmp_path) as api:
         await api.upload("a")
@@ -501,6 +507,7 @@ async def test_the_words_of_routes_are_those_that_names_avoid(tmp_path: Path) ->
         assert paths == set(ROUTE_WORDS)
 
 
+@pytest.mark.reliability("T12")
 async def test_concurrent_uploads_of_one_name_have_one_winner(tmp_path: Path) -> None:
     async with serving(tmp_path) as api:
         answers = await asyncio.gather(*(api.upload("acme", seed=i % 2) for i in range(8)))

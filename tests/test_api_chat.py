@@ -213,6 +213,7 @@ async def test_a_request_whose_time_is_over_gets_504(tmp_path: Path, stream: boo
         assert_error(await api.chat(timeout=5, stream=stream), 504, "deadline_exceeded")
 
 
+@pytest.mark.reliability("T63")
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_failure_before_the_first_token_is_a_json_error(tmp_path: Path, stream: bool) -> None:
     async with serving(tmp_path) as api:
@@ -222,6 +223,7 @@ async def test_a_failure_before_the_first_token_is_a_json_error(tmp_path: Path, 
         assert assert_error(await api.chat(stream=stream), 500)["message"] == api.engine.failure
 
 
+@pytest.mark.reliability("T63")
 async def test_a_failure_after_the_first_token_is_an_error_frame(tmp_path: Path) -> None:
     async with serving(tmp_path) as api:
         api.engine.fail_after = 3
@@ -248,6 +250,7 @@ def _send_chat(server: LiveServer, **fields: Any) -> socket.socket:
     return client
 
 
+@pytest.mark.reliability("T40")
 def test_a_client_that_leaves_at_any_time_is_aborted(tmp_path: Path) -> None:
     """Streaming or not, one choice or several, closed or reset, sooner or later: nothing keeps running."""
     chance = random.Random(0)
@@ -281,6 +284,7 @@ def test_a_reader_that_lags_does_not_hold_the_sequence(tmp_path: Path) -> None:
         client.close()
 
 
+@pytest.mark.reliability("T25")
 async def test_a_reader_that_never_reads_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streaming, "_WRITE_SECONDS", 0.05)
 

@@ -172,6 +172,7 @@ HOSTILE: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.reliability("T23")
 @pytest.mark.parametrize("name", HOSTILE)
 async def test_a_hostile_grammar_is_answered_and_harms_nobody(
     api: Api, name: str, monkeypatch: pytest.MonkeyPatch
@@ -187,6 +188,7 @@ async def test_a_hostile_grammar_is_answered_and_harms_nobody(
     assert (await api.chat(regex="a+")).status_code == 200
 
 
+@pytest.mark.reliability("T23")
 async def test_a_grammar_that_takes_too_long_is_stopped(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grammar_compiler, "COMPILE_SECONDS", 0.0)
     started = time.monotonic()
@@ -197,6 +199,7 @@ async def test_a_grammar_that_takes_too_long_is_stopped(api: Api, monkeypatch: p
     assert (await api.chat(regex="a+")).status_code == 200
 
 
+@pytest.mark.reliability("T23")
 async def test_the_worker_s_memory_is_bounded(api: Api) -> None:
     """One that needs more is ended by its allocator, like any worker that ends its process."""
     assert (await api.chat(regex="a+")).status_code == 200

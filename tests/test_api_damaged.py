@@ -18,6 +18,7 @@ def mark(api: Api, name: str) -> str:
     return digest
 
 
+@pytest.mark.reliability("T13")
 async def test_a_damaged_adapter_is_named_with_its_state(tmp_path: Path) -> None:
     async with serving(tmp_path) as api:
         await api.upload("acme")
@@ -31,6 +32,7 @@ async def test_a_damaged_adapter_is_named_with_its_state(tmp_path: Path) -> None
         assert (await api.chat(model="acme")).status_code == 200
 
 
+@pytest.mark.reliability("T34")
 async def test_an_alias_says_nothing_of_its_damaged_member(tmp_path: Path) -> None:
     async with serving(tmp_path) as api:
         await api.upload("acme")

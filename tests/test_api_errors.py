@@ -32,6 +32,7 @@ def with_field(name: str, raw: str) -> str:
     return f'{{"model": "{BASE}", "messages": [{{"role": "user", "content": "x"}}], "logprobs": true, "{name}": {raw}}}'
 
 
+@pytest.mark.reliability("T20")
 async def test_numeric_extremes_never_fail_the_server(tmp_path: Path) -> None:
     async with serving(tmp_path) as api:
         for name in NUMERIC_FIELDS:
@@ -45,6 +46,7 @@ async def test_numeric_extremes_never_fail_the_server(tmp_path: Path) -> None:
         assert_error(await post(api, with_field("stop_token_ids", "[99999]")), 400)
 
 
+@pytest.mark.reliability("T21")
 @pytest.mark.parametrize(
     "raw",
     [
@@ -67,6 +69,7 @@ async def test_bodies_that_are_no_request(tmp_path: Path, raw: bytes) -> None:
             assert_error(await post(api, raw, path), 400)
 
 
+@pytest.mark.reliability("T20")
 @pytest.mark.parametrize(
     "fields",
     [
@@ -95,7 +98,6 @@ async def test_values_out_of_bounds(tmp_path: Path, fields: dict[str, Any]) -> N
 @pytest.mark.parametrize(
     "fields",
     [
-        {"tools": [{"type": "function", "function": {"name": "f"}}]},
         {"functions": [{"name": "f"}]},
         {"modalities": ["text", "audio"]},
         {"chat_template": "{{ 1 }}"},
@@ -115,10 +117,13 @@ async def test_neutral_values_and_novelties_are_accepted(tmp_path: Path) -> None
         answer = await api.chat(**neutral, adapters=None, best_of=1, store=True, brand_new_field={"a": 1})
         assert answer.status_code == 200
         assert answer.headers["x-loraplex-ignored"] == "brand_new_field"
+        nameless = await api.chat(**{"a b": 1, "": 1})
+        assert nameless.headers["x-loraplex-ignored"] == 'a%20b, ""'  # h11 sends no header that ends in a space
         assert_error(await api.chat(echo=True), 400, "unsupported")
         assert_error(await api.complete(suffix="x"), 400, "unsupported")
 
 
+@pytest.mark.reliability("T21")
 async def test_many_wrong_items_cost_no_more_than_their_json(tmp_path: Path) -> None:
     async with serving(tmp_path) as api:
         bodies = ({"messages": [1] * 60_000}, {"stop": [1] * 60_000}, {"stop_token_ids": ["x"] * 60_000})
@@ -133,6 +138,7 @@ async def test_many_wrong_items_cost_no_more_than_their_json(tmp_path: Path) -> 
             assert_error(await api.complete(prompt), 400)
 
 
+@pytest.mark.reliability("T6")
 async def test_unknown_models_and_routes(tmp_path: Path) -> None:
     async with serving(tmp_path) as api:
         for model in ("nope", "../etc/passwd", "/etc/passwd", "http://169.254.169.254/", "a\r\nb", "nope@" + "0" * 12):
@@ -141,6 +147,8 @@ async def test_unknown_models_and_routes(tmp_path: Path) -> None:
         assert_error(await api.http.get("/v1/models/nope"), 404, "model_not_found")
         assert_error(await api.http.get("/nope"), 404, "not_found")
         assert_error(await api.http.get(CHAT), 405, "method_not_allowed")
+        for path, allowed in ((CHAT, "POST"), ("/v1/adapters", "GET, POST"), ("/v1/merge", "GET, POST, DELETE")):
+            assert (await api.http.request("OPTIONS", path)).headers["allow"] == allowed
         assert_error(await api.http.request("OPTIONS", CHAT), 405)
 
 
@@ -151,6 +159,7 @@ async def test_content_types(tmp_path: Path) -> None:
             assert_error(answer, 415, "unsupported_media_type")
 
 
+@pytest.mark.reliability("T8")
 async def test_body_limits(tmp_path: Path) -> None:
     async with serving(tmp_path, max_upload_bytes=1024) as api:
         assert_error(await post(api, b" " * (MAX_JSON_BYTES + 1)), 413, "too_large")
@@ -167,6 +176,7 @@ async def test_body_limits(tmp_path: Path) -> None:
         assert_error(big, 413, "too_large")
 
 
+@pytest.mark.reliability("T21")
 @pytest.mark.parametrize(
     "raw",
     [
@@ -202,6 +212,7 @@ async def test_a_long_text_is_refused_by_its_length_and_not_by_its_commas(tmp_pa
         assert_error(await api.complete(text), 400, "context_length_exceeded")
 
 
+@pytest.mark.reliability("T35")
 async def test_request_ids(tmp_path: Path) -> None:
     async with serving(tmp_path) as api:
         for given, kept in (("abc-1.2_x", True), ("a b", False), ("x" * 65, False), ("é".encode(), False)):
@@ -209,6 +220,7 @@ async def test_request_ids(tmp_path: Path) -> None:
             assert (answer.headers["x-request-id"] == given) is kept
 
 
+@pytest.mark.reliability("T34")
 async def test_what_nobody_foresaw_is_a_500_without_details(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     async with serving(tmp_path) as api:
 
@@ -222,6 +234,7 @@ async def test_what_nobody_foresaw_is_a_500_without_details(tmp_path: Path, capl
         assert "secret" not in answer.text
 
 
+@pytest.mark.reliability("T60")
 async def test_an_engine_that_dies(tmp_path: Path) -> None:
     async with serving(tmp_path) as api:
         api.engine.comes_back = False
@@ -240,6 +253,7 @@ async def test_an_engine_that_dies(tmp_path: Path) -> None:
         assert len(api.context.in_flight) == 0
 
 
+@pytest.mark.reliability("T62")
 async def test_a_full_queue(tmp_path: Path) -> None:
     async with serving(tmp_path, max_queue=2) as api:
         api.waits_after(0)
@@ -252,6 +266,7 @@ async def test_a_full_queue(tmp_path: Path) -> None:
         assert (await api.http.get("/readyz")).status_code == 200
 
 
+@pytest.mark.reliability("T36")
 async def test_one_tenant_s_backlog_is_not_everyone_s(tmp_path: Path) -> None:
     """Five requests of 64 sequences from one key; then eight of another."""
     names = ("greedy", "patient")
@@ -278,6 +293,7 @@ async def test_one_tenant_s_backlog_is_not_everyone_s(tmp_path: Path) -> None:
         assert {answer.status_code for answer in await asyncio.gather(*heavy[:2], *light)} == {200}
 
 
+@pytest.mark.reliability("T62")
 async def test_drain_finishes_then_aborts(tmp_path: Path) -> None:
     async with serving(tmp_path) as api:
         api.waits_after(1)
@@ -311,6 +327,15 @@ async def test_the_openapi_document_describes_everything(tmp_path: Path) -> None
                 assert any(status >= "400" for status in operation["responses"]), (method, path)
         for reference in set(_references(document)):
             assert reference.removeprefix("#/components/schemas/") in schemas
+        for path, name in (
+            ("/v1/messages", "AnthropicErrorBody"),
+            ("/generate", "LoraxErrorBody"),
+            (CHAT, "ErrorBody"),
+        ):
+            refused = document["paths"][path]["post"]["responses"]["400"]["content"]["application/json"]["schema"]
+            assert refused["$ref"] == f"#/components/schemas/{name}"
+        is_open = {path for path, found in document["paths"].items() if found.get("get", {}).get("security") == []}
+        assert is_open == {"/livez", "/readyz", "/health", "/version"}  # all others need a key
 
 
 def _references(node: Any) -> list[str]:
@@ -325,6 +350,7 @@ def live_address(live: LiveServer) -> tuple[str, int]:
     return host, int(port)
 
 
+@pytest.mark.reliability("T25")
 @pytest.mark.parametrize("route", ["/v1/chat/completions", "/v1/adapters"])
 def test_a_body_that_stops_arriving_is_given_up(route: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.api.middleware.body_limits.IDLE_SECONDS", 0.2)

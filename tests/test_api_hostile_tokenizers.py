@@ -21,6 +21,7 @@ ATTACKS = {
 }
 
 
+@pytest.mark.reliability("T24")
 @pytest.mark.parametrize("kind", ATTACKS)
 async def test_an_attack_is_refused_by_name_at_upload(kind: str, tmp_path: Path) -> None:
     files = {"tokenizer.json": json.dumps(ATTACKS[kind]).encode(), "tokenizer_config.json": b"{}"}
@@ -62,6 +63,7 @@ async def test_a_panic_is_the_requests_error(tmp_path: Path) -> None:
         assert (await api.complete("hi")).status_code == 200
 
 
+@pytest.mark.reliability("T24")
 async def test_a_panic_anywhere_becomes_an_answer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -83,6 +85,7 @@ def nonfinite(api: Api, *, after: int | None = 0) -> None:
     api.engine.failure = "the model produced numbers that are not finite"
 
 
+@pytest.mark.reliability("T58")
 async def test_an_adapter_that_is_not_finite_is_put_aside_until_it_is_loaded(tmp_path: Path) -> None:
     async with serving(tmp_path) as api:
         await api.upload("acme")

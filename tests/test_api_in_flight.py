@@ -166,3 +166,24 @@ async def test_a_pause_survives_a_restart(tmp_path: Path) -> None:
         api.engine.die()
         await eventually(lambda: api.context.engine.restarts == 1 and api.context.ready)
         assert [getattr(each, "mode", None) for each in api.engine.interruptions] == ["keep"]
+
+
+async def test_log_probabilities_are_as_many_as_token_ids(tmp_path: Path) -> None:
+    """The token that ended the output has no text, and a trainer needs its log-probability all the same. So does
+    lm-evaluation-harness, which drops the last one behind an echoed prompt of two tokens, whatever it is."""
+    async with serving(tmp_path) as api:
+        api.says("abc")
+        for tokens, fields in ((3, {}), (4, {"return_token_ids": True}), (6, {"echo": True})):
+            choice = (await api.complete(logprobs=1, max_tokens=9, **fields)).json()["choices"][0]
+            assert len(choice["logprobs"]["tokens"]) == tokens and choice["text"].endswith("abc")
+        body = {"logprobs": True, "return_token_ids": True}
+        choice = (await api.chat(**body)).json()["choices"][0]
+        assert len(choice["logprobs"]["content"]) == len(choice["token_ids"]) == 4
+
+
+async def test_the_mode_of_log_probabilities_reaches_the_engine(tmp_path: Path) -> None:
+    async with serving(tmp_path) as api:
+        for mode in (None, "raw_logprobs", "processed_logprobs"):
+            assert (await api.complete(logprobs=1, logprobs_mode=mode)).status_code == 200
+        assert [submit.sampling.processed_logprobs for submit in api.engine.submitted] == [False, False, True]
+        assert (await api.complete(logprobs=1, logprobs_mode="raw_logits")).status_code == 400

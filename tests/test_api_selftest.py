@@ -49,6 +49,7 @@ async def upload_other(api: Api) -> httpx.Response:
     return await api.http.post("/v1/adapters", data={"name": "acme", "replace": "true"}, files=files)
 
 
+@pytest.mark.reliability("T18")
 async def test_a_replacement_that_fails_keeps_what_was_there(tmp_path: Path) -> None:
     async with serving(tmp_path) as api:
         before = (await api.upload("acme")).json()["version"]

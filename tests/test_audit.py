@@ -17,6 +17,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / audit.FILE).read_text().splitlines()]
 
 
+@pytest.mark.reliability("T35")
 async def test_changes_and_refusals_are_recorded(tmp_path: Path) -> None:
     log = AuditLog(tmp_path)
     async with serving(tmp_path, keys=ring(tmp_path), audit=log) as api:

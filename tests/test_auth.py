@@ -97,6 +97,7 @@ def _flat(found: list) -> list[APIRoute]:  # type: ignore[type-arg]
     return own + [route for router in routers if router is not None for route in _flat(router.routes)]
 
 
+@pytest.mark.reliability("T30")
 async def test_every_route_asks_for_what_it_should(tmp_path: Path) -> None:
     async with serving(tmp_path, keys=ring(tmp_path)) as api:
         assert {path for path, _ in routes(api)} == OPEN | KNOWN | OBSERVE | INFER | ADMIN | OPERATE
@@ -126,6 +127,7 @@ def assert_refused(path: str, answer: httpx.Response, status: int, code: str) ->
         assert_error(answer, status, code)
 
 
+@pytest.mark.reliability("T30")
 @pytest.mark.parametrize(
     "path",
     [
@@ -149,6 +151,7 @@ async def test_what_is_not_listed_is_closed(tmp_path: Path, path: str) -> None:
         assert_error(await api.http.get(path, headers=bearer(ADMIN_KEY)), 404)
 
 
+@pytest.mark.reliability("T32")
 @pytest.mark.parametrize(
     "target",
     ["/v1/../livez", "/livez/../v1/models", "http://x/v1/models", "//livez", "/v1/models?x=/livez", "/v1/models#"],
@@ -162,6 +165,7 @@ def test_raw_targets_do_not_get_around_it(tmp_path: Path, target: str) -> None:
             assert client.recv(1024).split()[1] in (b"401", b"400")
 
 
+@pytest.mark.reliability("T8")
 async def test_a_refused_upload_is_not_read(tmp_path: Path) -> None:
     read = 0
 
@@ -177,6 +181,7 @@ async def test_a_refused_upload_is_not_read(tmp_path: Path) -> None:
         assert read <= 1
 
 
+@pytest.mark.reliability("T30")
 async def test_an_allow_list_hides_everything_else(tmp_path: Path) -> None:
     async with serving(tmp_path, keys=ring(tmp_path, api_key=ALL_KEY)) as api:
         api.http.headers.update(bearer(ALL_KEY))
@@ -197,6 +202,7 @@ async def test_an_allow_list_hides_everything_else(tmp_path: Path) -> None:
         assert_error(await api.http.get("/v1/models/theirs"), 404)
 
 
+@pytest.mark.reliability("T51")
 async def test_tenants_do_not_share_prefixes(tmp_path: Path) -> None:
     async with serving(tmp_path, keys=ring(tmp_path)) as api:
         for sent in (INFER_KEY, TENANT_KEY):
@@ -220,6 +226,7 @@ async def test_without_keys_everything_is_open(tmp_path: Path) -> None:
             assert (await api.http.get(path)).status_code == 200
 
 
+@pytest.mark.reliability("T31")
 def test_only_loopback_without_keys(tmp_path: Path) -> None:
     for host in ("127.0.0.1", "::1", "localhost", "127.1.2.3"):
         check_bind(ServeConfig(host=host), KeyRing())

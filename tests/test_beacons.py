@@ -11,12 +11,14 @@ from adapters.runtime.pool import AdapterPool
 from load_tests import beacons
 
 
+@pytest.mark.reliability("T50")
 def test_no_beacon_emits_another_s_token(tmp_path: Path) -> None:
     count = beacons.run(tmp_path, beacons=40, tokens=1000, seed=1)
     assert count.tokens >= 1000 and count.wrong == 0
     assert count.reassignments >= 25
 
 
+@pytest.mark.reliability("T50")
 def test_a_page_that_keeps_its_last_owner_s_columns_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beacons would not prove much if they won whatever lies in their pages."""
     write, written = AdapterPool.write, set[int]()

@@ -89,6 +89,7 @@ def test_the_last_token_is_never_matched(num_tokens: int) -> None:
     assert len(matched) == (num_tokens - 1) // BLOCK
 
 
+@pytest.mark.reliability("T53")
 @pytest.mark.parametrize(
     ("adapter", "salt", "blocks_found"),
     [("a", "tenant", 2), (None, "tenant", 0), ("b", "tenant", 0), ("a", "other", 0), ("a", "", 0)],
@@ -107,6 +108,7 @@ def first_hash(adapters: tuple[ScaledAdapter, ...], salt: str, active_from: int 
     return seq.block_hashes[0]
 
 
+@pytest.mark.reliability("T53")
 def test_no_adapters_and_salt_can_be_mistaken_for_others() -> None:
     lists = [
         *((), (("a", 1.0),), (("ab", 1.0),), (("a", 0.5),), (("a", -1.0),), (("a", 1.0), ("b", 1.0))),
@@ -280,6 +282,7 @@ def test_a_merge_while_a_sequence_runs_divides_its_blocks(num_computed: int) -> 
     assert (again.weight_changes, blocks.match_prefix(make_seq(range(17), "a"))) == ([], again.block_table)
 
 
+@pytest.mark.reliability("T47")
 def test_a_prompt_that_cannot_fit_is_refused_without_a_look_at_its_tokens() -> None:
     blocks = BlockManager(num_blocks=6, block_size=BLOCK)
     shared = compute(blocks, make_seq(range(9)))
@@ -373,6 +376,7 @@ OPERATIONS = st.tuples(
 )
 
 
+@pytest.mark.reliability("T54")
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(st.lists(OPERATIONS, min_size=20, max_size=80), st.sampled_from([None, 1, 2, 3, 5]))
 def test_after_any_operations_the_books_balance_and_every_match_is_true(

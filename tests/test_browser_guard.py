@@ -34,6 +34,7 @@ def routes(api: Api) -> list[tuple[str, str]]:
     return found
 
 
+@pytest.mark.reliability("T30")
 @pytest.mark.parametrize("headers", FOREIGN)
 async def test_a_foreign_page_changes_nothing_on_any_route(tmp_path: Path, headers: dict[str, str]) -> None:
     async with serving(tmp_path) as api:
@@ -57,6 +58,7 @@ async def test_a_cross_site_form_does_not_replace_an_adapter(tmp_path: Path) -> 
         assert (await api.http.get("/v1/adapters/mine")).json()["version"] == before
 
 
+@pytest.mark.reliability("T32")
 @pytest.mark.parametrize(
     "host", ["evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.evil.example", "10.0.0.1", ""]
 )

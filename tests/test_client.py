@@ -146,6 +146,7 @@ async def test_a_model_that_cannot_be_loaded_is_reported_by_start(tmp_path: Path
             raise AssertionError("it started")
 
 
+@pytest.mark.reliability("T48")
 async def test_an_engine_whose_every_step_fails_is_restarted(
     llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -249,6 +250,7 @@ async def test_when_the_engine_dies_every_stream_and_call_ends_and_it_starts_aga
     assert await collect(stream) == ([8], "length")
 
 
+@pytest.mark.reliability("T65")
 async def test_pins_outlive_a_restart(transport: FakeTransport, client: EngineClient) -> None:
     for digest, pinned in (("kept", True), ("dropped", True), ("dropped", False)):
         call = asyncio.create_task(client.pin_adapter(digest, pinned))
@@ -326,6 +328,7 @@ async def test_a_merge_that_gave_way_or_was_retired_or_refused_is_not_asked_for_
     assert client.requested_merge is None
 
 
+@pytest.mark.reliability("T61")
 async def test_an_engine_that_stops_stepping_is_replaced(
     transport: FakeTransport, client: EngineClient, clock: Clock
 ) -> None:
@@ -554,6 +557,7 @@ async def test_a_call_has_a_deadline_and_is_taken_back(
     assert [type(sent) for sent in transport.sent[1:]] == [taken_back[call] for _ in range(call in taken_back)]
 
 
+@pytest.mark.reliability("T61")
 async def test_a_layer_of_a_long_step_is_progress(transport: FakeTransport, client: EngineClient, clock: Clock) -> None:
     stream = client.submit(request("s"))
     for _ in range(5):

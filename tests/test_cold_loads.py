@@ -51,6 +51,7 @@ def steps_to_the_first_token(driver: Driver, name: str, digest: str | None) -> i
     raise AssertionError(f"{name} does not start")
 
 
+@pytest.mark.reliability("T46")
 def test_slow_loads_delay_neither_base_nor_pinned_nor_resident_requests(
     driver: Driver, digests: list[str], loads: threading.Event
 ) -> None:

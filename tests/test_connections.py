@@ -57,6 +57,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
         yield running
 
 
+@pytest.mark.reliability("T22")
 @pytest.mark.parametrize(
     ("request_", "status"),
     [
@@ -87,6 +88,7 @@ def test_a_request_with_as_many_headers_as_allowed_is_served(server: LiveServer)
     assert ask(server, GET + b"a: b\r\n" * 90 + b"\r\n")[0] == 200
 
 
+@pytest.mark.reliability("T22")
 def test_a_malformed_chunk_ends_the_request(server: LiveServer) -> None:
     status, response = ask(server, CHAT + b"transfer-encoding: chunked\r\n\r\n2\r\n{}\r\nzz\r\n")
     assert status == 400 and code_of(response) == "invalid_http"
@@ -97,6 +99,7 @@ def test_pipelined_requests_are_answered_in_order(server: LiveServer) -> None:
     assert response.count(b"HTTP/1.1 200") == 20 and response.rfind(b"HTTP/1.1 404") > response.rfind(b"HTTP/1.1 200")
 
 
+@pytest.mark.reliability("T22")
 @pytest.mark.parametrize("pieces", [b"1\r\na\r\n" * 100_000, b"0\r\n" + b"a: b\r\n" * 40_000])
 @pytest.mark.parametrize("before", [b"", GET + b"\r\n"])
 def test_tiny_chunks_and_trailers_do_not_hold_up_others(server: LiveServer, before: bytes, pieces: bytes) -> None:
@@ -122,6 +125,7 @@ def _send(client: socket.socket, data: bytes) -> None:
         client.sendall(data)
 
 
+@pytest.mark.reliability("T25")
 def test_slow_heads_unread_bodies_and_unread_responses_are_ended(
     server: LiveServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,6 +162,7 @@ def test_drops_of_a_body_after_the_response_do_not_keep_a_connection(
         wait_for(lambda: not _is_open(client), "the end of the connection")
 
 
+@pytest.mark.reliability("T25")
 def test_an_idle_flood_leaves_room_for_others(tmp_path: Path) -> None:
     """Of 16 places an address may hold 8; who comes later is told so, and places come back."""
     with listening(tmp_path, connections=16) as server, ExitStack() as stack:
@@ -182,6 +187,7 @@ def _was_refused(client: socket.socket) -> bool:
     return status == 503 and code_of(response) == "too_many_connections"
 
 
+@pytest.mark.reliability("T66")
 def test_connections_leave_descriptors_for_everything_else() -> None:
     assert [most_connections(n) for n in (64, 1024, 20_000, 1 << 16)] == [32, 768, 16_384, 16_384]
     assert limits.raise_descriptor_limit() >= 64

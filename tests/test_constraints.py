@@ -189,6 +189,7 @@ def test_a_grammar_that_cannot_be_used_is_refused_alone(driver: Driver) -> None:
     assert "grammar" in (driver.outputs["bad"][-1].error or "")
 
 
+@pytest.mark.reliability("T23")
 def test_a_grammar_that_exceeds_its_limits_ends_its_own_sequence(driver: Driver) -> None:
     """Every step of `((a{1,1000}){1,1000}){1,1000}` makes more states."""
     driver.submit("dear", PROMPT, constraint=Constraint("start: /((a{1,1000}){1,1000}){1,1000}/"), max_tokens=400)

@@ -36,6 +36,7 @@ def test_the_folder_and_what_is_written_later_are_private(tmp_path: Path) -> Non
         assert [mode(path) for path in (folder, folder / "file", folder / "below")] == [0o700, 0o600, 0o700]
 
 
+@pytest.mark.reliability("T11")
 def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "file"
     file.write_text("")
@@ -51,6 +52,7 @@ def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path, monkeypatch: pyte
         data_folder.prepare(theirs)
 
 
+@pytest.mark.reliability("T14")
 def test_a_second_server_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
     """By a process that has the folder open, and that the message names."""
     hold = "from adapters.registry.folder_lock import lock; import sys; lock(sys.argv[1]); print('held', flush=True)"

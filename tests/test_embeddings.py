@@ -102,7 +102,7 @@ def test_a_preempted_prompt_is_pooled_once(
         while (seq := driver.engine._live.by_id["embedded"]).num_computed_tokens < 16 * steps:
             driver.step()
         assert len(driver.engine._in_flight) == overlap
-        scheduler._preempt(seq)
+        scheduler.requeue(seq)
         driver.run()
         assert_equal(embedding(driver, "embedded"), world.reference("dora", prompt, pooling))
 

@@ -97,6 +97,7 @@ def next_logits(driver: Driver) -> dict[str, torch.Tensor]:
 # -- many adapters in one batch ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.reliability("T55")
 def test_every_stream_of_a_mixed_batch_is_that_of_peft_alone(drivers: Drivers, adapters: dict[str, Path]) -> None:
     """Six adapters and the base over three slots, two streams each, prefilled in chunks."""
     driver = drivers.make(adapter_slots=3, max_batch_tokens=32)
@@ -135,6 +136,7 @@ def test_the_logits_of_a_mixed_batch_are_those_of_peft_alone(
         torch.testing.assert_close(got[name], expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.reliability("T55")
 @pytest.mark.parametrize("decoding", [False, True])
 def test_base_rows_have_the_bits_of_an_engine_without_adapters(
     drivers: Drivers, adapters: dict[str, Path], decoding: bool
@@ -195,6 +197,7 @@ def test_a_prefix_hit_changes_nothing_but_the_work(driver: Driver, adapters: dic
     assert driver.steps[-1].stats.prefix_hits == 64
 
 
+@pytest.mark.reliability("T51")
 def test_a_prefix_is_never_shared_across_adapters_versions_or_salts(
     driver: Driver, adapters: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -241,6 +244,7 @@ def test_a_long_prompt_beside_a_stream_is_cut_by_time_and_its_tokens_stay_the_sa
 # -- memory ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.reliability("T47")
 def test_preempted_sequences_give_exactly_the_tokens_they_would_alone(
     drivers: Drivers, adapters: dict[str, Path]
 ) -> None:
@@ -270,6 +274,7 @@ def test_seeded_sampling_survives_preemption(drivers: Drivers) -> None:
     assert all(crowded.tokens(f"s{index}") == roomy.tokens(f"s{index}") for index in range(3))
 
 
+@pytest.mark.reliability("T40")
 @pytest.mark.parametrize("state", ["waiting", "prefilling", "decoding", "waiting for an adapter"])
 def test_an_abort_frees_everything_within_one_step(drivers: Drivers, adapters: dict[str, Path], state: str) -> None:
     driver = drivers.make(adapter_slots=1, max_num_seqs=1 if state == "waiting" else 4, max_batch_tokens=16)
@@ -311,6 +316,7 @@ def assert_the_cache_is_finite(driver: Driver) -> None:
     assert all(torch.isfinite(tensor).all() for tensor in (*cache.keys, *cache.values))
 
 
+@pytest.mark.reliability("T55")
 @pytest.mark.parametrize("victim", ["s0", "s1", "s2"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_nan_ends_its_own_sequence_and_is_never_read_again(driver: Driver, victim: str, temperature: float) -> None:
@@ -342,6 +348,7 @@ def test_a_nan_ends_its_own_sequence_and_is_never_read_again(driver: Driver, vic
     assert driver.tokens("again") == clean[victim]
 
 
+@pytest.mark.reliability("T58")
 def test_an_adapter_that_overflows_ends_its_own_requests_only(
     driver: Driver, adapters: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -495,6 +502,7 @@ def test_a_load_is_tried_anew_after_an_old_failure(
     assert driver.settled(MoveAdapter(1, digest, "device")) is None
 
 
+@pytest.mark.reliability("T42")
 def test_reads_that_nobody_waits_for_any_more_are_dropped(
     driver: Driver, adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -622,6 +630,7 @@ def test_a_pin_that_is_on_its_way_does_not_come_back_after_its_end(
     assert driver.engine.residency.where(digest) != "device"
 
 
+@pytest.mark.reliability("T41")
 def test_an_adapter_that_is_deleted_while_it_loads_leaves_no_memory_behind(
     driver: Driver, adapters: dict[str, Path]
 ) -> None:
@@ -637,6 +646,7 @@ def test_an_adapter_that_is_deleted_while_it_loads_leaves_no_memory_behind(
 # -- how an answer ends ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.reliability("T41")
 def test_a_retired_version_goes_when_its_last_sequence_ends(driver: Driver, adapters: dict[str, Path]) -> None:
     """Running and waiting sequences keep it; then device and host memory are free, even if it was pinned."""
     digest = driver.add_adapter(next(iter(adapters.values())))
@@ -722,6 +732,7 @@ def test_an_answer_ends_at_the_longest_sequence_the_model_takes(drivers: Drivers
     assert (len(driver.tokens("s")), driver.finish_reason("s")) == (32 - prompt_length, "length")
 
 
+@pytest.mark.reliability("T47")
 def test_the_longest_sequence_fits_the_cache_to_the_last_block(drivers: Drivers) -> None:
     driver = drivers.make(kv_cache_bytes=4 * BLOCK_BYTES)
     assert driver.info.max_model_len == 48

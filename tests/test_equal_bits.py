@@ -39,6 +39,7 @@ def sampled(driver: Driver, name: str, digest: str | None) -> list[object]:
     return [(output.token_ids, output.logprobs) for output in driver.outputs[name]]
 
 
+@pytest.mark.reliability("T55")
 def test_a_seeded_sequence_is_the_same_alone_and_beside_others(
     drivers: tuple[Driver, Driver, list[str | None]],
 ) -> None:

@@ -54,6 +54,7 @@ def faulty(driver: Driver, monkeypatch: pytest.MonkeyPatch, *guilty: str) -> lis
     return tried
 
 
+@pytest.mark.reliability("T48")
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("max_batch_tokens", [16, 512])
 def test_a_step_that_fails_ends_the_guilty_sequence_alone(
@@ -78,6 +79,7 @@ def test_a_step_that_fails_ends_the_guilty_sequence_alone(
     assert_the_cache_is_finite(driver)
 
 
+@pytest.mark.reliability("T48")
 @pytest.mark.parametrize("overlap", [False, True])
 def test_a_step_whose_tokens_cannot_be_collected_is_computed_again(
     drivers: Drivers, monkeypatch: pytest.MonkeyPatch, overlap: bool
@@ -108,6 +110,7 @@ def test_a_step_whose_tokens_cannot_be_collected_is_computed_again(
     assert_the_cache_is_finite(driver)
 
 
+@pytest.mark.reliability("T48")
 def test_an_engine_that_can_compute_nothing_is_broken(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(driver.engine._runner, "run", Mock(side_effect=RuntimeError("no")))
     for index in range(MAX_FAILED_STEPS):

@@ -62,6 +62,7 @@ def test_absent_keys_have_pefts_defaults() -> None:
     assert (found.r, found.lora_alpha, found.target_modules) == (defaults.r, defaults.lora_alpha, None)
 
 
+@pytest.mark.reliability("T3")
 @pytest.mark.parametrize(
     ("key", "value"),
     [
@@ -248,6 +249,7 @@ config_values = st.recursive(
 config_keys = st.sampled_from(sorted({*SERVED_KEYS, *REFUSED_KEYS, *HARMLESS_KEYS})) | st.text(max_size=5)
 
 
+@pytest.mark.reliability("T9")
 @settings(max_examples=300, deadline=None)
 @given(st.dictionaries(config_keys, config_values, max_size=6))
 def test_any_config_is_settings_or_problems(config: dict[str, Any]) -> None:
@@ -259,6 +261,7 @@ def test_any_config_is_settings_or_problems(config: dict[str, Any]) -> None:
         assert math.isfinite(found.scaling("model.layers.0.self_attn.q_proj"))
 
 
+@pytest.mark.reliability("T9")
 @settings(max_examples=100, deadline=None)
 @given(st.binary(max_size=100))
 def test_any_bytes_are_settings_or_problems(data: bytes) -> None:

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from adapters.errors import NoSpace
-from adapters.records import Inspected
+from adapters.records import Inspected, PendingAdapter
 from adapters.registry import spare_space
 from adapters.registry.registry import AdapterRegistry
 from adapters.registry.store import AdapterStore
-from tests.fixtures.api_server import adapter_files, assert_error, serving
+from tests.fixtures.api_server import adapter_files, assert_error, secret, serving
+from tests.test_auth import bearer, ring
 from tests.test_store import ONE, put
 
 IN_A_SMALL_DISK = """
@@ -59,6 +60,7 @@ def publish(registry: AdapterRegistry, name: str, nbytes: int) -> None:
         registry.publish(name, Inspected(digest, 1, ("q_proj",), nbytes, {}), folder)
 
 
+@pytest.mark.reliability("T11")
 def test_adapters_can_be_deleted_from_a_full_disk(tmp_path: Path) -> None:
     unshare = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--user", "--map-root-user", "--mount"]
     if shutil.which("unshare") is None or subprocess.run([*unshare, "true"], capture_output=True).returncode:
@@ -90,6 +92,7 @@ def test_space_is_set_aside_spent_and_set_aside_again(tmp_path: Path) -> None:
         spare.spend_on(lambda: (_ for _ in ()).throw(NoSpace("still full")))
 
 
+@pytest.mark.reliability("T11")
 def test_an_upload_leaves_space_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = AdapterStore(tmp_path / "store")
     usage = shutil.disk_usage(tmp_path)
@@ -123,3 +126,48 @@ async def test_all_adapters_together_have_a_quota(tmp_path: Path) -> None:
         assert (await api.upload("again", seed=1)).status_code == 201  # stored already
         assert (await api.http.delete("/v1/adapters/a-0")).status_code == 200
         assert (await api.upload("a-2", seed=2)).status_code == 201
+
+
+QUOTAS = """
+[[keys]]
+name = "tenant"
+key = "{key}"
+scopes = ["infer", "admin"]
+adapters = ["a-0", "a-1", "a-2"]
+{limit}
+
+[[keys]]
+name = "other"
+key = "{other}"
+scopes = ["infer", "admin"]
+"""
+
+
+@pytest.mark.reliability("T11")
+async def test_the_adapters_of_a_key_have_a_quota_of_number_and_bytes(tmp_path: Path) -> None:
+    size = len(adapter_files(0)["adapter_model.safetensors"])
+    mine, other = secret("tenant"), secret("other")
+    for limit, says in (("max_adapters = 2", "2 adapters"), (f"max_adapter_bytes = {5 * size // 2}", "bytes")):
+        keys = ring(tmp_path, QUOTAS.format(key=mine, other=other, limit=limit))
+        async with serving(tmp_path / says, keys=keys) as api:
+            api.http.headers.update(bearer(mine))
+            for seed in (0, 1):
+                assert (await api.upload(f"a-{seed}", seed=seed)).status_code == 201
+            assert says in assert_error(await api.upload("a-2", seed=2), 507, "insufficient_storage")["message"]
+            assert (await api.upload("a-1", seed=0, replace="true")).status_code == 201  # has no new bytes or name
+            api.http.headers.update(bearer(other))
+            assert (await api.upload("b", seed=2)).status_code == 201
+            api.http.headers.update(bearer(mine))
+            assert (await api.http.delete("/v1/adapters/a-1")).status_code == 200
+            assert (await api.upload("a-2", seed=2)).status_code == 201
+
+
+async def test_adapters_that_are_fetched_in_the_background_count(tmp_path: Path) -> None:
+    keys = ring(tmp_path, QUOTAS.format(key=secret("tenant"), other=secret("other"), limit="max_adapters = 1"))
+    async with serving(tmp_path / "server", keys=keys, allow_source=(f"file://{tmp_path}",)) as api:
+        api.http.headers.update(bearer(secret("tenant")))
+        api.context.registry.remember(PendingAdapter("a-0", "file:///x", replacing=False, pinned=False, created=1))
+        body = {"name": "a-1", "source": f"file://{tmp_path}/x", "lazy": True}
+        assert_error(await api.http.post("/v1/adapters", json=body), 507, "insufficient_storage")
+        assert_error(await api.upload("a-1"), 507, "insufficient_storage")
+        assert (await api.upload("a-0")).status_code == 201

@@ -183,6 +183,7 @@ while True:
 """
 
 
+@pytest.mark.reliability("T10")
 @pytest.mark.slow
 def test_a_kill_at_any_moment_leaves_what_the_next_upload_heals(tmp_path: Path) -> None:
     moments = random.Random(1)

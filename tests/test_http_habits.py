@@ -163,6 +163,7 @@ def test_a_stream_begins_before_its_first_token(tmp_path: Path, monkeypatch: pyt
         server.wait_idle()
 
 
+@pytest.mark.reliability("T40")
 def test_a_client_that_leaves_before_the_first_token_ends_its_sequence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,6 +176,7 @@ def test_a_client_that_leaves_before_the_first_token_ends_its_sequence(
         assert len(server.engine.aborted) == 1
 
 
+@pytest.mark.reliability("T63")
 def test_a_failure_after_the_head_is_an_error_frame(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streaming, "HEAD_SECONDS", 0.01)
     with listening(tmp_path) as server, httpx.Client(base_url=server.url, timeout=HANG_SECONDS) as client:

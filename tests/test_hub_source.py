@@ -175,6 +175,7 @@ def test_the_environment_says_where_the_hub_is(remote: Remote, tmp_path: Path) -
     assert "hf_secret" not in done.stderr
 
 
+@pytest.mark.reliability("T7")
 @pytest.mark.parametrize(
     "source",
     [
@@ -268,6 +269,7 @@ def test_a_pull_request_that_is_allowed_is_fetched(remote: Remote, tmp_path: Pat
     assert copy_from("hf://org/repo@pr%2F1", allowed, tmp_path, max_bytes=LIMIT) == f"hf://org/repo@{COMMIT}"
 
 
+@pytest.mark.reliability("T7")
 def test_a_redirect_to_another_host_is_not_followed(remote: Remote, tmp_path: Path) -> None:
     """`localhost` is another name than the hub's, and could be a machine of this network."""
     with remote_servers.hub() as elsewhere:

@@ -209,6 +209,7 @@ def test_a_reset_forgets_prefixes_and_changes_no_output(driver: Driver) -> None:
     run_until(driver, "a", 18)  # its own blocks, some of them full
     assert driver.outputs["a"][0].num_cached_tokens > 0
     ask(driver, ResetPrefixCache(1))
+    driver.run()
     driver.submit("b", PROMPT, max_tokens=20)
     driver.run()
     assert driver.outputs["b"][0].num_cached_tokens == 0

@@ -97,6 +97,8 @@ def test_every_field_survives_a_rewrite(tmp_path: Path) -> None:
         max_concurrent=1,
         requests_per_minute=2,
         tokens_per_minute=3,
+        max_adapters=4,
+        max_adapter_bytes=5,
     )
     write_keys_file(file, [entry])
     assert read_keys_file(file) == [entry]

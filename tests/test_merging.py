@@ -138,7 +138,7 @@ def test_without_drain_others_refuse_it_whenever_they_come() -> None:
     world.ready()
     assert world.replies() == [(2, "busy")] and world.state == "none"
     world.step(30)
-    assert not world.scheduler.has_work()
+    assert not (world.scheduler.waiting or world.scheduler.running)
 
 
 def test_with_drain_what_came_before_finishes_and_what_came_later_waits() -> None:

@@ -83,6 +83,7 @@ def test_errors_become_the_client_s_own(server: LiveServer, client: openai.OpenA
         client.chat.completions.create(model=BASE, messages=HI, stream=True)  # type: ignore[arg-type]
 
 
+@pytest.mark.reliability("T63")
 @pytest.mark.parametrize("after", [1, 10])
 def test_a_stream_that_fails_raises(server: LiveServer, client: openai.OpenAI, after: int) -> None:
     server.engine.fail_after = after

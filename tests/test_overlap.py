@@ -128,6 +128,7 @@ def test_a_stop_is_computed_once_more_and_said_once(driver: Driver, events: list
     assert_the_cache_is_finite(driver)
 
 
+@pytest.mark.reliability("T40")
 def test_an_abort_in_flight(driver: Driver) -> None:
     for name in ("ours", "other"):
         driver.submit(name, prompt_of(9, len(name)), max_tokens=12)

@@ -60,6 +60,7 @@ async def stack() -> AsyncIterator[AsyncExitStack]:
         yield made
 
 
+@pytest.mark.reliability("T60")
 @pytest.mark.slow
 async def test_a_killed_engine_is_noticed_replaced_and_leaves_nothing_behind(
     llama_folder: Path, tmp_path: Path, stack: AsyncExitStack, monkeypatch: pytest.MonkeyPatch
@@ -113,6 +114,7 @@ async def test_a_killed_engine_is_noticed_replaced_and_leaves_nothing_behind(
     assert len(folders) == 2 and not any(folder is not None and folder.exists() for folder in folders)
 
 
+@pytest.mark.reliability("T61")
 @pytest.mark.slow
 async def test_an_engine_that_hangs_is_replaced(
     llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -175,6 +177,7 @@ async def test_an_engine_that_breaks_says_whose_fault_it_was_and_is_replaced(tmp
         await client.stop()
 
 
+@pytest.mark.reliability("T64")
 async def test_stopping_while_the_model_loads_leaves_nothing_behind(llama_folder: Path, tmp_path: Path) -> None:
     transport = make_transport(llama_folder, tmp_path)
     client = EngineClient(transport)

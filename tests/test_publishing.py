@@ -206,6 +206,7 @@ async def test_each_door_refuses_a_bad_adapter_in_the_same_words(kind: str, tmp_
     assert len(set(words.values())) == 1 and words["upload"], words
 
 
+@pytest.mark.reliability("T18")
 @every_door
 async def test_what_is_served_stays_when_its_replacement_is_refused(
     door: Door, tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch

@@ -143,6 +143,7 @@ def play(driver: Driver, seed: int, digests: list[str], merges: bool) -> None:
     driver.run()
 
 
+@pytest.mark.reliability("T40", "T54")
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("merges", [False, True])  # into whose weights no adapter goes that sees only a prompt's end
 @pytest.mark.parametrize("seed", range(5))
@@ -200,6 +201,7 @@ def put_in_place(driver: Driver, others: dict[str, str]) -> None:
     driver.engine.handle = changed  # type: ignore[method-assign]
 
 
+@pytest.mark.reliability("T54")
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("merges", [False, True])
 @pytest.mark.parametrize("seed", range(3))
@@ -332,6 +334,7 @@ def through_trouble(make: Make, folders: list[Path], seed: int, merges: bool, ov
     return troubled
 
 
+@pytest.mark.reliability("T43")
 @pytest.mark.parametrize(("merges", "overlap"), [(False, True), (True, False)])
 def test_whatever_fails_an_answer_is_whole_or_says_that_it_is_not(
     make: Make, folders: list[Path], merges: bool, overlap: bool
@@ -340,6 +343,7 @@ def test_whatever_fails_an_answer_is_whole_or_says_that_it_is_not(
     assert troubled.crashes and troubled.failures and troubled.passed
 
 
+@pytest.mark.reliability("T43")
 @pytest.mark.slow
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("merges", [False, True])

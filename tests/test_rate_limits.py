@@ -131,6 +131,7 @@ def test_a_deleted_adapter_leaves_nothing_and_what_runs_for_it_may_end(clock: Cl
     assert not rates._adapters
 
 
+@pytest.mark.reliability("T36")
 @pytest.mark.parametrize("seed", range(10))
 def test_coming_back_when_told_to_works_and_coming_earlier_does_not(seed: int, clock: Clock) -> None:
     """Unless others use it up meanwhile. `Retry-After` is in whole seconds: at most one too long."""
@@ -162,6 +163,7 @@ def limited(folder: Path, **limits: int) -> KeyRing:
     return ring(folder, text)
 
 
+@pytest.mark.reliability("T36")
 async def test_a_key_at_its_limit_gets_429_and_others_do_not(tmp_path: Path) -> None:
     async with standing_still(tmp_path, keys=limited(tmp_path, requests_per_minute=2)) as api:
         api.http.headers.update(bearer(secret("x")))
@@ -240,6 +242,7 @@ def test_limits_that_cannot_be_meant(tmp_path: Path, line: str) -> None:
         ring(tmp_path, f"[[keys]]\nname = 'a'\nkey = '{secret('x')}'\n{line}")
 
 
+@pytest.mark.reliability("T36")
 async def test_refused_requests_count_and_429_do_not(tmp_path: Path) -> None:
     async with standing_still(tmp_path, keys=limited(tmp_path, requests_per_minute=3)) as api:
         api.http.headers.update(bearer(secret("x")))

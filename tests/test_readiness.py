@@ -39,6 +39,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.reliability("T62")
 async def test_readiness_waits_for_the_start(tmp_path: Path) -> None:
     async with serving(tmp_path) as api:
         api.context.startup = startup = Startup(["one", "two"])
@@ -159,6 +160,7 @@ def _free_port() -> int:
         return int(listener.getsockname()[1])
 
 
+@pytest.mark.reliability("T15")
 def test_a_ready_server_has_all_adapters_and_what_failed_is_named(first_ready: list[httpx.Response]) -> None:
     *waits, ready, adapters, merged = first_ready
     assert ready.status_code == 200 and waits

@@ -73,6 +73,7 @@ def examined(data_dir: Path) -> dict[str, str]:
     return found
 
 
+@pytest.mark.reliability("T13")
 @pytest.mark.parametrize("starts", [0, 2])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_names_histories_pins_and_aliases_come_back(loss: str, starts: int, data_dir: Path, before: Any) -> None:
@@ -246,6 +247,7 @@ for i in range(10_000):
 """
 
 
+@pytest.mark.reliability("T10")
 def test_after_a_kill_at_any_moment_the_journal_has_what_was_published(data_dir: Path) -> None:
     moments = random.Random(2)
     for _ in range(3):

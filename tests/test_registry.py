@@ -166,6 +166,7 @@ def watch() -> Watch:
     return Watch()
 
 
+@pytest.mark.reliability("T6")
 @pytest.mark.parametrize("name", NAMES)
 def test_names_that_could_be_paths_are_refused(name: str, registry: AdapterRegistry, watch: Watch) -> None:
     watch.on = True
@@ -244,6 +245,7 @@ def test_everything_unknown_gets_the_same_message(registry: AdapterRegistry) -> 
         assert str(caught.value) == f"The model {model!r} does not exist."
 
 
+@pytest.mark.reliability("T35")
 def test_an_untrusted_model_name_is_escaped(registry: AdapterRegistry) -> None:
     with pytest.raises(AdapterNotFound) as caught:
         registry.resolve("a\r\nFAKE\ud800" + "x" * 10_000)
@@ -389,6 +391,7 @@ DAMAGES: dict[str, tuple[Callable[[AdapterRegistry, Path], None], str]] = {
 }
 
 
+@pytest.mark.reliability("T13")
 @pytest.mark.parametrize("name", DAMAGES)
 def test_damage_stays_with_its_adapter(name: str, registry: AdapterRegistry, data_dir: Path) -> None:
     publish(registry, "good", "v1")
@@ -424,6 +427,7 @@ def test_a_damaged_adapter_can_be_retired_or_rolled_back(registry: AdapterRegist
     again.close()
 
 
+@pytest.mark.reliability("T13")
 @pytest.mark.parametrize("damage", [b"", b"garbage" * 1000, b"SQLite format 3\0" + b"\xff" * 5000, None])
 def test_a_ruined_database_is_set_aside_and_the_files_stay(
     damage: bytes | None, registry: AdapterRegistry, data_dir: Path
@@ -445,6 +449,7 @@ def test_a_ruined_database_is_set_aside_and_the_files_stay(
     again.close()
 
 
+@pytest.mark.reliability("T13")
 def test_a_newer_database_is_not_touched(registry: AdapterRegistry, data_dir: Path) -> None:
     publish(registry, "one", "v1")
     registry.close()
@@ -457,6 +462,7 @@ def test_a_newer_database_is_not_touched(registry: AdapterRegistry, data_dir: Pa
     again.close()
 
 
+@pytest.mark.reliability("T11")
 def test_a_full_disk_leaves_the_old_version(registry: AdapterRegistry, monkeypatch: pytest.MonkeyPatch) -> None:
     before, _ = publish(registry, "one", "v1")
     registry._db.execute(f"PRAGMA max_page_count = {registry._db.execute('PRAGMA page_count').fetchone()[0]}")
@@ -489,6 +495,7 @@ def test_a_second_opener_is_refused_at_once(registry: AdapterRegistry, data_dir:
     AdapterRegistry(data_dir).close()
 
 
+@pytest.mark.reliability("T14")
 def test_another_process_holds_the_folder_until_it_dies(data_dir: Path) -> None:
     command = [sys.executable, "-c", HOLD, str(data_dir)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
@@ -521,6 +528,7 @@ for i in range(10_000):
 """
 
 
+@pytest.mark.reliability("T10")
 def test_kill_at_any_moment_leaves_adapters_absent_or_complete(data_dir: Path) -> None:
     root = str(Path(__file__).parents[1])
     moments = random.Random(0)
@@ -550,6 +558,7 @@ class Crash(BaseException):
     """End of the process: no handler of the registry may catch it and clean up."""
 
 
+@pytest.mark.reliability("T10")
 @pytest.mark.parametrize("step", range(7))
 def test_a_crash_at_each_step_leaves_the_old_version(
     step: int, registry: AdapterRegistry, data_dir: Path, monkeypatch: pytest.MonkeyPatch
@@ -620,6 +629,7 @@ def test_sixteen_threads(registry: AdapterRegistry, data_dir: Path) -> None:
     again.close()
 
 
+@pytest.mark.reliability("T12")
 def test_one_of_many_first_publishers_wins(registry: AdapterRegistry) -> None:
     def attempt(number: int) -> bool:
         try:

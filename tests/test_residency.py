@@ -204,6 +204,7 @@ def times_waited() -> int:
     return resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw if sys.platform == "linux" else 0
 
 
+@pytest.mark.reliability("T46")
 def test_polling_and_requests_return_at_once_while_a_read_hangs(residency: Residency[Weights], tiers: Tiers) -> None:
     tiers.hold("read a")
     residency.acquire("a")
@@ -287,6 +288,7 @@ def test_a_version_just_loaded_is_not_evicted_by_another_that_waits(
         time.sleep(0.0005)
 
 
+@pytest.mark.reliability("T42")
 def test_a_version_requested_and_given_up_blocks_no_other(single: Residency[Weights]) -> None:
     """A version requested by an aborted sequence does not take the slot of a version in use."""
     acquire(single, "a")
@@ -546,6 +548,7 @@ def test_every_change_is_announced(residency: Residency[Weights]) -> None:
     assert announced()
 
 
+@pytest.mark.reliability("T42")
 @pytest.mark.parametrize("seed", range(8))
 def test_after_any_operations_the_accounting_is_right_and_nothing_is_stuck(
     residency: Residency[Weights], tiers: Tiers, seed: int

@@ -130,6 +130,7 @@ HOSTILE: dict[str, bytes] = {
 }
 
 
+@pytest.mark.reliability("T5")
 @pytest.mark.parametrize("name", HOSTILE)
 def test_refuses_a_hostile_file_at_once(name: str, tmp_path: Path) -> None:
     path = tmp_path / "adapter_model.safetensors"
@@ -214,12 +215,14 @@ def check(scratch: Path, data: bytes) -> None:
     assert shapes == {name: (info.dtype, info.shape) for name, info in found.items()}
 
 
+@pytest.mark.reliability("T9")
 @settings(max_examples=200, deadline=None)
 @given(st.binary(max_size=200))
 def test_any_bytes(scratch: Path, data: bytes) -> None:
     check(scratch, data)
 
 
+@pytest.mark.reliability("T9")
 @settings(max_examples=300, deadline=None)
 @given(flips)
 def test_any_flipped_bytes(scratch: Path, changes: list[tuple[int, int]]) -> None:
@@ -229,12 +232,14 @@ def test_any_flipped_bytes(scratch: Path, changes: list[tuple[int, int]]) -> Non
     check(scratch, bytes(data))
 
 
+@pytest.mark.reliability("T9")
 @settings(max_examples=300, deadline=None)
 @given(headers, st.integers(0, 64))
 def test_any_json_header(scratch: Path, header: dict[str, Any], size: int) -> None:
     check(scratch, raw(header, bytes(size)))
 
 
+@pytest.mark.reliability("T9")
 @settings(max_examples=100, deadline=None)
 @given(st.integers(0, len(VALID) - 1))
 def test_any_truncation(scratch: Path, length: int) -> None:

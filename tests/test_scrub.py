@@ -48,6 +48,7 @@ async def samples(api: Api, metric: str) -> dict[str, float]:
     return {k: float(v) for k, _, v in (line.rpartition(" ") for line in lines if line.startswith(metric))}
 
 
+@pytest.mark.reliability("T13")
 @pytest.mark.parametrize("damage", [name for name in DAMAGES if name != "a file too many"])
 async def test_damage_is_marked_logged_and_counted(
     damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture

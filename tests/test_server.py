@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -25,7 +26,14 @@ from adapters.records import PendingAdapter
 from adapters.registry.registry import AdapterRegistry
 from tests.fixtures.adapter_factory import with_peft, write_adapter
 from tests.fixtures.timing import HANG_SECONDS, wait_for
-from tests.fixtures.tiny_server import RunningServer, running_server, sse_events, write_tiny_model
+from tests.fixtures.tiny_server import (
+    RunningServer,
+    running_server,
+    sse_events,
+    start_server,
+    wait_until_ready,
+    write_tiny_model,
+)
 from tests.fixtures.virtual_tokens import generated, write_virtual
 
 VERSIONS = 8
@@ -99,6 +107,7 @@ def answer_of(server: RunningServer, client: httpx.Client, model: str, prompt: s
     return str(server.complete(client, model, prompt)["choices"][0]["text"])
 
 
+@pytest.mark.reliability("T50")
 @pytest.mark.slow
 def test_200_hot_swaps_under_8_streams(server: RunningServer, tiny: Path) -> None:
     """No request fails, every answer is one version's whole answer, and the memory is given back."""
@@ -140,6 +149,7 @@ def test_200_hot_swaps_under_8_streams(server: RunningServer, tiny: Path) -> Non
         assert grown < 64 << 20, f"{grown >> 20} MiB"
 
 
+@pytest.mark.reliability("T57")
 def test_replacing_a_name_changes_new_requests_and_not_running_ones(server: RunningServer, tiny: Path) -> None:
     with server.client() as client, server.client() as other:
         server.upload(client, "moving", tiny / "version-1").raise_for_status()
@@ -203,6 +213,7 @@ def test_adapters_are_scaled_and_composed(server: RunningServer, tiny: Path) -> 
             client.delete(f"/v1/adapters/part-{index}").raise_for_status()
 
 
+@pytest.mark.reliability("T60")
 def test_kill_9_of_the_engine_under_load(server: RunningServer, tiny: Path) -> None:
     """Every running stream gets an error frame at once; the server comes back by itself, adapters included."""
     with server.client() as client:
@@ -240,6 +251,64 @@ def test_kill_9_of_the_engine_under_load(server: RunningServer, tiny: Path) -> N
         client.delete("/v1/adapters/survivor").raise_for_status()
 
 
+@pytest.mark.reliability("T18")
+def test_a_replacement_that_is_refused_changes_no_stream(server: RunningServer, tiny: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny / "model")
+    broken = write_adapter(model, tmp_path / "broken", seed=0, scale=float("inf"))
+    with server.client() as client, ThreadPoolExecutor(STREAMS) as threads:
+        server.upload(client, "steady", tiny / "version-2").raise_for_status()
+        alone = str(server.complete(client, "steady", "hello", max_tokens=200)["choices"][0]["text"])
+        asked = [threads.submit(server.complete, client, "steady", "hello", max_tokens=200) for _ in range(STREAMS)]
+        for _ in range(3):
+            refused = server.upload(client, "steady", broken, replace="true")
+            assert refused.status_code == 422 and refused.json()["error"]["code"] == "adapter_invalid"
+        assert {each.result()["choices"][0]["text"] for each in asked} == {alone}
+        assert answer_of(server, client, "steady") == alone[:16]
+        client.delete("/v1/adapters/steady").raise_for_status()
+
+
+@pytest.mark.reliability("T2")
+def test_the_processes_listen_on_the_one_address_alone(server: RunningServer) -> None:
+    port = int(server.url.rpartition(":")[2])
+    listening = {
+        tuple(connection.laddr)
+        for pid in (server.process.pid, server.engine_pid())
+        for connection in psutil.Process(pid).net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert listening == {("127.0.0.1", port)}
+
+
+@pytest.mark.slow
+@pytest.mark.reliability("T67")
+def test_a_life_in_development_mode_leaves_no_warning(tiny: Path, tmp_path: Path) -> None:
+    """Nothing is left open or never awaited, in either process, over uploads, streams, an abort and the end."""
+    log = tmp_path / "log"
+    environment = {"PYTHONDEVMODE": "1", "PYTHONWARNINGS": "default::ResourceWarning,default::RuntimeWarning"}
+    with log.open("w") as file:
+        flags = ("--port", "0", "--model", str(tiny / "model"), *ENGINE_FLAGS)
+        process = start_server(tmp_path / "data", *flags, environment=environment, log=file)
+        running = RunningServer(*wait_until_ready(process))
+        with running.client() as client:
+            for version in (0, 1):
+                running.upload(client, "lived", tiny / f"version-{version}", replace="true").raise_for_status()
+                assert answer_of(running, client, "lived")
+            body = {"model": "lived", "prompt": "abc", "max_tokens": 500, "stream": True}
+            with client.stream("POST", "/v1/completions", json=body) as answer:
+                next(sse_events(answer.iter_lines()))
+            assert client.post("/v1/chat/completions", json={"model": "nope"}).status_code == 400
+            for path in ("/metrics", "/v1/stats", "/openapi.json", "/v1/adapters"):
+                assert client.get(path).status_code == 200
+            client.delete("/v1/adapters/lived").raise_for_status()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(HANG_SECONDS) == 0
+        assert process.stdout is not None
+        process.stdout.close()
+    told = log.read_text()
+    assert not re.search("ResourceWarning|never awaited|never retrieved|Traceback", told), told
+
+
+@pytest.mark.reliability("T65")
 def test_adapters_survive_a_restart_and_a_kill_9_of_everything(tiny: Path, tmp_path: Path) -> None:
     flags = ("--model", str(tiny / "model"), *ENGINE_FLAGS)
     with running_server(tmp_path, *flags) as running, running.client() as client:
@@ -281,6 +350,7 @@ def test_an_upload_that_is_cut_half_way_leaves_nothing(server: RunningServer) ->
         assert client.get("/v1/adapters/cut").status_code == 404
 
 
+@pytest.mark.reliability("T64")
 def test_sigterm_lets_running_requests_finish(tiny: Path, tmp_path: Path) -> None:
     flags = ("--model", str(tiny / "model"), *ENGINE_FLAGS, "--drain-timeout", str(HANG_SECONDS))
     with running_server(tmp_path, *flags) as running:
@@ -339,6 +409,7 @@ def test_what_a_server_had_not_fetched_is_fetched_by_the_next(tiny: Path, tmp_pa
         assert running.complete(client, "late", "abc")["usage"]["completion_tokens"] == 16
 
 
+@pytest.mark.reliability("T64")
 def test_a_server_ends_while_it_is_fetching(tiny: Path, tmp_path: Path) -> None:
     """And the next one would go on with it."""
     flags = ("--model", str(tiny / "model"), "--allow-source", "hf://org", *ENGINE_FLAGS)
@@ -352,6 +423,7 @@ def test_a_server_ends_while_it_is_fetching(tiny: Path, tmp_path: Path) -> None:
     registry.close()
 
 
+@pytest.mark.reliability("T14")
 def test_a_second_server_on_the_same_data_is_refused(server: RunningServer, tiny: Path) -> None:
     data_dir = str(data_dir_of(server))
     command = [sys.executable, "-m", "server", "serve", "--port", "0", "--model", str(tiny / "model")]
@@ -360,6 +432,7 @@ def test_a_second_server_on_the_same_data_is_refused(server: RunningServer, tiny
     assert str(server.process.pid) in ended.stderr and "Traceback" not in ended.stderr
 
 
+@pytest.mark.reliability("T35")
 def test_json_logs_are_one_object_a_line(tiny: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "server", "serve", "--port", "0", "--log-format", "json"]
     command += ["--model", str(tiny / "model"), "--data-dir", str(tmp_path), *ENGINE_FLAGS]

@@ -31,6 +31,7 @@ def made_key(file: Path, name: str, *scopes: str) -> dict[str, str]:
     return bearer(result.output.strip())
 
 
+@pytest.mark.reliability("T64")
 @pytest.mark.slow
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_streams_with_an_error_event(
@@ -81,6 +82,7 @@ def test_keys_change_under_a_running_server_and_files_are_private(flags: tuple[s
     assert '"action": "reload keys"' in (data / "audit.jsonl").read_text()
 
 
+@pytest.mark.reliability("T64")
 @pytest.mark.slow
 def test_the_next_server_removes_what_killed_ones_left(flags: tuple[str, ...], tmp_path: Path) -> None:
     temporary = tmp_path / "tmp"
@@ -99,6 +101,7 @@ def test_the_next_server_removes_what_killed_ones_left(flags: tuple[str, ...], t
     assert list(temporary.iterdir()) == []
 
 
+@pytest.mark.reliability("T25", "T66")
 @pytest.mark.slow
 def test_a_thousand_idle_connections_leave_the_server_usable(flags: tuple[str, ...], tmp_path: Path) -> None:
     """With 256 descriptors, of which 128 are for connections and 64 of these for one address."""

@@ -7,6 +7,7 @@ import pytest
 from load_tests.soak import operations
 
 
+@pytest.mark.reliability("T43")
 @pytest.mark.slow
 def test_random_operations_with_a_crash(tmp_path: Path) -> None:
     counts = operations(tmp_path, count=200, clients=6, seed=3, crash_every=200)

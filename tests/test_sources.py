@@ -120,12 +120,14 @@ def test_nothing_outside_is_read(root: Path, path: str) -> None:
     assert copied(root) == []
 
 
+@pytest.mark.reliability("T7")
 @pytest.mark.parametrize("what", ["/etc/passwd", "/proc/self/environ", "/dev/zero"])
 def test_no_file_of_the_system(root: Path, what: str) -> None:
     with pytest.raises(SourceNotAllowed):
         fetch(root, f"file://{what}")
 
 
+@pytest.mark.reliability("T7")
 @pytest.mark.parametrize(
     "source",
     [
@@ -170,6 +172,7 @@ def test_links_of_a_folder_that_the_operator_named_lead_anywhere(root: Path) -> 
         copy_from(f"file://{root}/link", NAMED_BY_OPERATOR, root / "into", max_bytes=LIMIT)
 
 
+@pytest.mark.reliability("T7")
 def test_nothing_is_allowed_by_default(root: Path) -> None:
     with pytest.raises(SourceNotAllowed):
         copy_from(f"file://{root}/allowed/one", [], root / "into", max_bytes=LIMIT)
@@ -210,6 +213,7 @@ def test_an_endless_file_stops_at_the_cap(root: Path) -> None:
     assert not (root / "into" / FILES[1]).exists()  # its size is known before anything is copied
 
 
+@pytest.mark.reliability("T1")
 def test_a_pickle_is_named_with_the_command_that_converts_it(root: Path) -> None:
     one = root / "allowed" / "one"
     (one / FILES[1]).rename(one / "adapter_model.bin")

@@ -99,6 +99,7 @@ def test_delete(store: AdapterStore) -> None:
     assert staged(store) == []
 
 
+@pytest.mark.reliability("T6")
 @pytest.mark.parametrize(
     "digest", ["", "..", "../" * 20, "a" * 63, "a" * 65, "A" * 64, "g" * 64, "a" * 64 + "\n", "/" + "a" * 63]
 )
@@ -109,6 +110,7 @@ def test_only_digests_reach_the_disk(store: AdapterStore, digest: str) -> None:
         store.delete(digest)
 
 
+@pytest.mark.reliability("T11")
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk_is_no_space(store: AdapterStore, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(NoSpace), store.stage():
@@ -155,6 +157,7 @@ def test_bytes_are_on_disk_before_the_folder_is_in_its_place(
     assert order[position + 1 :] == ["11", "store"]
 
 
+@pytest.mark.reliability("T12")
 def test_many_threads_store_one_content_once(store: AdapterStore) -> None:
     with ThreadPoolExecutor(16) as pool:
         places = list(pool.map(lambda _: put(store, ONE), range(32)))

@@ -75,6 +75,7 @@ def test_token_bytes_are_exact(tokenizer: Tokenizer) -> None:
     assert tokenizer.token_bytes(10_000) == b""
 
 
+@pytest.mark.reliability("T24")
 async def test_text_that_cannot_fit_is_refused_before_tokenizing(tokenizer: Tokenizer) -> None:
     with pytest.raises(ApiError) as refused:
         await tokenizer.encode("x" * 161, 10)

@@ -104,6 +104,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 ]
 
 
+@pytest.mark.reliability("T24")
 @pytest.mark.parametrize(("parts", "where"), REFUSED)
 def test_refused_by_name_before_anything_is_built(
     parts: dict[str, Any], where: str, monkeypatch: pytest.MonkeyPatch
@@ -269,6 +270,7 @@ def test_the_measure_sees_a_quadratic_expression() -> None:
     assert growth(normalizers.Replace(Regex(r" +▁"), "").normalize_str, " ") > LINEAR
 
 
+@pytest.mark.reliability("T24")
 @pytest.mark.slow
 @pytest.mark.parametrize("expression", sorted(SPLITS))
 def test_the_known_expressions_are_linear(expression: str) -> None:
@@ -277,6 +279,7 @@ def test_the_known_expressions_are_linear(expression: str) -> None:
         assert growth(lambda text: split.pre_tokenize_str(text + "x"), unit) < LINEAR, unit
 
 
+@pytest.mark.reliability("T24")
 @pytest.mark.parametrize("replacement", sorted(REPLACEMENTS))
 def test_the_known_replacements_are_linear_and_never_grow(replacement: tuple[str, str, str]) -> None:
     kind, pattern, content = replacement
@@ -287,6 +290,7 @@ def test_the_known_replacements_are_linear_and_never_grow(replacement: tuple[str
         assert growth(lambda text: replace.normalize_str(text + "x"), unit) < LINEAR, unit
 
 
+@pytest.mark.reliability("T24")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_admitted_tokenizers_are_linear(name: str) -> None:

@@ -7,8 +7,8 @@ from typing import Any, BinaryIO
 
 import httpx
 import pytest
-import safetensors.torch
 
+from adapters.load import map_tensors
 from adapters.peft import digest as digests
 from adapters.peft.safetensors_header import TensorInfo
 from adapters.peft.tensor_bytes import read_chunks
@@ -39,13 +39,12 @@ class Reads:
         self.hashes += 1
         return _digest(*arguments)
 
-    def load_file(self, *arguments: Any) -> Any:
+    def map_tensors(self, *arguments: Any) -> Any:
         self.loads += 1
-        return _load_file(*arguments)
+        return map_tensors(*arguments)
 
 
 _digest = digests._scan
-_load_file = safetensors.torch.load_file
 
 
 def replace_everywhere(monkeypatch: pytest.MonkeyPatch, function: Callable[..., Any], other: Any) -> None:
@@ -61,7 +60,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
     found = Reads()
     replace_everywhere(monkeypatch, read_chunks, found.read_chunks)
     monkeypatch.setattr(digests, "_scan", found.digest)
-    replace_everywhere(monkeypatch, safetensors.torch.load_file, found.load_file)
+    replace_everywhere(monkeypatch, map_tensors, found.map_tensors)
     return found
 
 

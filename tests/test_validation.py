@@ -172,6 +172,7 @@ def test_names_with_an_adapters_name_inside(folder: Path, spec: ModelSpec) -> No
     assert all(torch.equal(after[module].a, before[module].a) for module in before)
 
 
+@pytest.mark.reliability("T5")
 def test_odd_but_finite_numbers_are_served(folder: Path, spec: ModelSpec) -> None:
     values = torch.tensor([-0.0, 1e-45, 1e-39, -3e38, 3e38])
     change_tensors(folder, lambda t: t[f"{Q0}.lora_A.weight"].view(-1)[:5].copy_(values))
@@ -389,6 +390,7 @@ BAD_TENSORS: dict[str, tuple[Callable[[dict[str, Tensor]], object], str, str]] =
 }
 
 
+@pytest.mark.reliability("T16")
 @pytest.mark.parametrize("name", BAD_TENSORS)
 def test_refuses_bad_tensors_by_name(name: str, folder: Path, spec: ModelSpec) -> None:
     change, code, where = BAD_TENSORS[name]
@@ -408,6 +410,7 @@ def test_half_precision_overflows_at_its_own_limit(folder: Path, spec: ModelSpec
     assert (problem.code, problem.where) == ("nonfinite", f"{Q0}.lora_B.weight")
 
 
+@pytest.mark.reliability("T5")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("position", [0, 12_345, 2_100_000, 2_199_999])
 def test_finds_one_nan_among_millions(dtype: torch.dtype, position: int, tmp_path: Path, plain: Path) -> None:
@@ -420,6 +423,7 @@ def test_finds_one_nan_among_millions(dtype: torch.dtype, position: int, tmp_pat
     assert problem.code == "nonfinite"
 
 
+@pytest.mark.reliability("T16")
 @pytest.mark.parametrize(
     "changes",
     [
@@ -435,6 +439,7 @@ def test_refuses_another_base_smaller_or_larger(changes: dict[str, Any], plain: 
     assert {problem.code for problem in problems} == {"shape_mismatch"}
 
 
+@pytest.mark.reliability("T16")
 def test_refuses_a_deeper_base(model: LlamaForCausalLM, spec: ModelSpec, tmp_path: Path) -> None:
     folder = write_adapter(tiny_llama(num_hidden_layers=3), tmp_path)
     problems = refused(folder, spec)
@@ -443,6 +448,7 @@ def test_refuses_a_deeper_base(model: LlamaForCausalLM, spec: ModelSpec, tmp_pat
     assert len(problems) == 2  # q_proj and v_proj
 
 
+@pytest.mark.reliability("T17")
 def test_refuses_an_adapter_that_touches_nothing(folder: Path) -> None:
     problems = refused(folder, ModelSpec({"transformer.h.0.attn.c_attn": (64, 192)}, max_rank=64))
     assert [problem.code for problem in problems] == ["no_target"]
@@ -484,6 +490,7 @@ def test_excluding_a_part_of_a_target_does_not_excuse_it(exclude_modules: Any, f
     assert [p.found for p in problems if "target_modules" in p.where] == ["up_proj without a tensor"]
 
 
+@pytest.mark.reliability("T17")
 def test_refuses_declared_targets_without_tensors(folder: Path, spec: ModelSpec) -> None:
     change_config(folder, target_modules=["q_proj", "v_proj", "k_proj", "gate_proj"])
     problems = refused(folder, spec)
@@ -533,6 +540,7 @@ LOST: dict[str, tuple[dict[str, Any], str, int]] = {
 }
 
 
+@pytest.mark.reliability("T17")
 @pytest.mark.parametrize("name", LOST)
 def test_refuses_a_file_that_lost_modules(name: str, model: LlamaForCausalLM, spec: ModelSpec, tmp_path: Path) -> None:
     settings, lost, count = LOST[name]
@@ -580,6 +588,7 @@ def test_the_config_may_explain_what_a_file_lacks(explained: dict[str, Any], fol
     assert inspect(folder, spec).report["applied"]["modules"] == 2
 
 
+@pytest.mark.reliability("T17")
 def test_refuses_tensors_that_peft_would_drop(folder: Path, spec: ModelSpec) -> None:
     change_config(folder, target_modules=["q_proj"])
     problems = refused(folder, spec)
@@ -587,6 +596,7 @@ def test_refuses_tensors_that_peft_would_drop(folder: Path, spec: ModelSpec) -> 
     assert all("v_proj" in problem.where for problem in problems)
 
 
+@pytest.mark.reliability("T16")
 def test_refuses_a_rank_above_the_limit(model: LlamaForCausalLM, tmp_path: Path) -> None:
     folder = write_adapter(model, tmp_path, rank_pattern={"layers.1.self_attn.v_proj": 9})
     problems = refused(folder, spec_of(model, max_rank=8))
@@ -596,6 +606,7 @@ def test_refuses_a_rank_above_the_limit(model: LlamaForCausalLM, tmp_path: Path)
     assert "--max-adapter-rank" in problems[0].where
 
 
+@pytest.mark.reliability("T16")
 def test_refuses_a_rank_that_the_tensors_do_not_have(folder: Path, spec: ModelSpec) -> None:
     change_config(folder, rank_pattern={"q_proj": 4})
     problems = refused(folder, spec)
@@ -644,6 +655,7 @@ def test_a_config_is_checked_also_beside_a_broken_file(folder: Path, spec: Model
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 
 
+@pytest.mark.reliability("T1")
 @pytest.mark.parametrize(
     ("data", "found", "expected"),
     [
@@ -669,6 +681,7 @@ def test_a_config_may_be_a_pointer_too(folder: Path, spec: ModelSpec) -> None:
     assert problem.where == CONFIG and "git-lfs" in problem.found and "git lfs pull" in problem.expected
 
 
+@pytest.mark.reliability("T1")
 def test_a_pickle_instead_of_the_weights_is_named(folder: Path, spec: ModelSpec) -> None:
     torch.save(load_file(folder / WEIGHTS), folder / "adapter_model.bin")
     assert inspect(folder, spec)  # beside the weights it is not read
@@ -731,6 +744,7 @@ def test_load_refuses_content_that_changed(folder: Path, spec: ModelSpec) -> Non
     assert [problem.code for problem in caught.value.problems] == ["malformed_file"]
 
 
+@pytest.mark.reliability("T3")
 def test_a_config_imports_nothing(folder: Path, spec: ModelSpec) -> None:
     change_config(folder, auto_mapping={"base_model_class": "x", "parent_library": "antigravity"})
     before = set(sys.modules)

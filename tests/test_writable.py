@@ -73,6 +73,7 @@ def test_a_cache_that_an_operator_has_set_stays(tmp_path: Path, homeless: Path) 
     assert chosen.items() <= os.environ.items() and "TRITON_CACHE_DIR" not in os.environ
 
 
+@pytest.mark.reliability("T66")
 @pytest.mark.usefixtures("homeless")
 def test_temporary_files_move_when_there_is_no_place_for_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     without_temporary_folder(monkeypatch)
@@ -156,6 +157,7 @@ def shared_memory(pid: int) -> list[str]:
     return [place for place in found if "/dev/shm/sem." not in place]
 
 
+@pytest.mark.reliability("T66", "T72")
 @pytest.mark.slow
 def test_a_server_writes_to_its_data_folder_alone_and_needs_no_shared_memory(tmp_path: Path) -> None:
     data = tmp_path / ("data" * 25)  # its sockets' paths are longer than a socket's address may be

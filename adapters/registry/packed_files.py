@@ -17,6 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from adapters.fault_points import fault_point
+
 log = logging.getLogger(__name__)
 
 PACKED_FOLDER = "packed"  # in the data folder
@@ -93,7 +95,9 @@ class PackedFiles:
         try:
             with os.fdopen(handle, "wb") as file:
                 file.writelines(parts)
+            fault_point("packed.written")
             os.replace(temporary, self._path(digest))
+            fault_point("packed.renamed")
         except BaseException:
             with suppress(OSError):
                 os.unlink(temporary)

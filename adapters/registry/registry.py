@@ -5,15 +5,13 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack, closing
-from dataclasses import asdict
-from itertools import islice
 from pathlib import Path
 
-from adapters.errors import AdapterConflict, AdapterNotFound
+from adapters.errors import AdapterConflict
 from adapters.names import check_name
-from adapters.records import AdapterRecord, AdapterVersion, Entry, HistoryEntry, Inspected, PendingAdapter
+from adapters.records import AdapterRecord, AdapterVersion, HistoryEntry, Inspected, PendingAdapter
 from adapters.registry.aliases import BASE_MEMBER, Alias, delete_alias, read_aliases, write_alias
 from adapters.registry.db import (
     connect,
@@ -31,11 +29,14 @@ from adapters.registry.db import (
     transaction,
     update_report,
     write_check,
+    write_pending,
+    write_settings,
 )
 from adapters.registry.folder_lock import RegistryLocked, lock
 from adapters.registry.gc import GarbageCollector, Stored
 from adapters.registry.index import RegistryIndex
 from adapters.registry.journal import Journal, Line, alias_line, name_line, no_alias_line
+from adapters.registry.lookups import Lookups, not_found
 from adapters.registry.packed_files import PACKED_FOLDER, remove_packed
 from adapters.registry.rebuild import Restored, restore
 from adapters.registry.spare_space import SpareSpace
@@ -56,7 +57,7 @@ log = logging.getLogger(__name__)
 RETAINED_VERSIONS = 5
 
 
-class AdapterRegistry:
+class AdapterRegistry(Lookups):
     """All adapters of one data folder, which only one process may open.
 
     Methods may be called from any thread. Readers see the state of the last finished write and never wait. The cost of
@@ -107,58 +108,6 @@ class AdapterRegistry:
             self._is_closed = True
             self._held.close()
 
-    def __len__(self) -> int:
-        return len(self._index)
-
-    def __contains__(self, name: str) -> bool:
-        return self._index.get(name) is not None
-
-    def resolve(self, model: str) -> AdapterRecord:
-        """Return the record that `name` points to now, or the stored version for `name@<12 or more hex digits>`.
-
-        Raises `AdapterNotFound`, with one message for everything that cannot be served.
-        """
-        name, at, version = model.partition("@")
-        entry = self._index.get(name)
-        if entry is not None and at:
-            record = entry.matching(version)
-            if record is not None:
-                return record
-        elif entry is not None and entry.damage is None:
-            return entry.record
-        raise _not_found(model)
-
-    def record(self, name: str) -> AdapterRecord:
-        """Return the record of `name`, damaged or not. Raises `AdapterNotFound`."""
-        return self._entry(name).record
-
-    def records(self, *, limit: int = 100, after: str = "") -> tuple[list[AdapterRecord], bool]:
-        """Return up to `limit` records in name order after the name `after`, damaged ones included; and True if more
-        follow."""
-        found = list(islice(self.walk(after), limit + 1))
-        return found[:limit], len(found) > limit
-
-    def walk(self, after: str = "") -> Iterator[AdapterRecord]:
-        """Iterate over all records in name order after the name `after`, damaged ones included."""
-        return self._index.walk(after)
-
-    def history(self, name: str) -> list[HistoryEntry]:
-        """Return the retained versions of `name`, newest first. Raises `AdapterNotFound`."""
-        return list(self._entry(name).history)
-
-    def version(self, name: str, digest: str) -> AdapterVersion | None:
-        """Return a version of `name`; None if it is no longer stored. Raises `AdapterNotFound`."""
-        record = self._entry(name).matching(digest)
-        return record.version if record else None
-
-    def names_of(self, digest: str) -> list[str]:
-        """Return the names that point to `digest` now, sorted."""
-        return list(self._index.names_of(digest))
-
-    def digests(self) -> set[str]:
-        """Return the digests of all versions that a name points to now."""
-        return self._index.digests()
-
     def stored_bytes(self) -> int:
         """Return the bytes of the weights of all stored versions."""
         with self._writing:
@@ -173,13 +122,15 @@ class AdapterRegistry:
         source: str = "upload",
         replace: bool = False,
         pinned: bool = False,
+        settings: str | None = None,
     ) -> tuple[AdapterRecord, bool]:
         """Store the staged `folder` and point `name` at it: both or neither, also across a crash. A version that is
         held or stored already needs no files in `folder`.
 
         Returns the record, and False when `name` pointed to this content already. `pinned` pins the adapter; it never
-        unpins. A pending adapter of this name is removed from `pending`. Raises `InvalidName`, `AdapterConflict`
-        (reserved, an alias, or taken and not `replace`) or `NoSpace`.
+        unpins. `settings` replace those of the name unless they are None. A pending adapter of this name is removed
+        from `pending`. Raises `InvalidName`, `AdapterConflict` (reserved, an alias, or taken and not `replace`) or
+        `NoSpace`.
         """
         with self._writing:
             self._check_free(name)
@@ -194,7 +145,9 @@ class AdapterRegistry:
                     point(self._db, name, _as_version(inspected), source, pinned, RETAINED_VERSIONS)
                 elif known.record.version.report != inspected.report:
                     update_report(self._db, inspected.digest, json.dumps(inspected.report))
-                self._db.execute("DELETE FROM pending WHERE name = ?", (name,))
+                if settings is not None:
+                    write_settings(self._db, name, settings)
+                delete_pending(self._db, name)
             self._note(name_line(self._db, name))
             self._refresh(name)
             if stored != "same" or self._is_damaged(inspected.digest):  # the version's row is whole now as well
@@ -251,7 +204,7 @@ class AdapterRegistry:
             if target is None and version is None:
                 raise AdapterConflict(f"The adapter '{name}' has no earlier version.")
             if target is None:
-                raise _not_found(f"{name}@{version}")
+                raise not_found(f"{name}@{version}")
             with transaction(self._db):
                 values = (target.version.digest, name)
                 self._db.execute("UPDATE history SET current = (digest = ?) WHERE name = ?", values)
@@ -265,6 +218,16 @@ class AdapterRegistry:
             self._entry(name)
             with transaction(self._db):
                 self._db.execute("UPDATE names SET pinned = ? WHERE name = ?", (pinned, name))
+            self._note(name_line(self._db, name))
+            self._refresh(name)
+            return self._entry(name).record
+
+    def set_settings(self, name: str, settings: str) -> AdapterRecord:
+        """Replace the settings of a name, "" for none, and return its record. Raises `AdapterNotFound` or `NoSpace`."""
+        with self._writing:
+            self._entry(name)
+            with transaction(self._db):
+                write_settings(self._db, name, settings)
             self._note(name_line(self._db, name))
             self._refresh(name)
             return self._entry(name).record
@@ -291,15 +254,18 @@ class AdapterRegistry:
         """
         with self._writing:
             self._check_free(pending.name)
-            with transaction(self._db):
-                values = ":name, :source, :replacing, :pinned, :created, :error"
-                self._db.execute(f"INSERT OR REPLACE INTO pending VALUES ({values})", asdict(pending))
+            write_pending(self._db, pending)
             self.pending = {**self.pending, pending.name: pending}
 
     def forget(self, name: str) -> None:
         """Remove `name` from `pending`, if it is there."""
         with self._writing:
-            self._spare.spend_on(lambda: delete_pending(self._db, name))
+
+            def delete() -> None:
+                with transaction(self._db):
+                    delete_pending(self._db, name)
+
+            self._spare.spend_on(delete)
             self.pending = {key: value for key, value in self.pending.items() if key != name}
 
     def split(self, name: str, weights: Mapping[str, float]) -> Alias:
@@ -327,7 +293,7 @@ class AdapterRegistry:
         """Remove an alias. Raises `AdapterNotFound`."""
         with self._writing:
             if name not in self.aliases:
-                raise _not_found(name)
+                raise not_found(name)
 
             def delete() -> None:
                 with transaction(self._db):
@@ -401,12 +367,6 @@ class AdapterRegistry:
         if name in self.aliases:
             raise AdapterConflict(f"The name '{name}' is an alias; remove its split first.")
 
-    def _entry(self, name: str) -> Entry:
-        entry = self._index.get(name)
-        if entry is None:
-            raise _not_found(name)
-        return entry
-
     def _refresh(self, name: str) -> None:
         """Update the entry of `name` in memory from the database."""
         fresh = read_entries(self._db, self.store, name).get(name)
@@ -416,10 +376,6 @@ class AdapterRegistry:
         self.damaged.pop(name, None)
         if fresh is not None and fresh.damage:
             self.damaged[name] = fresh.damage
-
-
-def _not_found(model: str) -> AdapterNotFound:
-    return AdapterNotFound(f"The model {model[:200]!r} does not exist.")
 
 
 def _as_version(inspected: Inspected) -> AdapterVersion:

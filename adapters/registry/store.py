@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from adapters.errors import AdapterInvalid, NoSpace
+from adapters.fault_points import fault_point
 from adapters.peft.digest import digest_of
 from adapters.peft.files import CONFIG_FILE, FILES, TOKENIZER_FILES
 from adapters.registry.spare_space import check_free_space
@@ -58,6 +59,7 @@ class AdapterStore:
         with _no_space(), suppress(FileNotFoundError):  # the folder may be no adapter
             for path in (*folder.iterdir(), folder):
                 _fsync(path)
+            fault_point("store.flushed")
 
     def commit(self, folder: Path, digest: str) -> Path:
         """Make the staged `folder`, an adapter's files, durable and move it to its place; returns that place.
@@ -73,6 +75,7 @@ class AdapterStore:
             for path in (*(folder / name for name in names), folder):
                 _fsync(path)
             check_free_space(folder)
+            fault_point("store.synced")
             with self._places:
                 if all((place / name).is_file() for name in names):
                     return place
@@ -80,6 +83,7 @@ class AdapterStore:
                 place.parent.mkdir(exist_ok=True)
                 shutil.rmtree(place, ignore_errors=True)  # an incomplete folder: something else deleted a file
                 folder.rename(place)
+            fault_point("store.renamed")
             _fsync(place.parent)
             if is_first:
                 _fsync(self._root)
@@ -103,6 +107,7 @@ class AdapterStore:
                 place.mkdir(parents=True, exist_ok=True)
                 for name in names:
                     os.replace(folder / name, place / name)
+                    fault_point("store.healing")
                 for path in place.iterdir():
                     if path.name not in names:
                         path.unlink()
@@ -152,6 +157,7 @@ class AdapterStore:
                     raise
                 (place / CONFIG_FILE).unlink(missing_ok=True)
                 doomed = place
+        fault_point("store.deleting")
         shutil.rmtree(doomed, ignore_errors=True)
 
     def digests(self) -> list[str]:

@@ -123,7 +123,7 @@ class Simulation:
     def run(self, requests: Iterable[Request]) -> Result:
         coming = deque(requests)
         self._pin()
-        while coming or self.scheduler.has_work():
+        while coming or self.scheduler.waiting or self.scheduler.running:
             self._take_in(coming)
             if not self.step():
                 self._fast_forward(coming)

@@ -168,7 +168,8 @@ class AppContext:
     base_model: str
     base_tokenizer: Tokenizer | None = None  # until the engine is ready
     audit: AuditLog | None = None
-    started: float = field(default_factory=time.time)
+    started: float = field(default_factory=time.time)  # Unix seconds
+    _began: float = field(default_factory=time.monotonic)
     startup: Startup = field(default_factory=lambda: Startup(done=True))
     draining: bool = False  # unready but still serving, because load balancers need time to notice
     accepting: bool = True
@@ -198,7 +199,7 @@ class AppContext:
         config = self.config
         per_adapter = Limits(config.adapter_max_concurrent, config.adapter_rpm, config.adapter_tpm)
         self.rate_limits = RateLimits(per_adapter)
-        self.history = History(self.engine, self.metrics.totals)
+        self.history = History(self.engine, self.metrics)
         self.follow_keys()
 
     def follow_keys(self) -> None:
@@ -234,7 +235,7 @@ class AppContext:
         return self.queue_limits.full
 
     def uptime(self) -> float:
-        return time.time() - self.started
+        return time.monotonic() - self._began
 
     def watch(self) -> None:
         """Connect the metrics to the engine and the registry."""

@@ -37,7 +37,7 @@ PromptLogprobs = list[dict[str, PromptLogprob] | None]  # by token id
 
 
 def requested() -> Any:
-    """A field that a response has only if the request asked for it."""
+    """A field that a response has only if the request asked for it, or if it is set."""
     return Field(None, exclude_if=lambda value: value is None)
 
 
@@ -240,6 +240,9 @@ class ModelBody(Wire):
     parent: str | None
     max_model_len: int | None
     permission: list[ModelPermission] = Field(default_factory=lambda: [ModelPermission()])
+    description: str | None = requested()  # this and the next two: an adapter's, if they are set
+    labels: dict[str, str] | None = requested()
+    defaults: dict[str, Any] | None = requested()
 
 
 class ModelList(Wire):
@@ -264,3 +267,15 @@ class ErrorDetail(Wire):
 
 class ErrorBody(Wire):
     error: ErrorDetail
+
+
+class AnthropicErrorBody(Wire):
+    """An error in the format of Anthropic's API. Its `type` is that API's."""
+
+    type: Literal["error"]
+    error: ErrorDetail
+
+
+class LoraxErrorBody(Wire):
+    error: str
+    error_type: Literal["overloaded", "validation", "generation"]

@@ -7,6 +7,7 @@ from typing import Protocol
 from server.engine.aging import LOAD, NOTHING, PREFIX, ROOM, SLOT
 from server.engine.block_manager import BlockManager
 from server.engine.merge_gate import MergeGate
+from server.engine.shared_tails import copy_tail, is_being_verified, tail_in
 from server.sequence import Sequence
 
 
@@ -88,6 +89,12 @@ class Admission:
             collected += seq.digests
         return lacks
 
+    def release_slots(self, seq: Sequence) -> None:
+        if seq.slots:
+            for digest in seq.digests:
+                self.adapters.release(digest)
+        seq.slots = ()
+
     def _acquire_blocks(self, seq: Sequence, running: list[Sequence]) -> int | None:
         matched = self.blocks.match_prefix(seq) if self.blocks.may_fit(seq) else None
         if matched is None:
@@ -95,15 +102,18 @@ class Admission:
         lacks = self._lacks_blocks(seq, matched, running)
         if lacks is None:
             self.blocks.admit(seq, matched)
+            copy_tail(self.blocks, seq, running)
         return lacks
 
     def _lacks_blocks(self, seq: Sequence, matched: list[int], running: list[Sequence]) -> int | None:
         """Return None if `seq` has the KV blocks to run. It lacks its PREFIX while a running sequence computes blocks
-        that save it at least half of its prefill."""
+        that save it at least half of its prefill, or the last tokens of a prompt that both have."""
         num_missing = seq.num_tokens - len(matched) * self.blocks.block_size
         for other in running:
             num_saved = self.blocks.being_computed(seq, len(matched), other) * self.blocks.block_size
             if num_saved and 2 * num_saved >= num_missing:
+                return PREFIX
+            if is_being_verified(other) and tail_in(other, seq, len(matched), self.blocks.block_size):
                 return PREFIX
         return None if self.blocks.can_admit(seq, matched) else ROOM
 

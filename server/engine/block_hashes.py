@@ -46,14 +46,18 @@ def tokens_of(seq: Sequence, index: int, block_size: int) -> tuple[int, ...]:
 
 def extend_hashes(seq: Sequence, num_full: int, block_size: int) -> None:
     """Compute the hashes of the first `num_full` blocks of a sequence, as far as it lacks them."""
-    first_own = seq.num_virtual_tokens // block_size  # blocks of virtual tokens alone are of all tenants
     for index in range(len(seq.block_hashes), num_full):
-        parent = seq.block_hashes[-1] if seq.block_hashes else chain_seed(seq.chain_merged)
-        if index == first_own:
-            parent = salted(parent, seq.cache_salt, seq.request_salt)
-        for position, merged in seq.weight_changes:
-            if position // block_size == index:
-                parent = reweighted(parent, position, merged)
-        if seq.adapters and index == seq.active_from // block_size:
-            parent = adapted(parent, seq.adapters, seq.active_from)
-        seq.block_hashes.append(block_hash_of(parent, tokens_of(seq, index, block_size)))
+        seq.block_hashes.append(block_hash_of(chain_of(seq, index, block_size), tokens_of(seq, index, block_size)))
+
+
+def chain_of(seq: Sequence, index: int, block_size: int) -> bytes:
+    """Return what the content of a sequence's block depends on, besides the tokens in it."""
+    parent = seq.block_hashes[index - 1] if index else chain_seed(seq.chain_merged)
+    if index == seq.num_virtual_tokens // block_size:  # blocks of virtual tokens alone are of all tenants
+        parent = salted(parent, seq.cache_salt, seq.request_salt)
+    for position, merged in seq.weight_changes:
+        if position // block_size == index:
+            parent = reweighted(parent, position, merged)
+    if seq.adapters and index == seq.active_from // block_size:
+        parent = adapted(parent, seq.adapters, seq.active_from)
+    return parent

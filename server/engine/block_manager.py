@@ -38,6 +38,7 @@ class BlockManager:
     prefix_queries: int = 0  # prompt tokens looked up, in total
     prefix_hits: int = 0  # prompt tokens found, in total
     merged: str = ""  # the version merged into the base model's weights
+    copies: list[tuple[int, int]] = field(default_factory=list)  # blocks to copy before the next step: from, to
     _blocks: list[Block] = field(init=False)
     _free: "OrderedDict[int, None]" = field(init=False)
     _cached: dict[bytes, int] = field(init=False, default_factory=dict)
@@ -160,7 +161,7 @@ class BlockManager:
             seq.weight_changes.append((seq.num_computed_tokens, merged))
 
     def forget_prefixes(self) -> None:
-        """Empty the prefix cache. Blocks of running sequences stay theirs and are shared with no later one."""
+        """Empty the prefix cache. Blocks of running sequences stay theirs and are found by no later one."""
         for block_id in list(self._cached.values()):
             self._forget(self._blocks[block_id])
 

@@ -5,6 +5,7 @@ from collections import deque
 
 from torch import nn
 
+from adapters.fault_points import fault_point
 from adapters.kernels.segments import column_runs
 from adapters.residency.residency import Residency
 from adapters.residency.slots import PAGE_COLUMNS
@@ -151,6 +152,7 @@ class Engine:
         self._steps += 1
         launched = time.perf_counter()
         try:
+            fault_point("engine.step")
             step = self._forward(batch)
         except Exception as error:
             return failed_step(batch, error)
@@ -161,7 +163,7 @@ class Engine:
 
     def _forward(self, batch: ScheduledBatch) -> InFlightStep:
         sampled = [scheduled.seq for scheduled in batch.sequences if scheduled.samples]
-        self._runner.kv_cache.scrub(self.scheduler.take_suspect_blocks())
+        self._runner.kv_cache.prepare(self.scheduler.take_suspect_blocks(), self.scheduler.blocks.copies)
         previous = self._in_flight[-1] if self._in_flight else None
         late = None if previous is None else (previous.placeholders, previous.tokens)
         forward = self._forward_batch(batch, late)

@@ -1,14 +1,14 @@
 """Interruptions of sequences from outside, between two steps: pauses, switches to another version, and resets of the
 prefix cache. Does not use torch."""
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 
 from server.engine.scheduler import Scheduler
 from server.ipc.messages import Abort, Pause, Reply, ResetPrefixCache, Resume, SwitchAdapter
 from server.request import ScaledAdapter
-from server.sequence import Sequence
+from server.sequence import Sequence, SequenceStatus
 
 Interruption = Abort | SwitchAdapter | Pause | Resume | ResetPrefixCache
 
@@ -28,16 +28,16 @@ class Interruptions:
         return bool(self._requests or self._pauses)
 
     def add(self, request: Interruption) -> None:
-        if isinstance(request, Pause):  # sequences that come from now on wait
-            self.scheduler.hold_from = min(self.scheduler.hold_from, self.scheduler.next_number)
+        if isinstance(request, Pause):
+            self.scheduler.pause.close(chain(self.scheduler.running, self.scheduler.waiting))
         self._requests.append(request)
 
     def advance(self, sequences: Mapping[str, Sequence]) -> list[Reply]:
         """Carry out what was requested; return the replies. `sequences` are those that have not ended."""
         requests, self._requests = self._requests, []
         replies = [reply for request in requests for reply in self._carry_out(request, sequences)]
-        if self._pauses and all(seq.number >= self.scheduler.hold_from for seq in sequences.values()):
-            self.scheduler.frozen = True
+        if self._pauses and not any(map(self.scheduler.pause.admits, sequences.values())):
+            self.scheduler.pause.frozen = True
             replies += [Reply(pause.request_id) for pause in self._pauses]
             self._pauses = []
         return replies
@@ -66,21 +66,33 @@ class Interruptions:
                 )
                 adapters = tuple(sorted(changed))
                 self.use(adapters)
-                self.scheduler.switch(seq, adapters)
+                if seq.status is SequenceStatus.RUNNING:
+                    self.scheduler.requeue(seq)
+                _forget_what_was_computed(seq)
+                seq.adapters, seq.switched = adapters, True
 
     def _pause(self, request: Pause, sequences: Mapping[str, Sequence]) -> list[Reply]:
-        self.scheduler.hold_from = min(self.scheduler.hold_from, self.scheduler.next_number)  # after a `Resume`
+        self.scheduler.pause.close(sequences.values())  # a `Resume` may have come between
         if request.mode == "abort":
-            for seq_id in [seq.seq_id for seq in sequences.values() if seq.number < self.scheduler.hold_from]:
-                self.stop(seq_id)
-        if request.mode == "wait" and not self.scheduler.frozen:
+            for seq in filter(self.scheduler.pause.admits, list(sequences.values())):
+                self.stop(seq.seq_id)
+        if request.mode == "wait" and not self.scheduler.pause.frozen:
             self._pauses.append(request)
             return []
-        self.scheduler.frozen = True
+        self.scheduler.pause.frozen = True
         return [Reply(request.request_id)]
 
     def _resume(self, request: Resume) -> list[Reply]:
-        self.scheduler.frozen, self.scheduler.hold_from = False, math.inf
+        self.scheduler.pause.open()
         given_up, self._pauses = self._pauses, []
         why = "the server was resumed before its requests had ended"
         return [Reply(request.request_id), *(Reply(pause.request_id, ("busy", why)) for pause in given_up)]
+
+
+def _forget_what_was_computed(seq: Sequence) -> None:
+    """Forget what the adapters of a waiting sequence have to do with, besides its tokens."""
+    seq.requested, seq.read = False, set()
+    seq.block_hashes, seq.weight_changes = [], []
+    seq.pooled, seq.pooled_to = None, 0
+    if not seq.num_output_tokens:
+        seq.prompt_logprobs = [None] * len(seq.prompt_logprobs)

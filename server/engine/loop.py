@@ -57,7 +57,7 @@ def run_loop(
                 last_emitted = time.monotonic()
         if engine.broken is not None:
             raise EngineBroken(engine.broken)
-        wait = 0.0 if ran else PAUSED_SECONDS if engine.scheduler.frozen else LOADING_SECONDS
+        wait = 0.0 if ran else PAUSED_SECONDS if engine.scheduler.pause.frozen else LOADING_SECONDS
 
 
 def _has_news(message: FromEngine) -> bool:

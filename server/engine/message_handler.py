@@ -132,7 +132,8 @@ class MessageHandler:
         """End a sequence, with what it has generated as its output: nothing, if the first output, which has the numbers
         of the prompt, is still to come. No step may be in flight."""
         seq = self._live.by_id.get(seq_id)
-        lacks_numbers = seq is not None and seq.wants_prompt_numbers and not seq.num_output_tokens
+        wants_numbers = seq is not None and (seq.sampling.pooling or seq.sampling.prompt_logprobs is not None)
+        lacks_numbers = wants_numbers and seq is not None and not seq.num_output_tokens
         self._abort(seq_id, FinishReason.ABORT if lacks_numbers else FinishReason.STOPPED)
 
     def _submit(self, request: Submit, parser: Parser | str | None = None) -> None:

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 
+from adapters.fault_points import fault_point
 from adapters.registry.packed_files import PackedFiles
 from adapters.runtime.pack import PackedAdapter
 from adapters.runtime.packed_format import PackedFileDamaged, PackedLayout, decode, encode
@@ -35,6 +36,7 @@ class PackedReads:
 
     def read(self, digest: str) -> PackedAdapter:
         """Return the version, packed. Raises `AdapterError`."""
+        fault_point("engine.load")
         kept = None if self._reader.is_shared(digest) else self._kept(digest)
         return kept or self._pack(self._reader.read(digest))
 

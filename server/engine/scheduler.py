@@ -14,26 +14,24 @@ later sequences that compete with it until it is admitted (aging.py). Therefore 
 starve, and a slow load delays no other request.
 """
 
-import math
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import chain, count, islice
 from operator import attrgetter
 
 from server.engine.admission import AdapterSlots, Admission
 from server.engine.aging import LOAD, PREFIX, ROOM, Aging
 from server.engine.block_manager import BlockManager
 from server.engine.merge_gate import MergeGate
+from server.engine.pause_gate import PauseGate
 from server.engine.policies import FirstCome, Policy
 from server.engine.prompt_scores import bound_logits
 from server.engine.step_cost import StepBudget
-from server.request import ScaledAdapter
 from server.sequence import ScheduledBatch, ScheduledSequence, Sequence, SequenceStatus
 
 PREFETCH_DEPTH = 32  # number of waiting sequences whose adapters are loaded or prefetched from disk
-_number = attrgetter("number")
 
 
 @dataclass(slots=True)
@@ -54,37 +52,29 @@ class Scheduler:
     gate: MergeGate = field(default_factory=MergeGate)
     policy: Policy = field(default_factory=FirstCome)
     step_budget: StepBudget = field(default_factory=StepBudget)
-    frozen: bool = False  # paused: no sequence takes part in a step
-    hold_from: float = math.inf  # sequences with this number or a later one are not admitted
-    next_number: int = 0
+    pause: PauseGate = field(default_factory=PauseGate)
+    _numbers: Iterator[int] = field(default_factory=count)
     _suspect_blocks: list[int] = field(default_factory=list)
     _aging: Aging = field(init=False)
-    _admission: Admission = field(init=False)
+    admission: Admission = field(init=False)
 
     def __post_init__(self) -> None:
         self._aging = Aging(self.max_wait_steps)
-        self._admission = Admission(self.blocks, self.adapters, self.gate)
+        self.admission = Admission(self.blocks, self.adapters, self.gate)
 
     def add(self, seq: Sequence) -> None:
-        seq.number = self.next_number
-        self.next_number += 1
+        seq.number = next(self._numbers)
         self.waiting.append(seq)
         self.policy.arrived(seq)
 
-    def has_work(self) -> bool:
-        return bool(self.waiting or self.running)
-
     def schedule(self) -> ScheduledBatch:
-        """Distribute the token budget of one step. The batch is empty if all sequences wait for adapters, or in a
-        pause."""
-        if self.frozen:
-            return ScheduledBatch([])
+        """Distribute the token budget of one step. The batch is empty if all sequences wait for adapters."""
         batch: list[ScheduledSequence] = []
         tokens = self.step_budget.tokens(self.running, self.waiting, self.max_batch_tokens)
-        tokens = bound_logits(tokens, self.running, self.waiting, self.max_num_seqs)
+        tokens = 0 if self.pause.frozen else bound_logits(tokens, self.running, self.waiting, self.max_num_seqs)
         budget = self._schedule_running(batch, tokens)
         asking = self._schedule_waiting(batch, budget)
-        had = [(self._admission.needs(scheduled.seq), scheduled.seq.number) for scheduled in batch]
+        had = [(self.admission.needs(scheduled.seq), scheduled.seq.number) for scheduled in batch]
         self._aging.end_step([*had, *((LOAD, seq.number) for seq in asking)] if batch else ())
         batch.sort(key=lambda scheduled: (scheduled.seq.slots, scheduled.seq.adapters))
         return ScheduledBatch(batch)
@@ -111,7 +101,7 @@ class Scheduler:
 
     def failed(self) -> list[tuple[Sequence, str]]:
         """Return waiting sequences whose adapters cannot be loaded, with the reasons."""
-        return [(seq, reason) for seq in self.waiting if (reason := self._admission.failure(seq)) is not None]
+        return [(seq, reason) for seq in self.waiting if (reason := self.admission.failure(seq)) is not None]
 
     def expired(self, now: float) -> list[Sequence]:
         """Return waiting and running sequences whose deadline has passed."""
@@ -119,7 +109,8 @@ class Scheduler:
 
     def _schedule_running(self, batch: list[ScheduledSequence], budget: int) -> int:
         while self._blocks_wanted(budget) > self.blocks.num_free:
-            self._preempt(self.policy.victim(self.running))
+            self.requeue(self.policy.victim(self.running))
+            self.preemptions += 1
         for seq in self.running:  # in order of admission
             if budget and seq.num_tokens > seq.num_computed_tokens:  # otherwise its last token is in flight
                 budget = self._take_part(seq, batch, budget)
@@ -144,22 +135,12 @@ class Scheduler:
             self.policy.charge(seq, generated=1)
         return budget
 
-    def switch(self, seq: Sequence, adapters: tuple[ScaledAdapter, ...]) -> None:
-        """Continue `seq` with other adapters, for which all of its tokens are recomputed."""
-        if seq.status is SequenceStatus.RUNNING:
-            self._requeue(seq)
-        seq.switch(adapters)
-
-    def _preempt(self, seq: Sequence) -> None:
+    def requeue(self, seq: Sequence) -> None:
         """Move `seq` back to its place in the queue; its tokens are recomputed, often from the prefix cache."""
-        self._requeue(seq)
-        self.preemptions += 1
-
-    def _requeue(self, seq: Sequence) -> None:
         self.running.remove(seq)
         self._release(seq)
         seq.status, seq.preempted = SequenceStatus.WAITING, True
-        self.waiting.insert(bisect_left(self.waiting, seq.number, key=_number), seq)
+        self.waiting.insert(bisect_left(self.waiting, seq.number, key=attrgetter("number")), seq)
         self.policy.returned(seq)
 
     def _schedule_waiting(self, batch: list[ScheduledSequence], budget: int) -> list[Sequence]:
@@ -173,7 +154,7 @@ class Scheduler:
         self._aging.begin_step()
         num_places = self.max_num_seqs - len(self.running)
         while budget > 0 and num_places > 0 and (seq := next(candidates, None)) is not None:
-            needs = self._admission.needs(seq)
+            needs = self.admission.needs(seq)
             if self._aging.holds_back(seq, needs):
                 held_back.append(seq)
                 continue
@@ -204,12 +185,12 @@ class Scheduler:
     def _candidates(self) -> Iterator[Sequence]:
         """Return the waiting sequences in the order to consider them. Those that the gate holds are left out: they do
         not age, so they hold back nobody."""
-        admissible = (seq for seq in self.waiting if seq.number < self.hold_from)
+        admissible = filter(self.pause.admits, self.waiting)
         return self.policy.order(admissible if self.gate.owner is None else filter(self.gate.admits, admissible))
 
     def _try_admit(self, seq: Sequence, collected: list[str], may_load: bool) -> int | None:
         """Admit `seq` if it can have all that it needs, and return None. Otherwise return what it lacks."""
-        lacks = self._admission.acquire(seq, self.running, collected, may_load)
+        lacks = self.admission.acquire(seq, self.running, collected, may_load)
         if lacks is None:
             if not seq.preempted:
                 self.policy.charge(seq, prompt=seq.num_tokens - seq.num_ready_tokens)
@@ -232,32 +213,4 @@ class Scheduler:
         self._suspect_blocks += self.blocks.disown_unverified(seq)
         self.blocks.free(seq)
         seq.num_verified_tokens = seq.num_launched_tokens = 0
-        self._release_slots(seq)
-
-    def _release_slots(self, seq: Sequence) -> None:
-        if seq.slots:
-            for adapter in seq.adapters:
-                self.adapters.release(adapter.digest)
-        seq.slots = ()
-
-    # -- merged mode -----------------------------------------------------------------------------------------------
-
-    def enter_base(self) -> None:
-        """Release the slots of all running sequences, which all use the version that was just merged."""
-        self.gate.merged = True
-        self.blocks.change_weights(self.gate.owner or "", self.running)
-        for seq in self.running:
-            self._release_slots(seq)
-
-    def leave_base(self) -> bool:
-        """Acquire slots for all running sequences and open the gate. Returns False, having requested a load, while the
-        adapter is not on the device."""
-        for seq in self.running:
-            if seq.adapters and not seq.slots:
-                slot = self.adapters.acquire(seq.adapters[0].digest)
-                if slot is None:
-                    return False
-                seq.slots = (slot,)
-        self.blocks.change_weights("", self.running)
-        self.gate.open()
-        return True
+        self.admission.release_slots(seq)

@@ -13,6 +13,7 @@ from typing import Any
 
 import zmq
 
+from adapters.fault_points import arm_from_environment, fault_point
 from server import config as settings
 from server.config import ServeConfig
 from server.engine.machine import cpu_quota, schedulable_cores
@@ -26,6 +27,7 @@ def main(serve: Callable[[ServeConfig, Receive, Emit], None] | None = None) -> N
     """Connect to the parent and run `serve` (by default the engine) until it returns."""
     config = settings.load(json.loads(sys.stdin.buffer.readline()))
     folder = sys.argv[1]
+    arm_from_environment()
     threading.Thread(target=_exit_with_parent, args=[folder], daemon=True).start()
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
     inbox, outbox = context.socket(zmq.PULL), context.socket(zmq.PUSH)
@@ -35,6 +37,7 @@ def main(serve: Callable[[ServeConfig, Receive, Emit], None] | None = None) -> N
     outbox.connect(address(Path(folder), "from-engine"))
 
     def emit(message: FromEngine) -> None:
+        fault_point("ipc.to_api")
         outbox.send(encode(message))
 
     try:
@@ -65,6 +68,7 @@ def _serve(config: ServeConfig, receive: Receive, emit: Emit) -> None:
     from server.model.loading.loader import ModelRefused
 
     configure_logging(config.log_format)
+    fault_point("engine.start")
     try:
         engine, info = build_serving_engine(config)
     except ModelRefused as refused:
@@ -106,7 +110,10 @@ def _take_all(inbox: "zmq.Socket[bytes]", timeout: float) -> list[ToEngine]:
         try:
             received.append(decode_to_engine(inbox.recv(zmq.NOBLOCK)))
         except zmq.Again:
-            return received
+            break
+    if received:
+        fault_point("engine.message")
+    return received
 
 
 def _exit_with_parent(folder: str) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import zmq
 import zmq.asyncio
 
+from adapters.fault_points import fault_point
 from server import config as settings
 from server.config import ServeConfig
 from server.ipc.messages import (
@@ -94,6 +95,7 @@ class ProcessTransport:
 
     def send(self, message: ToEngine) -> None:
         """Send a message. If the child is gone, nobody receives it, and `on_exit` is about to say so."""
+        fault_point("ipc.to_engine")
         if self._outbox is not None:
             self._outbox.send(encode(message), zmq.NOBLOCK)
 

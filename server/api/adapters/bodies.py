@@ -1,7 +1,10 @@
 """Response bodies that describe one adapter."""
 
+import json
+
 from adapters.records import AdapterRecord, HistoryEntry, PendingAdapter
 from server.api.adapters.schemas import AdapterBody, State, Traffic, VersionBody
+from server.api.adapters.settings import changed
 from server.api.context import AdapterUse, AppContext
 
 
@@ -25,6 +28,7 @@ def record_body(context: AppContext, record: AdapterRecord) -> AdapterBody:
         traffic=_traffic(use) if use else None,
         error=error,
         report=version.report,
+        **record.settings,
     )
 
 
@@ -80,6 +84,7 @@ def pending_body(context: AppContext, adapter: PendingAdapter) -> AdapterBody:
         traffic=None,
         error=adapter.error,
         report={},
+        **changed({}, json.loads(adapter.settings_json or "{}")),
     )
 
 

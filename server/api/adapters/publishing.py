@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from adapters.errors import AdapterInvalid, AdapterNotFound, NoSpace, Problem
+from adapters.fault_points import fault_point
 from adapters.model_spec import ModelSpec
 from adapters.names import check_name
 from adapters.peft.config_reader import MAX_CONFIG_BYTES, read_json
@@ -16,14 +17,17 @@ from adapters.peft.files import CONFIG_FILE
 from adapters.peft.tokenizer_files import CONFIG, TEMPLATE, read_tokenizer_files
 from adapters.records import Inspected
 from adapters.registry.registry import AdapterRecord
+from adapters.traits import Traits
 from adapters.validation.inspect import inspect
+from server.api.adapters import settings
+from server.api.adapters.quotas import check_room
 from server.api.adapters.running import check_switch, replace_running
-from server.api.adapters.schemas import DeletedBody, InFlight
+from server.api.adapters.schemas import NO_CHANGES, DeletedBody, InFlight, Settings
 from server.api.adapters.selftest import earlier_result, self_tested
 from server.api.adapters.threads import finish_in_thread
 from server.api.context import AppContext
 from server.api.errors import ApiError, model_not_found, unavailable
-from server.api.middleware.auth import Key
+from server.api.middleware.auth import ANYONE, Key
 from server.api.text.template_sandbox import TemplateFailed
 from server.ipc.client import AdapterMoveRefused
 from server.ipc.supervisor import EngineUnavailable
@@ -66,8 +70,9 @@ async def place_for_client(context: AppContext) -> AsyncIterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class Publication:
-    """A request to publish the content of a folder under `name`; `source` is where the content comes from. A dry run
-    ends after the self-test. `in_flight` is what becomes of running requests of the version that is replaced."""
+    """A request to publish the content of a folder under `name`; `source` is where the content comes from, and `key`
+    whose quota it uses. A dry run ends after the self-test. `in_flight` is what becomes of running requests of the
+    version that is replaced."""
 
     name: str
     source: str
@@ -75,6 +80,8 @@ class Publication:
     pinned: bool = False
     dry_run: bool = False
     in_flight: InFlight = "finish"
+    settings: Settings = NO_CHANGES
+    key: Key = ANYONE
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,32 +113,26 @@ async def publish_from(
     spec = context.spec
     with context.registry.store.stage() as folder:
         publication = await fill(folder)
+        fault_point("upload.received")
         check_name(publication.name)
+        await settings.check(context, publication.settings)
         inspected = await _examined(context, publication, folder, spec)
+        settings.check_tokens(context, publication.settings, Traits.of(inspected.report))
         decided = decide(publication, inspected)
         if decided is None:
             return Published(publication.name, inspected)
-        await _check_quota(context, inspected)
+        await check_room(context, decided.key, decided.name, inspected)
         try:
             async with _tested(context, decided, inspected, folder):
                 if decided.dry_run:
                     return Published(publication.name, inspected)
                 published = await _publish(context, decided, inspected, folder)
+                fault_point("publish.published")
         finally:
             collect_later(context)  # last, because it holds the registry's lock
         context.quarantine.forget(inspected.digest)
         await _forget_failure(context, inspected.digest)
         return published
-
-
-async def _check_quota(context: AppContext, inspected: Inspected) -> None:
-    """Raise `NoSpace` if the store may not take a new version. Publications at the same time may exceed the quota by
-    theirs."""
-    quota = context.config.adapter_store_bytes
-    if not quota or inspected.digest in context.registry.store:
-        return
-    if await asyncio.to_thread(context.registry.stored_bytes) + inspected.nbytes > quota:
-        raise NoSpace("The adapters on this server have reached their limit of disk space; delete some first.")
 
 
 def audit_publication(context: AppContext, who: str, published: Published) -> None:
@@ -220,10 +221,17 @@ async def _publish(context: AppContext, publication: Publication, inspected: Ins
     """Point the name at the content and update the engine."""
     name, registry = publication.name, context.registry
     async with context.lock(name):
-        old = _current(context, name)
+        old, changes = _current(context, name), publication.settings.changes()
+        changed = settings.changed(settings.settings_of(context, name), changes)
         check_switch(old, inspected, publication.in_flight)
         write = partial(
-            registry.publish, name, inspected, folder, source=publication.source, replace=publication.replace
+            registry.publish,
+            name,
+            inspected,
+            folder,
+            source=publication.source,
+            replace=publication.replace,
+            settings=settings.as_json(changed) if changes else None,
         )
         record, created = await finish_in_thread(write)
         await replace_running(context, old, record, publication.in_flight)

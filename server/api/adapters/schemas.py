@@ -1,12 +1,14 @@
 """Request and response bodies of the adapter routes."""
 
+import json
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from adapters.names import MAX_NAME
 from adapters.tiers import Tier
+from server.api.requests.defaults import Defaults
 from server.api.schemas import Wire
 
 InFlight = Literal["finish", "switch", "abort"]
@@ -20,6 +22,35 @@ InFlightField = Annotated[
 State = Literal["registered", "loading", "ready", "failed", "draining"]
 Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
 VersionText = Annotated[str, Field(pattern=r"^(sha256:)?[0-9a-f]{12,64}$", max_length=71)]
+
+
+MAX_LABELS = 64
+LabelKey = Annotated[str, Field(min_length=1, max_length=63)]
+LabelValue = Annotated[str, Field(max_length=256)]
+
+
+class Settings(Wire):
+    """Changes in what is stored for a name. A field that is left out stays as it is; null removes what it names, as
+    does null for one label or one of the defaults."""
+
+    model_config = ConfigDict(frozen=True)
+
+    description: str | None = Field(default=None, max_length=4096)
+    labels: dict[LabelKey, LabelValue | None] | None = Field(
+        default=None, max_length=MAX_LABELS, examples=[{"team": "search"}]
+    )
+    defaults: Defaults | None = Field(default=None, description="Fields that apply where a request leaves them out")
+
+    def changes(self) -> dict[str, Any]:
+        """Return what the client wrote, null included."""
+        return self.model_dump(include=set(Settings.model_fields), exclude_unset=True)
+
+
+NO_CHANGES = Settings()
+
+
+class SettingsRequest(Settings):
+    model_config = ConfigDict(extra="forbid")
 
 
 class Traffic(Wire):
@@ -48,6 +79,9 @@ class AdapterBody(Wire):
     in_flight: int
     traffic: Traffic | None = Field(description="Null until the first request")
     error: str | None
+    description: str | None = None
+    labels: dict[str, str] = Field(default_factory=dict)
+    defaults: dict[str, Any] = Field(default_factory=dict, description="Those that are set")
     report: dict[str, Any]
 
 
@@ -65,7 +99,7 @@ class DryRunBody(Wire):
     report: dict[str, Any]
 
 
-class RegisterRequest(Wire):
+class RegisterRequest(Settings):
     name: Name
     source: str = Field(min_length=1, max_length=4096, examples=["file:///srv/adapters/acme"])
     replace: bool = False
@@ -80,13 +114,22 @@ class RegisterRequest(Wire):
         return self
 
 
-class UploadForm(Wire):
-    """The fields of an upload form. The files are streamed to disk and are not part of this model."""
+class UploadForm(Settings):
+    """The fields of an upload form, `labels` and `defaults` as JSON. The files are streamed to disk and are not part of
+    this model."""
 
     name: Name
     replace: bool = False
     pinned: bool = False
     in_flight: InFlightField = "finish"
+
+    @field_validator("labels", "defaults", mode="before")
+    @classmethod
+    def _parsed(cls, value: Any) -> Any:
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            raise PydanticCustomError("value_error", "must be the text of a JSON object") from None
 
 
 class DeletedBody(Wire):

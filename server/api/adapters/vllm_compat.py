@@ -35,7 +35,7 @@ async def load_lora_adapter(body: VllmLoadRequest, context: Context, key: Caller
             name=body.lora_name, source=source, replace=body.load_inplace, lazy=False, in_flight=body.in_flight
         )
         async with publishing.place_for_client(context):
-            published = await fetching.register(context, request)
+            published = await fetching.register(context, request, key)
     except (AdapterConflict, AdapterInvalid) as error:
         raise bad_request(str(error), code=error.code) from None
     except (SourceNotAllowed, SourceNotFound) as error:  # which name the server's folder where the client did not

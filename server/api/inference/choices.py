@@ -81,7 +81,8 @@ class Delta:
 class Choice:
     """One sequence and the state of its text. Without `include_stop`, a token of `stop_ids` that ends the sequence is
     not part of the text. `num_logprobs` is None if no log-probabilities are wanted. `version` is the label of what
-    computes the tokens, until an output has other adapters."""
+    computes the tokens, until an output has other adapters. With `scores_end`, the log-probabilities have those of the
+    token that ended the sequence, so that they are as many as the token ids."""
 
     def __init__(
         self,
@@ -93,6 +94,7 @@ class Choice:
         echo: EchoedPrompt | None = None,
         num_logprobs: int | None = None,
         version: str = BASE_LABEL,
+        scores_end: bool = False,
     ):
         self.index = index
         self.finished = False
@@ -104,6 +106,7 @@ class Choice:
         self._echo = echo  # until the first output
         self._num_logprobs = num_logprobs
         self._version = version
+        self._scores_end = scores_end
         self._text_start = len(echo.text) if echo else 0
 
     def absorb(self, output: SequenceOutput, delta: Delta) -> None:
@@ -123,11 +126,12 @@ class Choice:
             delta.token_ids.append(token_id)
             delta.versions.append(self._version)
             self.num_tokens += 1
-            if text_ends and i == len(output.token_ids) - 1:
-                break  # the token that ended the sequence is counted but is not part of the text
-            if output.logprobs is not None:
+            is_end = text_ends and i == len(output.token_ids) - 1  # counted, but not part of the text
+            if output.logprobs is not None and (self._scores_end or not is_end):
                 offset = self._text_start + self._detokenizer.decoded_chars
                 delta.scores.append(TokenScore(token_id, output.logprobs[i], offset))
+            if is_end:
+                break
             delta.text += self._detokenizer.feed(token_id)
             if self._detokenizer.stopped:
                 self._finish(delta, "stop")

@@ -41,6 +41,7 @@ async def plan_completion(
 ) -> GenerationPlan:
     """Admit a completion and return its plan. `sent` is the request of another API that was translated to `body`."""
     admitted = await admit_request(request, context, key, body, sent)
+    body = admitted.target.defaults.applied_to(body)
     given = _prompts(body)
     prompts = [await _encode_prompt(context, admitted.tokenizer, body, prompt) for prompt in given]
     texts = [prompt if isinstance(prompt, str) else None for prompt in given]

@@ -95,6 +95,7 @@ class Generation:
                 echo=echo,
                 num_logprobs=plan.sampling.logprobs,
                 version=version_label(adapters),
+                scores_end=output.token_ids or echo is not None,
             )
             submit = Submit(
                 f"{self.id}-{index}",

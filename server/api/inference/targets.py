@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from pydantic import ValidationError
+
 from adapters.errors import AdapterNotFound
 from adapters.registry.aliases import BASE_MEMBER
 from adapters.registry.registry import AdapterRecord
@@ -11,6 +13,7 @@ from adapters.traits import Traits
 from server.api.context import BASE_NAME, AppContext
 from server.api.errors import ApiError, bad_request, model_not_found, unavailable
 from server.api.middleware.auth import Key
+from server.api.requests.defaults import NO_DEFAULTS, Defaults
 from server.api.requests.inference import AdapterPart, InferenceRequest
 from server.metrics import COMPOSED_LABEL
 from server.request import ScaledAdapter
@@ -32,6 +35,7 @@ class Target:
     traits: Traits = field(default_factory=Traits)  # of the adapter, if there is exactly one
     pages: dict[str, int] = field(default_factory=dict)  # pages of device memory, by digest
     fixed: frozenset[str] = frozenset()  # digests that the request named itself, as `name@version`
+    defaults: Defaults = NO_DEFAULTS  # of the adapter, if there is exactly one
 
     @property
     def names(self) -> frozenset[str]:
@@ -81,7 +85,9 @@ def resolve_target(context: AppContext, key: Key, body: InferenceRequest) -> Tar
         context.metrics.add_adapter(name)
     label, traits = _label_and_traits(records)
     fixed = frozenset(record.version.digest for record, part in found if "@" in part.name)
-    return Target(model, label, versions, adapters, f"{base}-{version_label(adapters)}", traits, pages, fixed)
+    defaults = defaults_of(records[0]) if len(records) == 1 else NO_DEFAULTS
+    fingerprint = f"{base}-{version_label(adapters)}"
+    return Target(model, label, versions, adapters, fingerprint, traits, pages, fixed, defaults)
 
 
 def requested_model(context: AppContext, body: InferenceRequest) -> str:
@@ -165,6 +171,17 @@ def _label_and_traits(records: list[AdapterRecord]) -> tuple[str, Traits]:
     if len(records) > 1:
         return COMPOSED_LABEL, Traits()
     return records[0].name, records[0].version.traits
+
+
+def defaults_of(record: AdapterRecord) -> Defaults:
+    """Return the defaults of a name. Raises 503 for defaults that this version cannot read."""
+    stored = record.settings.get("defaults")
+    if stored is None:
+        return NO_DEFAULTS
+    try:
+        return Defaults.model_validate(stored)
+    except ValidationError:  # a later version wrote them
+        raise adapter_failed(record.name, "its defaults have fields that this version does not know") from None
 
 
 def room_error(context: AppContext, pages: dict[str, int]) -> ApiError | None:

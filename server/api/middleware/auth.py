@@ -76,6 +76,8 @@ class Key:
     weight: float = 1.0
     limits: Limits = Limits()
     expires: float | None = None  # Unix seconds
+    max_adapters: int = 0  # of those that the key sees; 0 means no limit
+    max_adapter_bytes: int = 0
 
     def sees(self, adapter: str) -> bool:
         return self.adapters is None or adapter in self.adapters
@@ -169,7 +171,11 @@ class KeyRing:
 def _as_key(entry: KeyEntry) -> Key:
     limits = Limits(entry.max_concurrent or 0, entry.requests_per_minute or 0, entry.tokens_per_minute or 0)
     expires = entry.expires.timestamp() if entry.expires else None
-    return Key(entry.name, entry.digest, entry.scopes, entry.its_tenant, entry.adapters, entry.weight, limits, expires)
+    return Key(
+        *(entry.name, entry.digest, entry.scopes, entry.its_tenant, entry.adapters, entry.weight, limits, expires),
+        max_adapters=entry.max_adapters or 0,
+        max_adapter_bytes=entry.max_adapter_bytes or 0,
+    )
 
 
 def _signature(path: Path) -> tuple[int, ...] | None:

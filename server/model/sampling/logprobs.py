@@ -1,4 +1,4 @@
-"""Log-probabilities of sampled tokens, of the unmodified distribution."""
+"""Log-probabilities of sampled tokens."""
 
 import torch
 

@@ -1,9 +1,9 @@
 """Sampling of tokens from logits, for all rows of a step at once.
 
 The order of operations is that of OpenAI's and vLLM's servers: log-probabilities are computed from the unmodified
-distribution; then logit bias, penalties, the grammar's mask, temperature, top-k, top-p and min-p apply, and one uniform
-number per row selects a token. That number is a hash of the row's seed and position, so a seeded output does not depend
-on the batch.
+distribution, unless those of the distribution that is sampled from were asked for; then logit bias, penalties, the
+grammar's mask, temperature, top-k, top-p and min-p apply, and one uniform number per row selects a token. That number
+is a hash of the row's seed and position, so a seeded output does not depend on the batch.
 
 The results of all rows come back from the device in one copy, like their parameters go there (plan.py). Nothing
 synchronizes in between. Plainly greedy rows have no parameters.

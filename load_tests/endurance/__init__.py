@@ -1,0 +1,1 @@
+"""Long runs of a whole server under random operations, without faults (`soak`) and with them (`chaos`)."""
