@@ -43,6 +43,11 @@ def test_the_console_is_small() -> None:
     assert sum(path.stat().st_size for path in STATIC.iterdir()) < 300_000
 
 
+def test_screenshots_are_small() -> None:
+    shots = [*(ROOT / "docs" / "images" / "console").iterdir()]
+    assert len(shots) > 10 and max(path.stat().st_size for path in shots) <= 150_000
+
+
 async def test_the_page_and_its_files_need_no_key_and_are_cached(tmp_path: Path) -> None:
     async with serving(tmp_path, keys=ring(tmp_path)) as api:
         page = await api.http.get("/")
