@@ -6,7 +6,7 @@ PIP := $(BIN)/pip --disable-pip-version-check install --quiet --progress-bar on 
 # Tests run in two processes; all tests of a file in one, because they share its models.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: serve test test-all test-arm test-gpu test-gpu-offline check format docs reliability soak chaos fuzz lock sbom bench-peers bench-gpu load-test simulate clean
+.PHONY: serve console test test-all test-arm test-gpu test-gpu-offline check format docs reliability soak chaos fuzz fuzz-contract lock sbom clients bench-peers bench-gpu load-test simulate clean
 
 serve: .venv/.installed ## set everything up and serve the embedded model on 127.0.0.1:8000
 	$(BIN)/loraplex serve --demo $(ARGS)
@@ -47,11 +47,20 @@ chaos: .venv/.installed-dev ## the same with random faults: kills, stops, full a
 fuzz: .venv/.installed-dev ## ten minutes of hostile headers, configs, tokenizers and raw requests; ARGS="--minutes 1"
 	$(BIN)/python -m load_tests.fuzz $(ARGS)
 
+console: ## check and bundle console/ into server/console/static (needs Node.js); a test fails when the bundle is out of date
+	npm ci --prefix console --no-audit --no-fund && npm run --prefix console check && npm run --prefix console build
+
 bench-peers: .venv/.installed-dev ## beside vLLM, PEFT, transformers and llama.cpp, which it sets up; ARGS="--only Loraplex,vLLM"
 	$(BIN)/python -m load_tests.peers $(ARGS)
 
 bench-gpu: ## what the GPU path costs, with the packages of $(PYTHON), which needs a CUDA build of torch
 	$(PYTHON) -m load_tests.gpu $(ARGS)
+
+clients: .venv/.installed-dev ## well-known clients against a live server: installs them, writes docs/reference/clients.md
+	$(BIN)/python -m load_tests.clients $(ARGS); status=$$?; $(BIN)/python -m docs.tables && exit $$status
+
+fuzz-contract: .venv/.installed-dev ## requests that the OpenAPI document allows and forbids, against a tiny model; ARGS="--minutes 10"
+	$(BIN)/python -m load_tests.contract $(ARGS)
 
 load-test: .venv/.installed-dev ## the short set of load tests against a server of its own; fails when a threshold is missed
 	$(BIN)/python -m load_tests suite $(ARGS)

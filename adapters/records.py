@@ -1,6 +1,7 @@
 """Records of an adapter: its immutable versions, and the name that points to one of them."""
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from itertools import dropwhile
@@ -15,13 +16,17 @@ _VERSION = re.compile(r"(?:sha256:)?([0-9a-f]{12,64})")
 class Inspected:
     """Metadata of an adapter that passed validation: `rank` is the largest rank of its modules, `target_modules` the
     sorted last components of their names, `nbytes` the size of its tensors in bytes, `report` the report returned by
-    the API."""
+    the API. `structure` identifies everything but the numbers of a LoRA: its config, and the names, dtypes and shapes
+    of its tensors; `largest` is its largest number, and `has_zeros` tells whether a tensor has nothing but zeros."""
 
     digest: str
     rank: int
     target_modules: tuple[str, ...]
     nbytes: int
     report: dict[str, Any]
+    structure: str | None = None  # None for other types
+    largest: float = math.inf
+    has_zeros: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +58,23 @@ class AdapterVersion:
 @dataclass(frozen=True, slots=True)
 class AdapterRecord:
     """A name and the version it points to; `source` is the origin of that version, `created` the time when the name
-    was first published, in Unix seconds."""
+    was first published, in Unix seconds, `settings_json` what is stored for the name, a JSON object or ""."""
 
     name: str
     version: AdapterVersion
     source: str
     pinned: bool
     created: int
+    settings_json: str = ""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The name's settings, parsed on every access; none if they are damaged, as `Entry.damage` then says."""
+        try:
+            settings: dict[str, Any] = json.loads(self.settings_json or "{}")
+        except ValueError:
+            return {}
+        return settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +90,7 @@ class HistoryEntry:
 @dataclass(frozen=True, slots=True)
 class PendingAdapter:
     """An adapter still to be fetched from `source` and published; `error` is the reason of the last failure,
-    `created` the time of the request, in Unix seconds."""
+    `created` the time of the request, in Unix seconds, `settings_json` the changes in the name's settings."""
 
     name: str
     source: str
@@ -83,6 +98,7 @@ class PendingAdapter:
     pinned: bool
     created: int
     error: str | None = None
+    settings_json: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from typing import Any, get_args
 from fastapi import FastAPI
 
 from adapters.errors import AdapterError, ProblemCode
+from load_tests.clients import page
 from server import config
 from server.api.app import ROUTED
 from server.api.fields import (
@@ -34,7 +35,7 @@ from server.api.requests.completions import CompletionRequest
 from server.api.requests.inference import GenerationRequest
 from server.api.requests.pooled import EmbeddingRequest, PooledRequest, RerankRequest, ScoreRequest
 from server.config import ServeConfig
-from server.metrics import METRICS
+from server.metric_specs import METRICS
 
 REFERENCE = Path(__file__).parent / "reference"
 API = Path(__file__).parent.parent / "server" / "api"
@@ -68,6 +69,7 @@ CODES = {
     "queue_share": "The key's tenant holds its share of the queue; other tenants may still be served.",
     "rate_limit_exceeded": "A limit of the API key or the adapter is reached; `Retry-After` says when to try again.",
     "scales_overflow": "The numbers of the request's adapters are not finite with the requested scales.",
+    "traces_busy": "As many traces are being taken as the server allows at once.",
     "timeout": "No byte of the request's body arrived for too long.",
     "starting": "The server loads the model or registers its adapters; only the readiness probe reports this code.",
     "too_large": "The body or one of its files is too large.",
@@ -228,6 +230,18 @@ def _argument(call: ast.Call, place: int, default: str) -> ast.expr:
     return call.args[place] if len(call.args) > place else ast.Constant(default)
 
 
+def clients() -> str:
+    return table(page.table_head(), page.table_rows(page.load()))
+
+
+def client_reasons() -> str:
+    return table(("client", "feature", "", "why"), page.reasons(page.load()))
+
+
+def client_run() -> str:
+    return table(("what", "value"), page.setting(page.load()))
+
+
 PAGES: dict[Path, Mapping[str, Callable[[], str]]] = {
     REFERENCE / "flags.md": {"flags": flags},
     REFERENCE / "routes.md": {"endpoints": endpoints},
@@ -239,6 +253,7 @@ PAGES: dict[Path, Mapping[str, Callable[[], str]]] = {
         "refused-in-embeddings": refused_in_embeddings,
     },
     REFERENCE / "metrics.md": {"metrics": metrics},
+    REFERENCE / "clients.md": {"clients": clients, "client-reasons": client_reasons, "client-run": client_run},
     REFERENCE / "errors.md": {"api-errors": api_errors, "adapter-errors": adapter_errors, "problems": problems},
 }
 
@@ -253,5 +268,5 @@ def render(text: str, tables: Mapping[str, Callable[[], str]]) -> str:
 
 
 if __name__ == "__main__":
-    for page, its_tables in PAGES.items():
-        page.write_text(render(page.read_text(encoding="utf-8"), its_tables), encoding="utf-8")
+    for path, its_tables in PAGES.items():
+        path.write_text(render(path.read_text(encoding="utf-8"), its_tables), encoding="utf-8")

@@ -87,7 +87,7 @@ async def _serve_api(ready: Connection) -> None:
             engine,
             registry,
             KeyRing(),
-            Metrics(),
+            Metrics(DEFAULT_MODEL),
             base_model=DEFAULT_MODEL,
             base_tokenizer=Tokenizer.of(load_tokenizer(model)),
         )

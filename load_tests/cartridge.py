@@ -32,7 +32,7 @@ from server.config import ServeConfig
 from server.engine.build import build_engine
 from server.ipc.messages import MoveAdapter, Reply, StepOutputs, Submit
 from server.model.loading.default_model import prepare_default_model
-from server.sequence import SamplingParams, ScaledAdapter
+from server.request import SamplingParams, ScaledAdapter
 
 PROMPT, DISK, DEVICE, BLOCKS = "text in the prompt", "cartridge on disk", "on the device", "in the KV cache"
 

@@ -16,7 +16,7 @@ from server.config import ServeConfig
 from server.engine.build import build_engine
 from server.ipc.messages import MoveAdapter, Reply, Submit, ToEngine
 from server.model.loading.default_model import prepare_default_model
-from server.sequence import SamplingParams, ScaledAdapter
+from server.request import SamplingParams, ScaledAdapter
 
 PROMPT_TOKENS = 70
 
@@ -40,7 +40,8 @@ class EngineBench:
     after_step: Callable[[float], None] = staticmethod(lambda _: None)  # called with the seconds that a step took
 
     def __init__(self, data_dir: Path, new_tokens: int, **settings: object):
-        config = ServeConfig(model=str(prepare_default_model()), data_dir=data_dir, **settings)  # type: ignore[arg-type]
+        settings = {"model": str(prepare_default_model()), **settings}
+        config = ServeConfig(data_dir=data_dir, **settings)  # type: ignore[arg-type]
         self.engine, self.info = build_engine(config)
         self._new_tokens = new_tokens
         self._store = AdapterStore(data_dir / "store")

@@ -26,7 +26,7 @@ from server.engine.step_cost import StepBudget
 from server.engine.threads import adaptive_threads
 from server.ipc.messages import Abort, StepOutputs, Submit
 from server.model.loading.default_model import prepare_default_model
-from server.sequence import SamplingParams
+from server.request import SamplingParams
 
 CHAT_TOKENS = 70
 STEPS_BETWEEN = 10  # of decode, between two long prompts

@@ -11,7 +11,7 @@ from adapters.registry.registry import RETAINED_VERSIONS
 from server.api.text.detokenizer import Detokenizer
 from server.api.text.tokenizer import Tokenizer
 from server.model.loading.tokenizer import load_tokenizer
-from server.sequence import ScaledAdapter
+from server.request import ScaledAdapter
 from tests.fixtures.engine_driver import make_driver
 
 FOREVER = float("inf")

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 
 from load_tests.right_answers import ABSENT, FOREVER, Answers, Name, Parts, State
-from server.sequence import ScaledAdapter
+from server.request import ScaledAdapter
 from tests.fixtures.timing import wait_for
 from tests.fixtures.tiny_server import BASE, RunningServer
 

@@ -91,6 +91,9 @@ class ServeConfig:
         0, "Disk space in --data-dir for the weights of all adapter versions; 0 means no limit", ge=0
     )
     kv_cache_bytes: int = _setting(0, "Memory of the KV cache; 0 chooses it by the memory that is free", ge=0)
+    gpu_memory_utilization: float = _setting(
+        1.0, "Share of a GPU's memory that this server may take, beside what other programs have", ge=0.05, le=1.0
+    )
     max_num_seqs: int = _setting(64, "Maximum number of sequences in one step", ge=1, le=4096)
     max_batch_tokens: int = _setting(512, "Maximum number of tokens in one step, prefill and decode together", ge=16)
     max_step_ms: float = _setting(

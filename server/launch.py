@@ -74,5 +74,5 @@ def complete(config: ServeConfig) -> ServeConfig:
         except subprocess.CalledProcessError as error:
             raise StartFailed("the embedded model could not be prepared; the error is above") from error
     return dataclasses.replace(
-        config, model=model, served_model_name=name or Path(model).stem.lower(), data_dir=data_dir
+        config, model=model, served_model_name=name or Path(model).name.removesuffix(".gguf").lower(), data_dir=data_dir
     )

@@ -1,83 +1,28 @@
-"""Every Prometheus metric name, label and bucket, declared once; the reference table is generated from `METRICS`.
-
-Requests and engine steps update counters and histograms; gauges are read from the engine at scrape time.
-"""
+"""The Prometheus metrics that `server.metric_specs` declares. Requests and engine steps update counters and histograms;
+gauges are read from the engine at scrape time."""
 
 import time
+from collections import Counter as Tally
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from server.ipc.client import EngineClient
 from server.ipc.messages import StepOutputs
+from server.metric_specs import METRICS
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 BASE_LABEL, COMPOSED_LABEL, UNKNOWN_LABEL, OTHER_LABEL = "_base", "_composed", "_unknown", "_other"
 MAX_ADAPTER_LABELS = 256
 
-_LATENCY = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
-_TOKEN_GAP = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5)
-_DURATION = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
-_STEP = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0)
-_LOAD = (0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
-_ADAPTERS = (0, 1, 2, 4, 8, 16, 32, 64, 128)
-_TOKENS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
-
-
-class MetricSpec(NamedTuple):
-    name: str
-    type: Literal["counter", "gauge", "histogram"]
-    labels: tuple[str, ...]
-    help: str
-    buckets: tuple[float, ...] = ()
-
-
-METRICS: list[MetricSpec] = [
-    MetricSpec("loraplex_requests_total", "counter", ("adapter", "route", "status"), "Inference requests by status"),
-    MetricSpec(
-        "loraplex_time_to_first_token_seconds", "histogram", ("adapter",), "Time from arrival to first token", _LATENCY
-    ),
-    MetricSpec("loraplex_inter_token_latency_seconds", "histogram", ("adapter",), "Time between tokens", _TOKEN_GAP),
-    MetricSpec(
-        "loraplex_request_duration_seconds", "histogram", ("adapter",), "Time from arrival to last token", _DURATION
-    ),
-    MetricSpec("loraplex_queue_seconds", "histogram", ("adapter",), "Time in the queue", _LATENCY),
-    MetricSpec("loraplex_prompt_tokens_total", "counter", ("adapter",), "Prompt tokens of accepted requests"),
-    MetricSpec("loraplex_generated_tokens_total", "counter", ("adapter",), "Tokens generated"),
-    MetricSpec("loraplex_requests_running", "gauge", (), "Sequences in the batch"),
-    MetricSpec("loraplex_requests_waiting", "gauge", (), "Sequences waiting to be admitted"),
-    MetricSpec("loraplex_kv_cache_usage_ratio", "gauge", (), "Share of KV blocks in use, 0 to 1"),
-    MetricSpec("loraplex_prefix_cache_queries_total", "counter", (), "Prompt tokens looked up in the prefix cache"),
-    MetricSpec("loraplex_prefix_cache_hits_total", "counter", (), "Prompt tokens found in the prefix cache"),
-    MetricSpec("loraplex_preemptions_total", "counter", (), "Sequences preempted and recomputed"),
-    MetricSpec("loraplex_adapters", "gauge", ("tier", "state"), "Adapter versions by tier and state"),
-    MetricSpec("loraplex_adapter_slots", "gauge", ("state",), "Device slots: used (not pinned), pinned or free"),
-    MetricSpec("loraplex_adapter_loads_total", "counter", ("from", "to", "outcome"), "Adapter loads by tier"),
-    MetricSpec("loraplex_adapter_load_seconds", "histogram", ("from", "to"), "Time of adapter loads", _LOAD),
-    MetricSpec("loraplex_adapter_evictions_total", "counter", ("tier",), "Adapters evicted from a tier"),
-    MetricSpec("loraplex_adapters_damaged", "gauge", (), "Names that are not served because stored data is damaged"),
-    MetricSpec("loraplex_store_checks_total", "counter", ("outcome",), "Stored versions checked: ok or damaged"),
-    MetricSpec("loraplex_registry_set_aside", "gauge", (), "Damaged registry files that await `registry rebuild`"),
-    MetricSpec("loraplex_merged_adapter_info", "gauge", ("adapter", "version"), "1 while merged into the base model"),
-    MetricSpec("loraplex_merge_switches_total", "counter", ("direction", "reason"), "Merges and unmerges"),
-    MetricSpec("loraplex_engine_step_seconds", "histogram", (), "Time of one engine step", _STEP),
-    MetricSpec("loraplex_graph_steps_total", "counter", (), "Decode steps run as CUDA graphs"),
-    MetricSpec("loraplex_eager_steps_total", "counter", ("reason",), "Steps run without CUDA graphs"),
-    MetricSpec("loraplex_batch_adapters", "histogram", (), "Distinct adapters in one step", _ADAPTERS),
-    MetricSpec("loraplex_batch_tokens", "histogram", (), "Tokens computed in one step", _TOKENS),
-    MetricSpec(
-        "vllm:lora_requests_info",
-        "gauge",
-        ("max_lora", "running_lora_adapters", "waiting_lora_adapters"),
-        "Adapters of running and waiting requests; the value is the time of the scrape",
-    ),
-    MetricSpec("vllm:num_requests_running", "gauge", (), "loraplex_requests_running, for vLLM's routers"),
-    MetricSpec("vllm:num_requests_waiting", "gauge", (), "loraplex_requests_waiting, for vLLM's routers"),
-    MetricSpec("vllm:kv_cache_usage_perc", "gauge", (), "loraplex_kv_cache_usage_ratio, for vLLM's routers"),
-]
-
+# Histograms of the server that have one series for each adapter here, and one for all of them in vLLM's name.
+_IN_VLLM = {
+    "loraplex_time_to_first_token_seconds": "vllm:time_to_first_token_seconds",
+    "loraplex_request_duration_seconds": "vllm:e2e_request_latency_seconds",
+    "loraplex_queue_seconds": "vllm:request_queue_time_seconds",
+}
 _SPECS = {spec.name: spec for spec in METRICS}
 _TIERS = ("disk", "host", "device")
 
@@ -92,18 +37,25 @@ class TokenSeries(NamedTuple):
 class Metrics:
     """The metrics of one server, in their own Prometheus registry."""
 
-    def __init__(self) -> None:
+    def __init__(self, model_name: str) -> None:
+        """`model_name` is the base model's, the label of vLLM's metrics."""
+        self._model_name = model_name
         self._token_series: dict[str, TokenSeries] = {}
         self._registry = CollectorRegistry()
         self._names: set[str] = set()
         self._fed: dict[str, Any] = {}
         self.requests = self._counter("loraplex_requests_total")
-        self.time_to_first_token = self._histogram("loraplex_time_to_first_token_seconds")
-        self.inter_token_latency = self._histogram("loraplex_inter_token_latency_seconds")
-        self.request_duration = self._histogram("loraplex_request_duration_seconds")
-        self.queue = self._histogram("loraplex_queue_seconds")
-        self.prompt_tokens = self._counter("loraplex_prompt_tokens_total")
-        self.generated_tokens = self._counter("loraplex_generated_tokens_total")
+        self._latencies = {
+            name: (self._histogram(name), self._histogram(in_vllm).labels(model_name))
+            for name, in_vllm in _IN_VLLM.items()
+        }
+        self._gaps = self._histogram("loraplex_inter_token_latency_seconds")
+        self._all_gaps = self._histogram("vllm:inter_token_latency_seconds")
+        self._gaps_in_vllm = self._all_gaps.labels(model_name)
+        self._prompt_tokens = self._counter("loraplex_prompt_tokens_total")
+        self._generated_tokens = self._counter("loraplex_generated_tokens_total")
+        self._prompt_tokens_in_vllm = self._counter("vllm:prompt_tokens_total").labels(model_name)
+        self._generated_tokens_in_vllm = self._counter("vllm:generation_tokens_total").labels(model_name)
         self._loads = self._counter("loraplex_adapter_loads_total")
         self._load_seconds = self._histogram("loraplex_adapter_load_seconds")
         self._evictions = self._counter("loraplex_adapter_evictions_total")
@@ -131,6 +83,7 @@ class Metrics:
         """Listen to the engine's steps and read its gauges at each scrape. `digests` returns all published versions."""
         engine.add_listener(self._on_step)
         self._registry.register(_EngineGauges(engine, names_of, digests, self.label))
+        self._registry.register(_InVllm(self._model_name, engine, names_of, self._all_gaps))
 
     def watch_registry(self, damaged: Callable[[], int], set_aside: Callable[[], int]) -> None:
         """Read the number of damaged adapters and of registry files that were put aside at each scrape."""
@@ -152,9 +105,28 @@ class Metrics:
         label = self.label(name)
         series = self._token_series.get(label)
         if series is None:
-            series = TokenSeries(self.generated_tokens.labels(label), self.inter_token_latency.labels(label))
+            series = TokenSeries(self._generated_tokens.labels(label), self._gaps.labels(label))
             self._token_series[label] = series
         return series
+
+    def add_prompt_tokens(self, name: str, count: int) -> None:
+        self._prompt_tokens.labels(self.label(name)).inc(count)
+        self._prompt_tokens_in_vllm.inc(count)
+
+    def add_tokens(self, name: str, count: int, gap: float | None) -> None:
+        """Count tokens that came `gap` seconds apart; None for the first ones of a sequence."""
+        series = self.token_series(name)
+        series.generated.inc(count)
+        self._generated_tokens_in_vllm.inc(count)
+        if gap is not None:
+            series.gaps.observe(gap)
+            self._gaps_in_vllm.observe(gap)
+
+    def observe(self, metric: str, name: str, seconds: float) -> None:
+        """Observe a latency of a request, under its adapter and in vLLM's metric."""
+        by_adapter, in_vllm = self._latencies[metric]
+        by_adapter.labels(self.label(name)).observe(seconds)
+        in_vllm.observe(seconds)
 
     def remove_adapter(self, name: str) -> None:
         """Remove the series of a deleted adapter. Its remaining requests count under `_other`."""
@@ -164,6 +136,17 @@ class Metrics:
             for metric_name, metric in self._fed.items():
                 if "adapter" in _SPECS[metric_name].labels:
                     metric.remove_by_labels({"adapter": name})
+
+    def summed(self, name: str) -> dict[str, float]:
+        """Return a metric's samples summed over all labels: of a histogram by upper bound ("+Inf" is the number of
+        observations), of a counter under ""."""
+        sums: dict[str, float] = {}
+        for metric in self._fed[name].collect():
+            for sample in metric.samples:
+                if sample.name.endswith(("_bucket", "_total")):
+                    bound = sample.labels.get("le", "")
+                    sums[bound] = sums.get(bound, 0.0) + sample.value
+        return sums
 
     def exposition(self) -> bytes:
         return generate_latest(self._registry)
@@ -194,27 +177,24 @@ class RequestTimer:
         self._ended = False
 
     def submitted(self, prompt_tokens: int) -> None:
-        self._metrics.prompt_tokens.labels(self._metrics.label(self._name)).inc(prompt_tokens)
+        self._metrics.add_prompt_tokens(self._name, prompt_tokens)
 
     def tokens(self, choice: int, count: int, queue_seconds: float) -> None:
         if not count:
             return
-        now, series = time.monotonic(), self._metrics.token_series(self._name)
-        series.generated.inc(count)
-        if choice in self._last:
-            series.gaps.observe((now - self._last[choice]) / count)
-        else:
-            label = self._metrics.label(self._name)
-            self._metrics.queue.labels(label).observe(queue_seconds)
+        now, last = time.monotonic(), self._last.get(choice)
+        self._metrics.add_tokens(self._name, count, None if last is None else (now - last) / count)
+        if last is None:
+            self._metrics.observe("loraplex_queue_seconds", self._name, queue_seconds)
             if not self._last:
-                self._metrics.time_to_first_token.labels(label).observe(now - self._started)
+                self._metrics.observe("loraplex_time_to_first_token_seconds", self._name, now - self._started)
         self._last[choice] = now
 
     def ended(self) -> None:
         if not self._ended:
             self._ended = True
             duration = time.monotonic() - self._started
-            self._metrics.request_duration.labels(self._metrics.label(self._name)).observe(duration)
+            self._metrics.observe("loraplex_request_duration_seconds", self._name, duration)
 
 
 class _EngineGauges:
@@ -251,9 +231,6 @@ class _EngineGauges:
             ("loraplex_prefix_cache_hits_total", stats.prefix_hits),
             ("loraplex_preemptions_total", stats.preemptions),
             ("loraplex_graph_steps_total", stats.graph_steps),
-            ("vllm:num_requests_running", stats.running),
-            ("vllm:num_requests_waiting", stats.waiting),
-            ("vllm:kv_cache_usage_perc", usage),
         ):
             yield _sampled(name, {(): value})
         yield _sampled("loraplex_eager_steps_total", {(reason,): n for reason, n in stats.eager_steps.items()})
@@ -292,6 +269,60 @@ class _EngineGauges:
         return counts
 
 
+class _InVllm:
+    """The engine's latest state in vLLM's metrics, whose label is the base model alone, so that their number does not
+    depend on the number of adapters."""
+
+    def __init__(
+        self,
+        model_name: str,
+        engine: EngineClient,
+        names_of: Callable[[str], list[str]],
+        gaps: Histogram,
+    ):
+        self._model = (model_name,)
+        self._engine = engine
+        self._names_of = names_of
+        self._gaps = gaps
+
+    def collect(self) -> Iterator[Metric]:
+        stats, residency = self._engine.stats, self._engine.residency
+        device = set(residency.device)
+        host = set(residency.host) - device
+        usage = stats.blocks_used / stats.blocks_total if stats.blocks_total else 0.0
+        for name, value in (
+            ("vllm:num_gpu_loaded_lora_adapters", len(device)),
+            ("vllm:num_cpu_loaded_lora_adapters", len(host)),
+            ("vllm:num_requests_running", stats.running),
+            ("vllm:num_requests_waiting", stats.waiting),
+            ("vllm:kv_cache_usage_perc", usage),
+            ("vllm:gpu_cache_usage_perc", usage),
+            ("vllm:num_preemptions_total", stats.preemptions),
+            ("vllm:prefix_cache_queries_total", stats.prefix_queries),
+            ("vllm:prefix_cache_hits_total", stats.prefix_hits),
+        ):
+            yield _sampled(name, {self._model: value})
+        yield _sampled("vllm:lora_adapter_loaded", self._loaded({"gpu": device, "cpu": host}))
+        yield _renamed(self._gaps, "vllm:time_per_output_token_seconds")
+
+    def describe(self) -> Iterator[Metric]:
+        """Describe nothing at registration, because the adapter registry may not be open yet."""
+        return iter(())
+
+    def _loaded(self, levels: dict[str, set[str]]) -> dict[tuple[str, ...], float]:
+        """Return the number of loaded adapters by name, level and pin: those on the device first, and past
+        `MAX_ADAPTER_LABELS` names under one label."""
+        pinned, found = self._engine.residency.pinned, Tally[tuple[str, ...]]()
+        for level, digests in levels.items():
+            named = sorted(
+                (name, str(digest in pinned).lower()) for digest in digests for name in self._names_of(digest)
+            )
+            for name, is_pinned in named:
+                label = name if len(found) < MAX_ADAPTER_LABELS else OTHER_LABEL
+                found[label, level, is_pinned] += 1
+        return dict(found)
+
+
 class _RegistryGauges:
     """The damage that the registry knows of, collected at scrape time."""
 
@@ -306,6 +337,14 @@ class _RegistryGauges:
     def describe(self) -> Iterator[Metric]:
         """Describe nothing at registration, because the adapter registry may not be open yet."""
         return iter(())
+
+
+def _renamed(metric: Histogram, name: str) -> Metric:
+    """Return the samples of a histogram under another name."""
+    (found,), spec = metric.collect(), _SPECS[name]
+    copy = Metric(spec.name, spec.help, spec.type)
+    copy.samples = [each._replace(name=each.name.replace(found.name, name)) for each in found.samples]
+    return copy
 
 
 def _sampled(name: str, samples: dict[tuple[str, ...], float]) -> Metric:

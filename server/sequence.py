@@ -1,70 +1,13 @@
-"""Sequences and their sampling parameters, shared by every part of the server. Does not import torch."""
+"""Sequences, and the batches that they are scheduled in. Does not import torch."""
 
 import math
 from dataclasses import dataclass, field
-from enum import Enum, StrEnum, auto
-from typing import Any, Literal, NamedTuple
+from enum import Enum, auto
+from typing import Any
 
-import msgspec
+from server.request import SamplingParams, ScaledAdapter, TokenLogprobs
 
-Pooling = Literal["last", "mean"]  # of a prompt's hidden states: that of its last token, or the mean of all
 NO_BLOCK = -1  # in a block table: the block was released, because no later token sees it
-
-
-class ScaledAdapter(NamedTuple):
-    """An adapter version of a request, with the factor `scale` on its delta."""
-
-    digest: str
-    scale: float = 1.0
-
-
-class Constraint(msgspec.Struct, frozen=True):
-    """A grammar that an output follows, in llguidance's description. Its tokens are those of the tokenizer that the
-    adapter version `tokenizer` brings; without a version, those of the base model's."""
-
-    grammar: str
-    tokenizer: str = ""
-
-
-class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Sampling parameters of a request. The API validates them; the engine does not check them again."""
-
-    max_tokens: int
-    min_tokens: int = 0
-    temperature: float = 1.0  # 0 is greedy
-    top_p: float = 1.0
-    top_k: int = 0  # 0 is off
-    min_p: float = 0.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    logit_bias: dict[int, float] = {}
-    seed: int | None = None
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    logprobs: int | None = None  # None: off; n: of the sampled token and the n most probable ones
-    prompt_logprobs: int | None = None  # the same for the tokens of the prompt, of which the first has none
-    pooling: Pooling | None = None  # of the prompt's final hidden states, which the last output then has
-    constraint: Constraint | None = None
-
-
-class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
-    """Log-probabilities at one position, of the unmodified model distribution."""
-
-    logprob: float
-    rank: int  # of the token itself; 1 is the most probable
-    top: list[tuple[int, float]]  # the n most probable tokens, best first
-
-
-class FinishReason(StrEnum):
-    STOP = "stop"
-    LENGTH = "length"
-    ABORT = "abort"
-    TIMEOUT = "timeout"
-    MERGED = "merged"  # refused, because another adapter is merged into the base model
-    NONFINITE = "nonfinite"  # its logits were not finite
-    ERROR = "error"
-    REFUSED = "refused"  # the request asks for what this model cannot do
 
 
 class SequenceStatus(Enum):
@@ -94,10 +37,10 @@ class Sequence:
     ahead of computed only from the launch of a step to its commit. A preemption sets the first three to 0.
 
     Invariant: `block_table` covers at least `num_computed_tokens` slots of the KV cache while RUNNING and is empty
-    otherwise; `adapters` and `active_from` never change, so an output cannot mix two versions.
+    otherwise; `adapters` changes only while WAITING (interruptions.py), so no token mixes two versions.
     """
 
-    # Written by the API, and never changed: the fields of `Submit`.
+    # Written by the API: the fields of `Submit`. Only `adapters` ever changes.
     seq_id: str
     token_ids: list[int]  # of the prompt; the engine appends the output
     sampling: SamplingParams
@@ -121,6 +64,7 @@ class Sequence:
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)  # of the second token and later ones
     pooled: Any = None  # float32 `[hidden]`: the sum of the hidden states of the pooled tokens before `pooled_to`
     pooled_to: int = 0
+    switched: bool = False  # `adapters` are others than those of the last output
 
     # Written by the scheduler.
     number: int = 0  # in order of arrival
@@ -169,10 +113,6 @@ class Sequence:
     @property
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
-
-    @property
-    def output_token_ids(self) -> list[int]:
-        return self.token_ids[self.num_prompt_tokens :]
 
 
 @dataclass(slots=True)

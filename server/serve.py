@@ -60,14 +60,15 @@ async def _serve(config: ServeConfig, keys: KeyRing, registry: AdapterRegistry, 
             engine=engine,
             registry=registry,
             keys=keys,
-            metrics=Metrics(),
+            metrics=Metrics(config.served_model_name),
             base_model=config.served_model_name,
             audit=AuditLog(config.data_dir),
             startup=Startup([name for name, _ in named_adapters(config)]),
         )
         server = Server(context)
         bringing_up = asyncio.create_task(_bring_up(context, starting, server))
-        background = [asyncio.create_task(_scrub(context)), asyncio.create_task(_follow_keys(context))]
+        lasting = (_scrub(context), _follow_keys(context), context.history.follow())
+        background = [asyncio.create_task(work) for work in lasting]
         try:
             await server.serve()
             if bringing_up.done():
@@ -277,6 +278,7 @@ def _greet(context: AppContext, url: str) -> None:
     lines = [
         f"[bold green]Loraplex is ready[/] at [bold]{url}[/] "
         f"({context.base_model}, {len(context.registry)} adapters)\n",
+        f"The console is at {url}/ in a browser; programs use the API:\n",
         _chat_line(context, url, context.base_model, "What is the capital of France?"),
     ]
     if records:

@@ -198,9 +198,9 @@ async def test_deleted_while_its_tokenizer_loads(tmp_path: Path, monkeypatch: py
         version = await publish(api, "own", "<tool>")
         load = api.context.tokenizers._load
 
-        def late(digest: str) -> Any:
+        def late(*of: Any) -> Any:
             asyncio.run_coroutine_threadsafe(remove(), loop).result()
-            return load(digest)
+            return load(*of)
 
         async def remove() -> None:
             assert (await api.http.delete("/v1/adapters/own")).status_code == 200
@@ -217,7 +217,7 @@ async def test_a_few_tokenizers_are_kept(tmp_path: Path, monkeypatch: pytest.Mon
         versions = [await publish(api, f"a{seed}", seed=seed) for seed in range(3)]
         for name in ("a0", "a1", "a0", "a2"):
             await api.complete(model=name)
-        assert list(api.context.tokenizers._loaded) == [versions[0], versions[2]]
+        assert list(api.context.tokenizers._loaded) == [(versions[0], None), (versions[2], None)]
 
 
 async def test_a_template_fails_alone(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from adapters.names import ROUTE_WORDS
 from server.api.adapters.schemas import AdapterBody
 from server.ipc.messages import PinAdapter, ToEngine
-from server.sequence import ScaledAdapter
+from server.request import ScaledAdapter
 from tests.fixtures.api_server import BASE, Api, adapter_files, assert_error, events, form, listening, serving
 from tests.fixtures.timing import eventually, leap, wait_for
 

@@ -163,3 +163,17 @@ async def test_errors_have_anthropic_s_shape(api: Api, tmp_path: Path) -> None:
         anthropic_error(await send(closed), 401, "authentication_error")
         closed.http.headers["x-api-key"] = secret("k")
         assert (await send(closed)).status_code == 200
+
+
+async def test_the_output_follows_a_schema(api: Api) -> None:
+    """As Anthropic's client sends it for `messages.parse`, and as it did before."""
+    output_format = {"type": "json_schema", "schema": {"type": "object", "properties": {"x": {"type": "integer"}}}}
+    for fields in ({"output_config": {"format": output_format, "effort": "low"}}, {"output_format": output_format}):
+        answer = await send(api, **fields)
+        assert answer.status_code == 200, answer.text
+        assert "x-loraplex-ignored" not in answer.headers
+        assert api.engine.submitted[-1].sampling.constraint is not None
+    for broken in ({"type": "regex"}, {"type": "json_schema"}, {"type": "json_schema", "schema": {"not": {}}}):
+        assert (await send(api, output_config={"format": broken})).status_code == 400
+    assert (await send(api, output_config={"format": None, "effort": None})).status_code == 200
+    assert api.engine.submitted[-1].sampling.constraint is None

@@ -15,7 +15,7 @@ from server.api.inference.completions import CompletionFormatter
 from server.api.inference.generation import start_generation
 from server.api.inference.streaming import EventStream
 from server.api.schemas import ChatCompletion, ChatCompletionChunk
-from server.sequence import SamplingParams
+from server.request import SamplingParams
 from tests.fixtures.api_server import (
     BASE,
     MAX_MODEL_LEN,

@@ -14,7 +14,7 @@ from adapters.peft.lora_config import LoraSettings
 from adapters.traits import Traits
 from server.api.middleware.auth import KeyRing
 from server.config import ServeConfig
-from server.sequence import ScaledAdapter
+from server.request import ScaledAdapter
 from tests.fixtures.api_server import BASE, Api, assert_error, events, made_files, secret, serving
 from tests.fixtures.timing import eventually
 from tests.test_metrics import samples

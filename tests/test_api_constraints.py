@@ -15,7 +15,7 @@ from server.api.text import grammar_compiler, worker_pool
 from server.api.text.grammar_compiler import GrammarCompiler, GrammarSource
 from server.api.text.grammar_worker import MAX_MEMORY_BYTES
 from server.ipc.messages import Submit
-from server.sequence import Constraint
+from server.request import Constraint
 from tests.fixtures.api_server import Api, assert_error, byte_tokenizer, serving, tokenizer_files
 from tests.fixtures.timing import leap
 

@@ -134,3 +134,34 @@ async def test_constraints_are_those_of_a_chat(api: Api) -> None:
         assert api.engine.submitted[-1].sampling.constraint is not None
     assert body.json()["tool_choice"] == {"type": "function", "name": "weather"}
     assert (await send(api, text={"format": named})).json()["text"]["format"]["schema"] == schema
+
+
+LOGPROBS = "message.output_text.logprobs"
+
+
+@pytest.fixture
+async def plain(tmp_path: Path) -> AsyncIterator[Api]:
+    async with serving(tmp_path / "plain", tokenizer=byte_tokenizer()) as found:
+        yield found
+
+
+async def test_log_probabilities_of_the_text(plain: Api) -> None:
+    body = (await send(plain, include=[LOGPROBS], top_logprobs=2)).json()
+    scores = body["output"][0]["content"][0]["logprobs"]
+    assert "".join(score["token"] for score in scores) == "Hello world"
+    assert all(len(score["top_logprobs"]) == 2 and score["logprob"] <= 0 for score in scores)
+    events = frames(await send(plain, include=[LOGPROBS], top_logprobs=2, stream=True))
+    deltas = [event for event in events if event["type"] == "response.output_text.delta"]
+    assert [score for delta in deltas for score in delta["logprobs"]] == scores
+    (done,) = [event for event in events if event["type"] == "response.output_text.done"]
+    assert done["logprobs"] == scores
+    assert events[-1]["response"]["output"][0]["content"][0]["logprobs"] == scores
+    for fields in ({}, {"include": []}, {"include": ["reasoning.encrypted_content"], "top_logprobs": 0}):
+        assert (await send(plain, **fields)).json()["output"][0]["content"][0]["logprobs"] == []
+
+
+async def test_log_probabilities_that_have_no_place_are_refused(plain: Api, api: Api) -> None:
+    assert "top_logprobs" in assert_error(await send(plain, top_logprobs=2), 400)["message"]
+    assert assert_error(await send(plain, include=["file_search_call.results"]), 400)["param"] == "include.0"
+    refused = assert_error(await send(api, include=[LOGPROBS], tools=[TOOL]), 400, "unsupported")
+    assert refused["param"] == "include" and "/v1/chat/completions" in refused["message"]

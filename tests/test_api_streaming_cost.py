@@ -15,7 +15,7 @@ from server.api.inference.generation import start_generation
 from server.api.inference.streaming import EventStream
 from server.ipc.messages import StepOutputs
 from server.ipc.stream import Stream
-from server.sequence import SamplingParams
+from server.request import SamplingParams
 from tests.fixtures.api_server import Api, base_plan, serving
 
 

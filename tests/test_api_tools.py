@@ -1,5 +1,6 @@
 """Functions in chats: what the template gets, and what clients get of the model's calls."""
 
+import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.fixtures import api_server
 from tests.fixtures.api_server import Api, assert_error, byte_tokenizer, events, ids, last_prompt, serving
 
 HERMES = (
@@ -29,6 +31,12 @@ HISTORY: list[dict[str, Any]] = [
     },
     {"role": "tool", "tool_call_id": "c1", "content": "sunny"},
 ]
+
+
+@pytest.fixture
+def long_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The description of functions has more bytes, and so tokens, than the context of the fixtures."""
+    monkeypatch.setattr(api_server, "MAX_MODEL_LEN", 4096)
 
 
 @pytest.fixture
@@ -143,7 +151,7 @@ async def test_reasoning_is_split_off_where_the_template_marks_it(tmp_path: Path
         assert (opened["content"], opened["reasoning_content"]) == ("Yes", "Hm.")
 
 
-async def test_what_cannot_be_applied_is_named(api: Api, tmp_path: Path) -> None:
+async def test_what_cannot_be_applied_is_named(api: Api) -> None:
     other = {"type": "function", "function": {"name": "other"}}
     for fields in ({"tools": [WEATHER], "tool_choice": other}, {"tool_choice": "required"}):
         assert "tool_choice" in assert_error(await api.chat(**fields), 400)["message"]
@@ -160,9 +168,54 @@ async def test_what_cannot_be_applied_is_named(api: Api, tmp_path: Path) -> None
     broken = {"id": "c", "type": "function", "function": {"name": "weather", "arguments": '{"city": '}}
     error = assert_error(await api.chat(messages=[HISTORY[0], {"role": "assistant", "tool_calls": [broken]}]), 400)
     assert error["param"] == "messages.1.tool_calls.0.function.arguments"
-    async with serving(tmp_path / "plain") as plain:
-        assert assert_error(await plain.chat(tools=[WEATHER]), 400, "unsupported")["param"] == "tools"
-        assert (await plain.chat(tools=[WEATHER], tool_choice="none")).status_code == 200
+
+
+@pytest.mark.usefixtures("long_context")
+async def test_a_template_that_knows_no_functions_gets_them_as_text(tmp_path: Path) -> None:
+    async with serving(tmp_path) as plain:
+        plain.says(f"Hm.\n{CALL}")
+        for own in ([], [{"role": "system", "content": "Be kind."}]):
+            messages = [*own, *HISTORY, {"role": "tool", "tool_call_id": "c1", "content": "and warm"}]
+            (choice,) = (await plain.chat(tools=[WEATHER], messages=messages, max_tokens=-1)).json()["choices"]
+            assert choice["finish_reason"] == "tool_calls" and choice["message"]["content"] == "Hm."
+            assert choice["message"]["tool_calls"][0]["function"] == {"name": "weather", "arguments": PARIS}
+            system, user, assistant, results, _ = last_prompt(plain).split("<|start|>")[1:]
+            assert system.startswith("system\nBe kind.\n\nYou may" if own else "system\nYou may")
+            assert json.dumps(WEATHER) in system and user == "user\nhi<|end|>\n"
+            assert assistant == f"assistant\n{CALL}<|end|>\n"
+            for text in ("user\n", "<tool_response>\nsunny\n</tool_response>\n<tool_response>\nand warm\n</tool_resp"):
+                assert text in results
+        await plain.chat(tools=[WEATHER], tool_choice="none", messages=HISTORY)
+        assert CALL in last_prompt(plain) and "You may" not in last_prompt(plain)
+        call = f'{{"name": "weather", "arguments": {PARIS}}}'
+        plain.says(call)
+        forced = await plain.chat(tools=[WEATHER], tool_choice="required", parallel_tool_calls=False, max_tokens=-1)
+        (choice,) = forced.json()["choices"]
+        assert choice["message"]["tool_calls"][0]["function"] == {"name": "weather", "arguments": PARIS}
+        assert plain.engine.submitted[-1].sampling.constraint is not None
+
+
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+LOOP = "{% for m in messages %}{% if m.role != 'system' %}{{ m.role }}: {{ m.content | trim }}\n{% endif %}{% endfor %}"
+
+
+@pytest.mark.parametrize("template", [NO_SYSTEM + LOOP, LOOP])
+@pytest.mark.usefixtures("long_context")
+async def test_without_a_system_message_functions_are_in_the_first_one(tmp_path: Path, template: str) -> None:
+    async with serving(tmp_path, tokenizer=byte_tokenizer(template)) as api:
+        assert (await api.chat(tools=[WEATHER])).status_code == 200
+        assert last_prompt(api).startswith("user: You may call functions.") and last_prompt(api).endswith("\n\nhi\n")
+        assert json.dumps(WEATHER) in last_prompt(api)
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [("{{ messages | length }}", "no place for tools"), ("{{ raise_exception('never') }}", "never")],
+)
+@pytest.mark.usefixtures("long_context")
+async def test_a_template_that_drops_functions_is_refused(tmp_path: Path, template: str, says: str) -> None:
+    async with serving(tmp_path, tokenizer=byte_tokenizer(template)) as api:
+        assert says in assert_error(await api.chat(tools=[WEATHER]), 400)["message"]
 
 
 PLACE = {"type": "object", "properties": {"at": {"$ref": "#/$defs/at"}}, "$defs": {"at": {"type": "string"}}}

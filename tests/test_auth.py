@@ -10,6 +10,7 @@ from fastapi.routing import APIRoute
 
 from server.api.middleware.auth import KeyRing, check_bind
 from server.config import ConfigError, ServeConfig
+from server.console import assets
 from tests.fixtures.api_server import Api, assert_error, listening, secret, serving
 
 INFER_KEY, ADMIN_KEY, TENANT_KEY, OBSERVE_KEY, ALL_KEY = map(secret, ("infer", "admin", "tenant", "observe", "all"))
@@ -35,8 +36,9 @@ name = "scraper"
 key = "{OBSERVE_KEY}"
 scopes = ["observe"]
 """
-OPEN = {"/livez", "/readyz", "/health", "/version"}
-OBSERVE = {"/metrics", "/v1/stats", "/openapi.json"}
+OPEN = {"/", "/console/{file}", "/livez", "/readyz", "/health", "/version"}
+KNOWN = {"/v1/keys/self"}
+OBSERVE = {"/metrics", "/v1/stats", "/v1/stats/history", "/v1/trace", "/is_paused", "/openapi.json"}
 INFER = {
     "/v1/chat/completions",
     "/v1/completions",
@@ -59,13 +61,14 @@ ADMIN = {
     "/v1/adapters/{name}/files/{file}",
     "/v1/load_lora_adapter",
     "/v1/unload_lora_adapter",
+    "/v1/aliases",
 }
-OPERATE = {"/v1/merge"}
+OPERATE = {"/v1/merge", "/v1/keys", "/pause", "/resume", "/reset_prefix_cache"}
 ALLOWED = {
-    INFER_KEY: OPEN | INFER,
-    ADMIN_KEY: OPEN | ADMIN | OPERATE,
-    TENANT_KEY: OPEN | INFER | ADMIN,
-    OBSERVE_KEY: OPEN | OBSERVE,
+    INFER_KEY: OPEN | KNOWN | INFER,
+    ADMIN_KEY: OPEN | KNOWN | ADMIN | OPERATE,
+    TENANT_KEY: OPEN | KNOWN | INFER | ADMIN,
+    OBSERVE_KEY: OPEN | KNOWN | OBSERVE,
 }
 
 
@@ -97,9 +100,12 @@ def _flat(found: list) -> list[APIRoute]:  # type: ignore[type-arg]
 @pytest.mark.reliability("T30")
 async def test_every_route_asks_for_what_it_should(tmp_path: Path) -> None:
     async with serving(tmp_path, keys=ring(tmp_path)) as api:
-        assert {path for path, _ in routes(api)} == OPEN | OBSERVE | INFER | ADMIN | OPERATE
+        assert {path for path, _ in routes(api)} == OPEN | KNOWN | OBSERVE | INFER | ADMIN | OPERATE
         for path, method in routes(api):
             url = path.replace("{name}", "x").replace("{model:path}", "x")
+            url = {"/console/{file}": f"/console/{next(iter(assets()))}", "/v1/trace": "/v1/trace?seconds=0.01"}.get(
+                path, url
+            )
             for headers in ({}, bearer("wrong"), {"authorization": f"Basic {INFER_KEY}"}, bearer("")):
                 answer = await api.http.request(method, url, headers=headers)
                 if path in OPEN:
@@ -132,7 +138,9 @@ def assert_refused(path: str, answer: httpx.Response, status: int, code: str) ->
         "/livez;x",
         "/livez%2f..%2fv1",
         "/%2Fv1/models",
-        "/.",
+        "/console",
+        "/console/x%2f..%2f..%2fv1%2fadapters",
+        "/console/x/y",
     ],
 )
 async def test_what_is_not_listed_is_closed(tmp_path: Path, path: str) -> None:

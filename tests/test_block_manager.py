@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from server.engine.block_manager import BlockManager
 from server.engine.sliding_blocks import SlidingBlocks
-from server.sequence import NO_BLOCK, SamplingParams, ScaledAdapter, Sequence
+from server.request import SamplingParams, ScaledAdapter
+from server.sequence import NO_BLOCK, Sequence
 from tests.fixtures.engine_driver import plain
 
 BLOCK = 4
@@ -50,8 +51,8 @@ def test_growth_is_refused_when_the_blocks_are_gone() -> None:
     seq = make_seq(range(12))
     assert not blocks.can_admit(seq, [])
     blocks.admit(seq, [])
-    assert blocks.can_grow(seq, 8)
-    assert not blocks.can_grow(seq, 9)
+    assert blocks.to_grow(seq, 8) <= blocks.num_free
+    assert blocks.to_grow(seq, 9) > blocks.num_free
 
 
 def test_a_cached_prefix_is_shared_and_counted_by_reference() -> None:
@@ -337,7 +338,7 @@ class Ledger:
     def compute(self, pick: int) -> None:
         seq = self.running[pick % len(self.running)]
         end = min(seq.num_tokens, seq.num_computed_tokens + 1 + pick % 3)
-        if not self.blocks.can_grow(seq, end):
+        if self.blocks.to_grow(seq, end) > self.blocks.num_free:
             return
         self.blocks.grow(seq, end)
         self.weights[id(seq)] = self.weights_of(seq)[:end]

@@ -162,6 +162,31 @@ def test_what_was_pushed_can_be_pulled(adapter: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("server")
+def test_defaults_from_the_command_line(adapter: Path, tmp_path: Path) -> None:
+    run("adapters", "push", "mine", str(adapter))
+    template = tmp_path / "template.jinja"
+    template.write_text("{{ messages[-1].content }}")
+    settings = ["--system-prompt", "Be kind.", "--description", "Mine", "--label", "team=a=b", "--label", "tier=gold"]
+    settings += ["--chat-template", str(template), "--default", "temperature=0.2", "--default", "stop=END"]
+    record = json.loads(run("adapters", "set", "mine", *settings, "--json"))
+    assert (record["description"], record["labels"]) == ("Mine", {"team": "a=b", "tier": "gold"})
+    defaults = {"temperature": 0.2, "stop": "END", "system_prompt": "Be kind.", "chat_template": template.read_text()}
+    assert record["defaults"] == defaults
+    gone = ["description", "label.team", "stop", "chat_template", "system_prompt"]
+    record = json.loads(run("adapters", "set", "mine", *(f"--unset={each}" for each in gone), "--json"))
+    assert (record["description"], record["labels"]) == (None, {"tier": "gold"})
+    assert record["defaults"] == {"temperature": 0.2}
+    for words, says in (
+        (["--default", "temperature=9"], "defaults.temperature"),
+        (["--default", "temperature"], "field=value"),
+        (["--chat-template", str(tmp_path / "nothing")], "cannot be read"),
+        (["--unset", "colour"], "defaults.colour"),
+    ):
+        refused = runner.invoke(app, ["adapters", "set", "mine", *words])
+        assert refused.exit_code == 1 and says in refused.stderr
+
+
+@pytest.mark.usefixtures("server")
 def test_splitting_from_the_command_line(adapter: Path) -> None:
     for name in ("stable", "canary"):
         run("adapters", "push", name, str(adapter))

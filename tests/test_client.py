@@ -40,7 +40,7 @@ from server.ipc.messages import (
 from server.ipc.stream import Stream
 from server.ipc.supervisor import EngineState, EngineUnavailable
 from server.model.runner import ModelRunner
-from server.sequence import SamplingParams
+from server.request import SamplingParams
 from tests.fixtures.adapter_factory import tiny_llama, write_adapter
 from tests.fixtures.engine_driver import MIB, make_driver, plain
 from tests.fixtures.timing import Clock, eventually, leap

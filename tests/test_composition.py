@@ -9,7 +9,7 @@ import torch
 from peft import HRAConfig, OFTConfig, PeftConfig, RoadConfig, ShiraConfig
 
 from server.ipc.messages import RetireAdapter
-from server.sequence import ScaledAdapter
+from server.request import ScaledAdapter
 from tests.fixtures.adapter_factory import greedy, tiny_llama, with_peft, write_adapter, write_peft_adapter
 from tests.fixtures.engine_driver import Driver, make_driver
 

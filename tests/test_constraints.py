@@ -25,7 +25,8 @@ from server.model.loading.tokenizer import describe, load_tokenizer
 from server.model.sampling.allowed import AllowedTokens
 from server.model.sampling.sampler import start_sampling
 from server.model.sampling.token_counts import TokenCounts
-from server.sequence import Constraint, SamplingParams, Sequence
+from server.request import Constraint, SamplingParams
+from server.sequence import Sequence
 from tests.fixtures.adapter_factory import tiny_llama, write_adapter
 from tests.fixtures.api_server import byte_tokenizer, fast_byte_tokenizer, ids
 from tests.fixtures.engine_driver import Driver

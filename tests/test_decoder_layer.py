@@ -2,18 +2,19 @@
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from peft import IA3Config, OFTConfig, PeftConfig
 from torch import nn
 
 from adapters.runtime.step import StepPlan
 from server.ipc.messages import Merge, Submit, Unmerge
 from server.model.cpu.decoder_layer import NativeLayer
-from server.sequence import SamplingParams
-from tests.fixtures.adapter_factory import tiny_llama, write_adapter
+from server.request import SamplingParams
+from tests.fixtures.adapter_factory import tiny_llama, write_adapter, write_peft_adapter
 from tests.fixtures.engine_driver import Driver, make_driver, plain
 from tests.fixtures.native_forms import form
 
@@ -63,7 +64,19 @@ def adapter(driver: Driver, model: nn.Module, tmp_path: Path) -> Callable[..., s
     return add
 
 
-def answers(driver: Driver, round_: str, digests: dict[str, str | None]) -> dict[str, list[object]]:
+@pytest.fixture
+def other_type(driver: Driver, model: nn.Module, tmp_path: Path) -> Callable[[PeftConfig], str]:
+    """Write an adapter of another PEFT type, and put it into the store."""
+    seeds = itertools.count(100)
+
+    def add(config: PeftConfig) -> str:
+        seed = next(seeds)
+        return driver.add_adapter(write_peft_adapter(model, tmp_path / f"{seed}", config, seed=seed))
+
+    return add
+
+
+def answers(driver: Driver, round_: str, digests: Mapping[str, str | None]) -> dict[str, list[object]]:
     """Tokens and log-probabilities of all prompts at once, a step apart; no round finds another's keys and values."""
     for name, digest in digests.items():
         params = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True, logprobs=3)
@@ -85,6 +98,40 @@ def test_the_bits_are_those_of_the_modules(
     assert answers(driver, "modules", digests) == whole
 
 
+def test_vectors_and_what_is_outside_the_layers_leave_the_bits_as_they_are(
+    driver: Driver,
+    adapter: Callable[..., str],
+    other_type: Callable[..., str],
+    wholes: list[bool],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The rows of all change places from turn to turn, and some are prefilled while others decode."""
+    dora, plain_one, outside = (
+        adapter(use_dora=True),
+        adapter(r=3),
+        adapter(modules_to_save=["embed_tokens", "lm_head"]),
+    )
+    ia3 = other_type(IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]))
+    turns = [
+        {"a": dora, "b": ia3, "base": None},
+        {"a": ia3, "base": dora, "none": plain_one},
+        {"a": outside, "b": dora},
+    ]
+    turns += [{"a": ia3, "b": ia3}, {"a": None, "b": dora}, {"a": plain_one, "base": None}]
+    whole = [answers(driver, f"whole {i}", turn) for i, turn in enumerate(turns)]
+    assert wholes and all(wholes)
+    monkeypatch.setattr(NativeLayer, "is_whole", lambda _: False)
+    assert [answers(driver, f"modules {i}", turn) for i, turn in enumerate(turns)] == whole
+
+
+def test_siblings_with_inputs_of_their_own_go_by_modules(
+    driver: Driver, other_type: Callable[..., str], wholes: list[bool]
+) -> None:
+    digest = other_type(IA3Config(target_modules=["k_proj", "up_proj"], feedforward_modules=["up_proj"]))
+    answers(driver, "apart", {"a": digest})
+    assert wholes and not any(wholes)
+
+
 def test_linears_that_no_adapter_touches_are_computed_without_any(
     driver: Driver, adapter: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -97,9 +144,10 @@ def test_linears_that_no_adapter_touches_are_computed_without_any(
 
 
 def test_what_does_more_than_a_and_b_goes_by_modules_for_as_long_as_it_runs(
-    driver: Driver, adapter: Callable[..., str], wholes: list[bool]
+    driver: Driver, adapter: Callable[..., str], other_type: Callable[..., str], wholes: list[bool]
 ) -> None:
-    others = {"a": adapter(use_dora=True), "b": adapter(modules_to_save=["input_layernorm"])}
+    oft = OFTConfig(oft_block_size=8, target_modules=["q_proj"])
+    others = {"a": other_type(oft), "b": adapter(modules_to_save=["input_layernorm"])}
     before = answers(driver, "before", {"base": None})
     for name, digest in others.items():
         assert all(wholes)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from server.sequence import FinishReason
+from server.request import FinishReason
 from tests.fixtures.adapter_factory import tiny_llama, with_peft, write_adapter
 from tests.fixtures.adapter_world import PROMPT, AdapterWorld
 from tests.fixtures.engine_driver import Driver, make_driver
@@ -99,10 +99,10 @@ def test_a_preempted_prompt_is_pooled_once(
     for steps in range(1, 5):
         prompt = [steps, *PROMPT, *PROMPT, *PROMPT][:70]  # five steps
         world.embed("embedded", "dora", prompt, pooling)
-        while (seq := driver.engine._sequences["embedded"]).num_computed_tokens < 16 * steps:
+        while (seq := driver.engine._live.by_id["embedded"]).num_computed_tokens < 16 * steps:
             driver.step()
         assert len(driver.engine._in_flight) == overlap
-        scheduler._preempt(seq)
+        scheduler.requeue(seq)
         driver.run()
         assert_equal(embedding(driver, "embedded"), world.reference("dora", prompt, pooling))
 

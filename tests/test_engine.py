@@ -17,7 +17,8 @@ from adapters.runtime.pool import page_bytes
 from server.engine.step_cost import MIN_CHUNK
 from server.ipc.messages import Abort, MoveAdapter, PinAdapter, RetireAdapter, Submit
 from server.model.loading.loader import ModelRefused
-from server.sequence import SamplingParams, Sequence
+from server.request import SamplingParams
+from server.sequence import Sequence
 from tests.fixtures.adapter_factory import tiny_llama, with_peft, write_adapter
 from tests.fixtures.engine_driver import Driver, make_driver, plain
 from tests.fixtures.timing import HANG_SECONDS, Clock, patience
@@ -286,7 +287,7 @@ def test_an_abort_frees_everything_within_one_step(drivers: Drivers, adapters: d
         step_until_running(driver, "ours")
     for _ in range(8 if state == "decoding" else 1):
         driver.step()
-    seq = driver.engine._sequences["ours"]
+    seq = driver.engine._live.by_id["ours"]
     if state == "prefilling":
         assert 0 < seq.num_computed_tokens < seq.num_prompt_tokens
     assert (seq.num_output_tokens > 0) == (state == "decoding")

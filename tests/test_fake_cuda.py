@@ -19,7 +19,8 @@ from server.model.batch import ForwardBatch, SequenceRows, build_batch
 from server.model.sampling.sampler import start_sampling
 from server.model.sampling.token_counts import TokenCounts
 from server.model.warm_up import warm_up_steps
-from server.sequence import SamplingParams, ScheduledBatch, ScheduledSequence, Sequence
+from server.request import SamplingParams
+from server.sequence import ScheduledBatch, ScheduledSequence, Sequence
 from tests.fixtures.fake_cuda import DEVICE, HostSync, Launches, fake_cuda, fake_runner
 from tests.fixtures.triton_device import require_triton
 from tests.test_architectures import ARCHITECTURES, SIZES, config_of

@@ -217,7 +217,7 @@ def test_a_selftest_that_raises_ends_alone(
         ("residency.unpin", PinAdapter(1, "d" * 64, False)),
         ("residency.unload", MoveAdapter(1, "d" * 64, "disk")),
         ("residency.expect", RunSelfTest(1, "d" * 64)),
-        ("_selftests._reference", RunSelfTest(1, "d" * 64)),
+        ("_messages._selftests._reference", RunSelfTest(1, "d" * 64)),
         ("merging.prepare", Merge(1, "d" * 64, drain=True)),
     ],
 )

@@ -24,7 +24,7 @@ from server.api.requests.chat import ChatCompletionRequest
 from server.api.requests.completions import CompletionRequest
 from server.api.requests.inference import GenerationRequest
 from server.api.schemas import Wire
-from server.sequence import SamplingParams
+from server.request import SamplingParams
 from tests.fixtures.api_server import BASE, MAX_MODEL_LEN, Api, base_plan, serving
 
 

@@ -25,7 +25,7 @@ async def test_a_key_for_inference_gets_404_for_what_is_no_route(tmp_path: Path)
     async with serving(tmp_path, keys=ring(tmp_path)) as api:
         for key in (INFER_KEY, TENANT_KEY, OBSERVE_KEY, ADMIN_KEY):
             api.http.headers.update(bearer(key))
-            for path in ("/v1/nothing", "/v1/images/generations", "/chat/completions", "/nope", "/v1", "/"):
+            for path in ("/v1/nothing", "/v1/images/generations", "/chat/completions", "/nope", "/v1", "/console"):
                 for method in ("GET", "POST"):
                     assert_error(await api.http.request(method, path), 404, "not_found")
         api.http.headers.update(bearer(INFER_KEY))

@@ -193,6 +193,20 @@ def test_a_model_that_cannot_fit_is_refused_before_its_weights_are_read(monkeypa
         sizing.refuse_early(config)
 
 
+def test_a_server_takes_its_share_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory of other programs does not count in the share, as in vLLM."""
+    model = str(named("llama-3.1-8b"))
+    monkeypatch.setattr(sizing, "chosen_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (70 * GIB, 80 * GIB))
+    device = torch.device("cuda")
+    for share, total in ((1.0, 80), (0.5, 50), (0.95, 80)):
+        memory = sizing._device_memory(ServeConfig(gpu_memory_utilization=share), device, 0)
+        assert (memory.total, memory.taken) == (total * GIB, 10 * GIB)
+    sizing.refuse_early(ServeConfig(model=model, gpu_memory_utilization=0.5))
+    with pytest.raises(ModelRefused, match="--quantization nf4"):
+        sizing.refuse_early(ServeConfig(model=model, gpu_memory_utilization=0.15))
+
+
 def test_a_model_that_cannot_be_planned_is_loaded_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(sizing, "chosen_device", lambda _: torch.device("cuda"))
     sizing.refuse_early(ServeConfig(model=str(tmp_path)))

@@ -136,7 +136,7 @@ class MergeMachine(RuleBasedStateMachine):
             if self.world.futures and not self.world.futures[-1].done():
                 self.world.futures[-1].set_result(self.world.weights)
             self.step(1)
-        assert not self.world.scheduler.has_work(), self.world.merging.status
+        assert not (self.world.scheduler.waiting or self.world.scheduler.running), self.world.merging.status
         assert self.world.merging.status.state in ("none", "merged")
         assert sorted(self.replies) == list(range(1, self.requests + 1))
         assert not (self.gives_way and self.refused)

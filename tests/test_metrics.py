@@ -1,13 +1,19 @@
 import asyncio
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from server.metrics import MAX_ADAPTER_LABELS, METRICS, Metrics
-from tests.fixtures.api_server import Api, serving
+from server.ipc.client import EngineClient
+from server.ipc.messages import EngineStats, MergeStatus, ResidencyReport
+from server.metric_specs import METRICS
+from server.metrics import MAX_ADAPTER_LABELS, Metrics
+from tests.fixtures.api_server import BASE, Api, serving
 from tests.fixtures.timing import eventually
 
+MODEL = (("model_name", BASE),)
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
 
@@ -27,6 +33,8 @@ async def test_everything_declared_is_exposed_and_nothing_else(tmp_path: Path) -
         await api.http.post("/v1/adapters/acme/unload")
         await api.http.post("/v1/merge", json={"name": "acme"})
         await api.chat(model="acme")
+        await api.upload("beta", seed=1)
+        await api.http.post("/v1/adapters/beta/load")
         text = (await api.http.get("/metrics")).text
         families = {family.name: family for family in text_string_to_metric_families(text)}
         created = {name for name in families if name.endswith("_created")}
@@ -99,7 +107,7 @@ async def test_a_deleted_adapter_leaves_no_series(tmp_path: Path) -> None:
 
 @pytest.mark.reliability("T26")
 def test_labels_are_bounded() -> None:
-    metrics = Metrics()
+    metrics = Metrics("base")
     for i in range(MAX_ADAPTER_LABELS + 10):
         metrics.add_adapter(f"a{i}")
     assert metrics.label("") == "_base" and metrics.label("a0") == "a0"
@@ -115,14 +123,19 @@ async def test_gauges_say_what_the_engine_said_last(tmp_path: Path) -> None:
         await api.upload("acme")
         await api.upload("beta", seed=1)
         await api.http.post("/v1/adapters/acme/pin")
+        await api.http.post("/v1/adapters/beta/unload")  # a small version may be loaded ahead of its first request
         api.waits_after(1)
         running = asyncio.create_task(api.chat(model="acme"))
         await eventually(lambda: api.generated)
         found = await samples(api)
         api.goes_on()
         await running
-        assert found["loraplex_requests_running", ()] == found["vllm:num_requests_running", ()] == 1
-        assert found["loraplex_kv_cache_usage_ratio", ()] == found["vllm:kv_cache_usage_perc", ()] == 0.01
+        assert found["loraplex_requests_running", ()] == found["vllm:num_requests_running", MODEL] == 1
+        assert found["loraplex_kv_cache_usage_ratio", ()] == found["vllm:kv_cache_usage_perc", MODEL] == 0.01
+        assert found["vllm:gpu_cache_usage_perc", MODEL] == 0.01
+        assert found["vllm:num_gpu_loaded_lora_adapters", MODEL] == 1
+        assert found["vllm:num_cpu_loaded_lora_adapters", MODEL] == 0
+        assert found["vllm:lora_adapter_loaded", loaded("acme", "gpu", "true")] == 1
         assert found["loraplex_graph_steps_total", ()] == 7
         assert found["loraplex_eager_steps_total", (("reason", "prefill"),)] == 3
         assert found["loraplex_adapter_slots", (("state", "pinned"),)] == 1
@@ -131,6 +144,61 @@ async def test_gauges_say_what_the_engine_said_last(tmp_path: Path) -> None:
         assert found["loraplex_adapters", (("state", "ready"), ("tier", "disk"))] == 1
         labels = next(dict(labels) for name, labels in found if name == "vllm:lora_requests_info")
         assert labels == {"max_lora": "4", "running_lora_adapters": "acme", "waiting_lora_adapters": ""}
+
+
+def loaded(name: str, level: str, pinned: str) -> tuple[tuple[str, str], ...]:
+    return ("adapter_name", name), ("level", level), ("pinned", pinned)
+
+
+async def test_requests_are_counted_once_in_vllm_s_names(tmp_path: Path) -> None:
+    async with serving(tmp_path) as api:
+        await api.upload("acme")
+        await api.chat(model="acme")
+        await api.chat()
+        found = await samples(api)
+        for ours, vllms in (
+            ("time_to_first_token_seconds_count", "time_to_first_token_seconds_count"),
+            ("request_duration_seconds_count", "e2e_request_latency_seconds_count"),
+            ("queue_seconds_count", "request_queue_time_seconds_count"),
+            ("inter_token_latency_seconds_count", "inter_token_latency_seconds_count"),
+            ("inter_token_latency_seconds_sum", "time_per_output_token_seconds_sum"),
+            ("prompt_tokens_total", "prompt_tokens_total"),
+            ("generated_tokens_total", "generation_tokens_total"),
+        ):
+            by_adapter = [value for (name, _), value in found.items() if name == f"loraplex_{ours}"]
+            assert len(by_adapter) == 2 and found[f"vllm:{vllms}", MODEL] == pytest.approx(sum(by_adapter)), vllms
+        buckets = [labels for name, labels in found if name == "vllm:time_per_output_token_seconds_bucket"]
+        assert len(buckets) == len({labels for labels in buckets}) == 20
+        before = found["vllm:generation_tokens_total", MODEL]
+        await api.http.delete("/v1/adapters/acme")
+        assert (await samples(api))["vllm:generation_tokens_total", MODEL] == before  # counters never go down
+
+
+async def test_ten_thousand_adapters_make_few_series() -> None:
+    """Of vLLM's metrics, the loaded adapters alone are listed by name, and up to a bound."""
+    count, metrics = 10_000, Metrics(BASE)
+    digests = [f"{i:064x}" for i in range(count)]
+    engine = SimpleNamespace(
+        stats=EngineStats(),
+        merge_status=MergeStatus(),
+        residency=ResidencyReport(device=digests[-64:], host=digests, pinned={digests[-1]: 1}),
+        add_listener=lambda _: None,
+    )
+    metrics.watch(cast(EngineClient, engine), lambda digest: [f"a{int(digest, 16)}"], lambda: set(digests))
+    for i in range(count):
+        metrics.add_adapter(f"a{i}")
+        metrics.observe("loraplex_queue_seconds", f"a{i}", 0.1)
+        metrics.add_tokens(f"a{i}", 1, 0.1)
+    families = {family.name: family for family in text_string_to_metric_families(metrics.exposition().decode())}
+    listed = families["vllm:lora_adapter_loaded"].samples
+    assert len(listed) == MAX_ADAPTER_LABELS + 1 and sum(sample.value for sample in listed) == count
+    found = {tuple(sorted(sample.labels.items())): sample.value for sample in listed}
+    assert found[loaded(f"a{count - 1}", "gpu", "true")] == found[loaded(f"a{count - 2}", "gpu", "false")] == 1
+    assert found[loaded("_other", "cpu", "false")] == count - MAX_ADAPTER_LABELS
+    assert families["vllm:num_gpu_loaded_lora_adapters"].samples[0].value == 64
+    assert families["vllm:num_cpu_loaded_lora_adapters"].samples[0].value == count - 64
+    others = [family for name, family in families.items() if name.startswith("vllm:") and "lora" not in name]
+    assert {sample.labels["model_name"] for family in others for sample in family.samples} == {BASE}
 
 
 async def test_stats(tmp_path: Path) -> None:

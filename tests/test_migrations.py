@@ -4,6 +4,7 @@ import sqlite3
 import time
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,12 @@ CREATE TABLE splits (alias TEXT NOT NULL, member TEXT NOT NULL, weight ANY NOT N
 INSERT INTO splits VALUES ('prod', 'one', 9, 8), ('prod', 'two', 1, 8);
 PRAGMA user_version = 3;
 """
+SETTINGS = """
+CREATE TABLE settings (name TEXT NOT NULL, pending INTEGER NOT NULL, settings TEXT NOT NULL,
+    PRIMARY KEY (name, pending)) STRICT;
+INSERT INTO settings VALUES ('one', 0, '{"description": "first"}'), ('awaited', 1, '{"labels": {"a": "b"}}');
+PRAGMA user_version = 4;
+"""
 EARLIER = {
     "1": FIRST,
     "1 with an index": FIRST + INDEX,
@@ -65,6 +72,7 @@ EARLIER = {
     "1 with aliases": FIRST + INDEX + PENDING + ALIASES,
     "2": FIRST + INDEX + PENDING + ALIASES + CHECKS,
     "3": FIRST + INDEX + PENDING + ALIASES + CHECKS + SPLITS,
+    "4": FIRST + INDEX + PENDING + ALIASES + CHECKS + SPLITS + SETTINGS,
 }
 
 
@@ -111,7 +119,10 @@ def test_every_earlier_schema_opens_with_all_that_it_has(earlier: str, data_dir:
         assert (one.pinned, one.source, one.created) == (True, "hf://org/a", 5)
         assert [(v.digest, v.created, v.current) for v in registry.history("one")] == [(NEW, 6, True), (OLD, 5, False)]
         assert two.source == "upload"
-        assert registry.pending == ({"awaited": pending("awaited")} if PENDING in EARLIER[earlier] else {})
+        has_settings = SETTINGS in EARLIER[earlier]
+        assert one.settings == ({"description": "first"} if has_settings else {}) and two.settings == {}
+        awaited = replace(pending("awaited"), settings_json='{"labels": {"a": "b"}}' if has_settings else "")
+        assert registry.pending == ({"awaited": awaited} if PENDING in EARLIER[earlier] else {})
         aliases = {"prod": Alias("prod", {"one": 9, "two": 1}, 8)} if ALIASES in EARLIER[earlier] else {}
         assert registry.aliases == aliases
         assert list(registry.damaged) == (["two"] if CHECKS in EARLIER[earlier] else [])

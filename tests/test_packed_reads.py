@@ -212,7 +212,7 @@ def test_the_copy_of_a_version_that_the_store_has_no_longer_is_not_used(driver: 
 
 def test_a_version_under_self_test_is_packed_from_its_weights(driver: Driver, digest: str, loads: Loads) -> None:
     answer(driver, digest, "first")
-    reader = driver.engine._selftests._reader
+    reader = driver.engine._messages._selftests._reader
     reader.share(digest, verify=True)
     assert cold(driver, digest).follows_from_shapes
     assert loads.count == 2

@@ -166,7 +166,7 @@ def test_priorities_shorten_the_wait_of_the_urgent_within_their_tenant() -> None
     for name, priority in (("calm", 1), ("usual", 0), ("urgent", -1)):
         scheduler.add(of("t", name, priority=priority, max_tokens=2))
     order: list[str] = []
-    while scheduler.has_work():
+    while scheduler.waiting or scheduler.running:
         for scheduled in run_step(scheduler).sequences:
             order += [scheduled.seq.seq_id] if scheduled.seq.seq_id not in order else []
     assert order == ["t-urgent", "t-usual", "t-calm"]
@@ -230,7 +230,7 @@ def test_a_preempted_sequence_waits_for_its_tenant_s_turn_and_is_charged_once() 
         run_step(scheduler)
     assert names(scheduler.waiting) == ["greedy-b", "patient-late"]
     order: list[str] = []
-    while scheduler.has_work():
+    while scheduler.waiting or scheduler.running:
         order += names(scheduled.seq for scheduled in run_step(scheduler).sequences)
     assert order.index("patient-late") < order.index("greedy-b")
     policy = scheduler.policy
@@ -244,7 +244,7 @@ def test_a_preempted_sequence_waits_in_its_tenant_by_priority_and_then_by_arriva
         scheduler.add(of("t", name, 4, priority=priority, max_tokens=12))
     run_step(scheduler)
     for seq in scheduler.running[::-1]:
-        scheduler._preempt(seq)
+        scheduler.requeue(seq)
     for name, priority in (("urgent", -1), ("usual", 0), ("calm", 5)):
         scheduler.add(of("t", name, 4, priority=priority))
     assert names(scheduler._candidates()) == [f"t-{name}" for name in ("urgent", "a", "usual", "b", "c", "calm")]
@@ -298,7 +298,7 @@ def test_within_the_tenant_the_least_urgent_is_preempted_first() -> None:
         scheduler.add(of("t", name, 8, priority=priority, max_tokens=12))
         run_step(scheduler)
     order: list[str] = []
-    while scheduler.has_work():
+    while scheduler.waiting or scheduler.running:
         order += [name for name in preempted(scheduler) if name not in order]
         run_step(scheduler)
     assert order[0] == "t-calm", "the first one admitted is never preempted"

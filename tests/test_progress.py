@@ -5,7 +5,7 @@ import pytest
 from server.engine import loop as loop_module
 from server.engine.loop import HEARTBEAT_SECONDS, run_loop
 from server.ipc.messages import FromEngine, Progress, Shutdown, StepOutputs, Submit
-from server.sequence import SamplingParams
+from server.request import SamplingParams
 from tests.fixtures.adapter_factory import tiny_llama
 from tests.fixtures.engine_driver import Driver
 from tests.fixtures.timing import Clock

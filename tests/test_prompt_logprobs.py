@@ -9,7 +9,7 @@ import torch
 
 from server.engine import prompt_scores
 from server.ipc.messages import Submit
-from server.sequence import SamplingParams, TokenLogprobs
+from server.request import SamplingParams, TokenLogprobs
 from tests.fixtures.adapter_world import PROMPT, AdapterWorld
 from tests.fixtures.engine_driver import Driver
 

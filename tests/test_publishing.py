@@ -13,8 +13,8 @@ from safetensors.torch import load, save
 from adapters.errors import AdapterError
 from server import serve
 from server.api.adapters.watcher import FolderWatcher
-from server.ipc.messages import PinAdapter, RetireAdapter, RunSelfTest, SelfTest, ToEngine
-from tests.fixtures.api_server import Api, adapter_files, serving
+from server.ipc.messages import MoveAdapter, PinAdapter, RetireAdapter, RunSelfTest, SelfTest, ToEngine
+from tests.fixtures.api_server import Api, adapter_files, made_files, serving
 from tests.fixtures.timing import eventually
 
 NAME = "acme"
@@ -215,7 +215,7 @@ async def test_what_is_served_stays_when_its_replacement_is_refused(
         await door(api, folder)
         old = current(api)
         api.engine.selftest = SelfTest(0.5, 0.1, 1e-3)
-        put(folder, adapter_files(1))
+        put(folder, made_files(1, lora_alpha=8))  # another structure, which is tested
         assert await door(api, folder)
         assert current(api) == old and api.context.registry.store.digests() == [old]
 
@@ -243,3 +243,84 @@ async def test_a_pin_that_cannot_move_along_does_not_end_the_start(tmp_path: Pat
 class AlwaysRefused(dict[str, Any]):
     def get(self, *_: object) -> Any:
         return ("no_room", "every device slot is pinned")
+
+
+# --- versions that differ from a tested one in nothing but their numbers ---
+
+
+def scaled_files(factor: float, **lora_config: Any) -> Files:
+    """The second version of a trainer: the numbers of the first times `factor`."""
+    files = made_files(0, **lora_config)
+    tensors = {
+        name: (tensor * factor).contiguous() for name, tensor in load(files["adapter_model.safetensors"]).items()
+    }
+    return files | {"adapter_model.safetensors": save(tensors)}
+
+
+async def publish(api: Api, files: Files, messages: list[ToEngine], **fields: str) -> list[str]:
+    """Publish and return what the engine was asked to do with the version."""
+    messages.clear()
+    sent_files = {name: (name, data) for name, data in files.items()}
+    path = f"/v1/adapters?dry_run={fields.pop('dry_run', 'false')}"
+    response = await api.http.post(path, data={"name": NAME, "replace": "true", **fields}, files=sent_files)
+    assert response.status_code in (200, 201), response.text
+    return [type(m).__name__ for m in messages if isinstance(m, RunSelfTest | MoveAdapter)]
+
+
+async def test_the_next_version_of_a_trainer_is_loaded_and_not_tested(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with serving(tmp_path) as api:
+        messages = sent(api, monkeypatch)
+        assert await publish(api, scaled_files(1), messages) == ["RunSelfTest"]
+        tested = current(api)
+        assert await publish(api, scaled_files(1.5), messages) == ["MoveAdapter"]
+        (move,) = [m for m in messages if isinstance(m, MoveAdapter)]
+        assert (move.digest, move.tier, move.urgent) == (current(api), "device", True)
+        report = api.context.registry.record(NAME).version.report["selftest"]
+        assert report["tested_version"] == f"sha256:{tested}" and "skipped" in report
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (scaled_files(1), scaled_files(3)),  # larger numbers may overflow
+        (scaled_files(0), scaled_files(0.5)),  # a test of zeros proves nothing
+        (scaled_files(1), scaled_files(1, lora_alpha=8)),  # another scale
+        (scaled_files(1), scaled_files(1, r=4)),  # other shapes
+        (scaled_files(1), scaled_files(1, target_modules=["q_proj"])),  # other modules
+    ],
+    ids=["larger", "after zeros", "scale", "rank", "modules"],
+)
+async def test_other_versions_are_tested(
+    first: Files, second: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with serving(tmp_path) as api:
+        messages = sent(api, monkeypatch)
+        assert await publish(api, first, messages) == ["RunSelfTest"]
+        assert await publish(api, second, messages) == ["RunSelfTest"]
+
+
+async def test_a_refused_version_vouches_for_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with serving(tmp_path) as api:
+        messages = sent(api, monkeypatch)
+        api.engine.selftest, good = SelfTest(0.5, 0.1, 1e-3), api.engine.selftest
+        files = {name: (name, data) for name, data in scaled_files(1).items()}
+        assert (await api.http.post("/v1/adapters", data={"name": NAME}, files=files)).status_code == 422
+        api.engine.selftest = good
+        assert await publish(api, scaled_files(1.5), messages) == ["RunSelfTest"]
+
+
+async def test_numbers_are_still_checked(tmp_path: Path) -> None:
+    async with serving(tmp_path) as api:
+        await api.upload(NAME)
+        files = {name: (name, data) for name, data in scaled_files(float("nan")).items()}
+        response = await api.http.post("/v1/adapters", data={"name": NAME, "replace": "true"}, files=files)
+        assert response.status_code == 422 and "nonfinite" in response.text
+
+
+async def test_a_dry_run_tests_every_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with serving(tmp_path) as api:
+        messages = sent(api, monkeypatch)
+        await publish(api, scaled_files(1), messages)
+        assert await publish(api, scaled_files(1.5), messages, dry_run="true") == ["RunSelfTest"]

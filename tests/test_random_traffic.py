@@ -24,7 +24,7 @@ from server.ipc.messages import (
     ToEngine,
     Unmerge,
 )
-from server.sequence import SamplingParams, ScaledAdapter
+from server.request import SamplingParams, ScaledAdapter
 from tests.fixtures.adapter_factory import tiny_llama, write_adapter
 from tests.fixtures.engine_driver import Driver, make_driver, plain
 from tests.fixtures.virtual_tokens import write_virtual

@@ -12,7 +12,8 @@ from server.model.sampling import adjustments, categorical, sampler
 from server.model.sampling.categorical import FEW, categorical_params, plan_categorical
 from server.model.sampling.sampler import Sample, sample, start_sampling
 from server.model.sampling.token_counts import IN_PROMPT, OUTPUT, TokenCounts
-from server.sequence import SamplingParams, Sequence
+from server.request import SamplingParams
+from server.sequence import Sequence
 
 EOS = frozenset({2})
 VOCAB = 24
@@ -355,3 +356,43 @@ def test_a_larger_vocabulary_widens_the_table_and_keeps_the_counts() -> None:
     next_token(torch.nn.functional.pad(random_logits(), (0, 6), value=-50.0), seq, counts)
     assert counts.table.shape[1] == VOCAB + 6
     assert (counts.table[0, :VOCAB] - before).sum() == OUTPUT
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"temperature": 0.7},
+        {"temperature": 1.3, "top_k": 5},
+        {"temperature": 0.9, "top_p": 0.6},
+        {"temperature": 1.0, "min_p": 0.1, "top_k": 12},
+    ],
+)
+def test_processed_logprobs_are_those_of_the_distribution_that_is_sampled_from(params: dict[str, Any]) -> None:
+    logits = random_logits()
+    bias = {3: 2.0, 7: -1.0}
+    seq = make_seq(logprobs=20, processed_logprobs=True, logit_bias=bias, **params)
+    changed = logits.clone()
+    for token, value in bias.items():
+        changed[0, token] += value
+    expected = expected_distribution(changed[0], **params).log()
+    # Beside rows that are sampled and scored in other ways.
+    found = sample(logits.expand(3, -1), [make_seq(temperature=0.0), seq, make_seq(logprobs=1)], EOS)[1].logprobs
+    assert found is not None
+    for token, value in found.top:
+        assert value == pytest.approx(expected[token].item(), abs=1e-5)
+    assert sum(value > -torch.inf for _, value in found.top) == min(int((expected > -torch.inf).sum()), 20)
+
+
+def test_raw_logprobs_stay_raw_beside_processed_ones() -> None:
+    logits = random_logits()
+    raw, processed = (make_seq(temperature=0.5, seed=1, logprobs=3, processed_logprobs=each) for each in (False, True))
+    together = sample(logits.expand(2, -1), [raw, processed], EOS)
+    assert together[0] == sample(logits, [raw], EOS)[0]
+    assert together[0].logprobs != together[1].logprobs and together[0].token_id == together[1].token_id
+
+
+def test_processed_logprobs_of_a_greedy_row_have_no_temperature() -> None:
+    logits = random_logits()
+    (found,) = sample(logits, [make_seq(temperature=0.0, logprobs=2, processed_logprobs=True)], EOS)
+    assert found.logprobs is not None
+    assert found.logprobs.logprob == pytest.approx(logits[0].log_softmax(-1).max().item(), abs=1e-6)

@@ -14,7 +14,8 @@ from adapters.residency.residency import Residency
 from adapters.residency.slots import SlotTable
 from server.engine.block_manager import BlockManager
 from server.engine.scheduler import PREFETCH_DEPTH, Scheduler
-from server.sequence import SamplingParams, ScaledAdapter, ScheduledBatch, Sequence, SequenceStatus
+from server.request import SamplingParams, ScaledAdapter
+from server.sequence import ScheduledBatch, Sequence, SequenceStatus
 from tests.fixtures.timing import patience
 
 BLOCK = 4
@@ -145,7 +146,7 @@ def shares(batch: ScheduledBatch) -> dict[str, int]:
 
 def run_to_end(scheduler: Scheduler, max_steps: int = 2000) -> int:
     for steps in range(max_steps):
-        if not scheduler.has_work():
+        if not (scheduler.waiting or scheduler.running):
             return steps
         run_step(scheduler)
     raise AssertionError("the scheduler does not come to an end")
@@ -208,7 +209,7 @@ def test_a_prompt_that_several_begin_with_is_computed_once(budget: int, own: int
     for seq in seqs:
         scheduler.add(seq)
     computed = 0
-    while scheduler.has_work():
+    while scheduler.waiting or scheduler.running:
         batch = run_step(scheduler)
         computed += sum(min(s.end, s.seq.num_prompt_tokens) - s.start for s in batch.sequences if s.start < 40 + own)
     assert computed == 40 + 6 * own
@@ -548,7 +549,7 @@ def test_compositions_that_want_each_other_s_slots_all_end(residency: Residency[
     scheduler = Scheduler(BlockManager(100, BLOCK), residency, 8, 64, max_wait_steps=1000)
     for index, pair in enumerate(pairs * 3):
         scheduler.add(make_seq(f"s{index}", 3, *pair))
-    steps_to(scheduler, residency, lambda: not scheduler.has_work())
+    steps_to(scheduler, residency, lambda: not (scheduler.waiting or scheduler.running))
 
 
 def test_a_composition_is_admitted_within_the_bound(residency: Residency[Weights]) -> None:
@@ -571,7 +572,7 @@ def test_a_composition_is_admitted_within_the_bound(residency: Residency[Weights
     steps_to(scheduler, residency, lambda: pair.status is not SequenceStatus.WAITING)
     assert late.status is SequenceStatus.WAITING
     assert all(seq.status is SequenceStatus.FINISHED for seq in holders)
-    steps_to(scheduler, residency, lambda: not scheduler.has_work())
+    steps_to(scheduler, residency, lambda: not (scheduler.waiting or scheduler.running))
 
 
 def test_a_composition_keeps_what_it_has_from_those_behind(residency: Residency[Weights]) -> None:
@@ -583,7 +584,7 @@ def test_a_composition_keeps_what_it_has_from_those_behind(residency: Residency[
     residency.take_moves()
     steps_to(scheduler, residency, lambda: pair.status is not SequenceStatus.WAITING)
     assert "x" not in {move.digest for move in residency.take_moves()}
-    steps_to(scheduler, residency, lambda: not scheduler.has_work())
+    steps_to(scheduler, residency, lambda: not (scheduler.waiting or scheduler.running))
 
 
 def test_sequences_of_a_broken_adapter_are_reported_with_the_reason() -> None:
@@ -618,7 +619,7 @@ def test_a_sequence_can_be_taken_out_in_any_state(state: str) -> None:
     if state == "preempted":
         scheduler.finish(other)
     check(scheduler)
-    assert not scheduler.has_work()
+    assert not (scheduler.waiting or scheduler.running)
     assert scheduler.blocks.num_used == 0
     assert not any(slots.resident.values())
 

@@ -221,7 +221,7 @@ def test_every_request_ends_once_and_the_books_balance(given: Setting) -> None:
             assert record.arrival <= record.admitted < record.first_token <= record.finished
     assert result.step_tokens >= sum(record.tokens - 1 + record.request.prompt_tokens for record in served(result))
     assert (result.preemptions > 0) == (given.kv_bytes == 400_000)
-    assert not simulation.scheduler.has_work()
+    assert not (simulation.scheduler.waiting or simulation.scheduler.running)
     assert simulation.scheduler.blocks.num_used == 0
     assert steps > 20
 
@@ -416,7 +416,9 @@ def test_operators_merges_and_crashes_leave_the_books_balanced(seed: int) -> Non
     assert len(ended) == SMALL.requests and all(r.tokens == r.request.output_tokens for r in ended)
     directions = {switch.direction for switch in merging.take_switches()}
     assert crashes and result.preemptions and directions == {"merge", "unmerge"}
-    assert simulation.scheduler.blocks.num_used == 0 and not simulation.scheduler.has_work()
+    assert simulation.scheduler.blocks.num_used == 0 and not (
+        simulation.scheduler.waiting or simulation.scheduler.running
+    )
 
 
 def ready(merged: FakeMerged) -> "Future[Merged]":

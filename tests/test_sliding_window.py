@@ -12,7 +12,8 @@ import transformers
 from transformers import PreTrainedModel
 
 from server.engine.sliding_blocks import SlidingBlocks
-from server.sequence import NO_BLOCK, SamplingParams, Sequence
+from server.request import SamplingParams
+from server.sequence import NO_BLOCK, Sequence
 from tests.fixtures.adapter_factory import greedy, with_peft, write_adapter
 from tests.fixtures.engine_driver import Driver, make_driver
 from tests.test_architectures import HEADS, SIZES, build

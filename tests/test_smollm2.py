@@ -56,7 +56,7 @@ def test_the_three_printed_curl_lines_work_as_printed(server: RunningServer) -> 
     assert run(f"curl -X DELETE {server.url}/v1/adapters/my-pirate")["deleted"] is True
 
 
-@pytest.mark.parametrize(("page", "count"), [("README.md", 7), ("docs/guide.md", 2)])
+@pytest.mark.parametrize(("page", "count"), [("README.md", 7), ("docs/guide.md", 3)])
 def test_the_curl_commands_of_a_page_work_in_order(server: RunningServer, page: str, count: int) -> None:
     commands = re.findall(r"^curl .*$", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE)
     assert len(commands) == count
@@ -69,6 +69,22 @@ def test_the_readme_s_python_works(server: RunningServer, capsys: pytest.Capture
     assert len(code) == 1
     exec(code[0].replace("http://127.0.0.1:8000", server.url), {})
     assert "SELECT" in capsys.readouterr().out
+
+
+def test_the_embedded_model_calls_functions_that_it_is_forced_to(client: OpenAI) -> None:
+    """Its chat template knows no functions."""
+    schema = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+    strict = {"name": "get_weather", "parameters": {**schema, "additionalProperties": False}}
+    question = [{"role": "user", "content": "What is the weather in Paris?"}]
+    options = {"model": DEFAULT_MODEL, "messages": question, "temperature": 0, "max_tokens": 60}
+    options["tools"] = [{"type": "function", "function": strict}]
+    for choice in ("required", {"type": "function", "function": {"name": "get_weather"}}):
+        (called,) = client.chat.completions.create(**options, tool_choice=choice).choices  # type: ignore[call-overload]
+        assert called.finish_reason == "tool_calls"
+        for call in called.message.tool_calls:
+            assert call.function.name == "get_weather" and "Paris" in json.loads(call.function.arguments)["city"]
+    (free,) = client.chat.completions.create(**options).choices  # type: ignore[call-overload]
+    assert free.message.content or free.message.tool_calls
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from server.api.middleware.auth import Key, KeyRing
-from server.sequence import ScaledAdapter
+from server.request import ScaledAdapter
 from tests.fixtures.api_server import BASE, Api, assert_error, serving
 from tests.test_api_composition import digest, identity, upload_two
 from tests.test_metrics import samples

@@ -12,7 +12,8 @@ import pytest
 from server.engine.block_manager import BlockManager
 from server.engine.scheduler import Scheduler
 from server.engine.step_cost import DEFAULT_SECONDS, MIN_CHUNK, StepBudget, StepCost
-from server.sequence import SamplingParams, ScheduledBatch, Sequence, SequenceStatus
+from server.request import SamplingParams
+from server.sequence import ScheduledBatch, Sequence, SequenceStatus
 from tests.test_scheduler import FakeSlots, make_seq
 
 TARGET = 0.15
@@ -311,11 +312,11 @@ def test_every_sequence_ends_once_under_a_target(seed: int) -> None:
     for number in range(60):
         seqs.append(server.add(f"r{number}", chance.choice([1, 5, 40, 300, 900]), chance.randint(1, 30)))
         for _ in range(chance.randint(0, 6)):
-            if server.scheduler.has_work():
+            if server.scheduler.waiting or server.scheduler.running:
                 server.step()
         if chance.random() < 0.1:
             server.machine = chance.choice(MACHINES)
-    server.run_until(lambda: not server.scheduler.has_work())
+    server.run_until(lambda: not (server.scheduler.waiting or server.scheduler.running))
     assert all(seq.status is SequenceStatus.FINISHED for seq in seqs)
     assert all(len(server.tokens_at[seq.seq_id]) == seq.sampling.max_tokens for seq in seqs)
 

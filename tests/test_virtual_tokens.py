@@ -28,7 +28,8 @@ from server.ipc.messages import Abort, RunSelfTest, Submit
 from server.model.loading.loader import load_model
 from server.model.loading.probe import probe
 from server.model.sampling.token_counts import IN_PROMPT, TokenCounts
-from server.sequence import SamplingParams, Sequence
+from server.request import SamplingParams
+from server.sequence import Sequence
 from tests.fixtures.adapter_factory import tiny_llama, with_peft, write_adapter
 from tests.fixtures.engine_driver import Driver, make_driver, plain
 from tests.fixtures.timing import patience

@@ -53,6 +53,14 @@ def scan(canonical: str, tensors: Mapping[str, TensorInfo], path: Path) -> Scan:
     return Scan(digest, {name: magnitude.value for name, magnitude in magnitudes.items()})
 
 
+def structure_of(canonical: str, tensors: Mapping[str, TensorInfo]) -> str:
+    """Return 64 hex digits that two adapters share if they differ in nothing but their numbers."""
+    digest = hashlib.sha256(_field(b"config", canonical.encode()))
+    for name, info in sorted(tensors.items()):
+        digest.update(b"".join(_described(name, info)))
+    return digest.hexdigest()
+
+
 def _scan(
     canonical: str,
     tensors: Mapping[str, TensorInfo],
@@ -63,9 +71,7 @@ def _scan(
     digest = hashlib.sha256(_field(b"config", canonical.encode()))
     with path.open("rb") as file:
         for name, info in sorted(tensors.items()):
-            texts = ((b"name", name), (b"dtype", info.dtype), (b"shape", ",".join(map(str, info.shape))))
-            fields = [_field(tag, text.encode()) for tag, text in texts]
-            digest.update(b"".join(fields) + b"data:%d:" % (info.end - info.start))
+            digest.update(b"".join(_described(name, info)) + b"data:%d:" % (info.end - info.start))
             magnitude = magnitudes.get(name)
             for chunk in read_chunks(file, info):
                 pace(len(chunk))
@@ -77,6 +83,11 @@ def _scan(
             pace(beside.stat().st_size)
             digest.update(_field(b"file", beside.name.encode()) + _field(b"data", beside.read_bytes()))
     return digest.hexdigest()
+
+
+def _described(name: str, info: TensorInfo) -> list[bytes]:
+    texts = ((b"name", name), (b"dtype", info.dtype), (b"shape", ",".join(map(str, info.shape))))
+    return [_field(tag, text.encode()) for tag, text in texts]
 
 
 def _field(tag: bytes, value: bytes) -> bytes:

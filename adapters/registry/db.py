@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
+from dataclasses import asdict
 from functools import lru_cache
 from itertools import groupby
 from operator import itemgetter
@@ -29,9 +30,10 @@ log = logging.getLogger(__name__)
 _ROWS = """
 SELECT names.name, names.pinned, names.created AS named, history.digest, history.source,
        history.created AS published, history.current, versions.rank, versions.target_modules, versions.nbytes,
-       versions.created, versions.report, checks.damage
+       versions.created, versions.report, checks.damage, settings.settings
 FROM names LEFT JOIN history ON history.name = names.name LEFT JOIN versions ON versions.digest = history.digest
      LEFT JOIN checks ON checks.digest = history.digest
+     LEFT JOIN settings ON settings.name = names.name AND settings.pending = 0
 {where} ORDER BY names.name, history.id DESC
 """
 
@@ -171,12 +173,28 @@ def delete_name(db: sqlite3.Connection, name: str) -> None:
     with transaction(db):
         db.execute("DELETE FROM names WHERE name = ?", (name,))
         db.execute("DELETE FROM history WHERE name = ?", (name,))
+        write_settings(db, name, "")
+
+
+def write_pending(db: sqlite3.Connection, pending: PendingAdapter) -> None:
+    """Write a pending adapter, durably, replacing any of the same name."""
+    with transaction(db):
+        values = ":name, :source, :replacing, :pinned, :created, :error"
+        db.execute(f"INSERT OR REPLACE INTO pending VALUES ({values})", asdict(pending))
+        write_settings(db, pending.name, pending.settings_json, pending=True)
 
 
 def delete_pending(db: sqlite3.Connection, name: str) -> None:
-    """Delete a pending adapter, durably."""
-    with transaction(db):
-        db.execute("DELETE FROM pending WHERE name = ?", (name,))
+    """Delete a pending adapter. Call in a transaction."""
+    db.execute("DELETE FROM pending WHERE name = ?", (name,))
+    write_settings(db, name, "", pending=True)
+
+
+def write_settings(db: sqlite3.Connection, name: str, settings: str, *, pending: bool = False) -> None:
+    """Replace the settings of a name, or of a pending adapter; "" deletes them. Call in a transaction."""
+    db.execute("DELETE FROM settings WHERE name = ? AND pending = ?", (name, pending))
+    if settings:
+        db.execute("INSERT INTO settings VALUES (?, ?, ?)", (name, pending, settings))
 
 
 def update_report(db: sqlite3.Connection, digest: str, report: str) -> None:
@@ -225,13 +243,16 @@ def read_checks(db: sqlite3.Connection, before: int) -> list[str]:
 
 def read_pending(db: sqlite3.Connection) -> dict[str, PendingAdapter]:
     """Read all pending adapters by name, oldest first."""
-    rows = db.execute("SELECT name, source, replacing, pinned, created, error FROM pending ORDER BY created, name")
-    return {
-        row["name"]: PendingAdapter(
-            row["name"], row["source"], bool(row["replacing"]), bool(row["pinned"]), row["created"], row["error"]
-        )
-        for row in rows
-    }
+    rows = db.execute(
+        "SELECT pending.*, COALESCE(settings.settings, '') AS settings_json FROM pending "
+        "LEFT JOIN settings ON settings.name = pending.name AND settings.pending = 1 ORDER BY created, pending.name"
+    )
+    return {row["name"]: _pending(row) for row in rows}
+
+
+def _pending(row: sqlite3.Row) -> PendingAdapter:
+    flags = {flag: bool(row[flag]) for flag in ("replacing", "pinned")}
+    return PendingAdapter(**{**dict(row), **flags})
 
 
 def _entry(rows: list[sqlite3.Row], store: AdapterStore) -> Entry:
@@ -261,8 +282,8 @@ class _Damaged(Exception):
 def _stored_version(row: sqlite3.Row, store: AdapterStore) -> AdapterVersion:
     try:
         targets, report = _targets(row["target_modules"]), row["report"]
-        if not isinstance(json.loads(report), dict):
-            raise ValueError("a report is an object")
+        if not all(isinstance(json.loads(text), dict) for text in (report, row["settings"] or "{}")):
+            raise ValueError("a report is an object, and so are settings")
         stored = row["digest"] in store
     except (TypeError, ValueError):
         raise _Damaged("its row in the registry cannot be read") from None
@@ -281,4 +302,4 @@ def _targets(text: str) -> tuple[str, ...]:
 
 def _record(row: sqlite3.Row, version: AdapterVersion) -> AdapterRecord:
     source = sys.intern(row["source"] or "")  # mostly "upload"
-    return AdapterRecord(row["name"], version, source, bool(row["pinned"]), row["named"])
+    return AdapterRecord(row["name"], version, source, bool(row["pinned"]), row["named"], row["settings"] or "")

@@ -25,8 +25,10 @@ JOURNAL = "names.journal"
 _GROWTH_BYTES = 4 << 20  # the journal may grow by this beyond twice its size before it is written anew
 _QUERY = """
 SELECT names.name, names.pinned, names.created AS named, history.digest, history.source, history.created AS published,
-       history.current, versions.rank, versions.target_modules, versions.nbytes, versions.created, versions.report
+       history.current, versions.rank, versions.target_modules, versions.nbytes, versions.created, versions.report,
+       settings.settings
 FROM names JOIN history ON history.name = names.name LEFT JOIN versions ON versions.digest = history.digest
+     LEFT JOIN settings ON settings.name = names.name AND settings.pending = 0
 {where} ORDER BY names.name, history.id
 """
 _OF_VERSION = (
@@ -122,7 +124,8 @@ def _name_lines(db: sqlite3.Connection, name: str | None = None) -> Iterator[Lin
         for key, group in groupby(cursor, key=itemgetter("name")):
             rows = list(group)
             versions = [{column: row[column] for column in _OF_VERSION} for row in rows]
-            yield {"name": key, "pinned": rows[0]["pinned"], "created": rows[0]["named"], "versions": versions}
+            of_name = {"pinned": rows[0]["pinned"], "created": rows[0]["named"], "settings": rows[0]["settings"]}
+            yield {"name": key, **of_name, "versions": versions}
 
 
 def _encoded(line: Mapping[str, Any]) -> bytes:

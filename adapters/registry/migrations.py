@@ -81,10 +81,19 @@ CREATE TABLE IF NOT EXISTS splits (  -- in place of `aliases`, whose weights wer
 INSERT OR IGNORE INTO splits SELECT alias, member, weight, created FROM aliases;
 DROP TABLE aliases;
 """
+_SETTINGS = """
+CREATE TABLE IF NOT EXISTS settings (  -- of names; the versions of a name share them
+    name TEXT NOT NULL,
+    pending INTEGER NOT NULL,  -- 1: of a name in `pending`, which are changes until it is published
+    settings TEXT NOT NULL,    -- JSON object
+    PRIMARY KEY (name, pending)
+) STRICT;
+"""
 MIGRATIONS = (
     Migration(1, _FIRST, creates_only=True),
     Migration(2, _CHECKS, creates_only=True),
     Migration(3, _SPLITS, creates_only=True),  # what the first step creates again is empty
+    Migration(4, _SETTINGS, creates_only=True),
 )
 SCHEMA_VERSION = MIGRATIONS[-1].number
 

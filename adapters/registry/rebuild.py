@@ -9,7 +9,7 @@ from typing import Literal
 from adapters.errors import AdapterInvalid
 from adapters.peft.digest import digest_of
 from adapters.registry.aliases import BASE_MEMBER, Alias, read_aliases, write_alias
-from adapters.registry.db import transaction, write_check
+from adapters.registry.db import transaction, write_check, write_settings
 from adapters.registry.journal import Line, Noted, stored_versions
 from adapters.registry.store import AdapterStore
 
@@ -72,6 +72,7 @@ def _is_sound(store: AdapterStore, digest: str) -> bool:
 def _write_name(db: sqlite3.Connection, line: Line, versions: list[Line]) -> str:
     """Insert a name with its history; returns the version that it points to."""
     db.execute("INSERT INTO names VALUES (?, ?, ?)", (line["name"], line["pinned"], line["created"]))
+    write_settings(db, line["name"], line.get("settings") or "")  # lines of earlier versions have none
     current = next((v["digest"] for v in versions if v["current"]), versions[-1]["digest"])
     for v in versions:
         row = (v["digest"], v["rank"], v["target_modules"], v["nbytes"], v["created"], v["report"])

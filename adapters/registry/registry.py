@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, closing
-from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 
@@ -31,6 +30,8 @@ from adapters.registry.db import (
     transaction,
     update_report,
     write_check,
+    write_pending,
+    write_settings,
 )
 from adapters.registry.folder_lock import RegistryLocked, lock
 from adapters.registry.gc import GarbageCollector, Stored
@@ -81,6 +82,7 @@ class AdapterRegistry:
         self._reserved = frozenset(reserved)
         self._data_dir = data_dir
         self._writing = threading.Lock()
+        self._is_closed = False
         self._packed = data_dir / PACKED_FOLDER
         with ExitStack() as undo:  # releases the lock and the database when a later step fails
             undo.callback(os.close, lock(data_dir / "lock"))
@@ -101,8 +103,9 @@ class AdapterRegistry:
             self._held = undo.pop_all()
 
     def close(self) -> None:
-        """Close the database and release the data folder's lock. No other method may be called afterwards."""
+        """Close the database and release the data folder's lock. Only `collect_garbage` may be called afterwards."""
         with self._writing:
+            self._is_closed = True
             self._held.close()
 
     def __len__(self) -> int:
@@ -149,6 +152,11 @@ class AdapterRegistry:
         entry = self._index.get(name)
         return {} if entry is None else {stored.version.digest: stored.version.nbytes for stored in entry.versions}
 
+    def version(self, name: str, digest: str) -> AdapterVersion | None:
+        """Return a version of `name`; None if it is no longer stored. Raises `AdapterNotFound`."""
+        record = self._entry(name).matching(digest)
+        return record.version if record else None
+
     def names_of(self, digest: str) -> list[str]:
         """Return the names that point to `digest` now, sorted."""
         return list(self._index.names_of(digest))
@@ -171,13 +179,15 @@ class AdapterRegistry:
         source: str = "upload",
         replace: bool = False,
         pinned: bool = False,
+        settings: str | None = None,
     ) -> tuple[AdapterRecord, bool]:
         """Store the staged `folder` and point `name` at it: both or neither, also across a crash. A version that is
         held or stored already needs no files in `folder`.
 
         Returns the record, and False when `name` pointed to this content already. `pinned` pins the adapter; it never
-        unpins. A pending adapter of this name is removed from `pending`. Raises `InvalidName`, `AdapterConflict`
-        (reserved, an alias, or taken and not `replace`) or `NoSpace`.
+        unpins. `settings` replace those of the name unless they are None. A pending adapter of this name is removed
+        from `pending`. Raises `InvalidName`, `AdapterConflict` (reserved, an alias, or taken and not `replace`) or
+        `NoSpace`.
         """
         with self._writing:
             self._check_free(name)
@@ -187,11 +197,14 @@ class AdapterRegistry:
                 raise AdapterConflict(f"The adapter '{name}' exists; publish with replace to give it a new version.")
             stored = self._commit(folder, inspected.digest)
             with transaction(self._db):
+                write_check(self._db, inspected.digest, int(time.time()), None)  # its bytes were just compared
                 if known is None or known.damage or not same:
                     point(self._db, name, _as_version(inspected), source, pinned, RETAINED_VERSIONS)
                 elif known.record.version.report != inspected.report:
                     update_report(self._db, inspected.digest, json.dumps(inspected.report))
-                self._db.execute("DELETE FROM pending WHERE name = ?", (name,))
+                if settings is not None:
+                    write_settings(self._db, name, settings)
+                delete_pending(self._db, name)
             self._note(name_line(self._db, name))
             self._refresh(name)
             if stored != "same" or self._is_damaged(inspected.digest):  # the version's row is whole now as well
@@ -266,6 +279,16 @@ class AdapterRegistry:
             self._refresh(name)
             return self._entry(name).record
 
+    def set_settings(self, name: str, settings: str) -> AdapterRecord:
+        """Replace the settings of a name, "" for none, and return its record. Raises `AdapterNotFound` or `NoSpace`."""
+        with self._writing:
+            self._entry(name)
+            with transaction(self._db):
+                write_settings(self._db, name, settings)
+            self._note(name_line(self._db, name))
+            self._refresh(name)
+            return self._entry(name).record
+
     def retire(self, name: str) -> AdapterRecord:
         """Remove `name` and its history, and return its last record. The files stay until `collect_garbage`.
 
@@ -288,15 +311,18 @@ class AdapterRegistry:
         """
         with self._writing:
             self._check_free(pending.name)
-            with transaction(self._db):
-                values = ":name, :source, :replacing, :pinned, :created, :error"
-                self._db.execute(f"INSERT OR REPLACE INTO pending VALUES ({values})", asdict(pending))
+            write_pending(self._db, pending)
             self.pending = {**self.pending, pending.name: pending}
 
     def forget(self, name: str) -> None:
         """Remove `name` from `pending`, if it is there."""
         with self._writing:
-            self._spare.spend_on(lambda: delete_pending(self._db, name))
+
+            def delete() -> None:
+                with transaction(self._db):
+                    delete_pending(self._db, name)
+
+            self._spare.spend_on(delete)
             self.pending = {key: value for key, value in self.pending.items() if key != name}
 
     def split(self, name: str, weights: Mapping[str, float]) -> Alias:
@@ -335,9 +361,11 @@ class AdapterRegistry:
             self._note(no_alias_line(name))
 
     def collect_garbage(self, in_use: Collection[str] = ()) -> list[str]:
-        """Delete the stored versions that are in no name's history and not `in_use`; returns their digests. Raises
-        `NoSpace`."""
+        """Delete the stored versions that are in no name's history and not `in_use`, unless the registry is closed;
+        returns their digests. Raises `NoSpace`."""
         with self._writing:
+            if self._is_closed:
+                return []
             deleted = self._spare.spend_on(lambda: self._collector.collect(in_use))
             for digest in deleted:
                 remove_packed(self._packed, digest)
@@ -349,9 +377,11 @@ class AdapterRegistry:
         stored = self._collector.commit(folder, digest)
         if stored == "healed":
             log.warning("the damaged stored files of version %s were replaced by those of an upload", digest[:12])
-        if stored != "same" or self._is_damaged(digest):
+        was_damaged = self._is_damaged(digest)
+        if stored == "healed" or was_damaged:
             with transaction(self._db):
                 write_check(self._db, digest, int(time.time()), None)
+        if stored != "same" or was_damaged:
             self._refresh_sharing(digest)
         return stored
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from adapters.errors import AdapterInvalid, NoSpace
 from adapters.fault_points import fault_point
 from adapters.peft.digest import digest_of
-from adapters.peft.files import CONFIG_FILE, FILES, TOKENIZER_FILES, WEIGHTS_FILE
+from adapters.peft.files import CONFIG_FILE, FILES, TOKENIZER_FILES
 from adapters.registry.spare_space import check_free_space
 
 Signature = tuple[tuple[str, int, int, int], ...]  # per file: name, inode, size in bytes, modification time in ns
@@ -54,10 +54,11 @@ class AdapterStore:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def flush(self, folder: Path) -> None:
-        """Start to make a staged folder durable: write its weights file to disk, so that `commit` has little left to
-        write. Raises `NoSpace`."""
+        """Start to make a staged folder durable: write its files to disk, so that `commit` has nothing left to write.
+        Raises `NoSpace`."""
         with _no_space(), suppress(FileNotFoundError):  # the folder may be no adapter
-            _fsync(folder / WEIGHTS_FILE)
+            for path in (*folder.iterdir(), folder):
+                _fsync(path)
             fault_point("store.flushed")
 
     def commit(self, folder: Path, digest: str) -> Path:
@@ -78,12 +79,14 @@ class AdapterStore:
             with self._places:
                 if all((place / name).is_file() for name in names):
                     return place
+                is_first = not place.parent.exists()
                 place.parent.mkdir(exist_ok=True)
                 shutil.rmtree(place, ignore_errors=True)  # an incomplete folder: something else deleted a file
                 folder.rename(place)
             fault_point("store.renamed")
             _fsync(place.parent)
-            _fsync(self._root)
+            if is_first:
+                _fsync(self._root)
         return place
 
     def heal(self, folder: Path, digest: str) -> bool:

@@ -56,7 +56,8 @@ class Residency(Generic[P]):
     `read(digest)` reads, validates and packs a version; `write(slot, packed)` copies it into the slot's pages. Reads
     run in reader threads or in `executor`, and may raise `AdapterError`. Copies run in a thread of their own or in
     `copier`, because a version in host memory must not wait for the reads of others. `max_pages` is the number of pages
-    of the largest version served: pins always leave room for one such version. `keep(digest, packed)` is called in the
+    of the largest version served: pins always leave room for one such version. Urgent loads have a thread of their own,
+    whose priority may be higher. `keep(digest, packed)` is called in the
     reader thread after it has reported the version as read, for work that nobody waits for.
     """
 
@@ -69,6 +70,7 @@ class Residency(Generic[P]):
         max_pages: int = 1,
         threads: int = 2,
         on_thread_start: Callable[[], None] = lambda: None,
+        on_urgent_start: Callable[[], None] = lambda: None,
         executor: Executor | None = None,
         copier: Executor | None = None,
         keep: Callable[[str, P], None] = lambda *_: None,
@@ -81,6 +83,8 @@ class Residency(Generic[P]):
         self._keep = keep
         self._threads = executor or ThreadPoolExecutor(threads, "adapter-reader", initializer=on_thread_start)
         self._copier = copier or ThreadPoolExecutor(1, "adapter-copier", initializer=on_thread_start)
+        self._hurry = executor or ThreadPoolExecutor(1, "adapter-urgent", initializer=on_urgent_start)
+        self._urgent: set[str] = set()  # versions to be read and copied by that thread
         self._done: queue.SimpleQueue[_Done[P]] = queue.SimpleQueue()
         self._reading: dict[str, Future[None]] = {}
         self._failed: dict[str, tuple[str, float]] = {}
@@ -157,7 +161,9 @@ class Residency(Generic[P]):
     def _read_to_host(self, digest: str) -> None:
         if digest in self._reading or digest in self._failed or self.slots.get(digest) or digest in self.host:
             return
-        self._reading[digest] = self._threads.submit(self._read_job, digest)
+        urgent = digest in self._urgent
+        threads = self._hurry if urgent else self._threads
+        self._reading[digest] = threads.submit(self._read_job, digest, keeps=not urgent)
         self.changed = True
 
     def is_reading(self) -> bool:
@@ -187,11 +193,15 @@ class Residency(Generic[P]):
             self._note(AdapterMove(victim, "device", "host" if victim in self.host else "disk", "ok", 0.0))
         if slot is not None:
             self.changed = True
-            self._copier.submit(self._write_job, slot, packed)
+            copier = self._hurry if digest in self._urgent else self._copier
+            copier.submit(self._write_job, slot, packed)
+            self._urgent.discard(digest)
 
-    def bring(self, digest: str, tier: Tier) -> None:
+    def bring(self, digest: str, tier: Tier, *, urgent: bool = False) -> None:
         """Carry out an explicit load; call on every step until it is done. Raises `MoveRefused`. A failure stays in the
         version's record until another attempt succeeds."""
+        if urgent:
+            self._urgent.add(digest)
         failed = self._failed.get(digest)
         if failed is not None:
             raise MoveRefused("invalid", failed[0])
@@ -222,6 +232,7 @@ class Residency(Generic[P]):
         if (slot is not None and (slot.ref_count > 0 or not slot.ready)) or digest in self._reading:
             raise MoveRefused("busy", "the adapter is in use or being loaded")
         self.forget_failure(digest)
+        self._urgent.discard(digest)
         if slot is not None:
             self.slots.drop(digest)
             self._note(AdapterMove(digest, "device", "disk", "ok", 0.0))
@@ -304,10 +315,11 @@ class Residency(Generic[P]):
         """Wait for the threads to end; pending reads and copies are cancelled."""
         self._threads.shutdown(wait=True, cancel_futures=True)
         self._copier.shutdown(wait=True, cancel_futures=True)
+        self._hurry.shutdown(wait=True, cancel_futures=True)
 
     # -- reader threads ------------------------------------------------------------------------------------------
 
-    def _read_job(self, digest: str) -> None:
+    def _read_job(self, digest: str, *, keeps: bool = True) -> None:
         done: _Done[P] = _Done(digest, time.monotonic())
         try:
             done.packed = self._read(digest)
@@ -327,7 +339,7 @@ class Residency(Generic[P]):
             done.error = "reading it failed; the server's log has the reason"
         packed = done.packed if done.error is None else None
         self._done.put(done)
-        if packed is not None:
+        if packed is not None and keeps:  # an urgent version is likely to be replaced before it is read again
             self._keep_job(digest, packed)
 
     def _keep_job(self, digest: str, packed: P) -> None:

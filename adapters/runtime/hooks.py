@@ -21,7 +21,7 @@ class ModuleOverrideHook:
     """
 
     def __init__(self, name: str, module: nn.Module, current: Current) -> None:
-        self._name = name
+        self.name = name
         self._current = current
         self._inputs: tuple[Any, ...] | None = None
         if isinstance(module, nn.Embedding):
@@ -32,7 +32,7 @@ class ModuleOverrideHook:
 
     def _expert_factors(self) -> list[tuple[SlotRows, ExpertFactors]]:
         overrides = self._current.plan.module_overrides
-        return [] if overrides is None else overrides.expert_factors(self._name)
+        return [] if overrides is None else overrides.expert_factors(self.name)
 
     def _before(self, module: nn.Embedding, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
         self._inputs = inputs
@@ -44,7 +44,7 @@ class ModuleOverrideHook:
         overrides = self._current.plan.module_overrides
         if overrides is None:
             return None
-        return overrides.apply(self._name, self._inputs or inputs, output)
+        return overrides.apply(self.name, self._inputs or inputs, output)
 
 
 class ModuleOverrideHooks:

@@ -27,10 +27,10 @@ class LoRAGroup(nn.Module):
         self.base = base
         self.names = tuple(names)
         self.columns = pool.stacked(self.names)
-        self._spans = list(pairwise(accumulate(self.columns.sizes, initial=0)))
+        self.spans = list(pairwise(accumulate(self.columns.sizes, initial=0)))
         self.kernel = pool.kernel
-        self._scale_shift = pool.scale_shift
-        self._input_scale_shift = pool.input_scale_shift
+        self.scale_shift = pool.scale_shift
+        self.input_scale_shift = pool.input_scale_shift
         self.current = current
         self.state = pool.state
         self._shared: tuple[torch.Tensor, torch.Tensor] | None = None  # an input, and all siblings' outputs for it
@@ -55,7 +55,7 @@ class LoRAGroup(nn.Module):
         self._taken.add(index)
         if len(self._taken) == len(self.names):
             self._shared = None
-        lo, hi = self._spans[index]
+        lo, hi = self.spans[index]
         return y[..., lo:hi]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -67,10 +67,10 @@ class LoRAGroup(nn.Module):
             if len(sizes) == 1 and rows.shape[1] > sizes[0]:  # another row's adapter has a larger vocabulary
                 rows = rows[:, : sizes[0]]
             if plan.scale_shift is not None:
-                for name, (lo, hi) in zip(self.names, self._spans, strict=True):
-                    self._scale_shift.apply(rows[:, lo:hi], name, plan.scale_shift)
+                for name, (lo, hi) in zip(self.names, self.spans, strict=True):
+                    self.scale_shift.apply(rows[:, lo:hi], name, plan.scale_shift)
             if plan.row_maps is not None:
-                for name, (lo, hi) in zip(self.names, self._spans, strict=True):
+                for name, (lo, hi) in zip(self.names, self.spans, strict=True):
                     plan.row_maps.apply(rows[:, lo:hi], x.reshape(-1, x.shape[-1]), name)
             if plan.touches(self.names):
                 self.kernel.add_lora(rows, x.reshape(-1, x.shape[-1]), *self.columns, plan.kernel_plan)
@@ -96,7 +96,7 @@ class LoRAGroup(nn.Module):
         y = self._base_output(torch.cat([rows, *(own for _, _, own in mapped)]), plan)
         found, *others = torch.split(y, [len(rows), *(len(own) for _, _, own in mapped)])
         for (index, place, _), own in zip(mapped, others, strict=True):
-            lo, hi = self._spans[index]
+            lo, hi = self.spans[index]
             found[place.start : place.end, lo:hi] = own[:, lo:hi]
         return found.view(*x.shape[:-1], -1)
 
@@ -106,7 +106,7 @@ class LoRAGroup(nn.Module):
         apart = len(members) > 1 and any(member._forward_hooks for member in members)
         inputs = [x] * len(members)
         if scales is not None:
-            inputs = [self._input_scale_shift.applied(x, name, scales) for name in self.names]
+            inputs = [self.input_scale_shift.applied(x, name, scales) for name in self.names]
             apart = apart or any(own is not inputs[0] for own in inputs)
         if apart:
             return torch.cat([member(own) for member, own in zip(members, inputs, strict=True)], -1)

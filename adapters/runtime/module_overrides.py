@@ -148,6 +148,10 @@ class ModuleOverridePlan:
     owners: tuple[tuple[SlotRows, Mapping[str, tuple[nn.Module, ...]]], ...]
     num_rows: int
 
+    def touches(self, name: str) -> bool:
+        """Return True if any of the adapters overrides module `name`."""
+        return any(name in own for _, own in self.owners)
+
     def apply(self, name: str, inputs: tuple[Any, ...], output: Output) -> Output:
         """Return the output of module `name` with the owners' rows replaced by the results of their overrides."""
         for rows, module_overrides in self.owners:

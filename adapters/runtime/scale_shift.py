@@ -19,9 +19,10 @@ FEW = 2  # up to this many short ranges are not gathered
 
 @dataclass(frozen=True, slots=True)
 class ScaleShiftPlan:
-    """`rows[i]` of the step belongs to `slots[owners[i]]`, both int64 `[n]`; `ranges` covers all other rows with
-    vectors."""
+    """`owned` are the rows of the step that have vectors. `rows[i]` belongs to `slots[owners[i]]`, both int64 `[n]`;
+    `ranges` covers all other rows that are owned."""
 
+    owned: tuple[SlotRows, ...]
     rows: Tensor
     owners: Tensor
     slots: tuple[int, ...]
@@ -37,17 +38,25 @@ class ScaleShiftTables:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._tables: dict[int, dict[str, Tensor]] = {}
+        self.version = 0  # counts the changes
 
     def write(self, slot: int, vectors: Mapping[str, Tensor]) -> None:
         """Set the vectors of `slot`, `[2, channels]` by module; all other modules get scale 1 and shift 0."""
         if vectors:
-            self._tables[slot] = {name: own.to(self._device, torch.float32) for name, own in vectors.items()}
+            own = {name: own.to(self._device, torch.float32).contiguous() for name, own in vectors.items()}
+            self._tables[slot] = own
+            self.version += 1
         else:
             self.clear(slot)
 
     def clear(self, slot: int) -> None:
         """Release the vectors of `slot`."""
-        self._tables.pop(slot, None)
+        if self._tables.pop(slot, None) is not None:
+            self.version += 1
+
+    def vectors(self, slot: int, name: str) -> Tensor | None:
+        """Return the vectors of `slot` for a module, if it has some."""
+        return self._tables[slot].get(name)
 
     def tensors(self, slot: int) -> list[Tensor]:
         """Return the tensors that `slot` holds on the device."""
@@ -63,7 +72,7 @@ class ScaleShiftTables:
 
     def plan_rows(self, ranges: Iterable[SlotRows]) -> ScaleShiftPlan | None:
         """Return the plan of a step's rows; None when no adapter of the step has vectors."""
-        owned = [r for r in ranges if r.slot in self._tables]
+        owned = tuple(r for r in ranges if r.slot in self._tables)
         if not owned:
             return None
         short = [r for r in owned if r.end - r.start <= SHORT]
@@ -71,7 +80,7 @@ class ScaleShiftTables:
         pairs = [(row, owner) for owner, r in enumerate(gathered) for row in range(r.start, r.end)]
         rows, owners = upload(np.ascontiguousarray(np.array(pairs, dtype=np.int64).reshape(-1, 2).T), self._device)
         slots = tuple(r.slot for r in gathered)
-        return ScaleShiftPlan(rows, owners, slots, tuple(r for r in owned if r not in gathered))
+        return ScaleShiftPlan(owned, rows, owners, slots, tuple(r for r in owned if r not in gathered))
 
     def applied(self, x: Tensor, name: str, plan: ScaleShiftPlan) -> Tensor:
         """Return `x [..., channels]` with the planned rows changed: a copy, or `x` itself if no adapter of the plan has

@@ -28,10 +28,9 @@ class StepPlan:
     module_overrides: ModuleOverridePlan | None = None  # None unless an adapter of the step has overrides
     row_maps: RowMapPlan | None = None  # None unless an adapter of the step has row maps
 
-    def is_lora_alone(self) -> bool:
-        """Return True if the step's adapters have nothing but A and B."""
-        extras = self.scale_shift, self.input_scale_shift, self.module_overrides, self.row_maps
-        return all(extra is None for extra in extras)
+    def overrides(self, name: str) -> bool:
+        """Return True if an adapter of the step overrides the module."""
+        return self.module_overrides is not None and self.module_overrides.touches(name)
 
     def touches(self, names: Iterable[str]) -> bool:
         """Return True if A and B have to be added in any of `names`."""

@@ -1,7 +1,7 @@
 """Validation of an adapter against this base model: every tensor and every key is applied exactly, or the adapter is
 refused with the full list of reasons."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 from adapters.errors import AdapterInvalid, Problem
 from adapters.model_spec import ModelSpec
 from adapters.peft.config_reader import MAX_CONFIG_BYTES, read_json
-from adapters.peft.digest import Scan, scan
+from adapters.peft.digest import Scan, scan, structure_of
 from adapters.peft.earlier_names import with_current_targets
 from adapters.peft.files import CONFIG_FILE, FILES, WEIGHTS_FILE
 from adapters.peft.foreign_files import foreign_weights
@@ -74,7 +74,17 @@ def _inspect_lora(folder: Path, spec: ModelSpec, check: _TokenizerCheck) -> Insp
         report["notes"] = notes
     if traits := _traits(tensors, settings, spec).described():
         report["traits"] = traits
-    return Inspected(checked.digest, checked.rank, _last_parts(tensors.adapted()), tensors.nbytes(), report)
+    numbers = checked.magnitudes.values()
+    return Inspected(
+        checked.digest,
+        checked.rank,
+        _last_parts(tensors.adapted()),
+        tensors.nbytes(),
+        report,
+        structure_of(settings.canonical, tensors.infos),
+        max(numbers, default=0.0),
+        not all(numbers),
+    )
 
 
 def _inspect_converted(adapter: Converted, spec: ModelSpec, check: _TokenizerCheck) -> Inspected:
@@ -152,6 +162,7 @@ class CheckedLora:
     settings: LoraSettings
     digest: str
     spec: ModelSpec
+    magnitudes: Mapping[str, float]  # of its tensors, if their numbers were checked
 
     @property
     def rank(self) -> int:
@@ -201,7 +212,7 @@ def check_lora(
         problems += check_tokenizer(tensors.vocab_size(spec) or spec.vocab_size)
     if problems or settings is None:
         raise AdapterInvalid(problems)
-    return CheckedLora(tensors, settings, scanned.digest, spec)
+    return CheckedLora(tensors, settings, scanned.digest, spec, scanned.magnitudes)
 
 
 def _features(tensors: LoraTensors, settings: LoraSettings, spec: ModelSpec) -> list[str]:

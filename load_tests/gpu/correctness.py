@@ -17,7 +17,8 @@ import torch
 from load_tests.gpu.setting import Report
 from server.ipc.messages import Merge, Unmerge
 from server.model.sampling.sampler import sample
-from server.sequence import SamplingParams, Sequence
+from server.request import SamplingParams
+from server.sequence import Sequence
 from tests.fixtures.adapter_factory import tiny_llama, write_adapter
 from tests.fixtures.engine_driver import Driver, make_driver
 

@@ -21,7 +21,7 @@ from server.engine.weights_reader import WeightsReader
 from server.ipc.messages import StepOutputs, Submit
 from server.model.graphs import DecodeGraphs
 from server.model.runner import ModelRunner
-from server.sequence import SamplingParams, ScaledAdapter
+from server.request import SamplingParams, ScaledAdapter
 
 
 def run(report: Report, shape: Shape, runner: ModelRunner, graphs: DecodeGraphs) -> None:

@@ -16,7 +16,7 @@ from load_tests.engine_bench import EngineBench
 from load_tests.residency.filling import fill, template, variants
 from load_tests.residency.traffic import drawn
 from server.ipc.messages import MoveAdapter, StepOutputs, Submit
-from server.sequence import SamplingParams, ScaledAdapter
+from server.request import SamplingParams, ScaledAdapter
 
 
 class Setting(msgspec.Struct, frozen=True):

@@ -23,7 +23,8 @@ from load_tests.simulator.workload import BASE, Request
 from server.engine.block_manager import BlockManager
 from server.engine.scheduler import Scheduler
 from server.engine.step_cost import StepBudget
-from server.sequence import SamplingParams, ScaledAdapter, ScheduledBatch, Sequence
+from server.request import SamplingParams, ScaledAdapter
+from server.sequence import ScheduledBatch, Sequence
 
 BLOCK_SIZE = 16
 
@@ -122,7 +123,7 @@ class Simulation:
     def run(self, requests: Iterable[Request]) -> Result:
         coming = deque(requests)
         self._pin()
-        while coming or self.scheduler.has_work():
+        while coming or self.scheduler.waiting or self.scheduler.running:
             self._take_in(coming)
             if not self.step():
                 self._fast_forward(coming)

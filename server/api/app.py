@@ -8,13 +8,13 @@ from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
 import server
-from server.api import health, models
+from server.api import console, health, keys, models, pausing, trace
 from server.api.adapters import aliases, merge, routes, vllm_compat
 from server.api.context import AppContext
 from server.api.errors import install_error_handlers
 from server.api.inference import chat, completions, embeddings, scoring, tokenization
 from server.api.middleware.audit import AuditMiddleware
-from server.api.middleware.auth import AuthMiddleware
+from server.api.middleware.auth import AuthMiddleware, need_of
 from server.api.middleware.body_limits import BodyLimitsMiddleware
 from server.api.middleware.browser_guard import BrowserGuard
 from server.api.middleware.refused_requests import RefusedRequestsMiddleware
@@ -37,7 +37,11 @@ ROUTED = (
     aliases,
     merge,
     vllm_compat,
+    keys,
+    pausing,
     health,
+    trace,
+    console,
 )
 
 
@@ -93,8 +97,11 @@ def _document(app: FastAPI) -> dict[str, Any]:
         chunk_models: Any = [(model, "serialization") for model in chunks_of_routes]
         _, chunks = models_json_schema(chunk_models, ref_template="#/components/schemas/{model}")
         schemas.update(chunks["$defs"])
-        for operation in (op for path in document["paths"].values() for op in path.values()):
-            _drop_unused_422(operation)
+        for path, operations in document["paths"].items():
+            for operation in operations.values():
+                _drop_unused_422(operation)
+                if need_of(path) == "open":
+                    operation["security"] = []
         for name in ("HTTPValidationError", "ValidationError"):
             schemas.pop(name, None)
         document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}

@@ -4,6 +4,7 @@ import asyncio
 import math
 import time
 from collections import Counter
+from collections.abc import Iterable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Annotated, NamedTuple
@@ -13,6 +14,7 @@ from fastapi import Depends, Request
 
 from adapters.model_spec import ModelSpec
 from adapters.registry.registry import AdapterRegistry
+from adapters.tested_structures import TestedStructures
 from adapters.tiers import Tier
 from server.api.middleware.auth import KeyRing
 from server.api.middleware.rate_limits import Limits, RateLimits
@@ -22,6 +24,7 @@ from server.api.text.template_sandbox import TemplateSandbox
 from server.api.text.tokenizer import Tokenizer
 from server.audit import AuditLog
 from server.config import ServeConfig
+from server.history import History
 from server.ipc.client import EngineClient
 from server.ipc.messages import EngineInfo, ResidencyReport
 from server.ipc.supervisor import EngineState, EngineUnavailable
@@ -63,8 +66,11 @@ class AdapterUse:
 
 
 class Running(NamedTuple):
+    """`fixed` are those of `digests` that the request named itself."""
+
     names: frozenset[str]
     digests: frozenset[str]
+    fixed: frozenset[str] = frozenset()
 
 
 class InFlight:
@@ -79,9 +85,9 @@ class InFlight:
     def __len__(self) -> int:
         return len(self._running)
 
-    def add_sequence(self, seq_id: str, names: frozenset[str], digests: frozenset[str]) -> None:
-        self._running[seq_id] = Running(names, digests)
-        self._names.update(names)
+    def add_sequence(self, seq_id: str, running: Running) -> None:
+        self._running[seq_id] = running
+        self._names.update(running.names)
 
     def remove_sequence(self, seq_id: str) -> None:
         self._names.subtract(self._running.pop(seq_id).names)
@@ -93,9 +99,26 @@ class InFlight:
     def count(self, name: str) -> int:
         return self._names[name]
 
+    def running(self, seq_id: str) -> Running | None:
+        return self._running.get(seq_id)
+
     def sequences(self, name: str | None = None) -> list[str]:
         """Return the ids of the sequences of `name`, or of all sequences."""
         return [seq_id for seq_id, running in self._running.items() if name is None or name in running.names]
+
+    def following(self, name: str, digest: str) -> list[str]:
+        """Return the ids of the sequences that use the version because `name` pointed to it."""
+        return [
+            seq_id
+            for seq_id, running in self._running.items()
+            if name in running.names and digest in running.digests - running.fixed
+        ]
+
+    def add_version(self, seq_ids: Iterable[str], digest: str) -> None:
+        """Note that these sequences may use another version as well from now on."""
+        for seq_id in seq_ids:
+            running = self._running[seq_id]
+            self._running[seq_id] = running._replace(digests=running.digests | {digest})
 
     def digests(self) -> set[str]:
         """Return the versions that running sequences use, current or not."""
@@ -157,12 +180,15 @@ class AppContext:
     uploads: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_UPLOADS))
     fetches: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_FETCHES))
     selftests: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_SELFTESTS))
+    tested: TestedStructures = field(default_factory=TestedStructures)
     sandbox: TemplateSandbox = field(default_factory=TemplateSandbox)
     grammars: GrammarCompiler = field(default_factory=GrammarCompiler)
     tokenizers: AdapterTokenizers = field(init=False)
+    traces: int = 0  # readers of `/v1/trace`
     quarantine: Quarantine = field(default_factory=Quarantine)
     rate_limits: RateLimits = field(init=False)
     queue_limits: QueueLimits = field(init=False)
+    history: History = field(init=False)
     _tiers: tuple[ResidencyReport, dict[str, Tier]] = field(
         default_factory=lambda: (ResidencyReport(), {})
     )  # derived from that message
@@ -173,6 +199,7 @@ class AppContext:
         config = self.config
         per_adapter = Limits(config.adapter_max_concurrent, config.adapter_rpm, config.adapter_tpm)
         self.rate_limits = RateLimits(per_adapter)
+        self.history = History(self.engine, self.metrics)
         self.follow_keys()
 
     def follow_keys(self) -> None:

@@ -8,10 +8,11 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 from starlette.types import Receive, Scope, Send
 
 from adapters.errors import AdapterError, AdapterInvalid
-from server.api.schemas import ErrorBody
+from server.api.schemas import ErrorBody, Wire
 from server.ipc.client import AdapterMoveRefused
 from server.ipc.supervisor import EngineState, EngineUnavailable
 
@@ -37,6 +38,7 @@ _ANTHROPIC_TYPES = {
     503: "overloaded_error",
     504: "timeout_error",
 }
+_METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
 _CODES = {404: "not_found", 405: "method_not_allowed"}
 _REFUSAL_STATUS = {
     "busy": 409,
@@ -150,9 +152,21 @@ def install_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(EngineUnavailable, _on_engine_unavailable)
 
 
-async def _on_http_exception(_: Request, error: Exception) -> JSONResponse:
+async def _on_http_exception(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
+    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        error.headers = {"allow": ", ".join(_allowed_methods(request))}
     return error_response(error)
+
+
+def _allowed_methods(request: Request) -> list[str]:
+    """Return the methods of all routes with the request's path; the router names those of the first alone."""
+    routes = request.app.router.routes
+    return [
+        method
+        for method in _METHODS
+        if any(route.matches({**request.scope, "method": method})[0] is Match.FULL for route in routes)
+    ]
 
 
 async def _on_validation_error(_: Request, error: Exception) -> JSONResponse:
@@ -206,6 +220,6 @@ async def _on_engine_unavailable(request: Request, _: Exception) -> JSONResponse
     return error_response(engine_unavailable(request.app.state.context.engine.state))
 
 
-def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Declare for the OpenAPI document that these statuses have the error body."""
-    return {status: {"model": ErrorBody, "description": HTTPStatus(status).phrase} for status in statuses}
+def error_responses(*statuses: int, body: type[Wire] = ErrorBody) -> dict[int | str, dict[str, Any]]:
+    """Declare for the OpenAPI document that these statuses have the error body, or that of another API."""
+    return {status: {"model": body, "description": HTTPStatus(status).phrase} for status in statuses}

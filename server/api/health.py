@@ -1,16 +1,19 @@
 """Health probes, metrics, version and statistics."""
 
 import asyncio
+from heapq import nlargest
+from typing import Annotated
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Query
 from fastapi.responses import Response
 
 import server
 from adapters.errors import AdapterNotFound
 from adapters.tiers import Tier
-from server.api.context import AppContext, Context
+from server.api.context import BASE_NAME, AppContext, Context
 from server.api.errors import engine_unavailable, error_responses, unavailable
 from server.api.schemas import Wire
+from server.history import INTERVAL_SECONDS, Point
 from server.metrics import CONTENT_TYPE
 
 router = APIRouter(tags=["operations"])
@@ -92,6 +95,24 @@ class Stats(Wire):
     adapters: list[AdapterNumbers]
 
 
+class HistoryBody(Wire):
+    """Columns of the last hour, oldest first; null where nothing happened that could be measured."""
+
+    interval_seconds: float
+    time: list[float]
+    tokens_per_second: list[float]
+    prompt_tokens_per_second: list[float]
+    requests_per_second: list[float]
+    ttft_p50: list[float | None]
+    ttft_p95: list[float | None]
+    itl_p50: list[float | None]
+    itl_p95: list[float | None]
+    running: list[int]
+    waiting: list[int]
+    kv_cache_usage: list[float]
+    batch_adapters: list[float | None]
+
+
 @router.get("/livez", responses=error_responses(503))
 async def livez(context: Context) -> StatusBody:
     """Liveness probe; 503 when the engine is dead or hung, or cannot be restarted."""
@@ -133,9 +154,16 @@ async def version(context: Context) -> VersionInfo:
     )
 
 
-@router.get("/v1/stats", responses=error_responses(401, 403))
-async def stats(context: Context) -> Stats:
-    """Return statistics of the engine, queue, KV cache, adapter slots, registry and adapters."""
+@router.get("/v1/stats", responses=error_responses(400, 401, 403))
+async def stats(
+    context: Context,
+    limit: Annotated[int | None, Query(ge=1, le=1000)] = None,
+    adapter: Annotated[str | None, Query(max_length=256)] = None,
+) -> Stats:
+    """Return statistics of the engine, queue, KV cache, adapter slots, registry and adapters.
+
+    The adapters are all that were used, the `limit` busiest of them, or the one that `adapter` names.
+    """
     now, residency = context.engine.stats, context.engine.residency
     return Stats(
         base_model=context.base_model,
@@ -168,8 +196,29 @@ async def stats(context: Context) -> Stats:
             damaged=len(context.registry.damaged),
             set_aside=len(context.registry.set_aside),
         ),
-        adapters=[_adapter_numbers(context, name) for name in sorted(context.in_flight.uses)],
+        adapters=[_adapter_numbers(context, name) for name in _chosen(context, limit, adapter)],
     )
+
+
+@router.get("/v1/stats/history", responses=error_responses(400, 401, 403))
+async def stats_history(
+    context: Context, after: Annotated[float, Query(ge=0, allow_inf_nan=False)] = 0.0
+) -> HistoryBody:
+    """Return throughput, latencies, queue and KV cache over the last hour, or since `after` in Unix seconds."""
+    points = [point for point in context.history.points if point.time > after]
+    columns = {name: [getattr(point, name) for point in points] for name in Point._fields}
+    return HistoryBody(interval_seconds=INTERVAL_SECONDS, **columns)
+
+
+def _chosen(context: AppContext, limit: int | None, adapter: str | None) -> list[str]:
+    """Return the names whose statistics are wanted, where "" is the base model."""
+    uses = context.in_flight.uses
+    if adapter is not None:
+        name = BASE_NAME if adapter == context.base_model else adapter
+        return [name] if name in uses else []
+    if limit is None:
+        return sorted(uses)
+    return nlargest(limit, uses, key=lambda name: (uses[name].rate.current(), uses[name].last_used or 0))
 
 
 def _adapter_numbers(context: AppContext, name: str) -> AdapterNumbers:

@@ -69,7 +69,10 @@ def _alias(context: AppContext, alias: Alias) -> ModelBody:
 
 
 def _adapter(context: AppContext, record: AdapterRecord, requested_name: str | None = None) -> ModelBody:
-    """Describe an adapter. `root` is its immutable version, in a form that the `model` of a request accepts."""
+    """Describe an adapter. `root` is its immutable version, in a form that the `model` of a request accepts. A chat
+    template is left to `/tokenizer_info`."""
+    settings = record.settings
+    shown = {name: value for name, value in settings.get("defaults", {}).items() if name != "chat_template"}
     root = f"{record.name}@{record.version.digest[:12]}"
     return ModelBody(
         id=requested_name or record.name,
@@ -77,4 +80,7 @@ def _adapter(context: AppContext, record: AdapterRecord, requested_name: str | N
         root=root,
         parent=context.base_model,
         max_model_len=_max_model_len(context),
+        description=settings.get("description"),
+        labels=settings.get("labels"),
+        defaults=shown or None,
     )

@@ -22,7 +22,7 @@ class UsageBody(Wire):
     prompt_tokens_details: PromptTokensDetails
 
 
-FinishReason = Literal["stop", "length", "tool_calls"]
+FinishReason = Literal["stop", "length", "tool_calls", "abort"]
 
 
 class PromptLogprob(Wire):
@@ -37,7 +37,7 @@ PromptLogprobs = list[dict[str, PromptLogprob] | None]  # by token id
 
 
 def requested() -> Any:
-    """A field that a response has only if the request asked for it."""
+    """A field that a response has only if the request asked for it, or if it is set."""
     return Field(None, exclude_if=lambda value: value is None)
 
 
@@ -80,6 +80,7 @@ class ChatChoice(Wire):
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason
     token_ids: list[int] | None = requested()
+    token_versions: list[str] | None = requested()  # which version computed each token, as in `system_fingerprint`
 
 
 class ResponseHead(Wire):
@@ -124,6 +125,7 @@ class ChatChunkChoice(Wire):
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason | None
     token_ids: list[int] | None = requested()
+    token_versions: list[str] | None = requested()  # which version computed each token, as in `system_fingerprint`
 
 
 class ChatCompletionChunk(ResponseHead):
@@ -146,6 +148,7 @@ class CompletionChunkChoice(Wire):
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReason | None
     token_ids: list[int] | None = requested()
+    token_versions: list[str] | None = requested()  # which version computed each token, as in `system_fingerprint`
     prompt_token_ids: list[int] | None = requested()
 
 
@@ -237,6 +240,9 @@ class ModelBody(Wire):
     parent: str | None
     max_model_len: int | None
     permission: list[ModelPermission] = Field(default_factory=lambda: [ModelPermission()])
+    description: str | None = requested()  # this and the next two: an adapter's, if they are set
+    labels: dict[str, str] | None = requested()
+    defaults: dict[str, Any] | None = requested()
 
 
 class ModelList(Wire):
@@ -261,3 +267,15 @@ class ErrorDetail(Wire):
 
 class ErrorBody(Wire):
     error: ErrorDetail
+
+
+class AnthropicErrorBody(Wire):
+    """An error in the format of Anthropic's API. Its `type` is that API's."""
+
+    type: Literal["error"]
+    error: ErrorDetail
+
+
+class LoraxErrorBody(Wire):
+    error: str
+    error_type: Literal["overloaded", "validation", "generation"]

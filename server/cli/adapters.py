@@ -127,6 +127,64 @@ def unpin(name: Name, as_json: Json = False) -> None:
     _print(call("POST", path_of(name, "unpin")), as_json)
 
 
+@app.command("set")
+def set_defaults(
+    name: Name,
+    system_prompt: Annotated[
+        str | None, typer.Option(help="First message of chats that have no system message")
+    ] = None,
+    chat_template: Annotated[
+        Path | None, typer.Option(help="File of a chat template in place of the adapter's")
+    ] = None,
+    default: Annotated[
+        list[str] | None, typer.Option(help="Default of a field that requests leave out, as in temperature=0.2")
+    ] = None,
+    description: Annotated[str | None, typer.Option(help="Text that lists of models show")] = None,
+    label: Annotated[list[str] | None, typer.Option(help="Label, as in team=search")] = None,
+    unset: Annotated[
+        list[str] | None, typer.Option(help="What to remove: description, a default's field, or label.NAME")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Set what applies to requests of an adapter that leave it out, and its description and labels."""
+    defaults: dict[str, Any] = dict(map(_default, default or ()))
+    labels: dict[str, Any] = dict(_pair(each, "name=value") for each in label or ())
+    body: dict[str, Any] = {"defaults": defaults, "labels": labels}
+    if system_prompt is not None:
+        defaults["system_prompt"] = system_prompt
+    if chat_template is not None:
+        defaults["chat_template"] = _text_of(chat_template)
+    if description is not None:
+        body["description"] = description
+    for each in unset or ():
+        group, _, field = each.rpartition(".")
+        {"": body if each == "description" else defaults, "label": labels}.get(group, defaults)[field] = None
+    _print(call("PATCH", path_of(name), json=body), as_json)
+
+
+def _default(text: str) -> tuple[str, Any]:
+    """Return a field and its value, which is JSON, or else text."""
+    name, value = _pair(text, "field=value")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def _pair(text: str, form: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        fail(f"{text} must have the form {form}")
+    return name, value
+
+
+def _text_of(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        fail(f"{file} cannot be read: {error}")
+
+
 @app.command()
 def versions(name: Name, as_json: Json = False) -> None:
     """List the versions of an adapter, newest first."""

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from server import config as settings
 from server.cli import adapters as adapter_commands
@@ -14,6 +15,8 @@ from server.cli import registry as registry_commands
 from server.cli import sync as sync_commands
 from server.cli.doctor import doctor
 from server.cli.plan import plan
+from server.cli.trace import trace
+from server.cli.vllm_flags import FlagRefused, translated
 from server.config import HINTS, ConfigError, ServeConfig
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -41,6 +44,19 @@ def _flag(name: str) -> inspect.Parameter:
     )
 
 
+class ServeCommand(TyperCommand):
+    """The command `serve`, which understands vLLM's flags and says what they mean."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            arguments, notes = translated(args)
+        except FlagRefused as refused:
+            ctx.fail(str(refused))
+        for note in notes:
+            typer.echo(note, err=True)
+        return super().parse_args(ctx, arguments)
+
+
 def serve(**flags: Any) -> None:
     """Serve the base model and its adapters over HTTP."""
     from server.config import StartFailed
@@ -66,7 +82,7 @@ _CONFIG_FLAG = inspect.Parameter(
 )
 serve.__signature__ = inspect.Signature([_CONFIG_FLAG, *(_flag(name) for name in HINTS)])  # type: ignore[attr-defined]
 serve.__annotations__ = {p.name: p.annotation for p in serve.__signature__.parameters.values()}  # type: ignore[attr-defined]
-app.command()(serve)
+app.command(cls=ServeCommand, options_metavar="[MODEL] [OPTIONS]")(serve)
 app.command()(adapter_commands.chat)
 app.command()(folder_commands.convert)
 app.command()(folder_commands.merge_adapters)
@@ -75,6 +91,7 @@ app.command()(adapter_commands.unmerge)
 app.command()(sync_commands.sync)
 app.command()(doctor)
 app.command()(plan)
+app.command()(trace)
 app.add_typer(adapter_commands.app, name="adapters")
 app.add_typer(key_commands.app, name="keys")
 app.add_typer(registry_commands.app, name="registry")

@@ -92,7 +92,7 @@ class AdapterMoves:
         self.unretire(digest)
         tier = request.tier if isinstance(request, MoveAdapter) else "device"
         if _TIERS.index(self._residency.where(digest)) < _TIERS.index(tier):
-            self._residency.bring(digest, tier)
+            self._residency.bring(digest, tier, urgent=isinstance(request, MoveAdapter) and request.urgent)
             return False
         if isinstance(request, PinAdapter):
             self._residency.pin(digest)

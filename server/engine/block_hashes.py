@@ -2,11 +2,12 @@
 
 import hashlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import msgspec
 
-from server.sequence import ScaledAdapter
+from server.request import ScaledAdapter
+from server.sequence import Sequence
 
 
 def chain_seed(merged: str = "") -> bytes:
@@ -34,6 +35,29 @@ def adapted(parent: bytes, adapters: tuple[ScaledAdapter, ...], active_from: int
     return hashlib.sha256(parent + msgspec.json.encode((sorted(adapters), active_from))).digest()
 
 
-def block_hash_of(parent: bytes, token_ids: Sequence[int]) -> bytes:
+def block_hash_of(parent: bytes, token_ids: Iterable[int]) -> bytes:
     """Return the hash of a block with these tokens, which is the chain for the next block."""
     return hashlib.sha256(parent + array("q", token_ids).tobytes()).digest()
+
+
+def tokens_of(seq: Sequence, index: int, block_size: int) -> tuple[int, ...]:
+    return tuple(seq.token_ids[index * block_size : (index + 1) * block_size])
+
+
+def extend_hashes(seq: Sequence, num_full: int, block_size: int) -> None:
+    """Compute the hashes of the first `num_full` blocks of a sequence, as far as it lacks them."""
+    for index in range(len(seq.block_hashes), num_full):
+        seq.block_hashes.append(block_hash_of(chain_of(seq, index, block_size), tokens_of(seq, index, block_size)))
+
+
+def chain_of(seq: Sequence, index: int, block_size: int) -> bytes:
+    """Return what the content of a sequence's block depends on, besides the tokens in it."""
+    parent = seq.block_hashes[index - 1] if index else chain_seed(seq.chain_merged)
+    if index == seq.num_virtual_tokens // block_size:  # blocks of virtual tokens alone are of all tenants
+        parent = salted(parent, seq.cache_salt, seq.request_salt)
+    for position, merged in seq.weight_changes:
+        if position // block_size == index:
+            parent = reweighted(parent, position, merged)
+    if seq.adapters and index == seq.active_from // block_size:
+        parent = adapted(parent, seq.adapters, seq.active_from)
+    return parent

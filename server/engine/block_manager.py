@@ -15,7 +15,7 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from server.engine.block_hashes import adapted, block_hash_of, chain_seed, reweighted, salted
+from server.engine.block_hashes import extend_hashes, tokens_of
 from server.engine.prompt_scores import max_cached_tokens
 from server.sequence import NO_BLOCK, Sequence
 
@@ -38,6 +38,7 @@ class BlockManager:
     prefix_queries: int = 0  # prompt tokens looked up, in total
     prefix_hits: int = 0  # prompt tokens found, in total
     merged: str = ""  # the version merged into the base model's weights
+    copies: list[tuple[int, int]] = field(default_factory=list)  # blocks to copy before the next step: from, to
     _blocks: list[Block] = field(init=False)
     _free: "OrderedDict[int, None]" = field(init=False)
     _cached: dict[bytes, int] = field(init=False, default_factory=dict)
@@ -72,7 +73,7 @@ class BlockManager:
 
     def _find(self, seq: Sequence, index: int) -> int:
         block_id = self._cached.get(seq.block_hashes[index], NO_BLOCK)
-        is_same = block_id != NO_BLOCK and self._blocks[block_id].token_ids == self._tokens_of(seq, index)
+        is_same = block_id != NO_BLOCK and self._blocks[block_id].token_ids == tokens_of(seq, index, self.block_size)
         return block_id if is_same else NO_BLOCK
 
     def _prefix_hashes(self, seq: Sequence) -> list[bytes]:
@@ -80,7 +81,7 @@ class BlockManager:
         if seq.chain_merged != self.merged or seq.weight_changes:  # hashed for other weights
             seq.block_hashes, seq.chain_merged, seq.weight_changes = [], self.merged, []
         num_blocks = max_cached_tokens(seq) // self.block_size
-        self._extend_hashes(seq, num_blocks)
+        extend_hashes(seq, num_blocks, self.block_size)
         return seq.block_hashes[:num_blocks]
 
     def may_fit(self, seq: Sequence) -> bool:
@@ -128,11 +129,8 @@ class BlockManager:
         """Return how many blocks `seq` needs beyond its own to cover `num_tokens`."""
         return max(0, self.blocks_for(num_tokens) - len(seq.block_table))
 
-    def can_grow(self, seq: Sequence, num_tokens: int) -> bool:
-        return self.to_grow(seq, num_tokens) <= self.num_free
-
     def grow(self, seq: Sequence, num_tokens: int) -> None:
-        """Extend the block table of `seq` to cover `num_tokens`. The caller must check `can_grow` first."""
+        """Extend the block table of `seq` to cover `num_tokens`. The caller checks that `to_grow` blocks are free."""
         for _ in range(self.to_grow(seq, num_tokens)):
             block_id, _ = self._free.popitem(last=False)
             block = self._blocks[block_id]
@@ -143,7 +141,7 @@ class BlockManager:
     def commit(self, seq: Sequence, num_computed_tokens: int) -> None:
         """Record that tokens up to `num_computed_tokens` are in the cache, and publish the blocks that became full."""
         full_before, full_now = seq.num_computed_tokens // self.block_size, num_computed_tokens // self.block_size
-        self._extend_hashes(seq, full_now)
+        extend_hashes(seq, full_now, self.block_size)
         for index in range(full_before, full_now):
             self._publish(seq, index)
         seq.num_computed_tokens = num_computed_tokens
@@ -161,6 +159,11 @@ class BlockManager:
         for seq in running:
             del seq.block_hashes[seq.num_computed_tokens // self.block_size :]
             seq.weight_changes.append((seq.num_computed_tokens, merged))
+
+    def forget_prefixes(self) -> None:
+        """Empty the prefix cache. Blocks of running sequences stay theirs and are found by no later one."""
+        for block_id in list(self._cached.values()):
+            self._forget(self._blocks[block_id])
 
     def free(self, seq: Sequence) -> None:
         """Release the references of `seq`. Later blocks are freed first, so prefixes stay cached longest."""
@@ -218,27 +221,11 @@ class BlockManager:
         for block_hash, block_id in self._cached.items():
             assert self._blocks[block_id].block_hash == block_hash
 
-    def _tokens_of(self, seq: Sequence, index: int) -> tuple[int, ...]:
-        return tuple(seq.token_ids[index * self.block_size : (index + 1) * self.block_size])
-
-    def _extend_hashes(self, seq: Sequence, num_full: int) -> None:
-        first_own = seq.num_virtual_tokens // self.block_size  # blocks of virtual tokens alone are of all tenants
-        for index in range(len(seq.block_hashes), num_full):
-            parent = seq.block_hashes[-1] if seq.block_hashes else chain_seed(seq.chain_merged)
-            if index == first_own:
-                parent = salted(parent, seq.cache_salt, seq.request_salt)
-            for position, merged in seq.weight_changes:
-                if position // self.block_size == index:
-                    parent = reweighted(parent, position, merged)
-            if seq.adapters and index == seq.active_from // self.block_size:
-                parent = adapted(parent, seq.adapters, seq.active_from)
-            seq.block_hashes.append(block_hash_of(parent, self._tokens_of(seq, index)))
-
     def _publish(self, seq: Sequence, index: int) -> None:
         block = self._blocks[seq.block_table[index]]
         block_hash = seq.block_hashes[index]
         if block.block_hash is None and block_hash not in self._cached:
-            block.block_hash, block.token_ids = block_hash, self._tokens_of(seq, index)
+            block.block_hash, block.token_ids = block_hash, tokens_of(seq, index, self.block_size)
             self._cached[block_hash] = block.block_id
 
     def _forget(self, block: Block) -> None:

@@ -143,6 +143,7 @@ def _residency(
         max_pages=pages_of(plan.max_rank),
         threads=1 if runner.device.type == "cpu" else 2,
         on_thread_start=step_aside if runner.device.type == "cpu" else stay_single_threaded,
+        on_urgent_start=stay_single_threaded,
         keep=reads.keep,
     )
 

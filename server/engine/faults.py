@@ -4,7 +4,7 @@ only to look at the device."""
 from typing import TYPE_CHECKING
 
 from server.ipc.messages import Reply
-from server.sequence import SamplingParams
+from server.request import SamplingParams
 
 if TYPE_CHECKING:
     import torch

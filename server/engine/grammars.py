@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import AddedToken, Tokenizer
 
 from server.grammar_limits import PARSER_LIMITS
-from server.sequence import Constraint
+from server.request import Constraint
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer

@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 
 IDLE_SECONDS = 1.0  # how long an idle engine waits for a message at a time
 LOADING_SECONDS = 0.002  # the same while all sequences wait for adapters to load
+PAUSED_SECONDS = 0.02  # the same in a pause
 HEARTBEAT_SECONDS = 0.5  # an engine with work emits a message at least this often
 
 
@@ -56,7 +57,7 @@ def run_loop(
                 last_emitted = time.monotonic()
         if engine.broken is not None:
             raise EngineBroken(engine.broken)
-        wait = 0.0 if ran else LOADING_SECONDS
+        wait = 0.0 if ran else PAUSED_SECONDS if engine.scheduler.pause.frozen else LOADING_SECONDS
 
 
 def _has_news(message: FromEngine) -> bool:

@@ -14,6 +14,7 @@ from typing import Literal, Protocol
 
 from adapters.errors import AdapterError, MoveRefused, RefusalCode
 from server.engine.faults import EngineBroken
+from server.engine.merged_slots import enter_base, leave_base
 from server.engine.scheduler import Scheduler
 from server.ipc.messages import AskedBy, Merge, MergeState, MergeStatus, MergeSwitch, Reply, SwitchReason
 from server.sequence import Sequence
@@ -142,7 +143,7 @@ class Merging:
             self.leave("others")
         if self.status.state == "waiting" and not self._in_the_way(digest):
             self._install()
-        if self.status.state == "leaving" and self.scheduler.leave_base():
+        if self.status.state == "leaving" and leave_base(self.scheduler):
             self._restore()
 
     def refused(self) -> list[Sequence]:
@@ -217,7 +218,7 @@ class Merging:
             self._put_back()
             self._give_up("failed", "the merged weights could not be put in place; the server's log has details")
             return
-        self.scheduler.enter_base()
+        enter_base(self.scheduler)
         self._set("merged", self.status.digest, self.status.asked_by)
         self._switch("merge", self.status.asked_by or "request")
         if self._request is not None:

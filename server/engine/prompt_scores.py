@@ -3,7 +3,8 @@ the prefix cache, and how many tokens of them a step computes. Does not use torc
 
 from collections.abc import Iterable
 
-from server.sequence import Sequence, TokenLogprobs
+from server.request import TokenLogprobs
+from server.sequence import Sequence
 
 LEAST_ROWS, ROWS_PER_SEQUENCE = 64, 4  # of logits for prompts in a step, the second per sequence of `max_num_seqs`
 

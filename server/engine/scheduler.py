@@ -16,51 +16,22 @@ starve, and a slow load delays no other request.
 
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain, count, islice
 from operator import attrgetter
-from typing import Protocol
 
-from server.engine.aging import LOAD, NOTHING, PREFIX, ROOM, SLOT, Aging
+from server.engine.admission import AdapterSlots, Admission
+from server.engine.aging import LOAD, PREFIX, ROOM, Aging
 from server.engine.block_manager import BlockManager
 from server.engine.merge_gate import MergeGate
+from server.engine.pause_gate import PauseGate
 from server.engine.policies import FirstCome, Policy
 from server.engine.prompt_scores import bound_logits
 from server.engine.step_cost import StepBudget
 from server.sequence import ScheduledBatch, ScheduledSequence, Sequence, SequenceStatus
 
 PREFETCH_DEPTH = 32  # number of waiting sequences whose adapters are loaded or prefetched from disk
-_number = attrgetter("number")
-
-
-class AdapterSlots(Protocol):
-    """The interface of residency (adapters/residency/residency.py) that the scheduler uses."""
-
-    def acquire(self, digest: str) -> int | None:
-        """Take a reference on the version's device slot. If it has none, request a load and return None."""
-
-    def release(self, digest: str) -> None: ...
-
-    def where(self, digest: str) -> str:
-        """Return the tier of the version; on "device" it has a slot to acquire."""
-
-    def is_being_read(self, digest: str) -> bool: ...
-
-    def is_being_copied(self, digest: str) -> bool:
-        """Return whether the version has a slot that it is being copied to."""
-
-    def is_pinned(self, digest: str) -> bool:
-        """Return whether the version has a slot that no other version can get."""
-
-    def fit(self, digests: Iterable[str]) -> bool:
-        """Return whether these versions fit on the device together, beside the pinned ones."""
-
-    def prefetch(self, digest: str) -> None:
-        """Load a version that is needed soon from disk to host memory."""
-
-    def failure(self, digest: str) -> str | None:
-        """Return the reason why the last load of the version failed, if it did."""
 
 
 @dataclass(slots=True)
@@ -81,29 +52,29 @@ class Scheduler:
     gate: MergeGate = field(default_factory=MergeGate)
     policy: Policy = field(default_factory=FirstCome)
     step_budget: StepBudget = field(default_factory=StepBudget)
+    pause: PauseGate = field(default_factory=PauseGate)
     _numbers: Iterator[int] = field(default_factory=count)
     _suspect_blocks: list[int] = field(default_factory=list)
     _aging: Aging = field(init=False)
+    admission: Admission = field(init=False)
 
     def __post_init__(self) -> None:
         self._aging = Aging(self.max_wait_steps)
+        self.admission = Admission(self.blocks, self.adapters, self.gate)
 
     def add(self, seq: Sequence) -> None:
         seq.number = next(self._numbers)
         self.waiting.append(seq)
         self.policy.arrived(seq)
 
-    def has_work(self) -> bool:
-        return bool(self.waiting or self.running)
-
     def schedule(self) -> ScheduledBatch:
         """Distribute the token budget of one step. The batch is empty if all sequences wait for adapters."""
         batch: list[ScheduledSequence] = []
         tokens = self.step_budget.tokens(self.running, self.waiting, self.max_batch_tokens)
-        tokens = bound_logits(tokens, self.running, self.waiting, self.max_num_seqs)
+        tokens = 0 if self.pause.frozen else bound_logits(tokens, self.running, self.waiting, self.max_num_seqs)
         budget = self._schedule_running(batch, tokens)
         asking = self._schedule_waiting(batch, budget)
-        had = [(self._needs(scheduled.seq), scheduled.seq.number) for scheduled in batch]
+        had = [(self.admission.needs(scheduled.seq), scheduled.seq.number) for scheduled in batch]
         self._aging.end_step([*had, *((LOAD, seq.number) for seq in asking)] if batch else ())
         batch.sort(key=lambda scheduled: (scheduled.seq.slots, scheduled.seq.adapters))
         return ScheduledBatch(batch)
@@ -130,24 +101,16 @@ class Scheduler:
 
     def failed(self) -> list[tuple[Sequence, str]]:
         """Return waiting sequences whose adapters cannot be loaded, with the reasons."""
-        return [(seq, reason) for seq in self.waiting if (reason := self._failure(seq)) is not None]
+        return [(seq, reason) for seq in self.waiting if (reason := self.admission.failure(seq)) is not None]
 
     def expired(self, now: float) -> list[Sequence]:
         """Return waiting and running sequences whose deadline has passed."""
         return [seq for seq in chain(self.running, self.waiting) if seq.deadline <= now]
 
-    def _failure(self, seq: Sequence) -> str | None:
-        if len(seq.adapters) > 1 and not self.adapters.fit(digest for digest, _ in seq.adapters):
-            return f"{len(seq.adapters)} adapters do not fit on the device beside the pinned ones"
-        for digest, _ in seq.adapters:
-            reason = self.adapters.failure(digest)
-            if reason is not None:
-                return reason
-        return None
-
     def _schedule_running(self, batch: list[ScheduledSequence], budget: int) -> int:
         while self._blocks_wanted(budget) > self.blocks.num_free:
-            self._preempt(self.policy.victim(self.running))
+            self.requeue(self.policy.victim(self.running))
+            self.preemptions += 1
         for seq in self.running:  # in order of admission
             if budget and seq.num_tokens > seq.num_computed_tokens:  # otherwise its last token is in flight
                 budget = self._take_part(seq, batch, budget)
@@ -172,14 +135,13 @@ class Scheduler:
             self.policy.charge(seq, generated=1)
         return budget
 
-    def _preempt(self, seq: Sequence) -> None:
+    def requeue(self, seq: Sequence) -> None:
         """Move `seq` back to its place in the queue; its tokens are recomputed, often from the prefix cache."""
         self.running.remove(seq)
         self._release(seq)
         seq.status, seq.preempted = SequenceStatus.WAITING, True
-        self.waiting.insert(bisect_left(self.waiting, seq.number, key=_number), seq)
+        self.waiting.insert(bisect_left(self.waiting, seq.number, key=attrgetter("number")), seq)
         self.policy.returned(seq)
-        self.preemptions += 1
 
     def _schedule_waiting(self, batch: list[ScheduledSequence], budget: int) -> list[Sequence]:
         """Admit waiting sequences into the step. Returns those that asked for a load."""
@@ -192,7 +154,7 @@ class Scheduler:
         self._aging.begin_step()
         num_places = self.max_num_seqs - len(self.running)
         while budget > 0 and num_places > 0 and (seq := next(candidates, None)) is not None:
-            needs = self._needs(seq)
+            needs = self.admission.needs(seq)
             if self._aging.holds_back(seq, needs):
                 held_back.append(seq)
                 continue
@@ -223,16 +185,19 @@ class Scheduler:
     def _candidates(self) -> Iterator[Sequence]:
         """Return the waiting sequences in the order to consider them. Those that the gate holds are left out: they do
         not age, so they hold back nobody."""
-        return self.policy.order(self.waiting if self.gate.owner is None else filter(self.gate.admits, self.waiting))
+        admissible = filter(self.pause.admits, self.waiting)
+        return self.policy.order(admissible if self.gate.owner is None else filter(self.gate.admits, admissible))
 
-    def _needs(self, seq: Sequence) -> int:
-        """Return what `seq` needs to run: for admission while it waits, and for the step once it runs."""
-        if not seq.adapters or self.gate.in_base(seq) or all(map(self.adapters.is_pinned, seq.digests)):
-            return ROOM
-        return ROOM | SLOT if seq.slots or self._on_device(seq) else ROOM | SLOT | LOAD
-
-    def _on_device(self, seq: Sequence) -> bool:
-        return all(self.adapters.where(digest) == "device" for digest in seq.digests)
+    def _try_admit(self, seq: Sequence, collected: list[str], may_load: bool) -> int | None:
+        """Admit `seq` if it can have all that it needs, and return None. Otherwise return what it lacks."""
+        lacks = self.admission.acquire(seq, self.running, collected, may_load)
+        if lacks is None:
+            if not seq.preempted:
+                self.policy.charge(seq, prompt=seq.num_tokens - seq.num_ready_tokens)
+            self.policy.left(seq)
+            seq.status = SequenceStatus.RUNNING
+            self.running.append(seq)
+        return lacks
 
     def _age(self, admitted: list[Sequence], considered: set[Sequence]) -> None:
         """Count sequences that were not considered as overtaken if a later one of the same tenant was admitted.
@@ -244,108 +209,8 @@ class Scheduler:
             if seq not in considered and seq.number < latest.get(seq.tenant, -1) and self.gate.admits(seq):
                 self._aging.overtake(seq)
 
-    def _try_admit(self, seq: Sequence, collected: list[str], may_load: bool) -> int | None:
-        """Acquire the adapters' slots and the cached prefix for `seq`, and return None. If refused, return what it
-        lacks and other sequences have; then only slots in `collected` stay acquired.
-
-        Without `may_load` no load is requested: the host cache could not hold the adapters of a long queue.
-        """
-        if not self.gate.admits(seq):
-            return NOTHING
-        slots: tuple[int, ...] = ()
-        if not self.gate.in_base(seq):
-            if not (may_load or self._on_device(seq)):
-                return LOAD
-            self._note_reads(seq)
-            acquired = self._acquire_all(seq, collected)
-            if acquired is None:
-                return self._lacks_slots(seq)
-            slots = acquired
-        matched = self.blocks.match_prefix(seq) if self.blocks.may_fit(seq) else None
-        lacks = ROOM if matched is None else self._lacks_blocks(seq, matched)
-        if matched is None or lacks is not None:
-            if slots:
-                collected += seq.digests
-            return lacks
-        self.blocks.admit(seq, matched)
-        if not seq.preempted:
-            self.policy.charge(seq, prompt=seq.num_tokens - seq.num_ready_tokens)
-        self.policy.left(seq)
-        seq.slots, seq.status = slots, SequenceStatus.RUNNING
-        self.running.append(seq)
-        return None
-
-    def _lacks_blocks(self, seq: Sequence, matched: list[int]) -> int | None:
-        """Return None if `seq` has the KV blocks to run. It lacks its PREFIX while a running sequence computes blocks
-        that save it at least half of its prefill."""
-        num_missing = seq.num_tokens - len(matched) * self.blocks.block_size
-        for other in self.running:
-            num_saved = self.blocks.being_computed(seq, len(matched), other) * self.blocks.block_size
-            if num_saved and 2 * num_saved >= num_missing:
-                return PREFIX
-        return None if self.blocks.can_admit(seq, matched) else ROOM
-
-    def _note_reads(self, seq: Sequence) -> None:
-        """Record which adapters of `seq` have been read. One that was requested, is not being read and is on disk was
-        read and evicted from host memory."""
-        for digest in seq.digests if len(seq.read) < len(seq.adapters) else ():
-            was_evicted = seq.requested and not self.adapters.is_being_read(digest)
-            if was_evicted or self.adapters.where(digest) != "disk":
-                seq.read.add(digest)
-        seq.requested = True
-
-    def _lacks_slots(self, seq: Sequence) -> int:
-        """Return what `seq` lacks for its adapters: NOTHING until each has been read once, and while those that are not
-        on the device are being copied there. One that is read again lost its place in host memory to others."""
-        missing = [digest for digest in seq.digests if self.adapters.where(digest) != "device"]
-        first_reads = len(seq.read) < len(seq.adapters)
-        return NOTHING if first_reads or all(map(self.adapters.is_being_copied, missing)) else SLOT
-
-    def _acquire_all(self, seq: Sequence, collected: list[str]) -> tuple[int, ...] | None:
-        """Acquire the slots of all adapters of `seq`, or return None and add those acquired to `collected`.
-
-        Adapters on the device are acquired first, because requesting a missing one may evict unreferenced adapters.
-        """
-        slots: dict[str, int] = {}
-        for digest, _ in sorted(seq.adapters, key=lambda adapter: self.adapters.where(adapter.digest) != "device"):
-            slot = self.adapters.acquire(digest)
-            if slot is not None:
-                slots[digest] = slot
-        if len(slots) < len(seq.adapters):
-            collected.extend(slots)
-            return None
-        return tuple(slots[digest] for digest, _ in seq.adapters)
-
     def _release(self, seq: Sequence) -> None:
         self._suspect_blocks += self.blocks.disown_unverified(seq)
         self.blocks.free(seq)
         seq.num_verified_tokens = seq.num_launched_tokens = 0
-        self._release_slots(seq)
-
-    def _release_slots(self, seq: Sequence) -> None:
-        if seq.slots:
-            for adapter in seq.adapters:
-                self.adapters.release(adapter.digest)
-        seq.slots = ()
-
-    # -- merged mode -----------------------------------------------------------------------------------------------
-
-    def enter_base(self) -> None:
-        """Release the slots of all running sequences, which all use the version that was just merged."""
-        self.gate.merged = True
-        self.blocks.change_weights(self.gate.owner or "", self.running)
-        for seq in self.running:
-            self._release_slots(seq)
-
-    def leave_base(self) -> bool:
-        """Acquire slots for all running sequences and open the gate. Returns False, having requested a load, while the
-        adapter is not on the device."""
-        for seq in self.running:
-            if seq.adapters and not seq.slots:
-                slot = self.adapters.acquire(seq.adapters[0].digest)
-                if slot is None:
-                    return False
-                seq.slots = (slot,)
-        self.blocks.change_weights("", self.running)
-        self.gate.open()
-        return True
+        self.admission.release_slots(seq)

@@ -8,7 +8,8 @@ from server.engine.prompt_scores import of_first_output
 from server.ipc.messages import SequenceOutput, Submit
 from server.model.pooling import embedding_of
 from server.model.sampling.sampler import Sample
-from server.sequence import FinishReason, Sequence
+from server.request import FinishReason
+from server.sequence import Sequence
 
 
 def sequence_of(request: Submit) -> Sequence:
@@ -32,6 +33,7 @@ def sequence_of(request: Submit) -> Sequence:
 def output_of(
     seq: Sequence, token_ids: list[int], reason: FinishReason | None, sampled: Sample | None, error: str | None
 ) -> SequenceOutput:
+    switched, seq.switched = seq.switched, False
     return SequenceOutput(
         seq.seq_id,
         token_ids,
@@ -42,4 +44,5 @@ def output_of(
         error,
         of_first_output(seq),
         embedding_of(seq) if reason is FinishReason.LENGTH else None,
+        seq.adapters if switched else None,
     )

@@ -82,14 +82,16 @@ def _planned(facts: ModelFacts, config: ServeConfig, device: torch.device, alloc
     on_gpu = device.type == "cuda"
     rows = bucket_sizes(config.max_num_seqs) if on_gpu and not config.eager else ()
     try:
-        return make_plan(facts, config, _device_memory(device, allocated), rows)
+        return make_plan(facts, config, _device_memory(config, device, allocated), rows)
     except PlanRefused as refused:
         raise ModelRefused(str(refused)) from refused
 
 
-def _device_memory(device: torch.device, allocated: int) -> DeviceMemory:
-    """Return the memory of `device`; the model has `allocated` bytes of it. On a CPU it follows the memory limit."""
+def _device_memory(config: ServeConfig, device: torch.device, allocated: int) -> DeviceMemory:
+    """Return the memory of `device`; the model has `allocated` bytes of it. On a CPU it follows the memory limit, on a
+    GPU it ends where the server has its share."""
     if device.type != "cuda":
         return DeviceMemory(total_memory(), lazy=True)
     free, total = torch.cuda.mem_get_info(device)
-    return DeviceMemory(total, taken=max(total - free - allocated, 0))
+    taken = max(total - free - allocated, 0)
+    return DeviceMemory(min(total, taken + int(total * config.gpu_memory_utilization)), taken)

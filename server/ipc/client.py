@@ -13,21 +13,27 @@ from collections.abc import Callable
 from adapters.tiers import Tier
 from server.ipc.messages import (
     Abort,
+    Call,
     EngineInfo,
     EngineStats,
     FromEngine,
     Merge,
     MergeStatus,
     MoveAdapter,
+    Pause,
+    PauseMode,
     PinAdapter,
     Reply,
+    ResetPrefixCache,
     ResidencyReport,
+    Resume,
     RetireAdapter,
     RunSelfTest,
     SelfTest,
     SequenceOutput,
     StepOutputs,
     Submit,
+    SwitchAdapter,
     Unmerge,
 )
 from server.ipc.stream import Stream
@@ -62,6 +68,7 @@ class EngineClient:
         self._merge: Merge | None = None  # requested, and not refused or ended
         self._request_ids = itertools.count()
         self._listeners: list[StepListener] = []
+        self.is_paused = False
         self.waiting = Waiting()
         self.stats = EngineStats()
         self.residency = ResidencyReport()
@@ -93,6 +100,9 @@ class EngineClient:
         """Call `listener` on the event loop with the message of every step; the metrics use this."""
         self._listeners.append(listener)
 
+    def remove_listener(self, listener: StepListener) -> None:
+        self._listeners.remove(listener)
+
     async def start(self) -> None:
         """Start the engine and wait until it is ready. Raises `EngineUnavailable` with the reason if it fails."""
         await self._supervisor.start()
@@ -114,9 +124,39 @@ class EngineClient:
         if running:
             self._tell(Abort(running))
 
+    def stop_sequences(self, seq_ids: list[str]) -> None:
+        """End sequences; what they have generated is their output, with reason "stopped"."""
+        running = [seq_id for seq_id in seq_ids if seq_id in self._streams]
+        if running:
+            self._tell(Abort(running, keep_output=True))
+
+    async def switch_adapter(self, seq_ids: list[str], old: str, new: str) -> None:
+        """Continue sequences with another version, whose tokens so far are recomputed. Raises `AdapterMoveRefused`,
+        `EngineUnavailable`."""
+        await self._call(SwitchAdapter(next(self._request_ids), seq_ids, old, new))
+
+    async def pause(self, mode: PauseMode) -> None:
+        """Run no steps until `resume`; returns when paused. A pause survives a restart. Raises `AdapterMoveRefused`,
+        `EngineUnavailable`."""
+        self.is_paused = True
+        await self._call(Pause(next(self._request_ids), mode), MERGE_SECONDS)
+
+    async def resume(self) -> None:
+        """End a pause. Raises `EngineUnavailable`."""
+        self.is_paused = False
+        await self._call(Resume(next(self._request_ids)))
+
+    async def reset_prefix_cache(self) -> None:
+        """Forget all cached prefixes. Raises `EngineUnavailable`."""
+        await self._call(ResetPrefixCache(next(self._request_ids)))
+
     async def move_adapter(self, digest: str, tier: Tier) -> None:
         """Load (`host`, `device`) or unload (`disk`) a version. Raises `AdapterMoveRefused`, `EngineUnavailable`."""
         await self._call(MoveAdapter(next(self._request_ids), digest, tier))
+
+    def load_soon(self, digest: str) -> None:
+        """Load a small version to the device, if it has room, ahead of its first request."""
+        self._tell(MoveAdapter(next(self._request_ids), digest, "device", urgent=True))
 
     async def pin_adapter(self, digest: str, pinned: bool) -> None:
         """Pin or unpin a version; pins survive a restart. Raises `AdapterMoveRefused`, `EngineUnavailable`."""
@@ -169,14 +209,12 @@ class EngineClient:
         await self._call(Unmerge(next(self._request_ids)), MERGE_SECONDS)
         self._merge = None
 
-    def _tell(self, message: Abort | PinAdapter | RetireAdapter | Unmerge) -> None:
+    def _tell(self, message: Abort | MoveAdapter | PinAdapter | RetireAdapter | Pause | Unmerge) -> None:
         """Send a message that nobody waits for a reply to, and that means nothing to an engine that is not ready."""
         if self.state is EngineState.READY:
             self._supervisor.send(message)
 
-    async def _call(
-        self, request: MoveAdapter | PinAdapter | RunSelfTest | Merge | Unmerge, seconds: float = CALL_SECONDS
-    ) -> SelfTest | None:
+    async def _call(self, request: Call, seconds: float = CALL_SECONDS) -> SelfTest | None:
         self._supervisor.send(request)
         reply: asyncio.Future[SelfTest | None] = asyncio.get_running_loop().create_future()
         self._replies[request.request_id] = reply
@@ -203,7 +241,9 @@ class EngineClient:
                 self._on_reply(message)
 
     def on_ready(self) -> None:
-        """Pin and merge again what was pinned and merged before a restart."""
+        """Pin and merge again what was pinned and merged before a restart, and pause again."""
+        if self.is_paused:
+            self._tell(Pause(next(self._request_ids), "keep"))
         for digest in self._pins:  # nothing waits for these replies; `residency` shows a pin that no longer fits
             self._tell(PinAdapter(next(self._request_ids), digest, True))
         if self._merge is not None:
@@ -251,7 +291,7 @@ class EngineClient:
                 del self._streams[output.seq_id]
         if any(output.token_ids for output in message.outputs):
             self._supervisor.computed_tokens()
-        for listener in self._listeners:
+        for listener in [*self._listeners]:
             listener(message)
 
     async def _merge_again(self, lost: Merge) -> None:

@@ -8,10 +8,11 @@ import msgspec
 from adapters.model_spec import ModelSpec
 from adapters.tiers import AdapterMove, Tier
 from server.base_tokenizer import BaseTokenizer
-from server.sequence import SamplingParams, ScaledAdapter, TokenLogprobs
+from server.request import SamplingParams, ScaledAdapter, TokenLogprobs
 
 # preparing: computing the merged weights; waiting: requests of other models finish; leaving: restoring the base model
 MergeState = Literal["none", "preparing", "waiting", "merged", "leaving"]
+PauseMode = Literal["abort", "wait", "keep"]
 AskedBy = Literal["request", "policy"]
 SwitchReason = Literal["request", "policy", "others", "retired"]
 
@@ -38,17 +39,21 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
-    """Abort these sequences; unknown ids are ignored. An aborted sequence gets one last output with reason "abort"."""
+    """Abort these sequences; unknown ids are ignored. An aborted sequence gets one last output with reason "abort", or
+    with "stopped" if what it has generated so far is to be its response."""
 
     seq_ids: list[str]
+    keep_output: bool = False
 
 
 class MoveAdapter(msgspec.Struct, frozen=True, tag=True):
-    """Load a version to `tier` ("host" or "device"), or unload it from both ("disk"). Answered by `Reply`."""
+    """Load a version to `tier` ("host" or "device"), or unload it from both ("disk"). An `urgent` load does not step
+    aside for the steps that run meanwhile. Answered by `Reply`."""
 
     request_id: int
     digest: str
     tier: Tier
+    urgent: bool = False
 
 
 class PinAdapter(msgspec.Struct, frozen=True, tag=True):
@@ -74,6 +79,36 @@ class RetireAdapter(msgspec.Struct, frozen=True, tag=True):
     digest: str
 
 
+class SwitchAdapter(msgspec.Struct, frozen=True, tag=True):
+    """Continue these sequences with the version `new` in place of `old`; unknown ids are ignored. Their tokens so far
+    stay and are recomputed. Answered by `Reply`."""
+
+    request_id: int
+    seq_ids: list[str]
+    old: str
+    new: str
+
+
+class Pause(msgspec.Struct, frozen=True, tag=True):
+    """Run no more steps until `Resume`: at once (`keep`), once the sequences that exist have ended (`wait`), or once
+    they were ended with the reason "stopped" (`abort`). Later sequences wait. Answered by `Reply` when paused."""
+
+    request_id: int
+    mode: PauseMode
+
+
+class Resume(msgspec.Struct, frozen=True, tag=True):
+    """End a pause. Answered by `Reply`."""
+
+    request_id: int
+
+
+class ResetPrefixCache(msgspec.Struct, frozen=True, tag=True):
+    """Forget all cached prefixes. Answered by `Reply`."""
+
+    request_id: int
+
+
 class Merge(msgspec.Struct, frozen=True, tag=True):
     """Merge a version into the base model. With `drain`, sequences of other models finish first; without, they cause a
     refusal. `allow_requantize` keeps a 4-bit base model in 4 bits if memory is short. Answered by `Reply` when done."""
@@ -94,7 +129,8 @@ class Shutdown(msgspec.Struct, frozen=True, tag=True):
     """Abort all sequences and end the engine's loop."""
 
 
-ToEngine = Submit | Abort | MoveAdapter | PinAdapter | RunSelfTest | RetireAdapter | Merge | Unmerge | Shutdown
+Call = MoveAdapter | PinAdapter | RunSelfTest | SwitchAdapter | Pause | Resume | ResetPrefixCache | Merge | Unmerge
+ToEngine = Submit | Abort | RetireAdapter | Call | Shutdown
 
 
 class SequenceOutput(msgspec.Struct, frozen=True, array_like=True):
@@ -102,15 +138,16 @@ class SequenceOutput(msgspec.Struct, frozen=True, array_like=True):
 
     seq_id: str
     token_ids: list[int]
-    finish_reason: Literal["stop", "length", "abort", "timeout", "merged", "nonfinite", "error", "refused"] | None = (
-        None
-    )
+    finish_reason: (
+        Literal["stop", "length", "stopped", "abort", "timeout", "merged", "nonfinite", "error", "refused"] | None
+    ) = None
     logprobs: list[TokenLogprobs] | None = None  # one per token id, if requested
     num_cached_tokens: int = 0
     queue_seconds: float = 0.0
     error: str | None = None  # message for the client, with reasons "error", "nonfinite", "refused" and "timeout"
     prompt_logprobs: list[TokenLogprobs] | None = None  # with the first output: of all prompt tokens but the first
     embedding: bytes | None = None  # float32, with the last output, if `pooling` was asked for
+    adapters: tuple[ScaledAdapter, ...] | None = None  # that computed this output and later ones, if they have changed
 
 
 class ResidencyReport(msgspec.Struct, frozen=True):

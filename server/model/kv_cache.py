@@ -45,6 +45,19 @@ class KVCache:
         self.keys[layer].flatten(0, 1).index_copy_(0, slot_mapping, key)
         self.values[layer].flatten(0, 1).index_copy_(0, slot_mapping, value)
 
+    def prepare(self, suspect: list[int], copies: list[tuple[int, int]]) -> None:
+        """Zero `suspect` blocks, then make the `copies` of blocks and empty that list."""
+        self.scrub(suspect)
+        self.copy(copies)
+        copies.clear()
+
+    def copy(self, pairs: list[tuple[int, int]]) -> None:
+        """Copy whole blocks; each pair is a block and the one that gets its content."""
+        if pairs:
+            sources, targets = torch.tensor(pairs, device=self.keys[0].device).T
+            for tensor in (*self.keys, *self.values):
+                tensor.index_copy_(0, targets, tensor.index_select(0, sources))
+
     def scrub(self, block_ids: list[int]) -> None:
         """Zero blocks that may contain non-finite values before they are reused."""
         if block_ids:

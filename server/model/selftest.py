@@ -9,7 +9,8 @@ from server.model.batch import ForwardBatch, build_batch
 from server.model.kv_cache import KVCache
 from server.model.runner import ModelRunner
 from server.model.virtual_tokens import VirtualRows
-from server.sequence import SamplingParams, ScheduledBatch, ScheduledSequence, Sequence
+from server.request import SamplingParams
+from server.sequence import ScheduledBatch, ScheduledSequence, Sequence
 
 TRIAL_TOKENS = 16
 

@@ -1,4 +1,4 @@
-"""`/v1/adapters/{alias}/split`: aliases that split requests among several adapters by weight."""
+"""`/v1/aliases` and `/v1/adapters/{alias}/split`: aliases that split requests among several adapters by weight."""
 
 import asyncio
 from typing import Annotated, Literal
@@ -15,7 +15,7 @@ from server.api.errors import ApiError, error_responses, model_not_found
 from server.api.middleware.auth import Key, key_of
 from server.api.schemas import Wire
 
-router = APIRouter(prefix="/v1/adapters", tags=["adapters"])
+router = APIRouter(prefix="/v1", tags=["adapters"])
 Caller = Annotated[Key, Depends(key_of)]
 Weight = Annotated[int | float, Field(ge=0, le=1_000_000, allow_inf_nan=False)]
 
@@ -43,6 +43,11 @@ class AliasBody(Wire):
     created: int
 
 
+class AliasList(Wire):
+    object: Literal["list"] = "list"
+    data: list[AliasBody]
+
+
 class UnsplitBody(Wire):
     name: str
     deleted: Literal[True] = True
@@ -65,7 +70,14 @@ def alias_body(context: AppContext, alias: Alias) -> AliasBody:
     return AliasBody(name=alias.name, weights=weights, created=alias.created)
 
 
-@router.put(f"{ALIAS}/split", responses=error_responses(400, 401, 403, 404, 409, 413, 415, 507))
+@router.get("/aliases", responses=error_responses(401, 403))
+async def list_aliases(context: Context, key: Caller) -> AliasList:
+    """List the aliases that this API key may see with all their members."""
+    seen = (alias for _, alias in sorted(context.registry.aliases.items()) if _sees(key, alias))
+    return AliasList(data=[alias_body(context, alias) for alias in seen])
+
+
+@router.put(f"/adapters{ALIAS}/split", responses=error_responses(400, 401, 403, 404, 409, 413, 415, 507))
 async def split_alias(alias: str, body: SplitRequest, context: Context, key: Caller) -> AliasBody:
     """Create or change an alias for several adapters, or for the base model, by weight; requests of one `user` stay on
     one member."""
@@ -80,7 +92,7 @@ async def split_alias(alias: str, body: SplitRequest, context: Context, key: Cal
     return alias_body(context, await asyncio.to_thread(context.registry.split, alias, weights))
 
 
-@router.delete(f"{ALIAS}/split", responses=error_responses(401, 403, 404))
+@router.delete(f"/adapters{ALIAS}/split", responses=error_responses(401, 403, 404))
 async def unsplit_alias(alias: str, context: Context, key: Caller) -> UnsplitBody:
     """Delete an alias; its members stay, and running requests continue."""
     find(context, key, alias)

@@ -1,8 +1,11 @@
 """Response bodies that describe one adapter."""
 
-from adapters.records import AdapterRecord, PendingAdapter
-from server.api.adapters.schemas import AdapterBody, State
-from server.api.context import AppContext
+import json
+
+from adapters.records import AdapterRecord, HistoryEntry, PendingAdapter
+from server.api.adapters.schemas import AdapterBody, State, Traffic, VersionBody
+from server.api.adapters.settings import changed
+from server.api.context import AdapterUse, AppContext
 
 
 def record_body(context: AppContext, record: AdapterRecord) -> AdapterBody:
@@ -22,8 +25,32 @@ def record_body(context: AppContext, record: AdapterRecord) -> AdapterBody:
         created=record.created,
         last_used=use.last_used if use else None,
         in_flight=context.in_flight.count(record.name),
+        traffic=_traffic(use) if use else None,
         error=error,
         report=version.report,
+        **record.settings,
+    )
+
+
+def _traffic(use: AdapterUse) -> Traffic:
+    return Traffic(
+        requests=use.requests,
+        prompt_tokens=use.prompt_tokens,
+        generated_tokens=use.generated_tokens,
+        tokens_per_second=use.rate.current(),
+    )
+
+
+def version_body(context: AppContext, name: str, entry: HistoryEntry) -> VersionBody:
+    stored = context.registry.version(name, entry.digest)
+    return VersionBody(
+        version=f"sha256:{entry.digest}",
+        created=entry.created,
+        current=entry.current,
+        rank=stored.rank if stored else None,
+        target_modules=list(stored.target_modules) if stored else None,
+        bytes=stored.nbytes if stored else None,
+        report=stored.report if stored else None,
     )
 
 
@@ -54,8 +81,10 @@ def pending_body(context: AppContext, adapter: PendingAdapter) -> AdapterBody:
         created=adapter.created,
         last_used=None,
         in_flight=0,
+        traffic=None,
         error=adapter.error,
         report={},
+        **changed({}, json.loads(adapter.settings_json or "{}")),
     )
 
 

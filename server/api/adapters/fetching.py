@@ -1,6 +1,7 @@
 """Registration of adapters from a source: while the client waits, or in the background and across restarts."""
 
 import asyncio
+import json
 import logging
 import threading
 import time
@@ -11,10 +12,12 @@ from pathlib import Path
 from adapters.errors import AdapterConflict, AdapterError, reraise_unless_foreign
 from adapters.records import PendingAdapter
 from adapters.sources import check_source, copy_from
+from server.api.adapters import settings
 from server.api.adapters.publishing import Publication, Published, audit_publication, publish_from
 from server.api.adapters.schemas import RegisterRequest
 from server.api.adapters.threads import finish_in_thread
 from server.api.context import AppContext
+from server.api.errors import ApiError
 from server.api.middleware.auth import ANYONE, Key
 from server.ipc.client import AdapterMoveRefused
 from server.ipc.supervisor import EngineUnavailable
@@ -32,7 +35,16 @@ async def register(
 
     async def fill(folder: Path) -> Publication:
         source = await _copy(context, body.source, folder)
-        return Publication(body.name, source, body.replace, body.pinned, dry_run, key)
+        return Publication(
+            body.name,
+            source,
+            replace=body.replace,
+            pinned=body.pinned,
+            dry_run=dry_run,
+            in_flight=body.in_flight,
+            settings=body,
+            key=key,
+        )
 
     return await publish_from(context, fill)
 
@@ -49,11 +61,20 @@ async def _copy(context: AppContext, source: str, folder: Path) -> str:
 
 async def register_lazily(context: AppContext, body: RegisterRequest) -> PendingAdapter:
     """Fetch an adapter in the background. The name is pending in the registry until the fetch succeeds."""
+    await settings.check(context, body)
     await asyncio.to_thread(check_source, body.source, context.config.allow_source)
     async with context.lock(body.name):
         if body.name in context.fetching:
             raise AdapterConflict(f"The adapter '{body.name}' is already being fetched.")
-        pending = PendingAdapter(body.name, body.source, body.replace, body.pinned, int(time.time()))
+        changes = body.changes()
+        pending = PendingAdapter(
+            body.name,
+            body.source,
+            body.replace,
+            body.pinned,
+            int(time.time()),
+            settings_json=settings.as_json(changes),
+        )
         await asyncio.to_thread(context.registry.remember, pending)
         _start_fetching(context, pending)
     return pending
@@ -73,7 +94,12 @@ def _start_fetching(context: AppContext, pending: PendingAdapter) -> None:
 
 async def _fetch(context: AppContext, pending: PendingAdapter) -> None:
     body = RegisterRequest(
-        name=pending.name, source=pending.source, replace=pending.replacing, pinned=pending.pinned, lazy=True
+        name=pending.name,
+        source=pending.source,
+        replace=pending.replacing,
+        pinned=pending.pinned,
+        lazy=True,
+        **json.loads(pending.settings_json or "{}"),
     )
     try:
         while True:
@@ -83,6 +109,8 @@ async def _fetch(context: AppContext, pending: PendingAdapter) -> None:
                 return
             except EngineUnavailable:  # not a failure of the adapter
                 await asyncio.sleep(_ENGINE_POLL_SECONDS)
+    except ApiError as error:
+        await _note_failure(context, pending, str(error.detail))
     except (AdapterError, AdapterMoveRefused) as error:
         await _note_failure(context, pending, str(error))
     except BaseException as error:

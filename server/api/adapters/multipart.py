@@ -18,6 +18,7 @@ from server.api.errors import ApiError, bad_request
 
 _KNOWN = (*FILES, *TOKENIZER_FILES)
 _MAX_FIELD_BYTES = 1024
+_LONG_FIELDS = {"description": 16 << 10, "labels": 64 << 10, "defaults": 512 << 10}
 _MAX_FIELDS = 8
 _BATCH_BYTES = 1 << 20
 
@@ -62,7 +63,7 @@ class _Upload:
         self._header = (bytearray(), bytearray())
         self._disposition = b""
         self._sink: bytearray | BinaryIO = bytearray()
-        self._left: float = math.inf  # bytes that the current file may still receive
+        self._left: float = math.inf  # bytes that the current file or field may still receive
         self._ended = False
         try:
             self._parser = MultipartParser(
@@ -127,6 +128,7 @@ class _Upload:
             raise bad_request("The form has a field without a name, a duplicate field, or too many fields.")
         else:
             self._sink = self._fields[name] = bytearray()
+            self._left = _LONG_FIELDS.get(name, _MAX_FIELD_BYTES)
 
     def _open_file(self, field: str, filename: str) -> BinaryIO:
         """Open a file of the adapter by its field name or file name. A client's name never becomes a path."""
@@ -144,12 +146,12 @@ class _Upload:
         return file
 
     def _on_part_data(self, data: bytes, start: int, end: int) -> None:
+        self._left -= end - start
         if isinstance(self._sink, bytearray):
-            if len(self._sink) + end - start > _MAX_FIELD_BYTES:
-                raise bad_request(f"A form field is longer than {_MAX_FIELD_BYTES} bytes.")
+            if self._left < 0:
+                raise bad_request("A form field is longer than its limit of bytes.")
             self._sink.extend(data[start:end])
         else:
-            self._left -= end - start
             if self._left < 0:
                 raise ApiError(413, "A tokenizer file exceeds the size limit.", code="too_large")
             self._sink.write(memoryview(data)[start:end])

@@ -1,13 +1,14 @@
 """Publication and deletion of adapters: stage, fill, examine, self-test, publish; retire, drain, free."""
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from adapters.errors import AdapterInvalid, AdapterNotFound, Problem
+from adapters.errors import AdapterInvalid, AdapterNotFound, NoSpace, Problem
 from adapters.fault_points import fault_point
 from adapters.model_spec import ModelSpec
 from adapters.names import check_name
@@ -16,9 +17,12 @@ from adapters.peft.files import CONFIG_FILE
 from adapters.peft.tokenizer_files import CONFIG, TEMPLATE, read_tokenizer_files
 from adapters.records import Inspected
 from adapters.registry.registry import AdapterRecord
+from adapters.traits import Traits
 from adapters.validation.inspect import inspect
+from server.api.adapters import settings
 from server.api.adapters.quotas import check_room
-from server.api.adapters.schemas import DeletedBody
+from server.api.adapters.running import check_switch, replace_running
+from server.api.adapters.schemas import NO_CHANGES, DeletedBody, InFlight, Settings
 from server.api.adapters.selftest import earlier_result, self_tested
 from server.api.adapters.threads import finish_in_thread
 from server.api.context import AppContext
@@ -27,6 +31,8 @@ from server.api.middleware.auth import ANYONE, Key
 from server.api.text.template_sandbox import TemplateFailed
 from server.ipc.client import AdapterMoveRefused
 from server.ipc.supervisor import EngineUnavailable
+
+log = logging.getLogger(__name__)
 
 _MAX_NAMED = 200  # characters of a base model's name in the report
 UPLOAD = "upload"  # the source of adapters that a client sent
@@ -65,13 +71,16 @@ async def place_for_client(context: AppContext) -> AsyncIterator[None]:
 @dataclass(frozen=True, slots=True)
 class Publication:
     """A request to publish the content of a folder under `name`; `source` is where the content comes from, and `key`
-    whose quota it uses. A dry run ends after the self-test."""
+    whose quota it uses. A dry run ends after the self-test. `in_flight` is what becomes of running requests of the
+    version that is replaced."""
 
     name: str
     source: str
     replace: bool = False
     pinned: bool = False
     dry_run: bool = False
+    in_flight: InFlight = "finish"
+    settings: Settings = NO_CHANGES
     key: Key = ANYONE
 
 
@@ -106,16 +115,21 @@ async def publish_from(
         publication = await fill(folder)
         fault_point("upload.received")
         check_name(publication.name)
+        await settings.check(context, publication.settings)
         inspected = await _examined(context, publication, folder, spec)
+        settings.check_tokens(context, publication.settings, Traits.of(inspected.report))
         decided = decide(publication, inspected)
         if decided is None:
             return Published(publication.name, inspected)
         await check_room(context, decided.key, decided.name, inspected)
-        async with _tested(context, decided, inspected, folder):
-            if decided.dry_run:
-                return Published(publication.name, inspected)
-            published = await _publish(context, decided, inspected, folder)
-            fault_point("publish.published")
+        try:
+            async with _tested(context, decided, inspected, folder):
+                if decided.dry_run:
+                    return Published(publication.name, inspected)
+                published = await _publish(context, decided, inspected, folder)
+                fault_point("publish.published")
+        finally:
+            collect_later(context)  # last, because it holds the registry's lock
         context.quarantine.forget(inspected.digest)
         await _forget_failure(context, inspected.digest)
         return published
@@ -153,7 +167,7 @@ def _tested(
     """Return the self-test; it is omitted for a version that passed it and has this name already."""
     result = earlier_result(context, publication.name, inspected.digest)
     if result is None or publication.dry_run:
-        return self_tested(context, inspected, folder)
+        return self_tested(context, inspected, folder, always=publication.dry_run)
     inspected.report["selftest"] = result
     return nullcontext()
 
@@ -207,11 +221,20 @@ async def _publish(context: AppContext, publication: Publication, inspected: Ins
     """Point the name at the content and update the engine."""
     name, registry = publication.name, context.registry
     async with context.lock(name):
-        old = _current(context, name)
+        old, changes = _current(context, name), publication.settings.changes()
+        changed = settings.changed(settings.settings_of(context, name), changes)
+        check_switch(old, inspected, publication.in_flight)
         write = partial(
-            registry.publish, name, inspected, folder, source=publication.source, replace=publication.replace
+            registry.publish,
+            name,
+            inspected,
+            folder,
+            source=publication.source,
+            replace=publication.replace,
+            settings=settings.as_json(changed) if changes else None,
         )
         record, created = await finish_in_thread(write)
+        await replace_running(context, old, record, publication.in_flight)
         await follow(context, old, record)
         if publication.pinned and not record.pinned:
             record = await pin(context, record)
@@ -256,12 +279,22 @@ async def follow(context: AppContext, old: AdapterRecord | None, new: AdapterRec
     engine refuses the pin, the name becomes unpinned and the refusal is raised."""
     if old is None or old.version.digest == new.version.digest:
         return
-    try:
-        await _let_go(context, old)
-        if new.pinned:
-            await _hold(context, new)
-    finally:
-        await asyncio.to_thread(context.registry.collect_garbage, context.in_flight.digests())
+    await _let_go(context, old)
+    if new.pinned:
+        await _hold(context, new)
+
+
+def collect_later(context: AppContext) -> None:
+    """Delete the versions that are no longer needed, in a thread that no response waits for."""
+
+    def collect() -> None:
+        try:
+            context.registry.collect_garbage(in_use)
+        except NoSpace as error:
+            log.warning("versions that are not needed could not be deleted: %s", error)
+
+    in_use = context.in_flight.digests()
+    asyncio.get_running_loop().run_in_executor(None, collect)
 
 
 async def _let_go(context: AppContext, old: AdapterRecord) -> None:

@@ -15,9 +15,9 @@ from pydantic import BaseModel, ValidationError
 from adapters.names import MAX_NAME
 from adapters.peft.files import FILES, TOKENIZER_FILES
 from adapters.tiers import Tier
-from server.api.adapters import aliases, fetching, publishing
+from server.api.adapters import aliases, fetching, publishing, settings
 from server.api.adapters.aliases import AliasBody
-from server.api.adapters.bodies import pending_body, pending_state, record_body, state_of
+from server.api.adapters.bodies import pending_body, pending_state, record_body, state_of, version_body
 from server.api.adapters.multipart import receive_upload
 from server.api.adapters.paths import NAME
 from server.api.adapters.publishing import UPLOAD, Publication, Published, publish_from
@@ -30,9 +30,9 @@ from server.api.adapters.schemas import (
     LoadRequest,
     RegisterRequest,
     RollbackRequest,
+    SettingsRequest,
     State,
     UploadForm,
-    VersionBody,
     VersionList,
     VersionText,
 )
@@ -54,14 +54,27 @@ _UPLOAD_SCHEMA: dict[str, Any] = {
         **{name: {"type": "string", "format": "binary"} for name in TOKENIZER_FILES},
         "replace": {"type": "boolean", "default": False},
         "pinned": {"type": "boolean", "default": False},
+        "in_flight": UploadForm.model_json_schema()["properties"]["in_flight"],
+        "description": {"type": "string", "maxLength": 4096},
+        "labels": {"type": "string", "description": "JSON object of texts"},
+        "defaults": {"type": "string", "description": "JSON object, as in PATCH"},
     },
 }
+
+
+def _without_definitions(body: type[BaseModel]) -> dict[str, Any]:
+    """Return the schema of a body whose parts are in the document already, because a route declares them."""
+    schema = body.model_json_schema(ref_template=_REF + "{model}")
+    schema.pop("$defs", None)
+    return schema
+
+
 _CREATE_BODY = {
     "requestBody": {
         "required": True,
         "content": {
             "multipart/form-data": {"schema": _UPLOAD_SCHEMA},
-            "application/json": {"schema": RegisterRequest.model_json_schema()},
+            "application/json": {"schema": _without_definitions(RegisterRequest)},
         },
     }
 }
@@ -101,7 +114,16 @@ async def _create_from_upload(request: Request, context: AppContext, key: Key, d
     async def fill(folder: Path) -> Publication:
         form = _parse_form(await receive_upload(request, folder))
         publishing.check_writable(key, form.name)
-        return Publication(form.name, UPLOAD, form.replace, form.pinned, dry_run, key)
+        return Publication(
+            form.name,
+            UPLOAD,
+            replace=form.replace,
+            pinned=form.pinned,
+            dry_run=dry_run,
+            in_flight=form.in_flight,
+            settings=form,
+            key=key,
+        )
 
     async with publishing.place_for_client(context):
         return _created(context, await publish_from(context, fill))
@@ -152,11 +174,13 @@ async def list_adapters(
     tier: Tier | None = None,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     after: Annotated[str, Query(max_length=256)] = "",
+    search: Annotated[str, Query(max_length=256)] = "",
 ) -> AdapterList:
-    """List adapters in the order of their names, starting after `after`."""
+    """List adapters in the order of their names, starting after `after`; `search` is a part of their names."""
+    part = search.casefold()
 
     def wanted(name: str, its_state: State, its_tier: Tier) -> bool:
-        return key.sees(name) and state in (None, its_state) and tier in (None, its_tier)
+        return key.sees(name) and state in (None, its_state) and tier in (None, its_tier) and part in name.casefold()
 
     published = (
         record_body(context, record)
@@ -181,6 +205,21 @@ async def get_adapter(name: str, context: Context, key: Caller) -> AdapterBody |
     if pending is not None and name not in context.registry and key.sees(name):
         return pending_body(context, pending)
     return record_body(context, publishing.find(context, key, name))
+
+
+@router.patch(NAME, responses=_COMMON | error_responses(409, 413, 415, 503, 507))
+async def change_adapter(name: str, context: Context, key: Caller, body: SettingsRequest) -> AdapterBody:
+    """Change an adapter's description, labels and defaults of requests; null removes one."""
+    await settings.check(context, body)
+    async with context.lock(name):
+        if name in context.registry.pending and name not in context.registry and key.sees(name):
+            raise ApiError(
+                409, "The adapter has not been fetched yet; register it again to change it.", code="conflict"
+            )
+        record = publishing.find(context, key, name)
+        settings.check_tokens(context, body, record.version.traits)
+        changed = settings.as_json(settings.changed(record.settings, body.changes()))
+        return record_body(context, await asyncio.to_thread(context.registry.set_settings, name, changed))
 
 
 @router.delete(NAME, responses=_COMMON)
@@ -236,8 +275,7 @@ async def list_versions(name: str, context: Context, key: Caller) -> VersionList
     """List the versions of an adapter, newest first."""
     publishing.find(context, key, name)
     history = context.registry.history(name)
-    versions = [VersionBody(version=f"sha256:{v.digest}", created=v.created, current=v.current) for v in history]
-    return VersionList(data=versions)
+    return VersionList(data=[version_body(context, name, entry) for entry in history])
 
 
 @router.post(f"{NAME}/rollback", responses=_MOVES)
@@ -249,7 +287,10 @@ async def roll_back_adapter(
         old = publishing.find(context, key, name)
         version = body.version if body else None
         record = await asyncio.to_thread(context.registry.rollback, name, version)
-        await publishing.follow(context, old, record)
+        try:
+            await publishing.follow(context, old, record)
+        finally:
+            publishing.collect_later(context)
         return record_body(context, record)
 
 

@@ -31,7 +31,9 @@ async def load_lora_adapter(body: VllmLoadRequest, context: Context, key: Caller
     publishing.check_writable(key, body.lora_name)
     source = await asyncio.to_thread(source_of, body.lora_path, context.config.allow_source)
     try:
-        request = RegisterRequest(name=body.lora_name, source=source, replace=body.load_inplace, lazy=False)
+        request = RegisterRequest(
+            name=body.lora_name, source=source, replace=body.load_inplace, lazy=False, in_flight=body.in_flight
+        )
         async with publishing.place_for_client(context):
             published = await fetching.register(context, request, key)
     except (AdapterConflict, AdapterInvalid) as error:

@@ -34,7 +34,7 @@ async def admit_request(
     context.rate_limits.check_request(key.sha256, key.limits, target.adapter_names)
     digest = target.adapters[0].digest if len(target.adapters) == 1 else None
     try:
-        tokenizer = await context.tokenizers.of(digest, target.traits)
+        tokenizer = await context.tokenizers.of(digest, target.traits, target.defaults.chat_template)
     except FileNotFoundError:  # the adapter was deleted just now
         raise model_not_found(target.requested_model) from None
     except AdapterInvalid as error:  # it was stored by an earlier version, which admitted it

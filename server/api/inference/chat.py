@@ -9,8 +9,8 @@ from fastapi.responses import Response
 from server.api.context import AppContext, Context
 from server.api.errors import bad_request
 from server.api.inference.admission import admit_prompts, admit_request
-from server.api.inference.choices import Delta, TokenScore
-from server.api.inference.formatting import ChoicesFormatter
+from server.api.inference.choices import Delta
+from server.api.inference.formatting import ChoicesFormatter, score_body, token_body
 from server.api.inference.generation import Generation
 from server.api.inference.messages import (
     chat_messages,
@@ -27,7 +27,7 @@ from server.api.requests.chat import ChatCompletionRequest, ChatPrompt
 from server.api.requests.wire import OpenWire
 from server.api.schemas import ChatCompletion, ChatCompletionChunk
 from server.api.text.chat_template import RESERVED_VARIABLES, Conversation
-from server.api.text.tokenizer import Tokenizer, finite
+from server.api.text.tokenizer import Tokenizer
 
 router = APIRouter()
 
@@ -50,9 +50,11 @@ async def plan_chat(
 ) -> GenerationPlan:
     """Admit a chat and return its plan. `sent` is the request of another API that was translated to `body`."""
     admitted = await admit_request(request, context, key, body, sent)
+    defaults = admitted.target.defaults
+    body = defaults.applied_to(body)
     prompt = await render_chat(context, admitted.tokenizer, body)
     is_constrained = admitted.constraint is not None
-    found = message_format(admitted.tokenizer, body, prompt, is_constrained=is_constrained)
+    found = message_format(admitted.tokenizer, body, prompt, defaults.tool_format, is_constrained=is_constrained)
     return admit_prompts(context, admitted, body, [prompt], message_format=found)
 
 
@@ -134,13 +136,7 @@ class ChatFormatter(ChoicesFormatter):
         return self._tail().replace(b"]", b'],"prompt_token_ids":' + msgspec.json.encode(prompt), 1)
 
     def _logprobs(self, delta: Delta) -> dict[str, Any] | None:
-        return {"content": [self._score(score) for score in delta.scores]} if self._with_logprobs else None
-
-    def _score(self, score: TokenScore) -> dict[str, Any]:
-        assert score.logprobs is not None  # a chat does not echo its prompt
-        top = [self._token(token_id, logprob) for token_id, logprob in score.logprobs.top]
-        return self._token(score.token_id, score.logprobs.logprob) | {"top_logprobs": top}
+        return {"content": [score_body(score, self._token) for score in delta.scores]} if self._with_logprobs else None
 
     def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
-        raw = self._tokenizer.token_bytes(token_id)
-        return {"token": self._name(token_id), "logprob": finite(logprob), "bytes": list(raw)}
+        return {**token_body(self._tokenizer, token_id, logprob), "token": self._name(token_id)}

@@ -18,7 +18,7 @@ from server.api.requests.completions import CompletionRequest
 from server.api.requests.wire import MAX_CHOICES, OpenWire
 from server.api.schemas import Completion, CompletionChunk
 from server.api.text.tokenizer import Tokenizer, finite
-from server.sequence import TokenLogprobs
+from server.request import TokenLogprobs
 
 router = APIRouter()
 
@@ -41,6 +41,7 @@ async def plan_completion(
 ) -> GenerationPlan:
     """Admit a completion and return its plan. `sent` is the request of another API that was translated to `body`."""
     admitted = await admit_request(request, context, key, body, sent)
+    body = admitted.target.defaults.applied_to(body)
     given = _prompts(body)
     prompts = [await _encode_prompt(context, admitted.tokenizer, body, prompt) for prompt in given]
     texts = [prompt if isinstance(prompt, str) else None for prompt in given]

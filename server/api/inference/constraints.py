@@ -10,7 +10,7 @@ from server.api.inference.forced_calls import calls_schema
 from server.api.inference.targets import Target
 from server.api.requests.inference import GenerationRequest
 from server.api.text.grammar_compiler import GrammarInvalid, GrammarSource
-from server.sequence import Constraint
+from server.request import Constraint
 
 MAX_SOURCE_BYTES = 64 << 10
 MAX_SCHEMA_DEPTH = 32

@@ -1,19 +1,33 @@
 """The wire format of an endpoint's output, whole or as events; what chat completions and completions have in common."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar, Protocol
 
 import msgspec
 
 from server.api.errors import ApiError, error_body
-from server.api.inference.choices import Delta
+from server.api.inference.choices import Delta, TokenScore
 from server.api.inference.generation import Generation
 from server.api.schemas import ResponseHead, Wire
-from server.api.text.tokenizer import finite
-from server.sequence import TokenLogprobs
+from server.api.text.tokenizer import Tokenizer, finite
+from server.request import TokenLogprobs
 
 _DONE = b"data: [DONE]\n\n"
 _encode = msgspec.json.encode
+
+
+def score_body(score: TokenScore, token: Callable[[int, float], dict[str, Any]]) -> dict[str, Any]:
+    """Return the log-probabilities of a chat's token in OpenAI's format; `token` returns one of its tokens."""
+    assert score.logprobs is not None  # a chat does not echo its prompt
+    top = [token(token_id, logprob) for token_id, logprob in score.logprobs.top]
+    return token(score.token_id, score.logprobs.logprob) | {"top_logprobs": top}
+
+
+def token_body(tokenizer: Tokenizer, token_id: int, logprob: float) -> dict[str, Any]:
+    """Return a token with its log-probability in OpenAI's format."""
+    raw = tokenizer.token_bytes(token_id)
+    return {"token": raw.decode("utf-8", "replace"), "logprob": finite(logprob), "bytes": list(raw)}
 
 
 class Formatter(Protocol):
@@ -99,8 +113,8 @@ class ChoicesFormatter(ABC):
         """Return whether there is anything to say yet; text may be held back that begins a stop string."""
         return bool(delta.text or delta.scores or delta.finish_reason or (self._show_token_ids and delta.token_ids))
 
-    def _token_ids(self, delta: Delta) -> dict[str, list[int]]:
-        return {"token_ids": delta.token_ids} if self._show_token_ids else {}
+    def _token_ids(self, delta: Delta) -> dict[str, Any]:
+        return {"token_ids": delta.token_ids, "token_versions": delta.versions} if self._show_token_ids else {}
 
     def _prompt_logprobs(self, prompt: list[int], delta: Delta) -> dict[str, Any]:
         """Return the log-probabilities of a prompt in vLLM's format, if they were asked for."""

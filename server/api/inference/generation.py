@@ -8,7 +8,7 @@ from contextlib import aclosing
 import msgspec
 from starlette.requests import Request
 
-from server.api.context import AdapterUse, AppContext
+from server.api.context import AdapterUse, AppContext, Running
 from server.api.errors import ApiError, bad_request, engine_unavailable, server_error, unavailable
 from server.api.inference.choices import Choice, Delta, EchoedPrompt, EngineFailure
 from server.api.inference.plan import GenerationPlan
@@ -22,7 +22,8 @@ from server.ipc.messages import SequenceOutput, Submit
 from server.ipc.stream import Stream
 from server.ipc.supervisor import EngineState
 from server.metrics import RequestTimer
-from server.sequence import SamplingParams
+from server.request import SamplingParams
+from server.version_labels import version_label
 
 MAX_OPEN = MAX_CHOICES  # sequences of a request at once; more inputs, of embeddings, follow as others end
 
@@ -93,6 +94,8 @@ class Generation:
                 include_stop=output.include_stop,
                 echo=echo,
                 num_logprobs=plan.sampling.logprobs,
+                version=version_label(adapters),
+                scores_end=output.token_ids or echo is not None,
             )
             submit = Submit(
                 f"{self.id}-{index}",
@@ -114,7 +117,7 @@ class Generation:
         self._context.engine.submit(submit, self._stream)
         target = self.plan.target
         digests = frozenset(adapter.digest for adapter in target.adapters)
-        self._context.in_flight.add_sequence(submit.seq_id, target.names, digests)
+        self._context.in_flight.add_sequence(submit.seq_id, Running(target.names, digests, target.fixed))
         self._choices.append(choice)
         self._open[submit.seq_id] = choice
 
@@ -219,7 +222,8 @@ class Generation:
                     code="model_not_found",
                     param="model",
                 )
-        return unavailable("The request was aborted because the server is shutting down.", "aborted")
+        why = "before its prompt was computed" if self._context.accepting else "because the server is shutting down"
+        return unavailable(f"The request was aborted {why}.", "aborted")
 
     def close(self) -> None:
         """Abort running sequences and release everything. May be called twice."""

@@ -17,6 +17,7 @@ from server.api.message_formats.pieces import Arguments, CallStart, Content, Pie
 from server.api.requests.chat import ChatCompletionRequest, ChatMessage
 from server.api.requests.functions import ToolCall
 from server.api.text.tokenizer import Tokenizer
+from server.api.text.tool_prompt import TOOL_FORMAT
 
 _PROMPT_END_TOKENS = 16  # in which the mark of reasoning is looked for
 
@@ -49,19 +50,27 @@ def _call(call: ToolCall) -> dict[str, Any]:
 
 
 def message_format(
-    tokenizer: Tokenizer, body: ChatCompletionRequest, prompt: list[int], *, is_constrained: bool
+    tokenizer: Tokenizer,
+    body: ChatCompletionRequest,
+    prompt: list[int],
+    tool_format: str | None = None,
+    *,
+    is_constrained: bool,
 ) -> MessageFormat | None:
-    """Return how the output is written; None if it is content alone. A constraint leaves no room for reasoning, and
-    that of a forced call is JSON, whatever the template is."""
+    """Return how the output is written; None if it is content alone. The template decides how calls are, unless
+    `tool_format` does. A constraint leaves no room for reasoning, and that of a forced call is JSON, whatever the
+    template is."""
     template = "" if tokenizer.template is None or is_constrained else tokenizer.template.source
     names = frozenset(function.name for function in body.offered_functions)
     splits = body.separate_reasoning is not False
     has_channels, has_reasoning = writes_channels(template) and splits, marks_reasoning(template) and splits
     if not names and not has_channels and not has_reasoning:
         return None
+    if tokenizer.template is not None and not tokenizer.template.renders_tools and not has_channels:
+        tool_format = tool_format or TOOL_FORMAT
     end = tokenizer.decode(prompt[-_PROMPT_END_TOKENS:], skip_special_tokens=False)
     return MessageFormat(
-        call_format(template) if names or has_channels else None,
+        call_format(template, tool_format) if names or has_channels else None,
         names,
         several_calls=body.parallel_tool_calls is not False,
         has_reasoning=has_reasoning,
@@ -76,7 +85,9 @@ def parsers(generation: Generation) -> dict[int, MessageParser]:
     return {} if found is None else {index: MessageParser(found) for index in range(len(generation))}
 
 
-def finish_reason(parser: MessageParser | None, delta: Delta) -> Literal["stop", "length", "tool_calls"] | None:
+def finish_reason(
+    parser: MessageParser | None, delta: Delta
+) -> Literal["stop", "length", "tool_calls", "abort"] | None:
     if parser is not None and parser.has_calls and delta.finish_reason == "stop":
         return "tool_calls"
     return delta.finish_reason

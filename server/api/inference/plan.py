@@ -10,9 +10,10 @@ from server.api.message_formats.parser import MessageFormat
 from server.api.middleware.auth import Key
 from server.api.requests.inference import GenerationRequest, InferenceRequest
 from server.api.requests.pooled import PooledRequest
+from server.api.requests.sampling import Sampling
 from server.api.requests.wire import REST_OF_CONTEXT
 from server.api.text.tokenizer import Tokenizer, context_exceeded
-from server.sequence import Constraint, SamplingParams
+from server.request import Constraint, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +79,7 @@ def plan_generation(
     cannot do."""
     vocab_size = admitted.target.traits.vocab_size or context.info.vocab_size
     _check_prompts(prompts, vocab_size, body.prompt_field)
-    max_tokens = _token_budget(context, prompts, body, admitted.target.traits.virtual_tokens)
+    max_tokens = _token_budget(context, prompts, body, admitted.target)
     return replace(
         _plan(context, admitted, body, prompts, _sampling_params(vocab_size, body, max_tokens, admitted)),
         stop=tuple(body.stop_strings),
@@ -151,14 +152,16 @@ def _check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int, param: str
 
 
 def _token_budget(
-    context: AppContext, prompts: Sequence[Sequence[int]], body: GenerationRequest, virtual_tokens: int
+    context: AppContext, prompts: Sequence[Sequence[int]], body: GenerationRequest, target: Target
 ) -> int:
-    """Return the maximum number of output tokens: the requested number, or the endpoint's default within the
-    context, of which the adapter's virtual tokens take a part."""
-    requested, context_length = body.requested_tokens, context.info.max_model_len
+    """Return the maximum number of output tokens: the requested number, or the adapter's or endpoint's default within
+    the context, of which the adapter's virtual tokens take a part."""
+    context_length, virtual_tokens = context.info.max_model_len, target.traits.virtual_tokens
+    requested = body.requested_tokens
     longest = max(map(len, prompts))
     left = context_length - virtual_tokens - longest
-    wanted = body.default_max_tokens if requested is None else requested
+    default = body.default_max_tokens if target.defaults.max_tokens is None else target.defaults.max_tokens
+    wanted = default if requested is None else requested
     least = 1 if requested is None or requested == REST_OF_CONTEXT else requested
     if left < least:
         parts = f"{longest} in the {body.prompt_field}, {least} in the completion"
@@ -181,32 +184,36 @@ def _sampling_params(
     vocab_size: int, body: GenerationRequest, max_tokens: int, admitted: AdmittedRequest
 ) -> SamplingParams:
     """Build the sampling parameters. The tokenizer's end tokens end an output unless the request sets `ignore_eos`."""
-    bias = {int(token): value for token, value in (body.logit_bias or {}).items()}
-    stop_token_ids = tuple(body.stop_token_ids or ())
-    for token in (*bias, *stop_token_ids):
-        if token >= vocab_size:
-            raise bad_request(f"Token {token} is not in the vocabulary of {vocab_size}.")
+    check_named_tokens(body, vocab_size)
     if (body.min_tokens or 0) > max_tokens:
         raise bad_request(f"min_tokens is larger than the {max_tokens} tokens that may be generated.", "min_tokens")
     ends = () if body.ignore_eos else tuple(token for token in admitted.tokenizer.end_ids if token < vocab_size)
     return SamplingParams(
         max_tokens=max_tokens,
         min_tokens=body.min_tokens or 0,
-        temperature=1.0 if body.temperature is None else body.temperature,
+        temperature=body.default_temperature if body.temperature is None else body.temperature,
         top_p=body.top_p or 1.0,
         top_k=1 if body.top_p == 0 else min(max(body.top_k or 0, 0), vocab_size),
         min_p=body.min_p or 0.0,
         presence_penalty=body.presence_penalty or 0.0,
         frequency_penalty=body.frequency_penalty or 0.0,
         repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
-        logit_bias=bias,
+        logit_bias={int(token): value for token, value in (body.logit_bias or {}).items()},
         seed=body.seed,
-        stop_token_ids=stop_token_ids + ends,
+        stop_token_ids=tuple(body.stop_token_ids or ()) + ends,
         ignore_eos=bool(body.ignore_eos),
         logprobs=body.num_logprobs,
+        processed_logprobs=body.logprobs_mode == "processed_logprobs",
         prompt_logprobs=_prompt_logprobs(body),
         constraint=admitted.constraint,
     )
+
+
+def check_named_tokens(body: Sampling, vocab_size: int, prefix: str = "") -> None:
+    """Raise 400 for a token outside the vocabulary in a field of `body`, which `prefix` leads to."""
+    for name, token in body.named_tokens():
+        if token >= vocab_size:
+            raise bad_request(f"Token {token} is not in the vocabulary of {vocab_size}.", prefix + name)
 
 
 def _prompt_logprobs(body: GenerationRequest) -> int | None:

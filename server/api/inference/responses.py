@@ -12,7 +12,7 @@ from server.api.inference.formatting import Formatter
 from server.api.inference.generation import Generation, collect_output, start_generation
 from server.api.inference.plan import GenerationPlan
 from server.api.inference.streaming import EventStream
-from server.api.schemas import Wire
+from server.api.schemas import ErrorBody, Wire
 
 
 async def respond(
@@ -28,8 +28,10 @@ async def respond(
     return JSONResponse(output.body(deltas).model_dump())
 
 
-def documented_responses(body: type[Wire], chunk: type[Wire]) -> dict[int | str, dict[str, Any]]:
+def documented_responses(
+    body: type[Wire], chunk: type[Wire], error: type[Wire] = ErrorBody
+) -> dict[int | str, dict[str, Any]]:
     """Declare the responses of an inference endpoint for the OpenAPI document."""
     stream = {"text/event-stream": {"x-chunk": chunk.__name__}}
-    errors = error_responses(400, 401, 403, 404, 409, 413, 415, 429, 500, 503, 504)
+    errors = error_responses(400, 401, 403, 404, 409, 413, 415, 429, 500, 503, 504, body=error)
     return {200: {"model": body, "content": stream}, **errors}

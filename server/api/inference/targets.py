@@ -1,9 +1,8 @@
 """Targets of requests: the base model or the adapter versions that `model` and `adapters` name, and their room."""
 
-import hashlib
 from dataclasses import dataclass, field
 
-import msgspec
+from pydantic import ValidationError
 
 from adapters.errors import AdapterNotFound
 from adapters.registry.aliases import BASE_MEMBER
@@ -14,9 +13,11 @@ from adapters.traits import Traits
 from server.api.context import BASE_NAME, AppContext
 from server.api.errors import ApiError, bad_request, model_not_found, unavailable
 from server.api.middleware.auth import Key
+from server.api.requests.defaults import NO_DEFAULTS, Defaults
 from server.api.requests.inference import AdapterPart, InferenceRequest
 from server.metrics import COMPOSED_LABEL
-from server.sequence import ScaledAdapter
+from server.request import ScaledAdapter
+from server.version_labels import version_label
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,8 @@ class Target:
     fingerprint: str
     traits: Traits = field(default_factory=Traits)  # of the adapter, if there is exactly one
     pages: dict[str, int] = field(default_factory=dict)  # pages of device memory, by digest
+    fixed: frozenset[str] = frozenset()  # digests that the request named itself, as `name@version`
+    defaults: Defaults = NO_DEFAULTS  # of the adapter, if there is exactly one
 
     @property
     def names(self) -> frozenset[str]:
@@ -70,7 +73,7 @@ def resolve_target(context: AppContext, key: Key, body: InferenceRequest) -> Tar
     adapters = tuple(sorted(ScaledAdapter(record.version.digest, part.factor) for record, part in found))
     refuse_if_merged(context, adapters)
     if not records:
-        return Target(model, BASE_NAME, (), (), f"{base}-base")
+        return Target(model, BASE_NAME, (), (), f"{base}-{version_label(())}")
     _check_scales(parts, records)
     _check_owners(records)
     pages = _pages(records)
@@ -81,7 +84,10 @@ def resolve_target(context: AppContext, key: Key, body: InferenceRequest) -> Tar
     for name, _ in versions:
         context.metrics.add_adapter(name)
     label, traits = _label_and_traits(records)
-    return Target(model, label, versions, adapters, f"{base}-{_identity(adapters)}", traits, pages)
+    fixed = frozenset(record.version.digest for record, part in found if "@" in part.name)
+    defaults = defaults_of(records[0]) if len(records) == 1 else NO_DEFAULTS
+    fingerprint = f"{base}-{version_label(adapters)}"
+    return Target(model, label, versions, adapters, fingerprint, traits, pages, fixed, defaults)
 
 
 def requested_model(context: AppContext, body: InferenceRequest) -> str:
@@ -167,6 +173,17 @@ def _label_and_traits(records: list[AdapterRecord]) -> tuple[str, Traits]:
     return records[0].name, records[0].version.traits
 
 
+def defaults_of(record: AdapterRecord) -> Defaults:
+    """Return the defaults of a name. Raises 503 for defaults that this version cannot read."""
+    stored = record.settings.get("defaults")
+    if stored is None:
+        return NO_DEFAULTS
+    try:
+        return Defaults.model_validate(stored)
+    except ValidationError:  # a later version wrote them
+        raise adapter_failed(record.name, "its defaults have fields that this version does not know") from None
+
+
 def room_error(context: AppContext, pages: dict[str, int]) -> ApiError | None:
     """Return a 400 or 503 unless these versions fit on the device together."""
     num_slots, num_pages = context.config.adapter_slots, context.info.adapter_pages
@@ -183,13 +200,6 @@ def room_error(context: AppContext, pages: dict[str, int]) -> ApiError | None:
             return unavailable(message, "no_room")
         case None:
             return None
-
-
-def _identity(adapters: tuple[ScaledAdapter, ...]) -> str:
-    """Return 12 hex digits that identify the version, or all versions and scales together."""
-    if len(adapters) == 1 and adapters[0].scale == 1:
-        return adapters[0].digest[:12]
-    return hashlib.sha256(msgspec.json.encode(adapters)).hexdigest()[:12]
 
 
 def refuse_if_merged(context: AppContext, adapters: tuple[ScaledAdapter, ...]) -> None:

@@ -10,9 +10,10 @@ from server.api.context import AppContext, Context
 from server.api.errors import bad_request, error_responses, model_not_found
 from server.api.inference.admission import note_unknown_fields
 from server.api.inference.chat import render_chat
-from server.api.inference.targets import adapter_failed, serving_record
+from server.api.inference.targets import adapter_failed, defaults_of, serving_record
 from server.api.middleware.auth import Key, key_of
 from server.api.requests.chat import ChatPrompt
+from server.api.requests.defaults import NO_DEFAULTS, Defaults
 from server.api.requests.wire import ModelName, OpenWire, Text, TokenId
 from server.api.schemas import Wire
 from server.api.text.tokenizer import Tokenizer
@@ -55,9 +56,9 @@ async def tokenize(
 ) -> TokenizeBody:
     """Return the tokens of a text or of a conversation."""
     note_unknown_fields(request, context, body)
-    tokenizer = await _tokenizer(context, key, body.model)
+    tokenizer, defaults = await _tokenizer(context, key, body.model)
     if isinstance(body, TokenizeChatRequest):
-        tokens = await render_chat(context, tokenizer, body)
+        tokens = await render_chat(context, tokenizer, defaults.applied_to(body))
     else:
         special = body.add_special_tokens is not False
         tokens = await tokenizer.encode(body.prompt, context.info.max_model_len, add_special_tokens=special)
@@ -70,7 +71,7 @@ async def tokenize(
 async def detokenize(request: Request, body: DetokenizeRequest, context: Context, key: Caller) -> DetokenizeBody:
     """Return the text of tokens, special tokens included."""
     note_unknown_fields(request, context, body)
-    tokenizer = await _tokenizer(context, key, body.model)
+    tokenizer, _ = await _tokenizer(context, key, body.model)
     unknown = next((token for token in body.tokens if tokenizer.backend.id_to_token(token) is None), None)
     if unknown is not None:
         raise bad_request(f"Token {unknown} is not in the tokenizer's vocabulary.", "tokens")
@@ -82,7 +83,7 @@ async def tokenizer_info(
     context: Context, key: Caller, model: Annotated[str | None, Query(max_length=330)] = None
 ) -> dict[str, Any]:
     """Return the special tokens and the chat template of a tokenizer."""
-    tokenizer = await _tokenizer(context, key, model)
+    tokenizer, _ = await _tokenizer(context, key, model)
     template = None if tokenizer.template is None else tokenizer.template.source
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -92,14 +93,16 @@ async def tokenizer_info(
     }
 
 
-async def _tokenizer(context: AppContext, key: Key, model: str | None) -> Tokenizer:
+async def _tokenizer(context: AppContext, key: Key, model: str | None) -> tuple[Tokenizer, Defaults]:
+    """Return the tokenizer of a model and the defaults of its requests."""
     record = None
     if model is not None and model != context.base_model:
         record = serving_record(context, key, model, None)
     if record is None:  # the base model, or an alias that assigns it
-        return context.tokenizer
+        return context.tokenizer, NO_DEFAULTS
+    defaults, version = defaults_of(record), record.version
     try:
-        return await context.tokenizers.of(record.version.digest, record.version.traits)
+        return await context.tokenizers.of(version.digest, version.traits, defaults.chat_template), defaults
     except FileNotFoundError:  # the adapter was deleted just now
         raise model_not_found(str(model)) from None
     except AdapterInvalid as error:  # it was stored by an earlier version, which admitted it

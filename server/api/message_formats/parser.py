@@ -25,6 +25,12 @@ _FORMATS = {
     hermes.OPEN: CallFormat(hermes.hermes, (hermes.OPEN, hermes.CLOSE)),
 }
 _OTHERS = CallFormat(json_calls.json_calls, (json_calls.TAG,))
+BY_NAME = {
+    "harmony": _FORMATS[harmony.CHANNEL],
+    "hermes": _FORMATS[hermes.OPEN],
+    "json": _OTHERS,
+    "mistral": _FORMATS[mistral.OPEN],
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +55,10 @@ class MessageFormat:
         yield from (self.calls.read(source, self.names) if self.calls else read_rest(source))
 
 
-def call_format(template: str) -> CallFormat:
+def call_format(template: str, name: str | None = None) -> CallFormat:
+    """Return the format of a template, "" for none, unless `name` is another one's."""
+    if template and name is not None:
+        return BY_NAME[name]
     return next((found for mark, found in _FORMATS.items() if mark in template), _OTHERS)
 
 

@@ -3,6 +3,7 @@
 import hmac
 import ipaddress
 import logging
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,12 +27,15 @@ log = logging.getLogger(__name__)
 # Exact paths. Routes that are not listed need `admin`, so that a new route is closed until it is added here. What is no
 # route needs a key of any kind, and then gets 404.
 _NEEDS: dict[str, Need] = {
+    "/": "open",
     "/livez": "open",
     "/readyz": "open",
     "/health": "open",
     "/metrics": "observe",
     "/version": "open",
     "/v1/stats": "observe",
+    "/v1/stats/history": "observe",
+    "/v1/trace": "observe",
     "/openapi.json": "observe",
     "/v1/models": "infer",
     "/v1/chat/completions": "infer",
@@ -49,7 +53,14 @@ _NEEDS: dict[str, Need] = {
     "/detokenize": "infer",
     "/tokenizer_info": "infer",
     "/v1/merge": "operate",
+    "/v1/keys": "operate",
+    "/v1/keys/self": "known",
+    "/pause": "operate",
+    "/resume": "operate",
+    "/is_paused": "observe",
+    "/reset_prefix_cache": "operate",
 }
+_CONSOLE_FILE = re.compile(r"/console/[^/]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +151,10 @@ class KeyRing:
         return bool(self._fixed) or self._file is not None
 
     @property
+    def listed(self) -> tuple[Key, ...]:
+        return self._keys
+
+    @property
     def tenants(self) -> set[str]:
         return {key.tenant for key in self._keys}
 
@@ -185,6 +200,8 @@ def _is_loopback(host: str) -> bool:
 
 
 def need_of(path: str) -> Need:
+    if _CONSOLE_FILE.fullmatch(path):
+        return "open"
     return "infer" if path.startswith("/v1/models/") else _NEEDS.get(path, "admin")
 
 

@@ -91,8 +91,9 @@ class RequestMiddleware:
 
 
 def ignored_names(names: Iterable[str]) -> list[str]:
-    """Return the first names as a header may have them."""
-    return [quote(name, safe="[]", errors="replace")[:_MAX_NAME] for name in islice(names, _MAX_NAMES)]
+    """Return the first names as a header may have them: its value may not end in a space, as it would with a name
+    without characters."""
+    return [quote(name, safe="[]", errors="replace")[:_MAX_NAME] or '""' for name in islice(names, _MAX_NAMES)]
 
 
 def _request_id(scope: Scope) -> str:

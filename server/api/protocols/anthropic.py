@@ -10,15 +10,16 @@ from fastapi.responses import Response
 
 from server.api.context import Context
 from server.api.errors import ApiError, anthropic_error, error_body
+from server.api.inference.choices import TokenScore
 from server.api.inference.responses import documented_responses
 from server.api.middleware.auth import Key, key_of
 from server.api.protocols.anthropic_requests import MessagesRequest
 from server.api.protocols.blocks import Block, BlockFormatter, Event
 from server.api.protocols.translation import respond_as
-from server.api.schemas import Wire
+from server.api.schemas import AnthropicErrorBody, Wire
 
 router = APIRouter()
-_STOP_REASONS = {"stop": "end_turn", "length": "max_tokens"}
+_STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "abort": "max_tokens"}
 
 
 class MessageUsage(Wire):
@@ -54,7 +55,10 @@ class MessageEvent(Wire):
 
 
 @router.post(
-    "/v1/messages", responses=documented_responses(Message, MessageEvent), response_model=None, tags=["inference"]
+    "/v1/messages",
+    responses=documented_responses(Message, MessageEvent, AnthropicErrorBody),
+    response_model=None,
+    tags=["inference"],
 )
 async def create_message(
     request: Request, body: MessagesRequest, context: Context, key: Annotated[Key, Depends(key_of)]
@@ -74,7 +78,7 @@ class MessageFormatter(BlockFormatter):
         empty = _content(Block(block.index, block.kind, id=block.id, name=block.name))
         yield {"type": "content_block_start", "index": block.index, "content_block": empty}
 
-    def grown(self, block: Block, text: str) -> Iterator[Event]:
+    def grown(self, block: Block, text: str, scores: list[TokenScore]) -> Iterator[Event]:
         delta = {
             "text": {"type": "text_delta", "text": text},
             "reasoning": {"type": "thinking_delta", "thinking": text},

@@ -106,6 +106,21 @@ class Thinking(OpenWire):
     type: Literal["enabled", "adaptive", "disabled"]
 
 
+class OutputFormat(OpenWire):
+    """A schema that the text follows."""
+
+    type: Literal["json_schema"]
+    schema_: dict[str, Any] = Field(alias="schema")
+
+    def as_chat(self) -> dict[str, Any]:
+        return {"type": "json_schema", "json_schema": {"schema": self.schema_}}
+
+
+class OutputConfig(OpenWire):
+    effort: str | None = Field(None, max_length=64)
+    format: OutputFormat | None = None
+
+
 class Metadata(OpenWire):
     user_id: str | None = Field(None, max_length=1024)
 
@@ -123,11 +138,14 @@ class MessagesRequest(TranslatedRequest):
     tool_choice: AnthropicToolChoice | None = None
     metadata: Metadata | None = None
     thinking: Thinking | None = None
+    output_config: OutputConfig | None = None
+    output_format: OutputFormat | None = None  # the former name of `format` in `output_config`
 
     def as_chat(self) -> dict[str, Any]:
         system = [] if self.system is None else [{"role": "system", "content": text_of(self.system)}]
         messages = [*system, *(each for message in self.messages for each in message.as_chat())]
-        choice = self.tool_choice
+        choice, config = self.tool_choice, self.output_config
+        output_format = (config and config.format) or self.output_format
         return {
             "model": self.model,
             "messages": messages,
@@ -140,6 +158,8 @@ class MessagesRequest(TranslatedRequest):
             "tool_choice": choice and choice.as_chat(),
             "parallel_tool_calls": choice and not choice.disable_parallel_tool_use,
             "user": self.extensions.get("user") or (self.metadata and self.metadata.user_id),
+            "response_format": output_format and output_format.as_chat(),
+            "reasoning_effort": config and config.effort,
             "chat_template_kwargs": self._template_variables(),
             "continue_final_message": messages[-1]["role"] == "assistant" and not messages[-1]["tool_calls"],
         }

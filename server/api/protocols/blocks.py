@@ -2,13 +2,13 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import msgspec
 
 from server.api.errors import ApiError
-from server.api.inference.choices import Delta
+from server.api.inference.choices import Delta, TokenScore
 from server.api.inference.generation import Generation
 from server.api.message_formats.parser import MessageFormat, MessageParser
 from server.api.message_formats.pieces import CallStart, Content, Piece, Reasoning
@@ -19,13 +19,15 @@ Event = dict[str, Any]  # with its `type`
 
 @dataclass(slots=True)
 class Block:
-    """`text` is that of a call's arguments, if the block is a call, which has an id and a name."""
+    """`text` is that of a call's arguments, if the block is a call, which has an id and a name. `scores` are those of a
+    text's tokens, if they were asked for."""
 
     index: int
     kind: Literal["text", "reasoning", "call"]
     text: str = ""
     id: str = ""
     name: str = ""
+    scores: list[TokenScore] = field(default_factory=list)
 
 
 class BlockFormatter(ABC):
@@ -36,6 +38,7 @@ class BlockFormatter(ABC):
         self._blocks: list[Block] = []
         self._parser = MessageParser(generation.plan.output.message_format or MessageFormat(calls=None))
         self._end = Delta(0)  # has the finish reason in the end
+        self._scores: list[TokenScore] = []  # of tokens whose text is still to come; only if all of it is one text
 
     @abstractmethod
     def whole(self) -> Wire:
@@ -48,7 +51,7 @@ class BlockFormatter(ABC):
     def started(self, block: Block) -> Iterator[Event]: ...
 
     @abstractmethod
-    def grown(self, block: Block, text: str) -> Iterator[Event]: ...
+    def grown(self, block: Block, text: str, scores: list[TokenScore]) -> Iterator[Event]: ...
 
     @abstractmethod
     def ended(self, block: Block) -> Iterator[Event]: ...
@@ -83,11 +86,13 @@ class BlockFormatter(ABC):
         )
 
     def _events(self, delta: Delta) -> Iterator[Event]:
+        self._scores += delta.scores
         for piece in self._parser.feed(delta.text, end=delta.finish_reason is not None):
             yield from self._extend(piece)
         if delta.finish_reason is not None:
             self._end = delta
             if self._blocks:
+                self._blocks[-1].scores += self._scores  # of last tokens without text
                 yield from self.ended(self._blocks[-1])
 
     def _extend(self, piece: Piece) -> Iterator[Event]:
@@ -102,4 +107,6 @@ class BlockFormatter(ABC):
             yield from self.started(self._blocks[-1])
         if not isinstance(piece, CallStart):
             self._blocks[-1].text += piece.text
-            yield from self.grown(self._blocks[-1], piece.text)
+            scores, self._scores = self._scores, []
+            self._blocks[-1].scores += scores
+            yield from self.grown(self._blocks[-1], piece.text, scores)

@@ -17,7 +17,7 @@ from server.api.inference.responses import documented_responses, respond
 from server.api.middleware.auth import Key, key_of
 from server.api.requests.completions import CompletionRequest
 from server.api.requests.wire import AdapterScale, ModelName, OpenWire, Text, TokenCount
-from server.api.schemas import Wire
+from server.api.schemas import LoraxErrorBody, Wire
 from server.api.text.tokenizer import finite
 
 router = APIRouter(tags=["inference"])
@@ -74,7 +74,7 @@ class Parameters(OpenWire):
             "adapter_id": self.adapter_id,
             "adapter_scale": self.adapter_scale,
             "max_tokens": self.max_new_tokens,
-            "temperature": self.temperature if self.samples else 0.0,
+            "temperature": 0.0 if self.do_sample is False else self.temperature,
             "top_k": self.top_k,
             "top_p": self.top_p,
             "seed": self.seed,
@@ -83,6 +83,12 @@ class Parameters(OpenWire):
             "stop": self.stop,
             "ignore_eos": self.ignore_eos_token,
         }
+
+
+class GreedyRequest(CompletionRequest):
+    """A completion that takes the most probable tokens, unless the adapter's defaults have a temperature."""
+
+    default_temperature = 0.0
 
 
 class GenerateRequest(OpenWire):
@@ -119,13 +125,16 @@ class GeneratedEvent(Wire):
     details: Details | None = None
 
 
-@router.post("/generate", responses=documented_responses(GeneratedBody, GeneratedEvent), response_model=None)
+_RESPONSES = documented_responses(GeneratedBody, GeneratedEvent, LoraxErrorBody)
+
+
+@router.post("/generate", responses=_RESPONSES, response_model=None)
 async def generate(request: Request, body: GenerateRequest, context: Context, key: Caller) -> Response:
     """Complete a prompt with the base model or an adapter, in the format of LoRAX."""
     return await _respond(request, body, context, key, stream=False)
 
 
-@router.post("/generate_stream", responses=documented_responses(GeneratedBody, GeneratedEvent), response_model=None)
+@router.post("/generate_stream", responses=_RESPONSES, response_model=None)
 async def generate_stream(request: Request, body: GenerateRequest, context: Context, key: Caller) -> Response:
     """Complete a prompt as a stream of tokens, in the format of LoRAX."""
     return await _respond(request, body, context, key, stream=True)
@@ -133,8 +142,9 @@ async def generate_stream(request: Request, body: GenerateRequest, context: Cont
 
 async def _respond(request: Request, body: GenerateRequest, context: AppContext, key: Key, *, stream: bool) -> Response:
     given = {"model": context.base_model, "prompt": body.inputs, "logprobs": 0, "stream": stream}
+    kind = CompletionRequest if body.parameters.samples else GreedyRequest
     try:
-        completion = CompletionRequest.model_validate({**given, **body.parameters.as_completion()})
+        completion = kind.model_validate({**given, **body.parameters.as_completion()})
     except ValidationError as error:
         raise validation_error(error.errors()) from None
     plan = await plan_completion(request, context, key, completion, sent=body)
@@ -195,7 +205,7 @@ class GeneratedFormatter:
         usage = self._generation.usage()
         ended: Literal["stop_sequence", "eos_token"] = "stop_sequence" if delta.stop_string else "eos_token"
         return Details(
-            finish_reason="length" if delta.finish_reason == "length" else ended,
+            finish_reason="length" if delta.is_cut else ended,
             prompt_tokens=usage.prompt_tokens,
             generated_tokens=usage.completion_tokens,
             seed=self._generation.plan.sampling.seed,

@@ -1,6 +1,7 @@
 """`POST /v1/responses` in the format of OpenAI's Responses API, without stored state."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Request
@@ -8,6 +9,8 @@ from fastapi.responses import Response
 
 from server.api.context import Context
 from server.api.errors import ApiError
+from server.api.inference.choices import TokenScore
+from server.api.inference.formatting import score_body, token_body
 from server.api.inference.generation import Generation
 from server.api.inference.responses import documented_responses
 from server.api.middleware.auth import Key, key_of
@@ -74,7 +77,7 @@ class ResponseFormatter(BlockFormatter):
 
     def whole(self) -> ResponseBody:
         status: Literal["incomplete", "completed"]
-        status = "incomplete" if self._end.finish_reason == "length" else "completed"
+        status = "incomplete" if self._end.is_cut else "completed"
         items = [self._item(block, self._status(block)) for block in self._blocks]
         details = {"reason": "max_output_tokens"} if status == "incomplete" else None
         return self._response(status, output=items, incomplete_details=details, usage=self._usage())
@@ -91,17 +94,18 @@ class ResponseFormatter(BlockFormatter):
             item["content"] = []
         yield {"type": "response.output_item.added", "output_index": block.index, "item": item}
         if block.kind != "call":
-            yield {"type": "response.content_part.added", **self._place(block), "part": _part(empty)}
+            yield {"type": "response.content_part.added", **self._place(block), "part": self._part(empty)}
 
-    def grown(self, block: Block, text: str) -> Iterator[Event]:
-        yield {"type": f"response.{_event_name(block)}.delta", **self._place(block), "delta": text}
+    def grown(self, block: Block, text: str, scores: list[TokenScore]) -> Iterator[Event]:
+        yield {"type": f"response.{_event_name(block)}.delta", **self._place(block, scores), "delta": text}
 
     def ended(self, block: Block) -> Iterator[Event]:
         key = "arguments" if block.kind == "call" else "text"
         named = {"name": block.name} if block.kind == "call" else {}
-        yield {"type": f"response.{_event_name(block)}.done", **self._place(block), key: block.text, **named}
+        place = self._place(block, block.scores)
+        yield {"type": f"response.{_event_name(block)}.done", **place, key: block.text, **named}
         if block.kind != "call":
-            yield {"type": "response.content_part.done", **self._place(block), "part": _part(block)}
+            yield {"type": "response.content_part.done", **self._place(block), "part": self._part(block)}
         item = self._item(block, self._status(block))
         yield {"type": "response.output_item.done", "output_index": block.index, "item": item}
 
@@ -122,18 +126,27 @@ class ResponseFormatter(BlockFormatter):
             yield {**event, "sequence_number": self._sequence_number}
             self._sequence_number += 1
 
-    def _place(self, block: Block) -> dict[str, Any]:
-        """Return where an event of a block belongs."""
+    def _place(self, block: Block, scores: Sequence[TokenScore] = ()) -> dict[str, Any]:
+        """Return where an event of a block belongs, and the log-probabilities of its tokens."""
         place = {"item_id": self._item_id(block), "output_index": block.index}
         if block.kind == "call":
             return place
-        return place | {"content_index": 0} | ({"logprobs": []} if block.kind == "text" else {})
+        logprobs = {"logprobs": self._logprobs(scores)} if block.kind == "text" else {}
+        return place | {"content_index": 0} | logprobs
+
+    def _logprobs(self, scores: Sequence[TokenScore]) -> list[dict[str, Any]]:
+        return [score_body(score, partial(token_body, self._generation.plan.tokenizer)) for score in scores]
+
+    def _part(self, block: Block) -> dict[str, Any]:
+        if block.kind == "reasoning":
+            return {"type": "reasoning_text", "text": block.text}
+        return {"type": "output_text", "text": block.text, "annotations": [], "logprobs": self._logprobs(block.scores)}
 
     def _item_id(self, block: Block) -> str:
         return f"{_PREFIXES[block.kind]}_{self._unique}{block.index}"
 
     def _status(self, block: Block) -> str:
-        is_cut = self._end.finish_reason == "length" and block is self._blocks[-1]
+        is_cut = self._end.is_cut and block is self._blocks[-1]
         return "incomplete" if is_cut else "completed"
 
     def _item(self, block: Block, status: str) -> dict[str, Any]:
@@ -142,8 +155,8 @@ class ResponseFormatter(BlockFormatter):
             called = {"call_id": block.id, "name": block.name, "arguments": block.text}
             return {"type": "function_call", **head, **called}
         if block.kind == "reasoning":
-            return {"type": "reasoning", **head, "summary": [], "content": [_part(block)]}
-        return {"type": "message", **head, "role": "assistant", "content": [_part(block)]}
+            return {"type": "reasoning", **head, "summary": [], "content": [self._part(block)]}
+        return {"type": "message", **head, "role": "assistant", "content": [self._part(block)]}
 
     def _response(self, status: Any, **fields: Any) -> ResponseBody:
         sent, generation = self._sent, self._generation
@@ -184,9 +197,3 @@ def _shown(value: Any) -> Any:
 
 def _event_name(block: Block) -> str:
     return {"text": "output_text", "reasoning": "reasoning_text", "call": "function_call_arguments"}[block.kind]
-
-
-def _part(block: Block) -> dict[str, Any]:
-    if block.kind == "reasoning":
-        return {"type": "reasoning_text", "text": block.text}
-    return {"type": "output_text", "text": block.text, "annotations": [], "logprobs": []}

@@ -2,11 +2,14 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic_core import PydanticCustomError
 
+from server.api.errors import bad_request
 from server.api.fields import HARMLESS_IN_RESPONSES, REFUSED, REFUSED_IN_RESPONSES, Refusal
+from server.api.inference.plan import GenerationPlan
 from server.api.protocols.translation import TranslatedRequest
-from server.api.requests.wire import ModelName, OpenWire, Text, TokenCount
+from server.api.requests.wire import ModelName, NumTop, OpenWire, Text, TokenCount
 
 
 class Item(OpenWire):
@@ -112,6 +115,10 @@ class ReasoningOptions(OpenWire):
     harmless = {"summary": "this server writes none", "generate_summary": ""}  # noqa: RUF012
 
 
+LOGPROBS = "message.output_text.logprobs"
+Include = Literal["message.output_text.logprobs", "reasoning.encrypted_content"]  # the second is never there
+
+
 class ResponsesRequest(TranslatedRequest):
     refused = REFUSED_IN_RESPONSES | REFUSED
     harmless = TranslatedRequest.harmless | HARMLESS_IN_RESPONSES
@@ -128,6 +135,14 @@ class ResponsesRequest(TranslatedRequest):
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None
+    include: Annotated[list[Include], Field(max_length=16, fail_fast=True)] | None = None
+    top_logprobs: NumTop | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "ResponsesRequest":
+        if self.top_logprobs and not self.wants_logprobs:
+            raise PydanticCustomError("value_error", f"top_logprobs needs '{LOGPROBS}' in include")
+        return self
 
     def as_chat(self) -> dict[str, Any]:
         choice = self.tool_choice
@@ -142,10 +157,25 @@ class ResponsesRequest(TranslatedRequest):
             "tool_choice": {"type": "function", "function": {"name": choice.name}}
             if isinstance(choice, Choice)
             else choice,
-            "response_format": (self.text and self.text.as_chat()) or self.extensions.get("response_format"),
+            "response_format": self.text and self.text.as_chat(),
             "parallel_tool_calls": self.parallel_tool_calls,
-            "reasoning_effort": (self.reasoning and self.reasoning.effort) or self.extensions.get("reasoning_effort"),
+            "reasoning_effort": self.reasoning and self.reasoning.effort,
+            "logprobs": self.wants_logprobs,
+            "top_logprobs": self.top_logprobs if self.wants_logprobs else None,
         }
+
+    @property
+    def wants_logprobs(self) -> bool:
+        return LOGPROBS in (self.include or ())
+
+    def check_plan(self, plan: GenerationPlan) -> None:
+        """Raise 400 for log-probabilities of an output that may be more than text, whose tokens have no item."""
+        if self.wants_logprobs and plan.output.message_format is not None:
+            raise bad_request(
+                f"'{LOGPROBS}' is not supported beside functions and reasoning; use /v1/chat/completions.",
+                "include",
+                "unsupported",
+            )
 
     def _messages(self) -> list[dict[str, Any]]:
         """Return the conversation. Reasoning, text and calls that follow each other are one assistant's message."""

@@ -13,6 +13,7 @@ from server.api.fields import HARMLESS, REFUSED, SELECTORS
 from server.api.inference.chat import plan_chat
 from server.api.inference.formatting import Formatter
 from server.api.inference.generation import Generation
+from server.api.inference.plan import GenerationPlan
 from server.api.inference.responses import respond
 from server.api.middleware.auth import Key
 from server.api.requests.chat import ChatCompletionRequest
@@ -43,6 +44,9 @@ class TranslatedRequest(OpenWire):
         """Return the fields of the chat that this request means, without `extensions`."""
         raise NotImplementedError
 
+    def check_plan(self, plan: GenerationPlan) -> None:
+        """Raise 400 if the format of the response has no place for what this request asks for."""
+
 
 async def respond_as(
     formatter: Callable[[Generation], Formatter],
@@ -52,10 +56,11 @@ async def respond_as(
     key: Key,
 ) -> Response:
     """Generate the chat that `body` means and return it in the format of `formatter`."""
-    given = {name: value for name, value in {**body.extensions, **body.as_chat()}.items() if value is not None}
+    fields = {name: value for name, value in body.as_chat().items() if value is not None}
     try:
-        chat = ChatCompletionRequest.model_validate(given)
+        chat = ChatCompletionRequest.model_validate({**body.extensions, **fields})
     except ValidationError as error:
         raise validation_error(error.errors()) from None
     plan = await plan_chat(request, context, key, chat, sent=body)
+    body.check_plan(plan)
     return await respond(context, request, plan, formatter)

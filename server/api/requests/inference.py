@@ -15,22 +15,19 @@ from server.api.fields import (
     SELECTORS,
 )
 from server.api.requests.functions import Function
+from server.api.requests.sampling import Sampling
 from server.api.requests.wire import (
-    INT64,
     MAX_CHOICES,
     MAX_TIMEOUT_SECONDS,
     REST_OF_CONTEXT,
     AdapterScale,
     Choices,
     Grammar,
-    LogitBias,
     ModelName,
     NumTop,
     OpenWire,
     Schema,
-    StopString,
     TokenCount,
-    TokenId,
 )
 
 
@@ -120,34 +117,25 @@ class InferenceRequest(OpenWire):
         return {field: name for field in SELECTORS if (name := getattr(self, field)) is not None}
 
 
-class GenerationRequest(InferenceRequest):
+class GenerationRequest(Sampling, InferenceRequest):
     """Fields common to chat completions and completions."""
 
     refused = REFUSED
     harmless = HARMLESS
-    default_max_tokens: ClassVar[int] = REST_OF_CONTEXT  # if the request names no number
+    default_max_tokens: ClassVar[int] = REST_OF_CONTEXT  # if neither the request nor the adapter names a number
+    default_temperature: ClassVar[float] = 1.0
 
     max_tokens: TokenCount | None = None
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, ge=0, le=1)
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
-    stop: StopString | Annotated[list[StopString], Field(max_length=64)] | None = None
-    presence_penalty: float | None = Field(None, ge=-2, le=2)
-    frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    logit_bias: LogitBias | None = Field(None, max_length=300)
-    seed: int | None = Field(None, ge=-INT64, lt=INT64)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    top_k: int | None = Field(None, ge=-1, lt=1 << 31)
-    min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, ge=0.01, le=10)
     min_tokens: int | None = Field(None, ge=0, lt=1 << 31)
     ignore_eos: bool | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=64, fail_fast=True)] | None = None
     include_stop_str_in_output: bool | None = None
     no_stop_trim: bool | None = None  # SGLang's name of the field above
     skip_special_tokens: bool | None = None  # default: true
     prompt_logprobs: NumTop | None = None
+    logprobs_mode: Literal["raw_logprobs", "processed_logprobs"] | None = None  # default: raw
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     response_format: ResponseFormat | None = None  # this and the next ones: at most one constraint

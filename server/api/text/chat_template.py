@@ -42,6 +42,10 @@ class ChatTemplate:
         self._render = render
         self._owner = owner
 
+    @property
+    def renders_tools(self) -> bool:
+        return "tools" in self.source
+
     async def render(self, conversation: Conversation, special_tokens: Mapping[str, str]) -> str:
         """Return the text of the prompt. Raises `ApiError` if the template fails."""
         messages, continue_final = conversation.messages, conversation.continue_final

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer as Backend
 from adapters.errors import reraise_unless_foreign
 from adapters.peft.tokenizer_files import BaseTokens
 from server.api.errors import ApiError, bad_request
+from server.api.text import tool_prompt
 from server.api.text.chat_template import ChatTemplate, Conversation, base_template
 from server.base_tokenizer import BaseTokenizer
 
@@ -59,14 +60,11 @@ class Tokenizer:
         """Render a conversation with the chat template and return its token ids."""
         if self.template is None:
             raise bad_request("This model has no chat template; use /v1/completions.", "model", "unsupported")
-        if conversation.tools and "tools" not in self.template.source:
-            raise bad_request(
-                "The chat template of this model has no place for tools; use a model or an adapter whose template has.",
-                "tools",
-                "unsupported",
-            )
         _check_length(sum(len(message["content"]) for message in conversation.messages), max_tokens, "messages")
-        text = await self.template.render(conversation, self.special_tokens)
+        if self.template.renders_tools:
+            text = await self.template.render(conversation, self.special_tokens)
+        else:
+            text = await tool_prompt.render(self.template, conversation, self.special_tokens)
         return await self.encode(text, max_tokens, add_special_tokens=add_special_tokens, param="messages")
 
     async def encode(

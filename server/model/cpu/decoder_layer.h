@@ -5,6 +5,7 @@
 #include "attention.h"
 #include "linear.h"
 #include "rows.h"
+#include "scale_shift.h"
 
 namespace {
 
@@ -24,6 +25,10 @@ struct Linears {  // stacked siblings over one input, with the rank columns of a
     int64_t in, out;
     const void *a, *b;  // a: null if no adapter of the step changes these linears
     int64_t columns, siblings, sizes[3];
+    const Vectors* inputs;  // of a single linear: what its weight is multiplied with; A sees the input as it is
+    int64_t num_inputs;
+    const Vectors* outputs;
+    int64_t num_outputs;
 };
 
 struct Layer {
@@ -52,22 +57,15 @@ void apply(bf16* y, const bf16* x, const Linears& l, const Step& s) {
     if (lora.prepare && l.a)
         call = lora.prepare(y, l.out, x, l.in, l.a, l.b, l.in, l.columns, l.sizes, l.siblings, lora.segments,
                             lora.scales, lora.count);
+    if (l.num_inputs) x = scaled_inputs(x, s.rows, l.in, l.inputs, l.num_inputs, s.threads);
     Inputs inputs(x, l.in, s.rows, l.in);
 #pragma omp parallel num_threads(s.threads)
     {
         if (call) lora.shrink(call);
         linear(y, l.out, inputs, l.packed, l.bias, l.out);
+        scale_shift(y, s.rows, l.out, l.outputs, l.num_outputs);
         if (call) lora.expand(call);
     }
-}
-
-void add(bf16* to, const bf16* a, const bf16* b, int64_t rows, int64_t size, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (rows > 4)
-    for (int64_t row = 0; row < rows; row++)
-        for (int64_t i = row * size; i < (row + 1) * size; i += W) {
-            int64_t width = std::min<int64_t>(W, (row + 1) * size - i);
-            store(to + i, load(a + i, width) + load(b + i, width), width);
-        }
 }
 
 // Every operation is computed as by the separate modules, so that the results are bit-identical.

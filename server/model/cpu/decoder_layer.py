@@ -1,5 +1,5 @@
-"""A whole decoder layer of Llama's structure in one C++ call (decoder_layer.h), used if only LoRA A and B change the
-outputs of its linears.
+"""A whole decoder layer of Llama's structure in one C++ call (decoder_layer.h), used where adapters
+change its linears by A and B and by scale and shift alone.
 
 By modules, a layer takes a hundred Python calls, which take as long as the arithmetic of a step with one row. Both ways
 are bit-identical.
@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from adapters.kernels.cpu import NativeKernel
 from adapters.runtime.hooks import ModuleOverrideHook
 from adapters.runtime.stacked_linear import StackedLinear
+from adapters.runtime.step import StepPlan
 from server.model.batch import ForwardBatch
 from server.model.cpu.attention import plan_attention
 from server.model.cpu.layer_arguments import Layer, Step, layer_argument, step_argument
+from server.model.cpu.layer_vectors import LayerVectors
 from server.model.cpu.library import function
 from server.model.kv_cache import KVCache
 from server.model.llama_layer import LayerParts
@@ -36,15 +38,17 @@ class NativeLayer:
         self._layer: Layer | None = None
         self._hooks: list[dict[int, Callable[..., Any]]] = []
         self._modules: frozenset[str] | None = None  # modules with A and B in `_layer`
+        self._vectors = LayerVectors(parts.groups)
 
     def is_whole(self) -> bool:
         """Return whether this step can compute the layer in one call: every linear is native, adapters have only A and
-        B, and no hook is active in between."""
+        B, scale and shift here, and no hook is active in between."""
         if self._base_epoch != self._state.base_epoch:
             self._describe()
-        if self._layer is None or not self._current.plan.is_lora_alone():
+        plan = self._current.plan
+        if self._layer is None or plan.row_maps is not None:
             return False
-        return not any(self._hooks) or self._hooks_are_idle()
+        return (not any(self._hooks) or self._hooks_are_idle(plan)) and self._vectors.choose(self._layer, plan)
 
     def __call__(self, hidden: Tensor, cos: Tensor, sin: Tensor, batch: ForwardBatch, cache: KVCache) -> Tensor:
         layer, plan = self._layer, self._current.plan
@@ -64,6 +68,7 @@ class NativeLayer:
         """Describe the layer at first, and again after an adapter was merged or unmerged."""
         self._layer = layer_argument(self._parts) if isinstance(self._kernel, NativeKernel) else None
         self._hooks, self._modules = self._all_hooks(), None
+        self._vectors = LayerVectors(self._parts.groups)
         self._base_epoch = self._state.base_epoch
 
     def _choose_adapted(self, layer: Layer) -> None:
@@ -79,10 +84,11 @@ class NativeLayer:
         modules = [*self._inner, *bases, *members]
         return [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
 
-    def _hooks_are_idle(self) -> bool:
-        """Return whether all hooks are those of module overrides, which stay registered and are idle in this step."""
-        hooks = (hook for hooks in self._hooks for hook in hooks.values())
-        return all(isinstance(getattr(hook, "__self__", None), ModuleOverrideHook) for hook in hooks)
+    def _hooks_are_idle(self, plan: StepPlan) -> bool:
+        """Return whether all hooks are those of module overrides, which stay registered, of adapters that are not in
+        this step."""
+        hooks = (getattr(hook, "__self__", None) for hooks in self._hooks for hook in hooks.values())
+        return all(isinstance(hook, ModuleOverrideHook) and not plan.overrides(hook.name) for hook in hooks)
 
     def _step(self, batch: ForwardBatch, cos: Tensor, sin: Tensor, block_size: int) -> Step:
         """Return the description of the step, created in the first layer and reused by the others."""

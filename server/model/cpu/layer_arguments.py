@@ -17,10 +17,16 @@ from server.model.llama_layer import LayerParts
 _POINTER, _SIZE, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 
+class Vectors(ctypes.Structure):
+    _fields_ = [("start", _SIZE), ("end", _SIZE), ("first", _SIZE), ("size", _SIZE), ("vectors", _POINTER)]
+
+
 class Linears(ctypes.Structure):
     _fields_ = [
         ("packed", _POINTER), ("bias", _POINTER), ("in_features", _SIZE), ("out_features", _SIZE), ("a", _POINTER),
         ("b", _POINTER), ("columns", _SIZE), ("siblings", _SIZE), ("sizes", _SIZE * 3),
+        ("inputs", ctypes.POINTER(Vectors)), ("num_inputs", _SIZE),
+        ("outputs", ctypes.POINTER(Vectors)), ("num_outputs", _SIZE),
     ]  # fmt: skip
 
 

@@ -102,6 +102,16 @@ void rms_norm(T* y, const T* x, const T* weight, int64_t rows, int64_t dim, floa
     }
 }
 
+template <typename T>
+void add(T* to, const T* a, const T* b, int64_t rows, int64_t size, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (rows > 4)
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t i = row * size; i < (row + 1) * size; i += W) {
+            int64_t width = std::min<int64_t>(W, (row + 1) * size - i);
+            store(to + i, load(a + i, width) + load(b + i, width), width);
+        }
+}
+
 // The index of the first of the largest numbers; -1 if one is not finite. Only one block is searched for the index.
 template <typename T>
 int64_t argmax_row(const T* x, int64_t size) {

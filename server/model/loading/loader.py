@@ -12,6 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file
 
+from server.model.loading.checkpoint import load_causal_lm
 from server.model.loading.gguf import load_gguf
 from server.model.loading.nf4_cache import NF4Cache, source_key
 from server.model.quantization.nf4 import Policy, apply_policy
@@ -142,15 +143,15 @@ def _from_pretrained(path: str, dtype: torch.dtype, quantization: str, device: t
         return load_gguf(Path(path), dtype).to(device)
     if quantization == "nf4":
         return _quantized(path, dtype, device)
-    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True).to(device)
+    return load_causal_lm(path, dtype=dtype, use_safetensors=True).to(device)
 
 
 def _quantized(path: str, dtype: torch.dtype, device: torch.device) -> Any:
     """Return the model in NF4: as it was quantized by an earlier start, or quantized now and kept for the next one."""
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "device_map": {"": device}}
-    from_pretrained, cache = transformers.AutoModelForCausalLM.from_pretrained, NF4Cache()
+    cache = NF4Cache()
     key = source_key(_folder(path), dtype, device)
-    kept = cache.load(key, lambda folder: from_pretrained(folder, **options)) if key else None
+    kept = cache.load(key, lambda folder: load_causal_lm(folder, **options)) if key else None
     if kept is not None:
         return kept
     config = transformers.BitsAndBytesConfig(
@@ -160,7 +161,7 @@ def _quantized(path: str, dtype: torch.dtype, device: torch.device) -> Any:
         bnb_4bit_compute_dtype=dtype,
     )
     with quantized_in_pieces():
-        model = from_pretrained(path, quantization_config=config, **options)
+        model = load_causal_lm(path, quantization_config=config, **options)
     key = key or source_key(_folder(path), dtype, device)  # its files may have been downloaded meanwhile
     if key:
         cache.store(key, model)

@@ -22,7 +22,8 @@ from server.model.fusion import BlockOps, fuse
 from server.model.kv_cache import CacheShape, KVCache
 from server.model.loading.conversions import conversion_of
 from server.model.loading.loader import LoadedModel, ModelRefused
-from server.sequence import SamplingParams, ScheduledBatch, ScheduledSequence, Sequence
+from server.request import SamplingParams
+from server.sequence import ScheduledBatch, ScheduledSequence, Sequence
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,8 @@ from server.model.cpu.penalties import penalize
 from server.model.sampling.allowed import Allowed
 from server.model.sampling.categorical import Array
 from server.model.sampling.token_counts import OUTPUT, TokenCounts
-from server.sequence import SamplingParams, Sequence
+from server.request import SamplingParams
+from server.sequence import Sequence
 
 Entries = tuple[int, list[int], list[float] | float]  # a row, some tokens, and a number for each or for all
 

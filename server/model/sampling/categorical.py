@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from server.sequence import SamplingParams
+from server.request import SamplingParams
 from server.sequence import Sequence as TokenSequence
 
 FEW = 1024
@@ -117,6 +117,19 @@ def sample_categorical(logits: torch.Tensor, params: CategoricalParams) -> torch
     if few < len(probs):
         parts.append(_sample_sorted(probs[few:], params.part(slice(few, None))))
     return torch.cat(parts)
+
+
+def sampler_logits(logits: torch.Tensor, params: CategoricalParams) -> torch.Tensor:
+    """Return logits `[rows, vocab]` whose softmax is the distribution that `sample_categorical` samples from; greedy
+    rows stay as they are."""
+    scaled = logits[params.rows] / params.temperature
+    if params.num_plain < len(scaled):
+        truncated = scaled[params.num_plain :]
+        probs, order = truncated.softmax(-1).sort(-1, descending=True)
+        kept = _truncated(probs, params.part(slice(params.num_plain, None))) > 0
+        excluded = torch.ones_like(kept).scatter(-1, order, ~kept)
+        scaled[params.num_plain :] = truncated.masked_fill(excluded, -torch.inf)
+    return logits.index_copy(0, params.rows, scaled)
 
 
 def _integers(probs: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,8 @@
-"""Log-probabilities of sampled tokens, of the unmodified distribution."""
+"""Log-probabilities of sampled tokens."""
 
 import torch
 
-from server.sequence import TokenLogprobs
+from server.request import TokenLogprobs
 
 
 def scores(logits: torch.Tensor, chosen: torch.Tensor, scored: torch.Tensor, num_top: int) -> torch.Tensor:

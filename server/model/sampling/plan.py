@@ -19,6 +19,7 @@ from server.model.sampling.categorical import (
     categorical_params,
     plan_categorical,
     sample_categorical,
+    sampler_logits,
 )
 from server.model.sampling.logprobs import scores
 from server.model.sampling.token_counts import TokenCounts
@@ -28,10 +29,12 @@ from server.sequence import Sequence
 @dataclass(frozen=True, slots=True)
 class SamplingPlan:
     """The sampling parameters of all rows, on the device. `scored` are the rows with log-probabilities and `num_top` is
-    their largest number; `limits` `[rows, 1]` are vocabulary sizes, None if no row has a smaller one."""
+    their largest number; those of `processed` rows are of the distribution that is sampled from. `limits` `[rows, 1]`
+    are vocabulary sizes, None if no row has a smaller one."""
 
     categorical: CategoricalParams
     scored: torch.Tensor
+    processed: torch.Tensor
     num_top: int
     limits: torch.Tensor | None
     adjustments: Adjustments
@@ -51,14 +54,16 @@ def plan_sampling(
     if not sizes and not any(_needs_plan(seq) for seq in seqs):
         return None
     scored = [row for row, seq in enumerate(seqs) if seq.sampling.logprobs is not None]
+    processed = [row for row in scored if seqs[row].sampling.processed_logprobs]
     categorical, num_plain, num_few, in_order = plan_categorical(seqs, vocab, device.type == "cpu")
-    own = [np.array(rows, dtype=np.int64) for rows in (scored, sizes)]
+    own = [np.array(rows, dtype=np.int64) for rows in (scored, sizes, processed)]
     adjustments = [*adjustment_tables(seqs, eos_token_ids, vocab), *penalty_tables(seqs, vocab, counts)]
     uploaded = upload_all([*own, *categorical, *allowed.tables(vocab), *adjustments], device)
-    bias_at, bias, forbidden_at, forbidden = uploaded[7:11]
+    bias_at, bias, forbidden_at, forbidden = uploaded[8:12]
     return SamplingPlan(
-        categorical_params(uploaded[2:5], num_plain, num_few, in_order),
+        categorical_params(uploaded[3:6], num_plain, num_few, in_order),
         uploaded[0],
+        uploaded[2],
         max((seqs[row].sampling.logprobs or 0 for row in scored), default=0),
         uploaded[1][:, None] if sizes else None,
         Adjustments(
@@ -66,8 +71,8 @@ def plan_sampling(
             bias,
             forbidden_at,
             forbidden,
-            penalties_on_device(uploaded[11:], counts),
-            Allowed(*uploaded[5:7]),
+            penalties_on_device(uploaded[12:], counts),
+            Allowed(*uploaded[6:8]),
         ),
     )
 
@@ -89,7 +94,12 @@ def sample_by_plan(logits: torch.Tensor, plan: SamplingPlan) -> list[torch.Tenso
         chosen.index_copy_(0, plan.categorical.rows, sample_categorical(changed, plan.categorical))
     tokens = torch.where(finite, chosen, -1)
     plan.adjustments.count(tokens)
-    return [tokens, scores(logits, chosen, plan.scored, plan.num_top).flatten()] if len(plan.scored) else [tokens]
+    if not len(plan.scored):
+        return [tokens]
+    if len(plan.processed):
+        sampled_from = sampler_logits(changed, plan.categorical)
+        logits = logits.index_copy(0, plan.processed, sampled_from[plan.processed])
+    return [tokens, scores(logits, chosen, plan.scored, plan.num_top).flatten()]
 
 
 def is_finite(logits: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,8 @@ import torch
 from adapters.device.transfers import download
 from server.model.sampling.logprobs import scores, token_logprobs
 from server.model.sampling.sampler import Sample
-from server.sequence import ScheduledSequence, TokenLogprobs
+from server.request import TokenLogprobs
+from server.sequence import ScheduledSequence
 
 Collect = Callable[[], list[Sample]]
 

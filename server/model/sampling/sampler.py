@@ -1,9 +1,9 @@
 """Sampling of tokens from logits, for all rows of a step at once.
 
 The order of operations is that of OpenAI's and vLLM's servers: log-probabilities are computed from the unmodified
-distribution; then logit bias, penalties, the grammar's mask, temperature, top-k, top-p and min-p apply, and one uniform
-number per row selects a token. That number is a hash of the row's seed and position, so a seeded output does not depend
-on the batch.
+distribution, unless those of the distribution that is sampled from were asked for; then logit bias, penalties, the
+grammar's mask, temperature, top-k, top-p and min-p apply, and one uniform number per row selects a token. That number
+is a hash of the row's seed and position, so a seeded output does not depend on the batch.
 
 The results of all rows come back from the device in one copy, like their parameters go there (plan.py). Nothing
 synchronizes in between. Plainly greedy rows have no parameters.
@@ -21,7 +21,8 @@ from server.model.sampling.allowed import AllowedTokens
 from server.model.sampling.logprobs import token_logprobs
 from server.model.sampling.plan import is_finite, plan_sampling, sample_by_plan
 from server.model.sampling.token_counts import TokenCounts
-from server.sequence import Sequence, TokenLogprobs
+from server.request import TokenLogprobs
+from server.sequence import Sequence
 
 
 @dataclass(slots=True)

@@ -77,6 +77,8 @@ class TokenCounts:
 
 def _entries(seq: Sequence, vocab_size: int) -> Array:
     """Return the entries of one sequence, `[vocab_size]` int32."""
-    entries = OUTPUT * np.bincount(np.array(seq.output_token_ids, dtype=np.int64), minlength=vocab_size)
+    entries = OUTPUT * np.bincount(
+        np.array(seq.token_ids[seq.num_prompt_tokens :], dtype=np.int64), minlength=vocab_size
+    )
     entries[seq.token_ids[seq.num_virtual_tokens : seq.num_prompt_tokens]] += IN_PROMPT
     return entries.astype(np.int32)

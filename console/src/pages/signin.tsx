@@ -1,0 +1,31 @@
+import { useSignal } from "@preact/signals";
+import { refusal, signIn } from "../session";
+import { Field, Notice } from "../ui";
+
+export function SignIn() {
+  const secret = useSignal("");
+  const busy = useSignal(false);
+  const submit = async (event: Event) => {
+    event.preventDefault();
+    busy.value = true;
+    await signIn(secret.value.trim());
+    busy.value = false;
+  };
+  return (
+    <main class="signin">
+      <form onSubmit={submit}>
+        <h1>Loraplex</h1>
+        <p class="lead">This server asks for an API key.</p>
+        {refusal.value && <Notice kind="bad">{refusal.value}</Notice>}
+        <Field label="API key" hint="It stays in this tab, and is forgotten when the tab is closed.">
+          {(id) => (
+            <input id={id} type="password" autocomplete="off" spellcheck={false} required autofocus value={secret.value} placeholder="lpx_…" onInput={(event) => (secret.value = event.currentTarget.value)} />
+          )}
+        </Field>
+        <button type="submit" class="primary" disabled={busy.value || !secret.value.trim()}>
+          {busy.value ? "Signing in…" : "Sign in"}
+        </button>
+      </form>
+    </main>
+  );
+}
