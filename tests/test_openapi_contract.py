@@ -22,11 +22,13 @@ def failures(folder: Path, *options: str, phases: tuple[str, ...]) -> int:
         return schemathesis(live.url, KEY, BASE, adapter, "--seed", "1", *options, phases=phases)
 
 
+@pytest.mark.reliability("T27")
 def test_single_requests(tmp_path: Path) -> None:
     assert failures(tmp_path, "--max-examples", "2", "--no-shrink", phases=("examples", "fuzzing")) == 0
 
 
 @pytest.mark.slow
+@pytest.mark.reliability("T27")
 @pytest.mark.parametrize("phase", ["coverage", "stateful"])
 def test_boundaries_and_sequences(tmp_path: Path, phase: str) -> None:
     """Every bound of every field, just within and just beyond; and requests that use what earlier ones returned."""
