@@ -27,11 +27,13 @@ def failures(folder: Path, *options: str, phases: tuple[str, ...]) -> int:
         return schemathesis(live.url, KEY, BASE, adapter, "--seed", "1", *options, phases=phases)
 
 
+@pytest.mark.reliability("T27")
 def test_single_requests(tmp_path: Path) -> None:
     assert failures(tmp_path, "--max-examples", "1", "--no-shrink", phases=("fuzzing",)) == 0
 
 
 @pytest.mark.slow
+@pytest.mark.reliability("T27")
 def test_sequences(tmp_path: Path) -> None:
     """Requests that use what earlier ones returned. `make fuzz-contract` adds every bound of every field."""
     assert failures(tmp_path, "--max-examples", "3", "--no-shrink", phases=("stateful",)) == 0
