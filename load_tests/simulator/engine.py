@@ -252,8 +252,8 @@ class Simulation:
     def _rank(self, digest: str) -> int:
         return self._ranks[int(digest) % len(self._ranks)]
 
-    def _job_seconds(self, job: str | Slot, packed: Packed | None = None) -> float:
-        """Residency's jobs: `(digest)` reads, `(slot, packed)` writes."""
+    def _job_seconds(self, job: str | Slot, packed: Packed | None = None, *, keeps: bool = True) -> float:
+        """Residency's jobs: `(digest)` reads, `(slot, packed)` writes. A packed copy that a read `keeps` costs nothing."""
         if isinstance(job, Slot):
             return self._profile.write_seconds(self._rank(job.digest))
         return self._profile.read_seconds(self._rank(job))
