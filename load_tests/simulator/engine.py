@@ -253,7 +253,7 @@ class Simulation:
         return self._ranks[int(digest) % len(self._ranks)]
 
     def _job_seconds(self, job: str | Slot, packed: Packed | None = None, *, keeps: bool = True) -> float:
-        """Residency's jobs: `(digest)` reads, `(slot, packed)` writes. A packed copy that a read `keeps` costs nothing."""
+        """Residency's jobs: `(digest)` reads, `(slot, packed)` writes. Keeping a packed copy costs nothing."""
         if isinstance(job, Slot):
             return self._profile.write_seconds(self._rank(job.digest))
         return self._profile.read_seconds(self._rank(job))
