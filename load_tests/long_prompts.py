@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from load_tests.peers.setting import commit, machine
 from server.config import ServeConfig
 from server.engine.build import build_engine
-from server.engine.step_cost import StepBudget
+from server.engine.scheduling.step_cost import StepBudget
 from server.engine.threads import adaptive_threads
 from server.ipc.messages import Abort, StepOutputs, Submit
 from server.model.loading.default_model import prepare_default_model

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine.block_manager import BlockManager
-from server.engine.sliding_blocks import SlidingBlocks
+from server.engine.kv_blocks.block_manager import BlockManager
+from server.engine.kv_blocks.sliding_blocks import SlidingBlocks
 from server.request import SamplingParams, ScaledAdapter
 from server.sequence import NO_BLOCK, Sequence
 from tests.fixtures.engine_driver import plain

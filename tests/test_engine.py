@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from adapters.residency import residency
 from adapters.runtime.pool import page_bytes
-from server.engine.step_cost import MIN_CHUNK
+from server.engine.scheduling.step_cost import MIN_CHUNK
 from server.ipc.messages import Abort, MoveAdapter, PinAdapter, RetireAdapter, Submit
 from server.model.loading.loader import ModelRefused
 from server.request import SamplingParams

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from server.engine import machine, sizing
 from server.engine import threads as engine_threads
-from server.engine.machine import CGROUPS, PROC
+from server.engine.memory import machine, sizing
+from server.engine.memory.machine import CGROUPS, PROC
 from tests.fixtures.engine_driver import make_driver
 
 ROOT = Path(__file__).parent.parent
@@ -310,7 +310,7 @@ READ = """
 import json, sys
 with open(sys.argv[1], "w") as procs:
     procs.write("0")
-from server.engine import machine
+from server.engine.memory import machine
 found = [machine.available_cpus(), machine.cpu_quota(), machine.total_memory(), machine.available_memory()]
 print(json.dumps([*found, "torch" in sys.modules]))
 """

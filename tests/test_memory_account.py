@@ -24,8 +24,8 @@ import torch
 import accelerate, bitsandbytes, transformers.integrations.bitsandbytes, transformers.models.llama.modeling_llama
 from adapters.model_spec import ModelSpec
 from server.config import ServeConfig
-from server.engine.memory_plan import BLOCK_SIZE
-from server.engine.sizing import plan_memory
+from server.engine.memory.memory_plan import BLOCK_SIZE
+from server.engine.memory.sizing import plan_memory
 from server.model.loading import nf4_cache
 from server.model.loading.loader import load_model
 from server.model.loading.probe import probe

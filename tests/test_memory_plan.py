@@ -16,8 +16,8 @@ from adapters.runtime.pool import page_bytes
 from server.cli.main import app
 from server.cli.plan import plan_offline, size_in_bytes
 from server.config import GIB, ServeConfig
-from server.engine import sizing
-from server.engine.memory_plan import (
+from server.engine.memory import sizing
+from server.engine.memory.memory_plan import (
     BLOCK_SIZE,
     DRIVER_BYTES,
     REFERENCE_ROWS,
@@ -27,7 +27,7 @@ from server.engine.memory_plan import (
     PlanRefused,
     make_plan,
 )
-from server.engine.model_facts import facts_from_config, loaded_weights
+from server.engine.memory.model_facts import facts_from_config, loaded_weights
 from server.model.graphs import bucket_sizes
 from server.model.loading.loader import ModelRefused, load_model
 from server.model.loading.probe import probe

@@ -7,8 +7,8 @@ import pytest
 
 from adapters.errors import AdapterInvalid, MoveRefused, Problem
 from server.engine.faults import EngineBroken
-from server.engine.merge_gate import MergeGate
 from server.engine.merging import Merged, MergePolicy, Merging
+from server.engine.scheduling.merge_gate import MergeGate
 from server.ipc.messages import Merge
 from server.request import ScaledAdapter
 from server.sequence import Sequence
@@ -161,7 +161,7 @@ def test_a_preempted_sequence_counts_as_running() -> None:
     world.step(2)
     world.merging.merge(Merge(1, "a", drain=True))
     world.ready()
-    world.scheduler._preempt(before)
+    world.scheduler.requeue(before)
     world.step()
     assert world.state == "waiting" and world.scheduler.running == [before]
 

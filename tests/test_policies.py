@@ -5,8 +5,8 @@ from collections.abc import Iterable
 
 import pytest
 
-from server.engine.policies import FairShare, FirstCome, Policy
-from server.engine.scheduler import Scheduler
+from server.engine.scheduling.policies import FairShare, FirstCome, Policy
+from server.engine.scheduling.scheduler import Scheduler
 from server.sequence import Sequence, SequenceStatus
 from tests.test_scheduler import FakeSlots, make_scheduler, make_seq, run_step, run_to_end
 
@@ -263,7 +263,7 @@ def test_a_preempted_sequence_is_admitted_within_the_bound(bound: int, tenant: s
     while large.status is not SequenceStatus.FINISHED:
         scheduler.add(of(tenant, f"{step}", 4, priority=-1, max_tokens=8))
         if step >= 3 and large in scheduler.running and not large.preempted:
-            scheduler._preempt(large)
+            scheduler.requeue(large)
         overdue, before = large.overdue and large.status is SequenceStatus.WAITING, {*scheduler.running}
         run_step(scheduler)
         if overdue and large.status is SequenceStatus.WAITING:

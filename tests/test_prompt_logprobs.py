@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from server.engine import prompt_scores
+from server.engine.kv_blocks import prompt_scores
 from server.ipc.messages import Submit
 from server.request import SamplingParams, TokenLogprobs
 from tests.fixtures.adapter_world import PROMPT, AdapterWorld

@@ -12,8 +12,8 @@ import pytest
 from adapters.residency.host_cache import HostCache
 from adapters.residency.residency import Residency
 from adapters.residency.slots import SlotTable
-from server.engine.block_manager import BlockManager
-from server.engine.scheduler import PREFETCH_DEPTH, Scheduler
+from server.engine.kv_blocks.block_manager import BlockManager
+from server.engine.scheduling.scheduler import PREFETCH_DEPTH, Scheduler
 from server.request import SamplingParams, ScaledAdapter
 from server.sequence import ScheduledBatch, Sequence, SequenceStatus
 from tests.fixtures.timing import patience
@@ -248,7 +248,7 @@ def test_when_the_first_of_a_burst_goes_the_next_computes_what_is_common(how: st
         scheduler.finish(first)
         assert shares(run_step(scheduler)) == {"b1": 16}
     else:
-        scheduler._preempt(first)
+        scheduler.requeue(first)
         assert shares(run_step(scheduler)) == {"b0": 16}
     run_to_end(scheduler)
     assert all(seq.status is SequenceStatus.FINISHED for seq in (first, *others))
@@ -264,7 +264,7 @@ def test_a_prefill_that_is_broken_off_leaves_the_prefix_that_it_found(how: str) 
     scheduler.add(broken)
     run_step(scheduler)
     assert 40 < broken.num_computed_tokens < broken.num_tokens
-    (scheduler.finish if how == "abort" else scheduler._preempt)(broken)
+    (scheduler.finish if how == "abort" else scheduler.requeue)(broken)
     assert len(scheduler.take_suspect_blocks()) == 4  # its own, of this step
     if how == "abort":
         scheduler.add(last)

@@ -20,7 +20,7 @@ from load_tests.simulator.scenarios import SCENARIOS, Scenario, best_shares, sim
 from load_tests.simulator.summary import entitled, jain, percentile, summarize
 from load_tests.simulator.workload import BASE, Lengths, Request, Workload, cold_burst, generate, merged, ranks
 from server.engine.merging import Merged, Merging
-from server.engine.policies import FairShare, FirstCome, Policy
+from server.engine.scheduling.policies import FairShare, FirstCome, Policy
 from server.ipc.messages import Merge
 from tests.test_merging import FakeMerged
 

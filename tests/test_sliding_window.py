@@ -11,7 +11,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from server.engine.sliding_blocks import SlidingBlocks
+from server.engine.kv_blocks.sliding_blocks import SlidingBlocks
 from server.request import SamplingParams
 from server.sequence import NO_BLOCK, Sequence
 from tests.fixtures.adapter_factory import greedy, with_peft, write_adapter

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from server.engine.block_manager import BlockManager
-from server.engine.scheduler import Scheduler
-from server.engine.step_cost import DEFAULT_SECONDS, MIN_CHUNK, StepBudget, StepCost
+from server.engine.kv_blocks.block_manager import BlockManager
+from server.engine.scheduling.scheduler import Scheduler
+from server.engine.scheduling.step_cost import DEFAULT_SECONDS, MIN_CHUNK, StepBudget, StepCost
 from server.request import SamplingParams
 from server.sequence import ScheduledBatch, Sequence, SequenceStatus
 from tests.test_scheduler import FakeSlots, make_seq

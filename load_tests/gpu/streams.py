@@ -10,12 +10,12 @@ from adapters.runtime.columns import RankColumns
 from adapters.runtime.pack import PackedAdapter
 from load_tests.gpu.models import PAGE
 from load_tests.gpu.setting import Report, Shape
-from server.engine.block_manager import BlockManager
 from server.engine.constraints import Constraints
 from server.engine.engine import Engine
 from server.engine.grammars import Grammars
+from server.engine.kv_blocks.block_manager import BlockManager
 from server.engine.merging import Merging
-from server.engine.scheduler import Scheduler
+from server.engine.scheduling.scheduler import Scheduler
 from server.engine.selftest import SelfTests
 from server.engine.weights_reader import WeightsReader
 from server.ipc.messages import StepOutputs, Submit

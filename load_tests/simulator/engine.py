@@ -20,9 +20,9 @@ from adapters.tiers import Tier
 from load_tests.simulator.clock import Clock, VirtualExecutor
 from load_tests.simulator.cost import Profile, StepWork
 from load_tests.simulator.workload import BASE, Request
-from server.engine.block_manager import BlockManager
-from server.engine.scheduler import Scheduler
-from server.engine.step_cost import StepBudget
+from server.engine.kv_blocks.block_manager import BlockManager
+from server.engine.scheduling.scheduler import Scheduler
+from server.engine.scheduling.step_cost import StepBudget
 from server.request import SamplingParams, ScaledAdapter
 from server.sequence import ScheduledBatch, Sequence
 

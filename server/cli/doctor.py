@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from adapters.device import forms
-from server.engine.machine import available_cpus, available_memory, cpu_quota, memory_limit, schedulable_cores
+from server.engine.memory.machine import available_cpus, available_memory, cpu_quota, memory_limit, schedulable_cores
 
 PACKAGES = ("loraplex", "torch", "transformers", "peft", "bitsandbytes", "triton")
 GIB = 1 << 30

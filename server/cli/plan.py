@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from server.config import GIB, ServeConfig
-from server.engine.memory_plan import (
+from server.engine.memory.memory_plan import (
     DEFAULT_RANK,
     DRIVER_BYTES,
     DeviceMemory,
@@ -74,7 +74,7 @@ def plan(
 def plan_offline(config: ServeConfig, gpu_bytes: int, adapters: int = 0) -> tuple[ServeConfig, MemoryPlan]:
     """Return the plan of a GPU of `gpu_bytes`, and `config` with room for `adapters` adapters of the largest rank if
     that is not 0. Raises `PlanRefused`, or `ValueError` if the config of the model cannot be used."""
-    from server.engine.model_facts import facts_from_config  # imports torch
+    from server.engine.memory.model_facts import facts_from_config  # imports torch
     from server.model.graphs import bucket_sizes
     from server.model.loading.loader import ModelRefused
 

@@ -26,21 +26,21 @@ from adapters.validation.inspect import inspect
 from adapters.weights import AdapterWeights
 from server.base_tokenizer import BaseTokenizer
 from server.config import ServeConfig
-from server.engine.block_manager import BlockManager
 from server.engine.constraints import Constraints
 from server.engine.engine import Engine
 from server.engine.grammars import Grammars
-from server.engine.machine import schedulable_cores
-from server.engine.memory_plan import BLOCK_SIZE, DEFAULT_RANK, MemoryPlan
+from server.engine.kv_blocks.block_manager import BlockManager
+from server.engine.kv_blocks.sliding_blocks import SlidingBlocks
+from server.engine.memory.machine import schedulable_cores
+from server.engine.memory.memory_plan import BLOCK_SIZE, DEFAULT_RANK, MemoryPlan
+from server.engine.memory.sizing import host_cache_bytes, plan_memory, refuse_early, room
 from server.engine.merging import Merged, MergePolicy, Merging
 from server.engine.packed_reads import PackedReads
-from server.engine.policies import FairShare, FirstCome
 from server.engine.progress import StepProgress
-from server.engine.scheduler import Scheduler
+from server.engine.scheduling.policies import FairShare, FirstCome
+from server.engine.scheduling.scheduler import Scheduler
+from server.engine.scheduling.step_cost import StepBudget
 from server.engine.selftest import SelfTests
-from server.engine.sizing import host_cache_bytes, plan_memory, refuse_early, room
-from server.engine.sliding_blocks import SlidingBlocks
-from server.engine.step_cost import StepBudget
 from server.engine.threads import set_threads, stay_single_threaded, step_aside
 from server.engine.weights_reader import WeightsReader
 from server.ipc.messages import EngineInfo

@@ -20,7 +20,7 @@ from server.engine.merging import Merging
 from server.engine.message_handler import MessageHandler
 from server.engine.pipeline import PLACEHOLDER, InFlightStep, failed_step
 from server.engine.progress import StepProgress
-from server.engine.scheduler import Scheduler
+from server.engine.scheduling.scheduler import Scheduler
 from server.engine.selftest import SelfTests
 from server.engine.stats import describe, digests_of, measure
 from server.engine.stop_rules import finish_reason, is_full

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from adapters.residency.residency import Residency
-from server.engine.scheduler import Scheduler
+from server.engine.scheduling.scheduler import Scheduler
 from server.sequence import SequenceStatus
 
 

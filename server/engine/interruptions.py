@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 
-from server.engine.scheduler import Scheduler
+from server.engine.scheduling.scheduler import Scheduler
 from server.ipc.messages import Abort, Pause, Reply, ResetPrefixCache, Resume, SwitchAdapter
 from server.request import ScaledAdapter
 from server.sequence import Sequence, SequenceStatus

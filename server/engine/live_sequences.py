@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from server.engine.scheduler import Scheduler
+from server.engine.scheduling.scheduler import Scheduler
 from server.engine.sequence_messages import output_of
 from server.ipc.messages import SequenceOutput
 from server.model.sampling.sampler import Sample

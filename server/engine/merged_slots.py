@@ -1,6 +1,6 @@
 """The slots of running sequences, which need none while their adapter is merged into the base model."""
 
-from server.engine.scheduler import Scheduler
+from server.engine.scheduling.scheduler import Scheduler
 
 
 def enter_base(scheduler: Scheduler) -> None:

@@ -15,7 +15,7 @@ from typing import Literal, Protocol
 from adapters.errors import AdapterError, MoveRefused, RefusalCode
 from server.engine.faults import EngineBroken
 from server.engine.merged_slots import enter_base, leave_base
-from server.engine.scheduler import Scheduler
+from server.engine.scheduling.scheduler import Scheduler
 from server.ipc.messages import AskedBy, Merge, MergeState, MergeStatus, MergeSwitch, Reply, SwitchReason
 from server.sequence import Sequence
 

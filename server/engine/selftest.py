@@ -14,7 +14,7 @@ from adapters.runtime.pack import PackedAdapter
 from adapters.runtime.reference import ReferenceAdapter
 from adapters.weights import AdapterWeights
 from server.engine.faults import EngineBroken, failure_reply, is_lost
-from server.engine.merge_gate import MergeGate
+from server.engine.scheduling.merge_gate import MergeGate
 from server.engine.weights_reader import WeightsReader
 from server.ipc.messages import Reply, RunSelfTest, SelfTest
 from server.model.loading.probe import TOLERANCE, relative_error

@@ -3,8 +3,8 @@
 import math
 import time
 
+from server.engine.kv_blocks.prompt_scores import of_first_output
 from server.engine.pipeline import PLACEHOLDER
-from server.engine.prompt_scores import of_first_output
 from server.ipc.messages import SequenceOutput, Submit
 from server.model.pooling import embedding_of
 from server.model.sampling.sampler import Sample

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from adapters.residency.residency import Residency
-from server.engine.scheduler import Scheduler
+from server.engine.scheduling.scheduler import Scheduler
 from server.ipc.messages import EngineStats, ResidencyReport
 from server.model.graphs import DecodeGraphs
 from server.sequence import ScheduledBatch, Sequence

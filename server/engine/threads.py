@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from adapters.device.forms import NativeUnavailable
-from server.engine.machine import available_cpus, cpu_quota
+from server.engine.memory.machine import available_cpus, cpu_quota
 from server.model.cpu.library import thread_ids
 
 INTERVAL = 0.25  # seconds between two decisions

@@ -16,7 +16,7 @@ import zmq
 from adapters.fault_points import arm_from_environment, fault_point
 from server import config as settings
 from server.config import ServeConfig
-from server.engine.machine import cpu_quota, schedulable_cores
+from server.engine.memory.machine import cpu_quota, schedulable_cores
 from server.ipc.messages import Emit, Fatal, FromEngine, Ready, Receive, ToEngine, decode_to_engine, encode
 from server.ipc.sockets import address
 

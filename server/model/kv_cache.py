@@ -1,4 +1,4 @@
-"""The tensors of the paged KV cache. server/engine/block_manager.py tracks the ownership of blocks."""
+"""The tensors of the paged KV cache. server/engine/kv_blocks/block_manager.py tracks the ownership of blocks."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

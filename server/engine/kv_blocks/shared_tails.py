@@ -1,9 +1,9 @@
 """The end of a prompt that two sequences have: its last block is not full, so it is copied and not shared. Does not use
 torch."""
 
-from server.engine.block_hashes import chain_of
-from server.engine.block_manager import BlockManager
-from server.engine.prompt_scores import max_cached_tokens
+from server.engine.kv_blocks.block_hashes import chain_of
+from server.engine.kv_blocks.block_manager import BlockManager
+from server.engine.kv_blocks.prompt_scores import max_cached_tokens
 from server.sequence import NO_BLOCK, Sequence
 
 

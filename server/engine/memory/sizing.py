@@ -8,9 +8,9 @@ import torch
 from adapters.model_spec import ModelSpec
 from adapters.runtime.weight_merge import FreeMemory
 from server.config import ServeConfig
-from server.engine.machine import available_memory, memory_limit, total_memory
-from server.engine.memory_plan import DEFAULT_RANK, DeviceMemory, MemoryPlan, ModelFacts, PlanRefused, make_plan
-from server.engine.model_facts import facts_from_config, facts_of, loaded_weights
+from server.engine.memory.machine import available_memory, memory_limit, total_memory
+from server.engine.memory.memory_plan import DEFAULT_RANK, DeviceMemory, MemoryPlan, ModelFacts, PlanRefused, make_plan
+from server.engine.memory.model_facts import facts_from_config, facts_of, loaded_weights
 from server.model.graphs import bucket_sizes
 from server.model.kv_cache import CacheShape
 from server.model.loading.loader import LoadedModel, ModelRefused, chosen_device

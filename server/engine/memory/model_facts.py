@@ -11,7 +11,7 @@ from torch import nn
 from adapters.model_spec import ModelSpec
 from adapters.residency.slots import PAGE_COLUMNS
 from adapters.runtime.pool import page_bytes
-from server.engine.memory_plan import REFERENCE_ROWS, ModelFacts
+from server.engine.memory.memory_plan import REFERENCE_ROWS, ModelFacts
 from server.model.kv_cache import CacheShape
 from server.model.loading.loader import LoadedModel, ModelRefused, described
 from server.model.loading.probe import probe

@@ -15,8 +15,8 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from server.engine.block_hashes import extend_hashes, tokens_of
-from server.engine.prompt_scores import max_cached_tokens
+from server.engine.kv_blocks.block_hashes import extend_hashes, tokens_of
+from server.engine.kv_blocks.prompt_scores import max_cached_tokens
 from server.sequence import NO_BLOCK, Sequence
 
 

@@ -4,10 +4,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
-from server.engine.aging import LOAD, NOTHING, PREFIX, ROOM, SLOT
-from server.engine.block_manager import BlockManager
-from server.engine.merge_gate import MergeGate
-from server.engine.shared_tails import copy_tail, is_being_verified, tail_in
+from server.engine.kv_blocks.block_manager import BlockManager
+from server.engine.kv_blocks.shared_tails import copy_tail, is_being_verified, tail_in
+from server.engine.scheduling.aging import LOAD, NOTHING, PREFIX, ROOM, SLOT
+from server.engine.scheduling.merge_gate import MergeGate
 from server.sequence import Sequence
 
 

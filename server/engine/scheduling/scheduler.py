@@ -21,14 +21,14 @@ from dataclasses import dataclass, field
 from itertools import chain, count, islice
 from operator import attrgetter
 
-from server.engine.admission import AdapterSlots, Admission
-from server.engine.aging import LOAD, PREFIX, ROOM, Aging
-from server.engine.block_manager import BlockManager
-from server.engine.merge_gate import MergeGate
-from server.engine.pause_gate import PauseGate
-from server.engine.policies import FirstCome, Policy
-from server.engine.prompt_scores import bound_logits
-from server.engine.step_cost import StepBudget
+from server.engine.kv_blocks.block_manager import BlockManager
+from server.engine.kv_blocks.prompt_scores import bound_logits
+from server.engine.scheduling.admission import AdapterSlots, Admission
+from server.engine.scheduling.aging import LOAD, PREFIX, ROOM, Aging
+from server.engine.scheduling.merge_gate import MergeGate
+from server.engine.scheduling.pause_gate import PauseGate
+from server.engine.scheduling.policies import FirstCome, Policy
+from server.engine.scheduling.step_cost import StepBudget
 from server.sequence import ScheduledBatch, ScheduledSequence, Sequence, SequenceStatus
 
 PREFETCH_DEPTH = 32  # number of waiting sequences whose adapters are loaded or prefetched from disk

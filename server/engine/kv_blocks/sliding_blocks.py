@@ -3,7 +3,7 @@ their sequence runs; `NO_BLOCK` takes their place in its table. A prefix is foun
 
 from dataclasses import dataclass
 
-from server.engine.block_manager import BlockManager
+from server.engine.kv_blocks.block_manager import BlockManager
 from server.sequence import NO_BLOCK, Sequence
 
 
