@@ -33,7 +33,7 @@ format: .venv/.installed-dev
 	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
 
 docs: .venv/.installed-dev ## write the tables of docs/reference from the code
-	$(BIN)/python -m docs.tables && $(BIN)/python -m docs.compatibility && $(BIN)/python -m docs.reading_list && $(BIN)/python -m docs.reliability
+	$(BIN)/python -m docs.tables && $(BIN)/python -m docs.compatibility && $(BIN)/python -m docs.reading_list && $(BIN)/python -m docs.reliability && $(BIN)/python -m deploy.dashboards
 
 reliability: .venv/.installed-dev ## run the tests that are marked with a case of docs/reliability.md, and record their results
 	$(BIN)/python -m pytest -m reliability -p tests.fixtures.reliability $(ARGS); $(BIN)/python -m docs.reliability

@@ -176,7 +176,7 @@ class ServeConfig:
     threads: int = _setting(0, "CPU threads of the model; 0 uses all cores", ge=0)
     eager: bool = _setting(False, "Run decode steps without CUDA graphs, which are used on CUDA only")
     in_process: bool = _setting(False, "Run the engine inside the API process, for debugging")
-    demo: bool = _setting(False, "Register the demo adapters of examples/adapters at startup")
+    demo: bool = _setting(False, "Register three demo adapters at startup, and offer to fetch the embedded model")
 
 
 HINTS: dict[str, Any] = get_type_hints(ServeConfig)

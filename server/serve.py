@@ -35,6 +35,7 @@ from server.ipc.client import AdapterMoveRefused, EngineClient
 from server.ipc.supervisor import EngineTransport, EngineUnavailable
 from server.metrics import Metrics
 from server.start_checks import DEMO_ADAPTERS, describe_failure, named_adapters, refuse_failed
+from server.usage import UsageLedger
 
 log = logging.getLogger(__name__)
 
@@ -63,11 +64,12 @@ async def _serve(config: ServeConfig, keys: KeyRing, registry: AdapterRegistry, 
             metrics=Metrics(config.served_model_name),
             base_model=config.served_model_name,
             audit=AuditLog(config.data_dir),
+            usage=UsageLedger(config.data_dir),
             startup=Startup([name for name, _ in named_adapters(config)]),
         )
         server = Server(context)
         bringing_up = asyncio.create_task(_bring_up(context, starting, server))
-        lasting = (_scrub(context), _follow_keys(context), context.history.follow())
+        lasting = (_scrub(context), _follow_keys(context), context.history.follow(), context.usage.follow())
         background = [asyncio.create_task(work) for work in lasting]
         try:
             await server.serve()
@@ -78,6 +80,8 @@ async def _serve(config: ServeConfig, keys: KeyRing, registry: AdapterRegistry, 
             for task in background:
                 task.cancel()
             await asyncio.gather(*background, return_exceptions=True)
+            await context.usage.flush()
+            context.usage.close()
             await context.sandbox.close()
             await context.grammars.close()
             if context.audit is not None:

@@ -12,7 +12,8 @@ from adapters.sources import check_allow_source
 from adapters.validation.inspect import check_files
 from server.config import ConfigError, ServeConfig, StartFailed
 
-DEMO_ADAPTERS = Path(__file__).parent.parent / "examples" / "adapters"
+_OF_THE_WHEEL = Path(__file__).with_name("demo_adapters")
+DEMO_ADAPTERS = _OF_THE_WHEEL if _OF_THE_WHEEL.is_dir() else Path(__file__).parent.parent / "examples" / "adapters"
 
 _FILES = (*FILES, *TOKENIZER_FILES)
 

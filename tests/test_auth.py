@@ -38,7 +38,7 @@ scopes = ["observe"]
 """
 OPEN = {"/", "/console/{file}", "/livez", "/readyz", "/health", "/version"}
 KNOWN = {"/v1/keys/self"}
-OBSERVE = {"/metrics", "/v1/stats", "/v1/stats/history", "/v1/trace", "/is_paused", "/openapi.json"}
+OBSERVE = {"/metrics", "/v1/stats", "/v1/stats/history", "/v1/trace", "/v1/usage", "/is_paused", "/openapi.json"}
 INFER = {
     "/v1/chat/completions",
     "/v1/completions",

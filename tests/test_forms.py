@@ -121,6 +121,45 @@ def test_a_form_needs_all_that_a_lesser_one_needs() -> None:
         assert set(better.needs) > set(lesser.needs)
 
 
+# -- forms that a wheel has compiled -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def of_a_wheel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A Sapphire Rapids with a wheel that has two forms prebuilt, and without a compiler."""
+    on_a_processor(monkeypatch, "x86_64", *SAPPHIRE_RAPIDS)
+    monkeypatch.setattr(forms, "compiler", lambda: None)
+    monkeypatch.setattr(compiled, "compiler", lambda: None)
+    for module in (forms, compiled):
+        monkeypatch.setattr(module, "PREBUILT", tmp_path)
+    for name in ("avx2", "plain"):
+        (tmp_path / name).mkdir()
+    return tmp_path
+
+
+def test_without_a_compiler_the_best_prebuilt_form_is_used(of_a_wheel: Path) -> None:
+    assert chosen_form().form.name == "avx2"
+    assert "not avx512: no C++ compiler was found" in chosen_form().reason
+
+
+def test_where_no_prebuilt_form_fits_the_reasons_are_given(of_a_wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (of_a_wheel / "plain").rmdir()
+    on_a_processor(monkeypatch, "x86_64", "sse2")
+    assert "not avx2: the processor has no avx2" in forms.described_choice()
+    assert "not plain: no C++ compiler was found" in forms.described_choice()
+
+
+def test_a_prebuilt_library_is_that_of_its_sources(of_a_wheel: Path, tmp_path: Path) -> None:
+    source, form = tmp_path / "code.cpp", form_named("plain")
+    source.write_text("int one = 1;")
+    library = of_a_wheel / compiled.prebuilt_name(source, form)
+    library.touch()
+    assert compiled.build(source, form) == library
+    source.write_text("int one = 2;")
+    with pytest.raises(NativeUnavailable, match="no C\\+\\+ compiler"):
+        compiled.build(source, form)
+
+
 # -- the code itself ---------------------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,5 @@
-"""C++ sources beside the Python that calls them: compiled on first use for the chosen form (forms.py), and kept in the
-cache folder.
+"""C++ sources beside the Python that calls them: prebuilt in a wheel, else compiled on first use for the chosen form
+(forms.py) and kept in the cache folder.
 
 The sources have a plain C interface that is called through ctypes. They use the OpenMP that torch has loaded, so there
 is no second thread pool.
@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from adapters.device.forms import Form, NativeUnavailable, chosen_form, compiler
+from adapters.device.forms import PREBUILT, Form, NativeUnavailable, chosen_form, compiler
 
 SHARED = Path(__file__).parent  # every source may include its headers, besides those in the source's own folder
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-Wno-psabi", "-fopenmp", "-shared", "-fPIC")
@@ -34,6 +34,9 @@ def load(source: Path) -> ctypes.CDLL:
 
 def build(source: Path, form: Form, cache: Path | None = None) -> Path:
     """Return the path of `source` compiled for `form`, compiling it if needed. Raises `NativeUnavailable`."""
+    prebuilt = PREBUILT / prebuilt_name(source, form)
+    if prebuilt.exists():
+        return prebuilt
     found = compiler()
     if found is None:
         raise NativeUnavailable("no C++ compiler was found")
@@ -42,6 +45,11 @@ def build(source: Path, form: Form, cache: Path | None = None) -> Path:
     if not library.exists():
         _compile(found, source, library, form)
     return library
+
+
+def prebuilt_name(source: Path, form: Form) -> str:
+    """Return where a wheel has the library, within `PREBUILT`. Libraries of other sources have other names."""
+    return f"{form.name}/{source.stem}-{_hash([*_texts(source), *FLAGS])}.so"
 
 
 def declared(library: ctypes.CDLL, name: str, argtypes: list[Any]) -> "ctypes._NamedFuncPointer":
@@ -57,9 +65,15 @@ def _cache_folder() -> Path:
 
 
 def _identity(source: Path, compiler: str, form: Form) -> str:
+    return _hash([*_texts(source), compiler, *FLAGS, *form.flags, *LIBRARIES, form.machine])
+
+
+def _texts(source: Path) -> list[str]:
     headers = sorted({*SHARED.glob("*.h"), *source.parent.glob("*.h")})
-    texts = [path.read_text() for path in (source, *headers)]
-    parts = [*texts, compiler, *FLAGS, *form.flags, *LIBRARIES, form.machine]
+    return [path.read_text() for path in (source, *headers)]
+
+
+def _hash(parts: list[str]) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 

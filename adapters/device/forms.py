@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+PREBUILT = Path(__file__).with_name("prebuilt")  # in a wheel, compiled libraries in one folder for each form
 FORCED = "LORAPLEX_NATIVE"
 NONE = "none"
 
@@ -79,8 +80,8 @@ class Choice:
 def chosen_form() -> Choice:
     """Return the form that this process uses, and the reason in words for the log.
 
-    Raises `NativeUnavailable` when there is no compiler or `LORAPLEX_NATIVE` is `none`, and `FormRefused` when it names
-    a form that this machine cannot use.
+    Raises `NativeUnavailable` when no form is prebuilt or can be compiled, or `LORAPLEX_NATIVE` is `none`, and
+    `FormRefused` when it names a form that this machine cannot use.
     """
     forced = os.environ.get(FORCED, "")
     if forced:
@@ -115,20 +116,34 @@ def _forced_form(name: str) -> Form:
 
 
 def why_not(form: Form) -> str | None:
-    """Return the reason why this machine cannot compile and run `form`; None when it can."""
-    return why_not_run(form) or why_not_compiled(form)
+    """Return the reason why this machine cannot use `form`; None when it can."""
+    return why_not_run(form) or (None if is_prebuilt(form) else why_not_compiled(form))
+
+
+def is_prebuilt(form: Form) -> bool:
+    """Return whether this installation has `form` compiled, which only wheels do."""
+    return (PREBUILT / form.name).is_dir()
+
+
+def why_not_built(form: Form) -> str | None:
+    """Return the reason why a wheel that is built here has no `form`; None when it has it."""
+    return _why_not_of_machine(form) or why_not_compiled(form)
 
 
 def why_not_run(form: Form) -> str | None:
     """Return the reason why this machine cannot run `form`; None when it can."""
-    if form.machine not in ("", platform.machine()):
-        return f"it is for {form.machine}"
+    if obstacle := _why_not_of_machine(form):
+        return obstacle
     missing = [feature for feature in form.needs if feature not in processor_features()]
     if missing:
         return f"the processor has no {', '.join(missing)}"
     if "amx_tile" in form.needs and not _may_use_tiles():
         return "the kernel does not permit the matrix unit"
     return None
+
+
+def _why_not_of_machine(form: Form) -> str | None:
+    return None if form.machine in ("", platform.machine()) else f"it is for {form.machine}"
 
 
 def why_not_compiled(form: Form) -> str | None:

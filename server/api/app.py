@@ -8,7 +8,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
 import server
-from server.api import console, health, keys, models, pausing, trace
+from server.api import console, health, keys, models, pausing, trace, usage
 from server.api.adapters import aliases, merge, routes, vllm_compat
 from server.api.context import AppContext
 from server.api.errors import install_error_handlers
@@ -41,6 +41,7 @@ ROUTED = (
     pausing,
     health,
     trace,
+    usage,
     console,
 )
 

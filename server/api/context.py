@@ -31,6 +31,7 @@ from server.ipc.supervisor import EngineState, EngineUnavailable
 from server.metrics import Metrics
 from server.quarantine import Quarantine
 from server.queue_limits import QueueLimits
+from server.usage import UsageLedger
 
 BASE_NAME = ""  # the base model in usage accounting; not a valid adapter name
 _RATE_SECONDS = 30.0  # time constant of the decay
@@ -168,6 +169,7 @@ class AppContext:
     base_model: str
     base_tokenizer: Tokenizer | None = None  # until the engine is ready
     audit: AuditLog | None = None
+    usage: UsageLedger = field(default_factory=UsageLedger)
     started: float = field(default_factory=time.time)  # Unix seconds
     _began: float = field(default_factory=time.monotonic)
     startup: Startup = field(default_factory=lambda: Startup(done=True))

@@ -44,7 +44,9 @@ def _native_code() -> dict[str, str]:
         used = forms.described_choice()
     except forms.FormRefused as refused:
         used = f"refused: {refused}"
-    usable = {form.name: forms.why_not(form) or "usable" for form in forms.FORMS}
+    usable = {
+        form.name: forms.why_not(form) or ("prebuilt" if forms.is_prebuilt(form) else "usable") for form in forms.FORMS
+    }
     return {"used": used, **usable, "compiler": forms.compiler() or "none found"}
 
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from server import __version__
 from server import config as settings
 from server.cli import adapters as adapter_commands
 from server.cli import convert as folder_commands
@@ -14,6 +15,7 @@ from server.cli import keys as key_commands
 from server.cli import registry as registry_commands
 from server.cli import sync as sync_commands
 from server.cli.doctor import doctor
+from server.cli.embedded_model import offer_embedded_model
 from server.cli.plan import plan
 from server.cli.replay import replay
 from server.cli.trace import trace
@@ -23,8 +25,18 @@ from server.config import HINTS, ConfigError, ServeConfig
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"loraplex {__version__}")
+        raise typer.Exit()
+
+
 @app.callback()
-def loraplex() -> None:
+def loraplex(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
     """Serve one base model with many LoRA adapters in one forward pass."""
 
 
@@ -69,6 +81,8 @@ def serve(**flags: Any) -> None:
     try:
         config = settings.load(given, config_file)
         configure_logging(config.log_format)
+        if config.demo and not config.model:
+            offer_embedded_model()
         launch(config)
     except (ConfigError, StartFailed) as error:
         typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)

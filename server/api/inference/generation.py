@@ -23,6 +23,7 @@ from server.ipc.stream import Stream
 from server.ipc.supervisor import EngineState
 from server.metrics import RequestTimer
 from server.request import SamplingParams
+from server.usage import Counts
 from server.version_labels import version_label
 
 MAX_OPEN = MAX_CHOICES  # sequences of a request at once; more inputs, of embeddings, follow as others end
@@ -60,6 +61,7 @@ class Generation:
         for use in self._uses:
             use.prompt_tokens += plan.prompt_tokens
         self._timer.submitted(plan.prompt_tokens)
+        self._book(Counts(requests=1, prompt_tokens=plan.prompt_tokens))
 
     def _submit_more(self) -> None:
         while len(self._open) + self.plan.n <= MAX_OPEN and (next_one := next(self._waiting, None)) is not None:
@@ -158,9 +160,13 @@ class Generation:
             use.generated_tokens += total
             use.rate.add(total)
         self._lease.generated(total)
+        self._book(Counts(generated_tokens=total))
         for delta in deltas:
             self._timer.tokens(delta.index, len(delta.token_ids), self._choices[delta.index].queue_seconds)
         return deltas
+
+    def _book(self, counts: Counts) -> None:
+        self._context.usage.add(self.plan.key.name, self.plan.target.label, counts)
 
     def _end(self, seq_ids: list[str], *, abort: bool) -> None:
         if abort:

@@ -36,6 +36,7 @@ _NEEDS: dict[str, Need] = {
     "/v1/stats": "observe",
     "/v1/stats/history": "observe",
     "/v1/trace": "observe",
+    "/v1/usage": "observe",
     "/openapi.json": "observe",
     "/v1/models": "infer",
     "/v1/chat/completions": "infer",

@@ -67,6 +67,11 @@ def prepare_default_model(cache: Path | None = None) -> Path:
     return target
 
 
+def is_available() -> bool:
+    """Return whether the default model is converted, or its package installed."""
+    return prepared_default_model() is not None or importlib.util.find_spec(_PACKAGE) is not None
+
+
 def _packaged_gguf() -> Path:
     spec = importlib.util.find_spec(_PACKAGE)
     if spec is None or spec.origin is None:
