@@ -1,5 +1,6 @@
 """The console in headless Chromium: what a person does with it, on a server with a fake engine."""
 
+import base64
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -136,6 +137,30 @@ def test_every_problem_of_a_bad_file_is_shown(browser: Browser, tmp_path: Path) 
         choose(page, "Upload…", files[:1])
         expect(page.get_by_role("alert")).to_contain_text("There is no adapter_model.safetensors")
         assert "broken" not in live.context.registry
+
+
+def test_files_are_published_by_dropping_them(browser: Browser, tmp_path: Path) -> None:
+    with listening(tmp_path) as live, opened(browser, live.url) as page:
+        visit(page, "Adapters")
+        expect(page.get_by_text("No adapter yet.")).to_be_visible()
+        files = [(name, base64.b64encode(data).decode()) for name, data in adapter_files(0).items()]
+        dropped = page.evaluate_handle(
+            """(files) => {
+                const dropped = new DataTransfer();
+                const bytes = (text) => Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
+                for (const [name, text] of files) dropped.items.add(new File([bytes(text)], name));
+                return dropped;
+            }""",
+            files,
+        )
+        page.locator(".drop").dispatch_event("drop", {"dataTransfer": dropped})
+        page.get_by_label("Name", exact=True).fill("dropped")
+        page.get_by_role("button", name="Only check").click()
+        expect(page.get_by_text("It would be published as it is.")).to_be_visible()
+        assert "dropped" not in live.context.registry
+        page.get_by_role("button", name="Publish", exact=True).click()
+        expect(page.get_by_text("Published.")).to_be_visible()
+        assert "dropped" in live.context.registry
 
 
 def live_problems(live: LiveServer, files: list[Path]) -> list[dict[str, str]]:
