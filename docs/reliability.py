@@ -37,13 +37,15 @@ server of a test, and by signals, limits and fake peers. Durations are of the ma
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One line of the catalogue. `missing` is the reason why it has no test, or empty."""
+    """One line of the catalogue. `missing` is the reason why it has no test, and `unmet` what its result falls short
+    of; both are mostly empty."""
 
     id: str
     tier: str
     fault: str
     criterion: str
     missing: str = ""
+    unmet: str = ""
 
 
 def cases() -> list[Case]:
@@ -92,7 +94,7 @@ def _row(case: Case, tests: list[str], result: dict[str, Any]) -> tuple[str, ...
         case.fault,
         case.criterion,
         "<br>".join(shown) or f"no test: {case.missing}",
-        _told(result) if shown else "",
+        (_told(result) + (f"<br>**not met**: {case.unmet}" if case.unmet else "")) if shown else "",
     )
 
 

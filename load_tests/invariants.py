@@ -7,7 +7,7 @@ from typing import Any
 import psutil
 
 from load_tests.right_answers import ABSENT
-from load_tests.world import Mismatch, World, found_state
+from load_tests.world import SLOTS, Mismatch, World, found_state
 from tests.fixtures.timing import wait_for
 
 SWEEPER = "sweeper"
@@ -49,7 +49,7 @@ class Invariants:
             moving = (queue["running"], queue["waiting"], now["kv_cache"]["blocks_used"], tiers["loading"])
             return (*moving, in_flight, now["slots"]["pinned"])
 
-        wanted: tuple[Any, ...] = (0, 0, 0, 0, {}, len(self._pinned()))
+        wanted: tuple[Any, ...] = (0, 0, 0, 0, {}, self._pins())
         try:
             wait_for(lambda: found() == wanted, "quiet")
         except AssertionError:
@@ -58,6 +58,10 @@ class Invariants:
     def _pinned(self) -> set[str]:
         states = [name.state for name in self._world.names]
         return {state.current for state in states if state.pinned and state.current}
+
+    def _pins(self) -> int:
+        """The pins that the engine has. A server that was killed may have stored one that finds no slot any more."""
+        return min(len(self._pinned()), SLOTS - 1)
 
     def _compare_registry(self) -> None:
         states = {name.text: name.state for name in self._world.names if name.state != ABSENT}
@@ -75,10 +79,11 @@ class Invariants:
     def _unload_everything(self) -> None:
         """What nobody uses can be unloaded; then the pins are all that is in memory."""
         for name in self._world.names:
-            if name.state.current not in (None, *self._pinned()):
+            if name.state.current is not None:
                 answer = self._http.post(f"/v1/adapters/{name.text}/unload")
-                assert answer.status_code == 200, f"{name.text} is quiet and was not unloaded: {answer.text}"
-        now, pins = self._stats(), len(self._pinned())
+                is_right = answer.status_code == 200 or name.state.current in self._pinned()
+                assert is_right, f"{name.text} is quiet and was not unloaded: {answer.text}"
+        now, pins = self._stats(), self._pins()
         assert now["slots"]["used"] == now["tiers"]["device"] == pins, f"{now['slots']} {now['tiers']} with {pins} pins"
         assert now["tiers"]["host"] <= pins, now["tiers"]
 

@@ -44,8 +44,8 @@ class Client:
         started = time.monotonic()
         try:
             outcome = operation()
-        except (Mismatch, httpx.HTTPError, AssertionError) as error:
-            if not isinstance(error, httpx.TransportError) or CUT not in self._world.explained(started):
+        except (Mismatch, httpx.HTTPError, OSError, AssertionError) as error:
+            if not isinstance(error, httpx.TransportError | OSError) or CUT not in self._world.explained(started):
                 raise Mismatch(f"{operation.__name__}: {error!r}") from error
             outcome = f"503 {CUT}"
         self._world.counts[f"{operation.__name__} {outcome.split()[0]}"] += 1

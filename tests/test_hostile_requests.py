@@ -150,6 +150,8 @@ WALL_CLOCK = {
     "server/api/adapters/scrub.py": "stored moments of checks",
     "server/api/adapters/watcher.py": "stored moments",
     "server/api/context.py": "the start, as shown",
+    "server/api/trace.py": "the start of a trace, as shown",
+    "server/history.py": "the times of samples, as shown",
     "server/api/inference/generation.py": "`created` of responses",
     "server/api/middleware/auth.py": "the expiry of keys",
     "server/api/text/template_worker.py": "`strftime_now` of templates",

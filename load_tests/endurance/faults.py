@@ -5,6 +5,7 @@ import random
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -109,8 +110,10 @@ class Faults:
         assert self.disk is not None
         junk = self.disk / "junk"
         with self.world.fault("insufficient_storage"):
-            with junk.open("wb") as file:
-                left = os.statvfs(self.disk)
-                os.posix_fallocate(file.fileno(), 0, max(1, left.f_bavail * left.f_frsize))
+            with junk.open("wb") as file, suppress(OSError):  # others write as well: until there is no room at all
+                for _ in range(1 << 20):
+                    left = os.statvfs(self.disk)
+                    nbytes = left.f_bavail * left.f_frsize
+                    os.posix_fallocate(file.fileno(), file.seek(0, os.SEEK_END), max(4096, nbytes // 2))
             time.sleep(FULL_SECONDS)
             junk.unlink()
