@@ -8,7 +8,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from playwright.sync_api import Browser, Locator, Page, expect
+from playwright.sync_api import Browser, Locator, Page, Route, expect
 
 from server.ipc.messages import Ready
 from tests.fixtures.api_server import LiveServer, adapter_files, byte_tokenizer, ids, listening, made_files
@@ -312,6 +312,18 @@ def test_the_playground_shows_probabilities_calls_json_and_code(browser: Browser
             assert copied.startswith(start) and "Be brief." in copied and "get_weather" in copied
             expect(page.get_by_role("button", name="Copied")).to_be_hidden()
         compile(page_code(page, "Python"), "copied", "exec")
+
+
+def test_a_prompt_waits_until_the_context_is_known(browser: Browser, tmp_path: Path) -> None:
+    """The context of this model is smaller than a usual answer."""
+    with listening(tmp_path) as live, opened(browser, live.url) as page:
+        held: list[Route] = []
+        page.route("**/v1/models/*", held.append)
+        visit(page, "Playground")
+        ask(page, "Hello?")
+        expect(page.get_by_text("waiting", exact=True)).to_be_visible()
+        held[0].continue_()
+        expect(conversation(page, "tiny-base")).to_contain_text("Hello world")
 
 
 def page_code(page: Page, language: str) -> str:
