@@ -318,7 +318,7 @@ def test_a_prompt_waits_until_the_context_is_known(browser: Browser, tmp_path: P
     """The context of this model is smaller than a usual answer."""
     with listening(tmp_path) as live, opened(browser, live.url) as page:
         held: list[Route] = []
-        page.route("**/v1/models/*", held.append)
+        page.route("**/v1/models/*", lambda route: held.append(route))
         visit(page, "Playground")
         ask(page, "Hello?")
         expect(page.get_by_text("waiting", exact=True)).to_be_visible()
