@@ -65,6 +65,7 @@ def conversation(page: Page, model: str) -> Locator:
 
 
 def ask(page: Page, prompt: str) -> None:
+    expect(page.get_by_role("log").first).to_be_visible()  # models are chosen
     page.get_by_label("Prompt", exact=True).fill(prompt)
     page.get_by_label("Prompt", exact=True).press("Enter")
 
