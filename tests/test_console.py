@@ -12,7 +12,7 @@ from server.console import STATIC, assets
 from server.history import quantile
 from tests.fixtures.api_server import BASE, Api, assert_error, serving
 from tests.fixtures.browser import MODULES, ROOT, needs
-from tests.fixtures.timing import eventually
+from tests.fixtures.timing import HANG_SECONDS, eventually
 from tests.test_auth import ADMIN_KEY, INFER_KEY, OBSERVE_KEY, TENANT_KEY, bearer, ring
 
 SOURCES = ROOT / "console"
@@ -191,10 +191,15 @@ async def traced(api: Api, seconds: float) -> list[dict[str, object]]:
 async def test_a_trace_has_rows_by_version_and_loads(tmp_path: Path) -> None:
     async with serving(tmp_path) as api:
         version = (await api.upload("mine")).json()["version"].removeprefix("sha256:")[:12]
-        tracing = asyncio.create_task(traced(api, 1.0))
+        tracing = asyncio.create_task(traced(api, HANG_SECONDS))
         await eventually(lambda: api.context.traces == 1)
         await api.http.post("/v1/adapters/mine/load")
-        await asyncio.gather(api.chat(model="mine"), api.chat())
+        api.waits_after(1)
+        chats = asyncio.gather(api.chat(model="mine"), api.chat())
+        await eventually(lambda: api.generated == 2)
+        api.goes_on()  # both have the same steps from now on
+        await chats
+        api.context.draining = True  # ends the trace
         lines = await tracing
         assert lines[0]["kind"] == "run" and lines[0]["base_model"] == BASE
         steps = [line["rows"] for line in lines if line["kind"] == "step"]

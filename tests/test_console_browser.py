@@ -1,5 +1,6 @@
 """The console in headless Chromium: what a person does with it, on a server with a fake engine."""
 
+import base64
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from playwright.sync_api import Browser, Locator, Page, expect
+from playwright.sync_api import Browser, Locator, Page, Route, expect
 
 from server.ipc.messages import Ready
 from tests.fixtures.api_server import LiveServer, adapter_files, byte_tokenizer, ids, listening, made_files
@@ -64,6 +65,7 @@ def conversation(page: Page, model: str) -> Locator:
 
 
 def ask(page: Page, prompt: str) -> None:
+    expect(page.get_by_role("log").first).to_be_visible()  # models are chosen
     page.get_by_label("Prompt", exact=True).fill(prompt)
     page.get_by_label("Prompt", exact=True).press("Enter")
 
@@ -136,6 +138,30 @@ def test_every_problem_of_a_bad_file_is_shown(browser: Browser, tmp_path: Path) 
         choose(page, "Upload…", files[:1])
         expect(page.get_by_role("alert")).to_contain_text("There is no adapter_model.safetensors")
         assert "broken" not in live.context.registry
+
+
+def test_files_are_published_by_dropping_them(browser: Browser, tmp_path: Path) -> None:
+    with listening(tmp_path) as live, opened(browser, live.url) as page:
+        visit(page, "Adapters")
+        expect(page.get_by_text("No adapter yet.")).to_be_visible()
+        files = [(name, base64.b64encode(data).decode()) for name, data in adapter_files(0).items()]
+        dropped = page.evaluate_handle(
+            """(files) => {
+                const dropped = new DataTransfer();
+                const bytes = (text) => Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
+                for (const [name, text] of files) dropped.items.add(new File([bytes(text)], name));
+                return dropped;
+            }""",
+            files,
+        )
+        page.locator(".drop").dispatch_event("drop", {"dataTransfer": dropped})
+        page.get_by_label("Name", exact=True).fill("dropped")
+        page.get_by_role("button", name="Only check").click()
+        expect(page.get_by_text("It would be published as it is.")).to_be_visible()
+        assert "dropped" not in live.context.registry
+        page.get_by_role("button", name="Publish", exact=True).click()
+        expect(page.get_by_text("Published.")).to_be_visible()
+        assert "dropped" in live.context.registry
 
 
 def live_problems(live: LiveServer, files: list[Path]) -> list[dict[str, str]]:
@@ -287,6 +313,18 @@ def test_the_playground_shows_probabilities_calls_json_and_code(browser: Browser
             assert copied.startswith(start) and "Be brief." in copied and "get_weather" in copied
             expect(page.get_by_role("button", name="Copied")).to_be_hidden()
         compile(page_code(page, "Python"), "copied", "exec")
+
+
+def test_a_prompt_waits_until_the_context_is_known(browser: Browser, tmp_path: Path) -> None:
+    """The context of this model is smaller than a usual answer."""
+    with listening(tmp_path) as live, opened(browser, live.url) as page:
+        held: list[Route] = []
+        page.route("**/v1/models/*", lambda route: held.append(route))
+        visit(page, "Playground")
+        ask(page, "Hello?")
+        expect(page.get_by_text("waiting", exact=True)).to_be_visible()
+        held[0].continue_()
+        expect(conversation(page, "tiny-base")).to_contain_text("Hello world")
 
 
 def page_code(page: Page, language: str) -> str:

@@ -69,6 +69,9 @@ export interface Adapter {
   in_flight: number;
   traffic: { requests: number; prompt_tokens: number; generated_tokens: number; tokens_per_second: number } | null;
   error: string | null;
+  description: string | null;
+  labels: Record<string, string>;
+  defaults: Record<string, unknown>;
   report: Report;
 }
 

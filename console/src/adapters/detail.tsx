@@ -8,7 +8,7 @@ import { may } from "../session";
 import type { Adapter, AdapterVersion, Alias, Listed } from "../types";
 import { Copy, Empty, Failure, Loading, Locked, Notice, Page, StateTag, Switch, TierTag } from "../ui";
 import { Delete } from "./delete";
-import { Facts } from "./report";
+import { Facts, flat } from "./report";
 import { chooseFiles, dropped, Upload, type Chosen } from "./upload";
 import { Versions } from "./versions";
 
@@ -113,6 +113,7 @@ function Record({ adapter, versions, refresh, deleted }: Recorded) {
           </>
         }
       >
+        {adapter.description && <p class="description">{adapter.description}</p>}
         {adapter.error && <Notice kind="bad">{adapter.error}</Notice>}
         <Failure error={failure.value} />
         <dl class="headline small">
@@ -135,6 +136,16 @@ function Record({ adapter, versions, refresh, deleted }: Recorded) {
               <Line name="modules">{adapter.target_modules.join(", ") || DASH}</Line>
               <Line name="source">{adapter.source}</Line>
               <Line name="published">{moment(adapter.created)}</Line>
+              {flat(adapter.labels).map(([name, value]) => (
+                <Line key={name} name={`label ${name}`}>
+                  {value}
+                </Line>
+              ))}
+              {flat(adapter.defaults).map(([name, value]) => (
+                <Line key={name} name={`default ${name}`}>
+                  {value}
+                </Line>
+              ))}
               <Line name="model name">
                 <code>{`${adapter.name}@${short(adapter.version)}`}</code> <Copy text={() => `${adapter.name}@${short(adapter.version)}`}>Copy</Copy>
               </Line>

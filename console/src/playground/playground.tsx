@@ -5,10 +5,11 @@ import { base, may } from "../session";
 import type { Adapter, Listed } from "../types";
 import { Locked, Notice, Page } from "../ui";
 import { AnswerColumn } from "./column";
+import { known } from "./context";
 import { wrong } from "./request";
 import { ask, stop } from "./send";
 import { Settings } from "./settings";
-import { MOST_COLUMNS, busy, column, columns, context, draft, emptied, said } from "./state";
+import { MOST_COLUMNS, busy, column, columns, draft, emptied, said } from "./state";
 
 const OFFERED = ["What is the capital of France?", "How do I boil an egg?", "Table dogs(breed, dog, age). Which dogs are younger than 5?"];
 
@@ -39,10 +40,7 @@ async function choose(first: string): Promise<void> {
 function Playing({ first }: { first: string }) {
   const settings = useSignal(matchMedia("(min-width: 1100px)").matches);
   useEffect(() => void choose(first), [first]);
-  useEffect(() => {
-    const known = call<{ max_model_len: number | null }>(`/v1/models/${encodeURIComponent(base.value)}`);
-    known.then((model) => (context.value = model.max_model_len)).catch(() => {});
-  }, [base.value]);
+  useEffect(() => void known(), [base.value]);
   return (
     <Page
       title="Playground"

@@ -1,5 +1,6 @@
 // The request of a column, which is sent and also shown as code.
-import { format, said, sampling, schema, scored, system, tools, usualTokens, type Column } from "./state";
+import { usualTokens } from "./context";
+import { format, said, sampling, schema, scored, system, tools, type Column } from "./state";
 
 export type Body = Record<string, unknown>;
 
@@ -28,7 +29,7 @@ function messagesOf(column: Column): Body[] {
   said.value.forEach((content, turn) => {
     messages.push({ role: "user", content });
     const answer = column.answers.value[turn]?.value;
-    if (turn < said.value.length - 1 && answer) messages.push({ role: "assistant", content: answer.text });
+    if (turn < said.value.length - 1 && answer?.text) messages.push({ role: "assistant", content: answer.text });
   });
   return messages;
 }

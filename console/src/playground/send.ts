@@ -1,6 +1,7 @@
 // Streams the answers of all columns side by side.
 import { signal, type Signal } from "@preact/signals";
 import { ApiError, eventsOf, open } from "../api";
+import { known } from "./context";
 import { bodyOf } from "./request";
 import { columns, draft, fresh, said, type Answer, type Call, type Column } from "./state";
 
@@ -36,12 +37,13 @@ function place(column: Column, turn: number): Signal<Answer> {
 }
 
 async function answer(column: Column, turn: number): Promise<void> {
-  const body = { ...bodyOf(column), stream: true, stream_options: { include_usage: true } };
   const state = place(column, turn);
   const ended = new AbortController();
   column.stop = ended;
   const change = (changes: Partial<Answer>) => (state.value = { ...state.value, ...changes });
   try {
+    await known();
+    const body = { ...bodyOf(column), stream: true, stream_options: { include_usage: true } };
     const response = await open("/v1/chat/completions", { method: "POST", body, signal: ended.signal });
     for await (const chunk of eventsOf<Chunk>(response)) change(taken(state.value, chunk));
   } catch (error) {

@@ -1,6 +1,7 @@
 import type { Signal } from "@preact/signals";
 import { Field, Switch } from "../ui";
-import { format, sampling, schema, scored, system, tools, usualTokens } from "./state";
+import { usualTokens } from "./context";
+import { format, sampling, schema, scored, system, tools } from "./state";
 
 const EXAMPLE = JSON.stringify(
   [{ type: "function", function: { name: "get_weather", description: "The weather of a city", parameters: { type: "object", properties: { city: { type: "string" } }, required: ["city"] } } }],

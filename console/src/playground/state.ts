@@ -58,10 +58,6 @@ export const sampling = {
   max_tokens: signal<number | null>(null),
   seed: signal<number | null>(null),
 };
-/** The context of the model in tokens, once it is known. */
-export const context = signal<number | null>(null);
-/** Output tokens unless the user says otherwise: a short answer, which leaves room for a conversation. */
-export const usualTokens = computed(() => Math.min(256, Math.floor((context.value ?? Infinity) / 4)));
 export const scored = signal(false);
 export const tools = signal("");
 export const format = signal<"text" | "json_object" | "json_schema">("text");

@@ -180,17 +180,21 @@ async def list_adapters(
     part = search.casefold()
 
     def wanted(name: str, its_state: State, its_tier: Tier) -> bool:
-        return key.sees(name) and state in (None, its_state) and tier in (None, its_tier) and part in name.casefold()
+        return key.sees(name) and state in (None, its_state) and tier in (None, its_tier)
 
     published = (
         record_body(context, record)
         for record in context.registry.walk(after)
-        if wanted(record.name, state_of(context, record)[0], context.tier_of(record.version.digest))
+        if part in record.name.casefold()
+        and wanted(record.name, state_of(context, record)[0], context.tier_of(record.version.digest))
     )
     pending = (
         pending_body(context, adapter)
         for name, adapter in sorted(context.registry.pending.items())
-        if name > after and name not in context.registry and wanted(name, pending_state(adapter), "disk")
+        if name > after
+        and part in name.casefold()
+        and name not in context.registry
+        and wanted(name, pending_state(adapter), "disk")
     )
     page = list(islice(heapq.merge(published, pending, key=lambda body: body.name), limit + 1))
     return AdapterList(data=page[:limit], has_more=len(page) > limit)
