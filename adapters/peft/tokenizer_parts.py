@@ -74,7 +74,7 @@ def _flat(part: Any, members: str, depth: int = 0) -> Iterator[Any]:
 def _growth(part: Any, admitted: Mapping[str, Growth]) -> float:
     try:
         return admitted[part["type"]](part)
-    except (KeyError, TypeError, ValueError):  # an unknown type, or fields of a wrong one
+    except (AttributeError, KeyError, TypeError, ValueError):  # an unknown type, or fields of a wrong one
         return math.inf
 
 
