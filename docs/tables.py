@@ -11,7 +11,7 @@ from typing import Any, get_args
 from fastapi import FastAPI
 
 from adapters.errors import AdapterError, ProblemCode
-from load_tests.clients import page
+from load_tests.clients import page as client_page
 from server import config
 from server.api.app import ROUTED
 from server.api.fields import (
@@ -231,15 +231,15 @@ def _argument(call: ast.Call, place: int, default: str) -> ast.expr:
 
 
 def clients() -> str:
-    return table(page.table_head(), page.table_rows(page.load()))
+    return table(client_page.table_head(), client_page.table_rows(client_page.load()))
 
 
 def client_reasons() -> str:
-    return table(("client", "feature", "", "why"), page.reasons(page.load()))
+    return table(("client", "feature", "", "why"), client_page.reasons(client_page.load()))
 
 
 def client_run() -> str:
-    return table(("what", "value"), page.setting(page.load()))
+    return table(("what", "value"), client_page.setting(client_page.load()))
 
 
 PAGES: dict[Path, Mapping[str, Callable[[], str]]] = {

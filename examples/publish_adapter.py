@@ -44,12 +44,8 @@ class PublishAdapter(TrainerCallback):
         with_tokenizer: bool = False,
     ):
         key = api_key or os.environ.get("LORAPLEX_API_KEY")
-        self._http = httpx.Client(
-            base_url=url,
-            headers={"authorization": f"Bearer {key}"} if key else {},
-            timeout=120,
-            limits=httpx.Limits(keepalive_expiry=2),  # sooner than the server lets go of idle connections
-        )
+        self._url = f"{url.rstrip('/')}/v1/adapters"
+        self._headers = {"authorization": f"Bearer {key}"} if key else {}
         self._form = {"name": name, "replace": "true", "in_flight": in_flight}
         self._wanted = (CONFIG, WEIGHTS, *(TOKENIZER if with_tokenizer else ()))
         self.versions: list[str] = []
@@ -67,7 +63,7 @@ class PublishAdapter(TrainerCallback):
         server's reason if it refuses the adapter."""
         paths = [Path(folder) / name for name in self._wanted]
         files = {path.name: (path.name, path.read_bytes()) for path in paths if path.exists()}
-        response = self._http.post("/v1/adapters", data=self._form, files=files)
+        response = httpx.post(self._url, headers=self._headers, data=self._form, files=files, timeout=120)
         if response.is_error:
             reason = f"{response.status_code} {response.text}"
             raise httpx.HTTPStatusError(reason, request=response.request, response=response)

@@ -28,7 +28,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 NAME = "grpo-policy"
 KINDS = ["an animal", "a colour", "a city", "a fruit", "a tool", "a river", "a sport", "a planet"]
-MOST_TOKENS = 24
+MOST_TOKENS = 16
 
 
 def reward_brevity(completion_ids: list[list[int]], **_: Any) -> list[float]:
@@ -93,15 +93,20 @@ def _gap(
 ) -> float:
     """Compare the server's log-probabilities with those of the trainer's own model."""
     model, differences = trainer.model, []
-    for prompt, completion, logprobs in zip(prompts, completions, sampled, strict=True):
-        ids = torch.tensor([[*prompt, *completion]], device=model.device)
-        own = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
-        mine = own.gather(-1, ids[0, len(prompt) :, None]).squeeze(-1)
-        differences += (mine[: len(logprobs)] - torch.tensor(logprobs, device=mine.device)).abs().tolist()
+    longest = max(map(len, completions))
+    for prompt in {tuple(prompt): None for prompt in prompts}:
+        rows = [i for i, each in enumerate(prompts) if tuple(each) == prompt]
+        padded = [[*prompt, *completions[i], *[0] * (longest - len(completions[i]))] for i in rows]  # at the end
+        ids = torch.tensor(padded, device=model.device)
+        own = model(input_ids=ids).logits[:, len(prompt) - 1 : -1].float().log_softmax(-1)
+        mine = own.gather(-1, ids[:, len(prompt) :, None]).squeeze(-1).tolist()
+        differences += [
+            abs(a - b) for row, i in zip(mine, rows, strict=True) for a, b in zip(row, sampled[i], strict=False)
+        ]
     return fmean(differences)
 
 
-def train(url: str, model: str, steps: int, generations: int) -> tuple[list[float], list[float]]:
+def train(url: str, model: str, steps: int, prompts: int, generations: int) -> tuple[list[float], list[float]]:
     """Return the mean reward and the mean difference of log-probabilities of each step."""
     rollouts = LoraplexRollouts(url)
     rows = [{"prompt": [{"role": "user", "content": f"Name {kind}."}]} for kind in KINDS]
@@ -109,10 +114,10 @@ def train(url: str, model: str, steps: int, generations: int) -> tuple[list[floa
         settings = GRPOConfig(
             output_dir=folder,
             max_steps=steps,
-            per_device_train_batch_size=2 * generations,
+            per_device_train_batch_size=prompts * generations,
             num_generations=generations,
             max_completion_length=MOST_TOKENS,
-            learning_rate=1e-3,
+            learning_rate=2e-3,
             lr_scheduler_type="constant",
             temperature=1.0,
             logging_steps=1,
@@ -157,11 +162,12 @@ def main(run: Callable[..., tuple[list[float], list[float]]] = train) -> None:
     parser.add_argument("--url", default="http://127.0.0.1:8000")
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="the base model of the server")
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--generations", type=int, default=8)
+    parser.add_argument("--prompts", type=int, default=2, help="of a step")
+    parser.add_argument("--generations", type=int, default=8, help="of a prompt")
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--out", type=Path, help="JSON file for the numbers")
     options = parser.parse_args()
-    rewards, gaps = run(options.url, options.model, options.steps, options.generations)
+    rewards, gaps = run(options.url, options.model, options.steps, options.prompts, options.generations)
     fifth = max(len(rewards) // 5, 1)
     print(f"reward of the first {fifth} steps {fmean(rewards[:fifth]):.3f}, of the last {fmean(rewards[-fifth:]):.3f}")
     print(f"mean |log-prob(server) - log-prob(trainer)|: {fmean(gaps):.2e}, largest step {max(gaps):.2e}")

@@ -10,10 +10,11 @@ STOP_S = 60
 
 
 @contextmanager
-def serving(data_dir: Path, *flags: str) -> Iterator[str]:
-    """The URL of a server that is ready; it is ended at exit. Raises `RuntimeError` when it does not start."""
+def serving(data_dir: Path, *flags: str, checkout: Path | None = None) -> Iterator[str]:
+    """The URL of a server that is ready, of another checkout if one is given; it is ended at exit. Raises
+    `RuntimeError` when it does not start."""
     command = [sys.executable, "-m", "server", "serve", "--port", "0", "--data-dir", str(data_dir), *flags]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=checkout)
     try:
         yield _url_when_ready(process)
     finally:

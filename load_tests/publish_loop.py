@@ -1,12 +1,14 @@
 """An adapter that a trainer replaces several times a second, beside streams that go on.
 
     python -m load_tests.publish_loop [--publishes 300] [--per-second 5] [--rounds 3] [--in-flight finish|switch]
+                                      [--other FOLDER]
 
 SmolLM2 in bf16 on a server of its own. Eight streams decode: four of the adapter that is replaced, four of two others.
 Every version emits one token of its own and nothing else, so each token that arrives tells which version computed it;
 it is compared with the label that the server gave it. A publish counts from the first byte of the upload until the
 first token of a request for the new version. Rounds with publishes and rounds without alternate; the ratio of their
-throughputs is that of each pair. Exit code 1: a token of another version, or a prefix of another adapter recomputed.
+throughputs is that of each pair. With `--other`, a server of another checkout takes turns with this one's, so that both
+meet the same noise. Exit code 1: a token of another version, or a prefix of another adapter recomputed.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +35,7 @@ from server.model.loading.default_model import prepare_default_model
 POLICY = "policy"
 OTHERS = ("steady-0", "steady-1")
 STREAMS = 8
+BLOCK = 16  # tokens of a block of the prefix cache
 ROUND_TOKENS = 48  # of a stream's request; the next one follows at once
 WORDS = "The lighthouse keeper wrote down the weather of every morning, and what the ships had said about it. "
 HEAD = "base_model.model.lm_head"
@@ -174,7 +178,7 @@ class Run:
                 if event.get("usage") and name != POLICY:
                     cached = event["usage"]["prompt_tokens_details"]["cached_tokens"]
                     self.counts.recomputed += cached < seen
-                    seen = max(seen, cached)
+                    seen = max(seen, cached - cached % BLOCK)  # the rest is copied if another stream has it
                 labels |= self._check(event)
             self.counts.mixed += len(labels) > 1
             self.counts.requests += 1
@@ -233,21 +237,28 @@ def quantile(values: list[float], part: float) -> float:
     return sorted(values)[min(int(part * len(values)), len(values) - 1)]
 
 
-async def measure(url: str, versions: Versions, options: argparse.Namespace) -> Run:
+async def measure(urls: dict[str, str], versions: Versions, options: argparse.Namespace) -> list[Run]:
+    """Measure the servers in turn."""
     limits = httpx.Limits(max_connections=None, keepalive_expiry=1)
-    async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as http:
-        run = Run(http, versions, options.in_flight)
-        await run.prepare()
+    async with AsyncExitStack() as stack:
+        runs: dict[str, Run] = {}
+        for name, url in urls.items():
+            http = await stack.enter_async_context(httpx.AsyncClient(base_url=url, timeout=120, limits=limits))
+            runs[name] = Run(http, versions, options.in_flight)
+            await runs[name].prepare()
+            await runs[name].round(2, 0, 0)
         each = -(-options.publishes // options.rounds)
-        seconds, ratios = each / options.per_second, []
-        await run.round(2, 0, 0)
+        ratios: dict[str, list[float]] = {name: [] for name in runs}
         for _ in range(options.rounds):
-            without = await run.round(seconds, 0, 0)
-            beside = await run.round(seconds, each, options.per_second)
-            ratios.append(beside / without)
-            print(f"without publishes {without:6.1f} tokens/s, with {beside:6.1f}: {beside / without:.2f}", flush=True)
-        report(run, ratios)
-        return run
+            for name, run in runs.items():
+                without = await run.round(each / options.per_second, 0, 0)
+                beside = await run.round(0, each, options.per_second)
+                ratios[name].append(beside / without)
+                print(f"{name}: without publishes {without:6.1f} tokens/s, with {beside:6.1f}", flush=True)
+        for name, run in runs.items():
+            print(f"--- {name}")
+            report(run, ratios[name])
+        return list(runs.values())
 
 
 def report(run: Run, ratios: list[float]) -> None:
@@ -268,13 +279,19 @@ def main() -> None:
     parser.add_argument("--per-second", type=float, default=5)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--in-flight", choices=("finish", "switch"), default="finish")
+    parser.add_argument("--other", type=Path, help="folder of another checkout, to be compared")
     options = parser.parse_args()
     model = prepare_default_model()
     versions = Versions(model)
     flags = ("--model", str(model), "--dtype", "bfloat16", "--adapter-slots", "8", "--log-format", "text")
-    with tempfile.TemporaryDirectory() as folder, serving(Path(folder), *flags) as url:
-        run = asyncio.run(measure(url, versions, options))
-    if run.counts.wrong or run.counts.recomputed or run.counts.errors:
+    checkouts = {"other": options.other.absolute()} if options.other else {}
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as servers:
+        urls = {
+            name: servers.enter_context(serving(Path(folder) / name, *flags, checkout=checkout))
+            for name, checkout in {**checkouts, "this": Path()}.items()
+        }
+        runs = asyncio.run(measure(urls, versions, options))
+    if any(run.counts.wrong or run.counts.recomputed or run.counts.errors for run in runs):
         raise SystemExit(1)
 
 

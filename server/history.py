@@ -14,8 +14,9 @@ INTERVAL_SECONDS = 5.0
 _HOUR = 720  # points
 _WINDOW = 12  # points: latencies are those of the last minute, since few requests end within one interval
 
-_COUNTERS = ("loraplex_generated_tokens_total", "loraplex_prompt_tokens_total", "loraplex_requests_total")
-_TTFT, _ITL = "loraplex_time_to_first_token_seconds", "loraplex_inter_token_latency_seconds"
+# The metrics of the whole server: those by adapter take milliseconds to sum up.
+_COUNTERS = ("vllm:generation_tokens_total", "vllm:prompt_tokens_total")
+_TTFT, _ITL = "vllm:time_to_first_token_seconds", "vllm:inter_token_latency_seconds"
 _BATCH_ADAPTERS = "loraplex_batch_adapters"
 Counts = dict[str, float]
 
@@ -27,7 +28,6 @@ class Point(NamedTuple):
     time: float
     tokens_per_second: float
     prompt_tokens_per_second: float
-    requests_per_second: float
     ttft_p50: float | None
     ttft_p95: float | None
     itl_p50: float | None
@@ -63,16 +63,12 @@ class History:
         before, now, stats = self._totals[-1], self._read(), self._engine.stats
         self._totals.append(now)
         seconds = max(now.time - before.time, 1e-3)
-        # A deleted adapter takes its counts along, so that a sum may shrink.
-        output, prompt, requests = (
-            max(b - a, 0.0) / seconds for a, b in zip(before.counters, now.counters, strict=True)
-        )
+        output, prompt = ((b - a) / seconds for a, b in zip(before.counters, now.counters, strict=True))
         self.points.append(
             Point(
                 time=time.time(),
                 tokens_per_second=output,
                 prompt_tokens_per_second=prompt,
-                requests_per_second=requests,
                 ttft_p50=self._quantile(_TTFT, 0.5),
                 ttft_p95=self._quantile(_TTFT, 0.95),
                 itl_p50=self._quantile(_ITL, 0.5),

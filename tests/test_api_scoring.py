@@ -113,7 +113,7 @@ async def test_token_ids_out(tmp_path: Path) -> None:
             assert body["choices"][0]["token_ids"] == expected
             assert body["prompt_token_ids"] == api.engine.submitted[-1].token_ids
         tokens = [entry["token"] for entry in body["choices"][0]["logprobs"]["content"]]
-        assert tokens == [f"token_id:{token}" for token in expected[:-1]]
+        assert tokens == [f"token_id:{token}" for token in expected]
         chunks = events(await api.chat(return_token_ids=True, stream=True))
         assert chunks[0]["prompt_token_ids"] == api.engine.submitted[-1].token_ids
         assert all("prompt_token_ids" not in chunk for chunk in chunks[1:])

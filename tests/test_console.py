@@ -43,6 +43,11 @@ def test_the_console_is_small() -> None:
     assert sum(path.stat().st_size for path in STATIC.iterdir()) < 300_000
 
 
+def test_screenshots_are_small() -> None:
+    shots = [*(ROOT / "docs" / "images" / "console").iterdir()]
+    assert len(shots) > 10 and max(path.stat().st_size for path in shots) <= 150_000
+
+
 async def test_the_page_and_its_files_need_no_key_and_are_cached(tmp_path: Path) -> None:
     async with serving(tmp_path, keys=ring(tmp_path)) as api:
         page = await api.http.get("/")
@@ -167,18 +172,6 @@ async def test_the_history_has_rates_latencies_and_gauges(tmp_path: Path) -> Non
         assert columns["ttft_p50"][0] is None and 0 < columns["ttft_p50"][1] <= columns["ttft_p95"][1]
         later = (await api.http.get("/v1/stats/history", params={"after": body["time"][0]})).json()
         assert later["time"] == body["time"][1:]
-
-
-async def test_a_deleted_adapter_makes_no_rate_negative(tmp_path: Path) -> None:
-    async with serving(tmp_path) as api:
-        api.context.metrics.add_adapter("mine")
-        await api.upload("mine")
-        await api.chat(model="mine")
-        api.context.history.add_point()
-        await api.http.delete("/v1/adapters/mine")
-        api.context.history.add_point()
-        assert api.context.history.points[-1].tokens_per_second == 0
-        assert api.context.history.points[-1].ttft_p50 is None
 
 
 def test_quantiles_are_interpolated_as_prometheus_does() -> None:

@@ -328,6 +328,7 @@ WITHOUT_TORCH = [
     "server.logs",
     "server.metrics",
     "server.queue_limits",
+    "server.receipt_format",
     "server.request",
     "server.sequence",
     "server.serve",

@@ -80,6 +80,7 @@ def blocks() -> list[str]:
     return re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL)
 
 
+@pytest.mark.filterwarnings("ignore:.*pin_memory")  # the guide's reader may have a GPU
 def test_the_guide_works_as_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its blocks run in order, with the address of a server and a model in the place of the reader's."""
     monkeypatch.chdir(tmp_path)

@@ -69,6 +69,8 @@ CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "top_logprobs": ({"logprobs": True}, {"logprobs": True, "top_logprobs": 2}),
     "prompt_logprobs": ({}, {"prompt_logprobs": 1}),
     "echo": ({}, {"echo": True}),
+    "logprobs_mode": ({"logprobs": True}, {"logprobs": True, "logprobs_mode": "processed_logprobs"}),
+    "receipt": ({}, {"receipt": True}),
     "return_token_ids": ({}, {"return_token_ids": True}),
     "return_tokens_as_token_ids": ({"logprobs": True}, {"logprobs": True, "return_tokens_as_token_ids": True}),
     "cache_salt": ({}, {"cache_salt": "x"}),

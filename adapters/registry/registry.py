@@ -5,14 +5,13 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack, closing
-from itertools import islice
 from pathlib import Path
 
-from adapters.errors import AdapterConflict, AdapterNotFound
+from adapters.errors import AdapterConflict
 from adapters.names import check_name
-from adapters.records import AdapterRecord, AdapterVersion, Entry, HistoryEntry, Inspected, PendingAdapter
+from adapters.records import AdapterRecord, AdapterVersion, HistoryEntry, Inspected, PendingAdapter
 from adapters.registry.aliases import BASE_MEMBER, Alias, delete_alias, read_aliases, write_alias
 from adapters.registry.db import (
     connect,
@@ -37,6 +36,7 @@ from adapters.registry.folder_lock import RegistryLocked, lock
 from adapters.registry.gc import GarbageCollector, Stored
 from adapters.registry.index import RegistryIndex
 from adapters.registry.journal import Journal, Line, alias_line, name_line, no_alias_line
+from adapters.registry.lookups import Lookups, not_found
 from adapters.registry.packed_files import PACKED_FOLDER, remove_packed
 from adapters.registry.rebuild import Restored, restore
 from adapters.registry.spare_space import SpareSpace
@@ -57,7 +57,7 @@ log = logging.getLogger(__name__)
 RETAINED_VERSIONS = 5
 
 
-class AdapterRegistry:
+class AdapterRegistry(Lookups):
     """All adapters of one data folder, which only one process may open.
 
     Methods may be called from any thread. Readers see the state of the last finished write and never wait. The cost of
@@ -107,63 +107,6 @@ class AdapterRegistry:
         with self._writing:
             self._is_closed = True
             self._held.close()
-
-    def __len__(self) -> int:
-        return len(self._index)
-
-    def __contains__(self, name: str) -> bool:
-        return self._index.get(name) is not None
-
-    def resolve(self, model: str) -> AdapterRecord:
-        """Return the record that `name` points to now, or the stored version for `name@<12 or more hex digits>`.
-
-        Raises `AdapterNotFound`, with one message for everything that cannot be served.
-        """
-        name, at, version = model.partition("@")
-        entry = self._index.get(name)
-        if entry is not None and at:
-            record = entry.matching(version)
-            if record is not None:
-                return record
-        elif entry is not None and entry.damage is None:
-            return entry.record
-        raise _not_found(model)
-
-    def record(self, name: str) -> AdapterRecord:
-        """Return the record of `name`, damaged or not. Raises `AdapterNotFound`."""
-        return self._entry(name).record
-
-    def records(self, *, limit: int = 100, after: str = "") -> tuple[list[AdapterRecord], bool]:
-        """Return up to `limit` records in name order after the name `after`, damaged ones included; and True if more
-        follow."""
-        found = list(islice(self.walk(after), limit + 1))
-        return found[:limit], len(found) > limit
-
-    def walk(self, after: str = "") -> Iterator[AdapterRecord]:
-        """Iterate over all records in name order after the name `after`, damaged ones included."""
-        return self._index.walk(after)
-
-    def history(self, name: str) -> list[HistoryEntry]:
-        """Return the retained versions of `name`, newest first. Raises `AdapterNotFound`."""
-        return list(self._entry(name).history)
-
-    def version_sizes(self, name: str) -> dict[str, int]:
-        """Return the bytes of the weights of each stored version of `name`, by digest; none for an unknown name."""
-        entry = self._index.get(name)
-        return {} if entry is None else {stored.version.digest: stored.version.nbytes for stored in entry.versions}
-
-    def version(self, name: str, digest: str) -> AdapterVersion | None:
-        """Return a version of `name`; None if it is no longer stored. Raises `AdapterNotFound`."""
-        record = self._entry(name).matching(digest)
-        return record.version if record else None
-
-    def names_of(self, digest: str) -> list[str]:
-        """Return the names that point to `digest` now, sorted."""
-        return list(self._index.names_of(digest))
-
-    def digests(self) -> set[str]:
-        """Return the digests of all versions that a name points to now."""
-        return self._index.digests()
 
     def stored_bytes(self) -> int:
         """Return the bytes of the weights of all stored versions."""
@@ -261,7 +204,7 @@ class AdapterRegistry:
             if target is None and version is None:
                 raise AdapterConflict(f"The adapter '{name}' has no earlier version.")
             if target is None:
-                raise _not_found(f"{name}@{version}")
+                raise not_found(f"{name}@{version}")
             with transaction(self._db):
                 values = (target.version.digest, name)
                 self._db.execute("UPDATE history SET current = (digest = ?) WHERE name = ?", values)
@@ -350,7 +293,7 @@ class AdapterRegistry:
         """Remove an alias. Raises `AdapterNotFound`."""
         with self._writing:
             if name not in self.aliases:
-                raise _not_found(name)
+                raise not_found(name)
 
             def delete() -> None:
                 with transaction(self._db):
@@ -424,12 +367,6 @@ class AdapterRegistry:
         if name in self.aliases:
             raise AdapterConflict(f"The name '{name}' is an alias; remove its split first.")
 
-    def _entry(self, name: str) -> Entry:
-        entry = self._index.get(name)
-        if entry is None:
-            raise _not_found(name)
-        return entry
-
     def _refresh(self, name: str) -> None:
         """Update the entry of `name` in memory from the database."""
         fresh = read_entries(self._db, self.store, name).get(name)
@@ -439,10 +376,6 @@ class AdapterRegistry:
         self.damaged.pop(name, None)
         if fresh is not None and fresh.damage:
             self.damaged[name] = fresh.damage
-
-
-def _not_found(model: str) -> AdapterNotFound:
-    return AdapterNotFound(f"The model {model[:200]!r} does not exist.")
 
 
 def _as_version(inspected: Inspected) -> AdapterVersion:

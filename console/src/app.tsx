@@ -13,15 +13,15 @@ import { go, link, route } from "./route";
 import { base, may, mustSignIn, own, version } from "./session";
 import { next, theme } from "./theme";
 import type { May } from "./types";
-import { Empty, Loading } from "./ui";
+import { Empty, Loading, Mark } from "./ui";
 
-const PAGES: { page: string; title: string; need: May }[] = [
+const PAGES: { page: string; title: string; need?: May }[] = [
   { page: "overview", title: "Overview", need: "observe" },
   { page: "adapters", title: "Adapters", need: "admin" },
   { page: "playground", title: "Playground", need: "infer" },
   { page: "splits", title: "Splits", need: "admin" },
   { page: "merge", title: "Merge", need: "operate" },
-  { page: "keys", title: "Keys", need: "operate" },
+  { page: "keys", title: "Keys" },
 ];
 const READY_MS = 4000;
 
@@ -83,13 +83,13 @@ function Side() {
   return (
     <nav class="side" aria-label="Console">
       <a class="brand" href={link("overview")}>
-        <Mark />
+        <Mark size={26} />
         <span>Loraplex</span>
       </a>
       <ul>
         {PAGES.map(({ page, title, need }, number) => (
           <li key={page}>
-            <a href={link(page)} aria-current={route.value.page === page ? "page" : undefined} class={own.value && !may(need) ? "shut" : ""}>
+            <a href={link(page)} aria-current={route.value.page === page ? "page" : undefined} class={own.value && need && !may(need) ? "shut" : ""}>
               {title}
               <kbd aria-hidden="true">{number + 1}</kbd>
             </a>
@@ -131,18 +131,6 @@ function useKeys(): void {
     addEventListener("keydown", pressed);
     return () => removeEventListener("keydown", pressed);
   }, []);
-}
-
-/** The base model as a slab, with adapters on it. */
-function Mark() {
-  return (
-    <svg class="mark" viewBox="0 0 32 32" width="26" height="26" aria-hidden="true">
-      <rect class="slab" x="3" y="24" width="26" height="5" rx="1.5" />
-      <rect x="3" y="4" width="14" height="4" rx="1.5" />
-      <rect x="9" y="11" width="20" height="4" rx="1.5" />
-      <rect x="3" y="18" width="18" height="3" rx="1.5" />
-    </svg>
-  );
 }
 
 /** Says when the server or its engine is away; the pages keep what they have. */

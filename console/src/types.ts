@@ -42,7 +42,6 @@ export interface History {
   time: number[];
   tokens_per_second: Column;
   prompt_tokens_per_second: Column;
-  requests_per_second: Column;
   ttft_p50: Column;
   ttft_p95: Column;
   itl_p50: Column;

@@ -36,7 +36,7 @@ export function Failure({ error }: { error: ApiError | null }) {
   if (error === null) return null;
   return (
     <Notice kind="bad">
-      <strong>{error.message}</strong>
+      <strong>{error.problems.length > 1 ? `Refused as a whole, for ${error.problems.length} reasons:` : error.message}</strong>
       {error.problems.length > 0 && <Problems list={error.problems} />}
     </Notice>
   );
@@ -45,7 +45,7 @@ export function Failure({ error }: { error: ApiError | null }) {
 /** Every reason for which an adapter was refused. */
 export function Problems({ list }: { list: Problem[] }) {
   return (
-    <ul class="problems">
+    <ul class="problems" tabIndex={0} aria-label="Reasons">
       {list.map((problem) => (
         <li key={problem.where + problem.code + problem.found}>
           <code class="where">{problem.where}</code>
@@ -154,7 +154,7 @@ export function Code({ label, children, json = false }: { label: string; childre
   );
 }
 
-export function Copy({ text, children, label }: { text: () => string; children: ComponentChildren; label?: string }) {
+export function Copy({ text, children, primary = false }: { text: () => string; children: ComponentChildren; primary?: boolean }) {
   const done = useSignal(false);
   const copy = async () => {
     await navigator.clipboard.writeText(text());
@@ -162,7 +162,7 @@ export function Copy({ text, children, label }: { text: () => string; children: 
     setTimeout(() => (done.value = false), 1500);
   };
   return (
-    <button type="button" class="quiet" aria-label={label} onClick={copy}>
+    <button type="button" class={primary ? "primary" : "quiet"} onClick={copy}>
       {done.value ? "Copied" : children}
     </button>
   );
@@ -183,5 +183,17 @@ export function Dialog({ title, close, children }: { title: string; close: () =>
         {children}
       </div>
     </dialog>
+  );
+}
+
+/** The base model as a slab, with adapters on it. */
+export function Mark({ size }: { size: number }) {
+  return (
+    <svg class="mark" viewBox="0 0 32 32" width={size} height={size} aria-hidden="true">
+      <rect class="slab" x="3" y="24" width="26" height="5" rx="1.5" />
+      <rect x="3" y="4" width="14" height="4" rx="1.5" />
+      <rect x="9" y="11" width="20" height="4" rx="1.5" />
+      <rect x="3" y="18" width="18" height="3" rx="1.5" />
+    </svg>
   );
 }

@@ -71,6 +71,7 @@ APPLIED: dict[str, str] = {
     "logprobs_mode": "vLLM: log-probabilities of the model's distribution (`raw_logprobs`, the default) or of the "
     "distribution that is sampled from (`processed_logprobs`): after bias, penalties, grammar, temperature, truncation",
     "echo": "Begins the output with the prompt, and its log-probabilities with the prompt's",
+    "receipt": "Adds all that determines the output, for `loraplex replay`; not in streams",
     "return_token_ids": "vLLM: adds `prompt_token_ids` and `token_ids`, and `token_versions`: what computed each token",
     "return_tokens_as_token_ids": "vLLM: log-probabilities name tokens as `token_id:N`",
     "cache_salt": "vLLM: shares the prefix cache only with requests of the same salt",

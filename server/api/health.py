@@ -102,7 +102,6 @@ class HistoryBody(Wire):
     time: list[float]
     tokens_per_second: list[float]
     prompt_tokens_per_second: list[float]
-    requests_per_second: list[float]
     ttft_p50: list[float | None]
     ttft_p95: list[float | None]
     itl_p50: list[float | None]

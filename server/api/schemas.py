@@ -96,6 +96,7 @@ class ChatCompletion(ResponseHead):
     usage: UsageBody
     prompt_token_ids: list[int] | None = requested()
     prompt_logprobs: PromptLogprobs | None = requested()
+    receipt: dict[str, Any] | None = requested()  # for `loraplex replay`
 
 
 class CalledFunctionDelta(Wire):
@@ -161,6 +162,7 @@ class Completion(ResponseHead):
     object: Literal["text_completion"] = "text_completion"
     choices: list[CompletionChoice]
     usage: UsageBody
+    receipt: dict[str, Any] | None = requested()  # for `loraplex replay`
 
 
 class CompletionChunk(ResponseHead):

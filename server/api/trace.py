@@ -19,6 +19,7 @@ router = APIRouter(tags=["operations"])
 _NDJSON = "application/x-ndjson"
 _MAX_TRACES = 8  # at once: every one of them sees every step
 _BEHIND = 4096  # lines; a reader that is further behind loses the rest
+_GATHER_SECONDS = 0.1  # lines are sent together: sending costs ten times what a line does
 _BEAT_SECONDS = 2.0  # between two lines of an idle engine, so that a reader knows that the server is there
 
 _LINE = {
@@ -64,6 +65,7 @@ async def _lines(context: AppContext, seconds: float) -> AsyncIterator[bytes]:
             try:
                 async with asyncio.timeout(min(left, _BEAT_SECONDS)):
                     first = await queue.get()
+                await asyncio.sleep(_GATHER_SECONDS)
             except TimeoutError:
                 first = {"kind": "beat", "time": round(time.monotonic() - started, 6)}
             yield b"".join(map(_line, [first, *(queue.get_nowait() for _ in range(queue.qsize()))]))
@@ -115,7 +117,9 @@ def _model(context: AppContext, seq_id: str) -> str:
     running = context.in_flight.running(seq_id)
     if running is None or not running.digests:
         return context.base_model
-    return f"{'+'.join(sorted(running.names))}@{'+'.join(sorted(digest[:12] for digest in running.digests))}"
+    # A request that switched to a new version holds the old one as well, which no name points to any more.
+    versions = [digest for digest in running.digests if context.registry.names_of(digest)] or running.digests
+    return f"{'+'.join(sorted(running.names))}@{'+'.join(sorted(digest[:12] for digest in versions))}"
 
 
 def _names(context: AppContext, digest: str) -> str:

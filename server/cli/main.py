@@ -15,6 +15,7 @@ from server.cli import registry as registry_commands
 from server.cli import sync as sync_commands
 from server.cli.doctor import doctor
 from server.cli.plan import plan
+from server.cli.replay import replay
 from server.cli.trace import trace
 from server.cli.vllm_flags import FlagRefused, translated
 from server.config import HINTS, ConfigError, ServeConfig
@@ -92,6 +93,7 @@ app.command()(sync_commands.sync)
 app.command()(doctor)
 app.command()(plan)
 app.command()(trace)
+app.command()(replay)
 app.add_typer(adapter_commands.app, name="adapters")
 app.add_typer(key_commands.app, name="keys")
 app.add_typer(registry_commands.app, name="registry")

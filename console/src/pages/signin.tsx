@@ -1,6 +1,6 @@
 import { useSignal } from "@preact/signals";
 import { refusal, signIn } from "../session";
-import { Field, Notice } from "../ui";
+import { Field, Mark, Notice } from "../ui";
 
 export function SignIn() {
   const secret = useSignal("");
@@ -14,8 +14,11 @@ export function SignIn() {
   return (
     <main class="signin">
       <form onSubmit={submit}>
-        <h1>Loraplex</h1>
-        <p class="lead">This server asks for an API key.</p>
+        <div>
+          <Mark size={44} />
+          <h1>Loraplex</h1>
+          <p class="lead">This server asks for an API key.</p>
+        </div>
         {refusal.value && <Notice kind="bad">{refusal.value}</Notice>}
         <Field label="API key" hint="It stays in this tab, and is forgotten when the tab is closed.">
           {(id) => (

@@ -76,17 +76,17 @@ function Foot({ answer }: { answer: Answer | null }) {
   if (answer === null || answer.started === 0) return <footer class="muted">&nbsp;</footer>;
   const { started, first, ended, finish, fingerprint } = answer;
   const took = first !== null && ended ? (ended - first) / 1000 : 0;
-  const speed = took > 0 && answer.count > 1 ? `${((answer.count - 1) / took).toFixed(0)} tokens/s` : "";
+  const speed = took > 0 && answer.count > 1 ? `${((answer.count - 1) / took).toFixed(0)}/s` : "";
   const version = fingerprint.split("-")[1] ?? "";
   const facts = [
-    first === null ? (ended === null ? "waiting" : "") : `first token ${seconds((first - started) / 1000)}`,
+    first === null ? (ended === null ? "waiting" : "") : seconds((first - started) / 1000),
     speed,
     answer.count ? `${count(answer.count)} tokens` : "",
     finish ? (FINISHES[finish] ?? "") : "",
   ];
   return (
     <footer class="muted">
-      <span>{facts.filter(Boolean).join(" · ") || "\u00a0"}</span>
+      <span title="until the first token · tokens per second · tokens">{facts.filter(Boolean).join(" · ") || "\u00a0"}</span>
       {version && <code title="The version that answered">{version}</code>}
     </footer>
   );
@@ -111,7 +111,7 @@ function Request({ column, close }: { column: Column; close: () => void }) {
         <button type="button" class="quiet" onClick={close}>
           Close
         </button>
-        <Copy text={() => text}>Copy as {language.value}</Copy>
+        <Copy text={() => text} primary>Copy as {language.value}</Copy>
       </div>
     </Dialog>
   );

@@ -27,6 +27,7 @@ export function HeatMap({ tokens }: { tokens: ScoredToken[] }) {
     at.value = Math.min(Math.max((at.value ?? -1) + by, 0), tokens.length - 1);
   };
   const chosen = at.value === null ? undefined : tokens[at.value];
+  const listed = chosen && (chosen.top.some((one) => one.token === chosen.token) ? chosen.top : [...chosen.top, chosen]);
   return (
     <div class="heat">
       <p class="pre" tabIndex={0} role="group" aria-label="Tokens by probability; the arrow keys show alternatives" onKeyDown={pressed}>
@@ -41,7 +42,7 @@ export function HeatMap({ tokens }: { tokens: ScoredToken[] }) {
       </p>
       {chosen && (
         <ol class="alternatives" aria-live="polite" aria-label={`Alternatives of ${visible(chosen.token)}`}>
-          {(chosen.top.length ? chosen.top : [chosen]).map(({ token, logprob }) => (
+          {listed!.map(({ token, logprob }) => (
             <li key={token} class={token === chosen.token ? "chosen" : ""}>
               <code>{visible(token)}</code>
               <i style={{ width: `${Math.exp(logprob) * 100}%` }} />

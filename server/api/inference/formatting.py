@@ -9,6 +9,7 @@ import msgspec
 from server.api.errors import ApiError, error_body
 from server.api.inference.choices import Delta, TokenScore
 from server.api.inference.generation import Generation
+from server.api.inference.receipts import completed_receipt
 from server.api.schemas import ResponseHead, Wire
 from server.api.text.tokenizer import Tokenizer, finite
 from server.request import TokenLogprobs
@@ -85,8 +86,12 @@ class ChoicesFormatter(ABC):
     def body(self, deltas: list[Delta]) -> Wire:
         choices = [self.choice(delta) for delta in deltas]
         usage = self._generation.usage()
-        head = {**self._head(self.body_model), **self.body_fields(deltas)}
+        head = {**self._head(self.body_model), **self.body_fields(deltas), **self._receipt(deltas)}
         return self.body_model.model_validate({**head, "choices": choices, "usage": usage})
+
+    def _receipt(self, deltas: list[Delta]) -> dict[str, Any]:
+        begun = self._generation.plan.output.receipt
+        return {} if begun is None else {"receipt": completed_receipt(begun, deltas)}
 
     def body_fields(self, deltas: list[Delta]) -> dict[str, Any]:
         """Return fields of the body that an endpoint has beside its choices."""

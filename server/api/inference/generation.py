@@ -95,7 +95,7 @@ class Generation:
                 echo=echo,
                 num_logprobs=plan.sampling.logprobs,
                 version=version_label(adapters),
-                scores_end=output.token_ids or echo is not None,
+                scores_end=output.token_ids or echo is not None or output.receipt is not None,
             )
             submit = Submit(
                 f"{self.id}-{index}",

@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from server.api.context import AppContext
 from server.api.errors import bad_request
+from server.api.inference.receipts import begun_receipt, with_seed
 from server.api.inference.targets import Target
 from server.api.message_formats.parser import MessageFormat
 from server.api.middleware.auth import Key
@@ -40,6 +42,7 @@ class OutputOptions:
     continuous_usage: bool = False  # in every event of a stream
     echo: tuple[str | None, ...] | None = None  # the prompts as they were sent, None for token ids
     message_format: MessageFormat | None = None  # of a chat's text, if it may be more than content
+    receipt: dict[str, Any] | None = None  # without the outputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,13 +83,21 @@ def plan_generation(
     vocab_size = admitted.target.traits.vocab_size or context.info.vocab_size
     _check_prompts(prompts, vocab_size, body.prompt_field)
     max_tokens = _token_budget(context, prompts, body, admitted.target)
+    sampling, output = (
+        _sampling_params(vocab_size, body, max_tokens, admitted),
+        _output_options(body, texts, message_format),
+    )
+    if body.receipt:
+        sampling = with_seed(sampling)
+        begun = begun_receipt(context, admitted.target, prompts, sampling, body.stop_strings, body.n or 1)
+        output = replace(output, receipt=begun)
     return replace(
-        _plan(context, admitted, body, prompts, _sampling_params(vocab_size, body, max_tokens, admitted)),
+        _plan(context, admitted, body, prompts, sampling),
         stop=tuple(body.stop_strings),
         n=body.n or 1,
         stream=bool(body.stream),
         include_usage=body.include_usage,
-        output=_output_options(body, texts, message_format),
+        output=output,
     )
 
 

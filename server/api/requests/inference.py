@@ -138,6 +138,7 @@ class GenerationRequest(Sampling, InferenceRequest):
     logprobs_mode: Literal["raw_logprobs", "processed_logprobs"] | None = None  # default: raw
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
+    receipt: bool | None = None  # what determines the output, for `loraplex replay`
     response_format: ResponseFormat | None = None  # this and the next ones: at most one constraint
     structured_outputs: StructuredOutputs | None = None
     guided_json: Schema | None = None
@@ -154,6 +155,8 @@ class GenerationRequest(Sampling, InferenceRequest):
             raise PydanticCustomError("value_error", "stream_options needs stream to be true")
         if self.prompt_logprobs is not None and self.stream:
             raise PydanticCustomError("value_error", "prompt_logprobs needs stream to be false")
+        if self.receipt and self.stream:
+            raise PydanticCustomError("value_error", "receipt needs stream to be false")
         return self
 
     @property
