@@ -39,6 +39,12 @@ def charsmap(*replacements: str) -> dict[str, str]:
     return {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(data).decode()}
 
 
+def without_index(nbytes: int) -> dict[str, str]:
+    """A map whose index claims that many bytes, for which the library would allocate twice as many."""
+    data = nbytes.to_bytes(4, "little") + bytes(8)
+    return {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(data).decode()}
+
+
 def sequence(kind: str, *parts: Any) -> dict[str, Any]:
     return {"type": "Sequence", kind: list(parts)}
 
@@ -73,6 +79,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"normalizer": {"type": "Prepend", "prepend": "long"}}, "normalizer"),
     ({"normalizer": {"type": "Replace", "pattern": {"Regex": "(a+)+$"}, "content": ""}}, "normalizer"),
     ({"normalizer": charsmap("", "x" * 1000)}, ""),
+    ({"normalizer": without_index((1 << 32) - 4)}, "normalizer"),
+    ({"normalizer": without_index(6)}, "normalizer"),
     ({"normalizer": sequence("normalizers", charsmap("x" * 18), charsmap("x" * 18))}, ""),
     ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "A" * (3 << 20)}}, "normalizer"),
     ({"pre_tokenizer": sequence("pretokenizers", *[BYTES] * 4)}, ""),

@@ -72,11 +72,11 @@ def admitted(text: str) -> str:
         parts = {name: msgspec.json.decode(getattr(file, name)) for name in _PARTS}
         check_parts(parts)
         model = msgspec.json.decode(file.model, type=_Model)
+        model.type = model.type or _kind_of(model)
+        _refuse([*_added_problems(file.added_tokens), *_model_problems(model)])
     except (msgspec.MsgspecError, RecursionError, UnicodeEncodeError) as error:
         expected = "a tokenizer that the tokenizers library can use"
         raise AdapterInvalid([Problem(_WHERE, shown(str(error), 200), expected, "malformed_file")]) from None
-    model.type = model.type or _kind_of(model)
-    _refuse([*_added_problems(file.added_tokens), *_model_problems(model)])
     written = {"version": "1.0", "added_tokens": file.added_tokens, **parts, "model": model}
     return msgspec.json.encode(written).decode()
 

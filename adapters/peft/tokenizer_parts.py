@@ -74,7 +74,7 @@ def _flat(part: Any, members: str, depth: int = 0) -> Iterator[Any]:
 def _growth(part: Any, admitted: Mapping[str, Growth]) -> float:
     try:
         return admitted[part["type"]](part)
-    except (KeyError, TypeError, ValueError):  # an unknown type, or fields of a wrong one
+    except (AttributeError, KeyError, TypeError, ValueError):  # an unknown type, or fields of a wrong one
         return math.inf
 
 
@@ -113,7 +113,12 @@ def _charsmap(part: Part) -> float:
         return 1
     if len(data) > _MAX_CHARSMAP_BYTES:
         return math.inf
-    texts = data[4 + int.from_bytes(data[:4], "little") :].split(b"\0")
+    index_bytes = int.from_bytes(data[:4], "little")
+    if index_bytes % 4 or 4 + index_bytes > len(
+        data
+    ):  # the library would allocate twice as much, and abort if it can't
+        return math.inf
+    texts = data[4 + index_bytes :].split(b"\0")
     return max(1, *(len(text.decode()) for text in texts))
 
 
