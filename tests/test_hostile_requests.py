@@ -152,6 +152,8 @@ WALL_CLOCK = {
     "server/api/context.py": "the start, as shown",
     "server/api/trace.py": "the start of a trace, as shown",
     "server/history.py": "the times of samples, as shown",
+    "server/api/usage.py": "the days of usage, as shown",
+    "server/usage.py": "the days of usage",
     "server/api/inference/generation.py": "`created` of responses",
     "server/api/middleware/auth.py": "the expiry of keys",
     "server/api/text/template_worker.py": "`strftime_now` of templates",
