@@ -2,9 +2,10 @@
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import IO, Annotated, Any
 
 import typer
 
@@ -16,20 +17,20 @@ def trace(
     out: Annotated[Path | None, typer.Option(help="File for the JSON lines; without it they are printed")] = None,
 ) -> None:
     """Write what a running server does as JSON lines: rows of every step by adapter, loads, evictions and merges."""
-    lines: list[str] = []
     with connect() as client, client.stream("GET", "/v1/trace", params={"seconds": seconds}) as response:
         if response.is_error:
             response.read()
         check_response(response)
-        target = sys.stdout if out is None else out.open("w", encoding="utf-8")
-        try:
-            for line in response.iter_lines():
-                lines.append(line)
-                print(line, file=target, flush=True)
-        finally:
-            if out is not None:
-                target.close()
-    typer.echo(summary(map(json.loads, lines)), err=True)
+        with nullcontext(sys.stdout) if out is None else out.open("w", encoding="utf-8") as target:
+            said = summary(map(json.loads, _written(response.iter_lines(), target)))
+    typer.echo(said, err=True)
+
+
+def _written(lines: Iterable[str], target: IO[str]) -> Iterator[str]:
+    """Yield the lines, each after it was written to `target`."""
+    for line in lines:
+        typer.echo(line, file=target)
+        yield line
 
 
 def summary(lines: Iterable[dict[str, Any]]) -> str:

@@ -35,16 +35,7 @@ async def register(
 
     async def fill(folder: Path) -> Publication:
         source = await _copy(context, body.source, folder)
-        return Publication(
-            body.name,
-            source,
-            replace=body.replace,
-            pinned=body.pinned,
-            dry_run=dry_run,
-            in_flight=body.in_flight,
-            settings=body,
-            key=key,
-        )
+        return Publication.of(body, source, key, dry_run=dry_run)
 
     return await publish_from(context, fill)
 

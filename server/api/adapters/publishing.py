@@ -22,7 +22,7 @@ from adapters.validation.inspect import inspect
 from server.api.adapters import settings
 from server.api.adapters.quotas import check_room
 from server.api.adapters.running import check_switch, replace_running
-from server.api.adapters.schemas import NO_CHANGES, DeletedBody, InFlight, Settings
+from server.api.adapters.schemas import NO_CHANGES, DeletedBody, InFlight, RegisterRequest, Settings, UploadForm
 from server.api.adapters.selftest import earlier_result, self_tested
 from server.api.adapters.threads import finish_in_thread
 from server.api.context import AppContext
@@ -82,6 +82,11 @@ class Publication:
     in_flight: InFlight = "finish"
     settings: Settings = NO_CHANGES
     key: Key = ANYONE
+
+    @classmethod
+    def of(cls, body: RegisterRequest | UploadForm, source: str, key: Key, *, dry_run: bool) -> "Publication":
+        """Return what a client requests in `body`."""
+        return cls(body.name, source, body.replace, body.pinned, dry_run, body.in_flight, body, key)
 
 
 @dataclass(frozen=True, slots=True)

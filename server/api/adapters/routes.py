@@ -114,16 +114,7 @@ async def _create_from_upload(request: Request, context: AppContext, key: Key, d
     async def fill(folder: Path) -> Publication:
         form = _parse_form(await receive_upload(request, folder))
         publishing.check_writable(key, form.name)
-        return Publication(
-            form.name,
-            UPLOAD,
-            replace=form.replace,
-            pinned=form.pinned,
-            dry_run=dry_run,
-            in_flight=form.in_flight,
-            settings=form,
-            key=key,
-        )
+        return Publication.of(form, UPLOAD, key, dry_run=dry_run)
 
     async with publishing.place_for_client(context):
         return _created(context, await publish_from(context, fill))
